@@ -1,0 +1,297 @@
+"""Capture: read a model's activations, as a TensorDict module or around the user's own calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+
+from tdgeom.hooks.bound import Bound, eval_mode, may_stop, refuse_compiled
+from tdgeom.hooks.inputs import bound_tensors, input_keys, model_inputs, needs_decoder_ids
+from tdgeom.hooks.resolve import resolve_sites
+from tdgeom.hooks.session import Pass, Session, StopForward, read_named_outputs
+from tdgeom.hooks.sites import LayerSpec, Site
+
+
+class Capture(TensorDictModuleBase):
+    """Reads named places of a model: a TensorDict module, and a context manager around the user's own calls.
+
+    **Module form**, ``capture(td)``: runs the model in eval mode without gradients and without a cache, on every
+    entry of ``td`` that its forward names (labels and row identities excepted), with ``position_ids`` counted
+    over the attention mask, and stops right after the last site. Writes ``("acts", site)``, shape (B, T, D), or
+    (B, D) where the model gives that; everything else in ``td`` stays.
+
+    **Context form**, ``with capture as calls:``: changes nothing about the calls the user makes; ``calls`` gets
+    one TensorDict a model call with the keys of the module form and the tensors that the call was given.
+
+    Args:
+        model: any ``nn.Module`` that is not compiled. It stays the user's: neither registered, moved nor saved.
+        sites: kinds, concrete names (``"residual_output.-1"``), ``"module_output:<glob>"``, or a list of them.
+        layers: ``"all"``, an int, a list (negative counts from the end), a slice or ``"0,3,7"``; applies to kinds.
+        model_outputs: names of the model's outputs to keep, under ``prefix + name``; the pass then runs to its end.
+        prefix: put before each site's name, ``"b/"``, to keep two models apart.
+        keep_graph: keep the autograd graph (and the ambient grad mode) instead of detaching.
+        clone: copy what is read, for models that modify it in place afterwards.
+        withhold: further entries that the model is never called with.
+        in_keys: what the module form demands: a list of keys, or a mapping of forward names to keys. Default: the
+            model's main input, or every parameter of forward without a default.
+        out_keys: the root of the activations' keys (default ``"acts"``), or a list naming every leaf.
+
+    Attributes: ``sites``, a list of :class:`Site` in execution order; ``module_paths``, site -> module path.
+
+    What is *added* to the stream (``attn_output``, ``mlp_output``) is read before the block's residual dropout, which
+    does nothing in eval mode. ``embed`` is the input of the first block. A block listed several times is one layer
+    each time. Raises an error that says what was expected, what came and the remedy for unknown kinds, layers out of
+    range, paths that match nothing, compiled models, and sites that never fire or fire more often than they should.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    >>> capture = Capture(model, "residual_output", in_keys=["x"])
+    >>> td = capture(TensorDict({"x": torch.ones(3, 4)}))
+    >>> td["acts", "residual_output.1"].shape
+    torch.Size([3, 4])
+    >>> with capture as calls:
+    ...     _ = model(torch.ones(2, 4))
+    >>> calls[0]["acts", "residual_output.0"].shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: str | Iterable[str] = "residual_input",
+        *,
+        layers: LayerSpec = "all",
+        model_outputs: str | Sequence[str] | None = None,
+        prefix: str = "",
+        keep_graph: bool = False,
+        clone: bool = False,
+        withhold: Sequence[str] = (),
+        in_keys: Sequence[NestedKey] | Mapping[str, NestedKey] | None = None,
+        out_keys: NestedKey | Sequence[NestedKey] = "acts",
+    ) -> None:
+        super().__init__()
+        self._asked = dict(
+            sites=sites if isinstance(sites, str) else list(sites), layers=layers, prefix=prefix
+        )
+        self.model_outputs = [model_outputs] if isinstance(model_outputs, str) else list(model_outputs or ())
+        self.prefix, self.keep_graph, self.clone, self.withhold = prefix, keep_graph, clone, tuple(withhold)
+        self._session: Session | None = None
+        self._bound = self._resolve(model)
+        self.sites: list[Site] = [entry.site for entry in self._bound.sites]
+        self.module_paths: dict[Site, str] = {entry.site: entry.module_path for entry in self._bound.sites}
+        self._input_keys = input_keys(model, self._bound.signature, in_keys)
+        self.in_keys = list(self._input_keys.values())
+        self._leaves = self._name_leaves(out_keys)
+        self.out_keys = list(self._leaves)
+
+    def _name_leaves(self, out_keys: NestedKey | Sequence[NestedKey]) -> list[NestedKey]:
+        outputs = [self.prefix + name for name in self.model_outputs]
+        if not isinstance(out_keys, list):
+            root = (out_keys,) if isinstance(out_keys, str) else tuple(out_keys)
+            return [(*root, str(site)) for site in self.sites] + outputs
+        if len(out_keys) != len(self.sites) + len(outputs):
+            raise ValueError(
+                f"out_keys= expected {len(self.sites) + len(outputs)} keys, for {[*map(str, self.sites), *outputs]}, got "
+                f"{len(out_keys)}. Remedy: give one root key instead of a list."
+            )
+        return list(out_keys)
+
+    def _resolve(self, model: nn.Module) -> Bound:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Capture expects an nn.Module, got {type(model).__name__}.")
+        refuse_compiled(model, ())
+        return Bound(model, resolve_sites(model, **self._asked))
+
+    @property
+    def model(self) -> nn.Module:
+        """The model; an error if this Capture was unpickled and not yet bound."""
+        return self._bound.require()
+
+    def bind(self, model: nn.Module) -> Capture:
+        """Give an unpickled Capture its model again, or another one with the same sites. Returns itself."""
+        if self._session is not None:
+            raise RuntimeError(
+                "bind() expects a Capture that is not entered. Remedy: leave the with block first."
+            )
+        bound = self._resolve(model)
+        if [entry.site for entry in bound.sites] != self.sites:
+            raise ValueError(
+                f"expected a model with the sites {self.sites}, {type(model).__name__} has others."
+            )
+        self._bound = bound
+        self.module_paths = {entry.site: entry.module_path for entry in bound.sites}
+        return self
+
+    # -------------------------------------------------------------------------------------- module form
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase, **entries: Tensor) -> TensorDictBase:
+        """Run the model on a batch; further tensors (``attention_mask=``) can be given by keyword."""
+        model, bound = self._bound.require(), self._bound
+        self._refuse_entered()
+        refuse_compiled(model, bound.modules)
+        source = tensordict.copy().update(entries) if entries else tensordict
+        args, kwargs = model_inputs(
+            model,
+            bound.signature,
+            source,
+            self._input_keys,
+            withhold=self.withhold,
+            number_positions=bound.number_positions,
+        )
+        stop = not self.model_outputs and may_stop(model)
+        session = Session(
+            bound.modules,
+            bound.sites,
+            stop=stop,
+            clone=self.clone,
+            keep_graph=self.keep_graph,
+            watch=not bound.watched,
+        )
+        self._session = session
+        try:
+            with eval_mode(model), nullcontext() if self.keep_graph else torch.no_grad():
+                session.begin()
+                try:
+                    output = model(*args, **kwargs)
+                except StopForward:
+                    output = None
+                except (ValueError, TypeError, AttributeError) as error:
+                    if not needs_decoder_ids(bound.signature, kwargs):
+                        raise
+                    raise ValueError(
+                        f"{bound.name} failed without 'decoder_input_ids', which its decoder may need for the sites asked "
+                        "for. Remedy: put 'decoder_input_ids' or 'labels' in the batch, or ask for encoder sites only."
+                    ) from error
+                done = session.end()
+                self._refuse_missing(done.acts)
+                values = self._values(done, output)
+        finally:
+            session.close()
+            self._session = None
+        bound.watched = True
+        _write(tensordict, values)
+        return tensordict
+
+    def _values(self, done: Pass, output: Any) -> dict[NestedKey, Tensor]:
+        values = {
+            key: done.acts[s] for key, s in zip(self._leaves, self.sites, strict=False) if s in done.acts
+        }
+        if self.model_outputs:
+            named = read_named_outputs(output, self.model_outputs, self._keep)
+            values.update(zip(self._leaves[len(self.sites) :], named.values(), strict=True))
+        return values
+
+    def _keep(self, value: Tensor) -> Tensor:
+        value = value if self.keep_graph else value.detach()
+        return value.clone() if self.clone else value
+
+    # ------------------------------------------------------------------------------------- context form
+
+    def __enter__(self) -> list[TensorDictBase]:
+        model, bound = self._bound.require(), self._bound
+        self._refuse_entered()
+        refuse_compiled(model, bound.modules)
+        session = Session(
+            bound.modules,
+            bound.sites,
+            stop=False,
+            clone=self.clone,
+            keep_graph=self.keep_graph,
+            watch=not bound.watched,
+        )
+        calls: list[TensorDictBase] = []
+        try:
+            # around the sites' own hooks: first in, last out
+            before = model.register_forward_pre_hook(lambda *_: session.begin(), prepend=True)
+            session.handles.append(before)
+            session.handles.append(
+                model.register_forward_hook(
+                    lambda _, args, kwargs, output: self._record(session, calls, args, kwargs, output),
+                    with_kwargs=True,
+                )
+            )
+        except BaseException:
+            session.close()
+            raise
+        self._session, self._calls_open = session, calls
+        return calls
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        session, calls = self._session, self._calls_open
+        self._session = self._calls_open = None
+        if session is None:
+            return
+        early = session.early
+        session.close()
+        if kind is not None:
+            return
+        if calls:
+            self._bound.watched = True
+            self._refuse_missing(
+                {
+                    s
+                    for s, k in zip(self.sites, self._leaves, strict=False)
+                    for c in calls
+                    if k in c.keys(True)
+                }
+            )
+        elif early is not None and early.acts:
+            raise RuntimeError(
+                f"the sites {sorted(map(str, early.acts))} fired, but the {self._bound.name} itself was never called: a part "
+                "of it was. Remedy: call the model that Capture was given, or give Capture the part that you call."
+            )
+
+    def _record(
+        self, session: Session, calls: list[TensorDictBase], args: tuple, kwargs: dict, output: Any
+    ) -> None:
+        values = self._values(session.end(), output)
+        td = TensorDict({}, batch_size=[])
+        for name, value in bound_tensors(self._bound.signature, args, kwargs).items():
+            td.set(name, value)
+        _write(td, values)
+        calls.append(td)
+
+    # ------------------------------------------------------------------------------------------- errors
+
+    def _refuse_entered(self) -> None:
+        if self._session is not None:
+            raise RuntimeError(
+                "this Capture is already in use (entered, or running): its calls would mix. Remedy: leave the with "
+                "block first, or use a second Capture of the same model."
+            )
+
+    def _refuse_missing(self, fired: Iterable[str]) -> None:
+        missing = [site for site in self.sites if site not in set(fired)]
+        if missing:
+            paths = ", ".join(f"{site!s} ({self.module_paths[site]})" for site in missing[:5])
+            raise RuntimeError(
+                f"expected every site to fire, {len(missing)} never did: {paths}. The forward pass did not run these "
+                "modules through their __call__ (skipped, compiled, replaced since the Capture was made, or called by "
+                "another method). Remedy: leave them out, or make a new Capture after changing the model."
+            )
+
+    def __getstate__(self) -> dict:
+        # hooks and open calls belong to the with block, not to copies of this module
+        return {**self.__dict__, "_session": None, "_calls_open": None}
+
+    def extra_repr(self) -> str:
+        return f"model={self._bound.name}, sites={[str(s) for s in self.sites]}"
+
+
+def _write(tensordict: TensorDictBase, values: dict[NestedKey, Tensor]) -> None:
+    size = tensordict.batch_size
+    for key, value in values.items():
+        if value.shape[: len(size)] != size:
+            raise ValueError(
+                f"{key} has shape {tuple(value.shape)}, which does not start with the TensorDict's batch size "
+                f"{list(size)}. Remedy: give Capture a TensorDict with batch_size [] (td.batch_size = [])."
+            )
+    for key, value in values.items():
+        tensordict.set(key, value)

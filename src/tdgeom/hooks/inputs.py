@@ -1,0 +1,163 @@
+"""What a model's forward is called with, from the entries of a TensorDict."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+
+# Row identities that pipelines carry beside a batch; a model never gets them.
+CARRIED = ("sequence_id", "document_id", "row_id", "sample_row_id")
+_TARGETS = ("label", "label_ids", "start_positions", "end_positions")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The parameters of a model's forward that can be given by name, and those that must be."""
+
+    names: tuple[str, ...]
+    required: tuple[str, ...]
+    positional_only: tuple[str, ...]
+
+
+def read_signature(model: nn.Module) -> Signature:
+    """The signature of ``model.forward``, through wrappers that take ``*args, **kwargs`` around another model.
+
+    >>> read_signature(nn.Sequential(nn.Linear(2, 2))).required
+    ('input',)
+    """
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if not named and hasattr(model, "get_base_model"):
+        return read_signature(model.get_base_model())
+    return Signature(
+        tuple(p.name for p in named),
+        tuple(p.name for p in named if p.default is p.empty),
+        tuple(p.name for p in named if p.kind is p.POSITIONAL_ONLY),
+    )
+
+
+def input_keys(
+    model: nn.Module, signature: Signature, in_keys: Sequence[NestedKey] | Mapping[str, NestedKey] | None
+) -> dict[str, NestedKey]:
+    """Forward name -> TensorDict key of the inputs a Capture demands.
+
+    By default the model's ``main_input_name``, or every parameter of forward without a default, or the first one.
+    A list gives keys: those that forward names go there, the others fill the demanded parameters in order.
+    A mapping gives forward name -> key.
+    """
+    main = getattr(model, "main_input_name", None)
+    if isinstance(main, str) and (main in signature.names or not signature.names):
+        default = (main,)
+    else:
+        default = signature.required or signature.names[:1]
+    if in_keys is None:
+        if not default:
+            raise ValueError(
+                f"expected a forward that names its inputs, {type(model).__name__}.forward names none. "
+                "Remedy: Capture(..., in_keys={'<forward name>': '<key>'})."
+            )
+        return {name: name for name in default}
+    if isinstance(in_keys, Mapping):
+        return dict(in_keys)
+    keys = [in_keys] if isinstance(in_keys, str | tuple) else list(in_keys)
+    result = {key: key for key in keys if isinstance(key, str) and key in signature.names}
+    free = iter([n for n in (*default, *signature.names) if n not in result])
+    for key in keys:
+        if key not in result:
+            name = next(free, None)
+            if name is None:
+                raise ValueError(
+                    f"in_keys={keys} has more keys than forward has parameters {signature.names}."
+                )
+            result[name] = key
+    return result
+
+
+def numbers_from_padding(model: nn.Module) -> bool:
+    """Whether a model counts positions itself, from a padding index or in several dimensions."""
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.Embedding)
+            and "position" in name.rpartition(".")[2]
+            and module.padding_idx is not None
+        ):
+            return True
+    config = getattr(model, "config", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    return isinstance(rope, Mapping) and "mrope_section" in rope
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions counted over attended tokens, (B, T) -> (B, T) int64; padding before the first token gets 0.
+
+    >>> position_ids(torch.tensor([[0, 0, 1, 1]]))
+    tensor([[0, 0, 0, 1]])
+    """
+    return (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
+
+
+def model_inputs(
+    model: nn.Module,
+    signature: Signature,
+    tensordict: TensorDictBase,
+    keys: Mapping[str, NestedKey],
+    *,
+    withhold: Iterable[str] = (),
+    number_positions: bool = True,
+) -> tuple[list[Any], dict[str, Any]]:
+    """Positional and keyword arguments of one call of the model.
+
+    Every tensor of the TensorDict that forward names is passed, except labels, row identities and ``withhold``.
+    """
+    given: dict[str, Any] = {}
+    for name, key in keys.items():
+        value = tensordict.get(key, None)
+        if value is None:
+            raise KeyError(
+                f"Capture expected the model's input {name!r} under the key {key!r}; the TensorDict has "
+                f"{sorted(map(str, tensordict.keys()))}. Remedy: add it, or Capture(..., in_keys={{{name!r}: <key>}})."
+            )
+        given[name] = value
+    kept_back = {*CARRIED, *withhold}
+    for name in signature.names:
+        if name not in given and name not in kept_back and not is_target(name) and name in tensordict.keys():
+            value = tensordict.get(name)
+            if isinstance(value, Tensor):
+                given[name] = value
+    if number_positions and "position_ids" in signature.names and "position_ids" not in given:
+        mask = given.get("attention_mask")
+        if mask is not None and mask.ndim == 2:
+            given["position_ids"] = position_ids(mask)
+    if "use_cache" in signature.names:
+        given.setdefault("use_cache", False)
+    if needs_decoder_ids(signature, given) and "labels" in tensordict.keys():
+        make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if make is not None:
+            given["decoder_input_ids"] = make(tensordict.get("labels"))
+    return [given.pop(name) for name in signature.positional_only if name in given], given
+
+
+def needs_decoder_ids(signature: Signature, given: Mapping[str, Any]) -> bool:
+    """Whether forward names decoder inputs and none are given."""
+    return "decoder_input_ids" in signature.names and not {
+        "decoder_input_ids",
+        "decoder_inputs_embeds",
+    } & set(given)
+
+
+def is_target(name: str) -> bool:
+    """Whether an argument of forward is what a loss is computed from."""
+    return name in _TARGETS or name.endswith("labels")
+
+
+def bound_tensors(signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of one call under their forward names."""
+    named = {**dict(zip(signature.names, args, strict=False)), **kwargs}
+    return {name: value for name, value in named.items() if isinstance(value, Tensor)}

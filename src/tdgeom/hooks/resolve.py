@@ -1,0 +1,259 @@
+"""From site names to the modules of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from tdgeom.hooks import readers
+from tdgeom.hooks.blocks import Place, Stack, find_final_norm, find_parts, find_stacks
+from tdgeom.hooks.sites import (
+    BLOCK_KINDS,
+    KINDS,
+    MODULE_KINDS,
+    STACK_KINDS,
+    LayerSpec,
+    Site,
+    select_layers,
+    unknown_kind,
+)
+
+# Which of the two outputs in a block the residual stream receives: what else transforms them is worth an error.
+ADDED_KINDS = ("attn_output", "mlp_output")
+
+
+@dataclass(frozen=True)
+class ResolvedSite:
+    """A site of one model: the module, the side of it, and which of the module's calls in a pass is meant.
+
+    ``side`` is ``"input"`` or ``"output"``; ``block_path`` is the path of the block that holds the site
+    (``None`` outside of blocks). What is read is multiplied by ``scale`` (a residual multiplier); ``write``
+    divides by it, so that ``write(read(x))`` changes nothing.
+    """
+
+    site: Site
+    module_path: str
+    side: str
+    scale: float = 1.0
+    call: int = 0
+    calls: int = 1
+    block_path: str | None = None
+
+    def read(self, args: tuple, kwargs: dict, output: object = None) -> Tensor | None:
+        """The site's tensor, from what a hook on the module sees; ``None`` if there is no tensor."""
+        reader = readers.read_input if self.side == "input" else readers.read_output
+        value = reader(args, kwargs, output)
+        return value if value is None or self.scale == 1.0 else value * self.scale
+
+    def write(self, args: tuple, kwargs: dict, output: object, value: Tensor) -> object:
+        """What the hook returns to put ``value`` at the site: ``(args, kwargs)`` or an output."""
+        value = value if self.scale == 1.0 else value / self.scale
+        writer = readers.write_input if self.side == "input" else readers.write_output
+        return writer(args, kwargs, output, value)
+
+
+def available_sites(model: nn.Module) -> list[ResolvedSite]:
+    """All sites of a model that have a kind of their own, in execution order, with their module paths.
+
+    Any other place is ``module_input:<path>`` or ``module_output:<path>``. The list is empty for a model in
+    which no repeated blocks are found.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    >>> [(entry.site, entry.module_path) for entry in available_sites(model)][:2]
+    [('embed', '0'), ('residual_input.0', '0')]
+    """
+    return [entry for stack in find_stacks(model) for entry in _stack_sites(model, stack)]
+
+
+def resolve_sites(
+    model: nn.Module, sites: str | Iterable[str], *, layers: LayerSpec = "all", prefix: str = ""
+) -> list[ResolvedSite]:
+    """The sites that ``sites`` and ``layers`` name in ``model``, each once, in execution order.
+
+    ``sites`` holds kinds (``layers`` applies to them), kinds of one stack (``"encoder.residual_input"``), concrete
+    names (``"residual_output.-1"``), or globs of module paths (``"module_output:h.*.mlp"``; ``*`` stays within one component, ``**``
+    takes any number of them). Raises ``ValueError`` for what a model does not have and ``IndexError`` for a
+    layer out of range.
+    """
+    wanted = [sites] if isinstance(sites, str) else list(sites)
+    if not wanted:
+        raise ValueError(f"sites= names no site; kinds: {', '.join(KINDS)}.")
+    stacks = find_stacks(model)
+    found = [entry for stack in stacks for entry in _stack_sites(model, stack)]
+    chosen: list[ResolvedSite] = []
+    for name in wanted:
+        if not isinstance(name, str):
+            raise ValueError(f"a site is a string such as 'residual_input.0', got {name!r}.")
+        site = Site(name.removeprefix(prefix) if prefix else name)
+        if site.prefix:
+            raise ValueError(
+                f"the site {name!r} has the prefix {site.prefix!r}; this Capture has prefix={prefix!r}."
+            )
+        if site.kind in MODULE_KINDS:
+            chosen += _module_sites(model, site)
+        else:
+            chosen += _select(model, stacks, found, site, layers)
+    unique = {entry.site: entry for entry in chosen}
+    ordered = sorted(unique.values(), key=_execution_order(model, found))
+    return [_with_prefix(entry, prefix) for entry in ordered]
+
+
+def _stack_sites(model: nn.Module, stack: Stack) -> list[ResolvedSite]:
+    first = stack.blocks[0]
+    entries = [
+        ResolvedSite(Site.of("embed", stack=stack.name), first.path, "input", 1.0, 0, first.calls, first.path)
+    ]
+    known: dict[int, dict[str, Place]] = {}
+    for layer, block in enumerate(stack.blocks):
+        if id(block.module) not in known:
+            known[id(block.module)] = find_parts(block.module)
+        parts = {
+            "residual_input": Place("", "input"),
+            **known[id(block.module)],
+            "residual_output": Place("", "output"),
+        }
+        for kind in BLOCK_KINDS:
+            if kind not in parts:
+                continue
+            place = parts[kind]
+            path = ".".join(p for p in (block.path, place.path) if p)
+            site = Site.of(kind, layer, stack=stack.name)
+            entries.append(
+                ResolvedSite(site, path, place.side, place.scale, block.call, block.calls, block.path)
+            )
+    norm = find_final_norm(model, stack)
+    if norm is not None:
+        entries.append(ResolvedSite(Site.of("final_norm", stack=stack.name), norm, "output"))
+    return entries
+
+
+def _select(
+    model: nn.Module, stacks: list[Stack], found: list[ResolvedSite], site: Site, layers: LayerSpec
+) -> list[ResolvedSite]:
+    if not stacks:
+        raise ValueError(
+            f"expected repeated blocks (a list of like modules) for the site {site!r}, found none in {type(model).__name__}. "
+            f"Remedy: name the module, sites='module_output:<path>'; paths: {_some(p for p, _ in model.named_modules() if p)}."
+        )
+    names = [stack.name for stack in stacks]
+    if site.stack is not None and site.stack not in names:
+        known = ", ".join(repr(n) for n in names if n) or "one stack without a name"
+        raise ValueError(
+            f"the site {site!r} names the stack {site.stack!r}; {type(model).__name__} has {known}."
+        )
+    if site.stack is None and site.layer is not None and len(stacks) > 1:
+        raise ValueError(
+            f"{site!r} could be in any of the stacks {', '.join(map(str, names))} of {type(model).__name__}. "
+            f"Remedy: {names[0]}.{site}."
+        )
+    if site.layer is not None and site.kind in STACK_KINDS:
+        raise ValueError(f"{site.kind!r} has no layers; write it without a number, got {site!r}.")
+    chosen = []
+    for stack in stacks:
+        if site.stack in (None, stack.name):
+            chosen += _select_in(stack, found, site, layers)
+    if not chosen:
+        kinds = sorted({entry.site.kind for entry in found}, key=KINDS.index)
+        raise ValueError(
+            f"{type(model).__name__} has no {site.kind!r} that can be told from its structure; it has {', '.join(kinds)}. "
+            f"Remedy: name the module, sites='module_output:<path>'; modules of a block: "
+            f"{_some(n for n, _ in stacks[0].blocks[0].module.named_modules(prefix=stacks[0].blocks[0].path))}."
+        )
+    return chosen
+
+
+def _select_in(stack: Stack, found: list[ResolvedSite], site: Site, layers: LayerSpec) -> list[ResolvedSite]:
+    own = [entry for entry in found if entry.site.kind == site.kind and entry.site.stack == stack.name]
+    if site.kind in STACK_KINDS:
+        return own
+    where = f"the stack {stack.name!r}" if stack.name else f"the stack at {stack.path or 'the root'!r}"
+    asked = layers if site.layer is None else site.layer
+    chosen = select_layers(asked, len(stack.blocks), where)
+    by_layer = {entry.site.layer: entry for entry in own}
+    missing = [layer for layer in chosen if layer not in by_layer]
+    # "all" means all layers that have one: hybrid models mix blocks with and without attention
+    explicit = site.layer is not None or not isinstance(asked, str) or asked != "all"
+    if own and missing and explicit:
+        raise ValueError(
+            f"the layers {missing} have no {site.kind!r}; layers of {where} that do: {sorted(by_layer)}."
+        )
+    return [by_layer[layer] for layer in chosen if layer in by_layer]
+
+
+def _module_sites(model: nn.Module, site: Site) -> list[ResolvedSite]:
+    paths = [path for path, _ in model.named_modules() if path]
+    side = site.kind.removeprefix("module_")
+    matched = [path for path in paths if match_path(path, site.path or "")]
+    if not matched:
+        close = get_close_matches(site.path or "", paths, n=5, cutoff=0.4) or paths[:5]
+        raise ValueError(
+            f"no module of {type(model).__name__} matches {site.path!r} (the whole path has to match). "
+            f"Nearest: {', '.join(close)}."
+        )
+    return [ResolvedSite(Site.of(site.kind, path=path), path, side) for path in matched]
+
+
+def match_path(path: str, pattern: str) -> bool:
+    """Whether a glob matches a whole module path: ``*`` within one component, ``**`` over any number of them.
+
+    >>> match_path("h.1", "h.1"), match_path("h.10", "h.1"), match_path("h.10.mlp", "h.*.mlp")
+    (True, False, True)
+    """
+    return _match(path.split("."), pattern.split("."))
+
+
+def _match(parts: Sequence[str], patterns: Sequence[str]) -> bool:
+    if not patterns:
+        return not parts
+    if patterns[0] == "**":
+        return any(_match(parts[i:], patterns[1:]) for i in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], patterns[0]) and _match(parts[1:], patterns[1:])
+
+
+def _execution_order(model: nn.Module, found: list[ResolvedSite]):
+    """A sort key: known sites as :func:`available_sites` lists them, other modules where they are registered."""
+    rank = {entry.site: i for i, entry in enumerate(found)}
+    start = {path: i for i, (path, _) in enumerate(model.named_modules())}
+    paths = list(start)
+    end = {
+        path: max(start[p] for p in paths if p == path or p.startswith(path + ".")) for path in paths if path
+    }
+    block_of = {
+        entry.block_path: rank[entry.site] for entry in reversed(found) if entry.site.kind == "residual_input"
+    }
+    last_of = {entry.block_path: rank[entry.site] for entry in found if entry.site.kind == "residual_output"}
+    starts = sorted((start[path], first, path) for path, first in block_of.items() if path is not None)
+
+    def key(entry: ResolvedSite) -> tuple[float, float, float]:
+        if entry.site in rank:
+            return (rank[entry.site], 0.0, 0.0)
+        path, is_output = entry.module_path, entry.side == "output"
+        moment = end[path] + 0.5 if is_output else start[path]
+        tie = -float(path.count(".")) if is_output else float(path.count("."))
+        for block, first in block_of.items():
+            if path == block:
+                return (last_of[block], 1.0, tie) if is_output else (first, -1.0, tie)
+            if block is not None and path.startswith(block + "."):
+                return (first, 1.0 + moment, tie)
+        before = [last_of[path] for at, _, path in starts if at < moment]
+        return (max(before) if before else -1.0, 2.0 + moment + len(paths), tie)
+
+    return key
+
+
+def _with_prefix(entry: ResolvedSite, prefix: str) -> ResolvedSite:
+    if not prefix:
+        return entry
+    return ResolvedSite(**{**entry.__dict__, "site": entry.site.with_prefix(prefix)})
+
+
+def _some(paths: Iterable[str], most: int = 12) -> str:
+    listed = list(paths)
+    return ", ".join(listed[:most]) + (f", ... ({len(listed)} in all)" if len(listed) > most else "")
+
+
+__all__ = ["ResolvedSite", "available_sites", "match_path", "resolve_sites", "unknown_kind"]

@@ -1,0 +1,165 @@
+"""Sites: the names of places in a model where a tensor is read or written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+# In the order in which a block meets them; a block that runs attention and MLP side by side keeps this order too.
+BLOCK_KINDS = (
+    "residual_input",
+    "attn_input",
+    "attn_output",
+    "mlp_input",
+    "router_logits",
+    "mlp_output",
+    "residual_output",
+)
+STACK_KINDS = ("embed", "final_norm")
+MODULE_KINDS = ("module_input", "module_output")
+KINDS = ("embed", *BLOCK_KINDS, "final_norm", *MODULE_KINDS)
+ALIASES = {"resid_pre": "residual_input", "resid_post": "residual_output", "resid_mid": "residual_mid"}
+
+_NAME = re.compile(
+    r"(?P<prefix>.*/)?(?:(?P<stack>[^/:]+)\.)?"
+    r"(?P<kind>" + "|".join((*BLOCK_KINDS, *STACK_KINDS, *ALIASES)) + r")(?:\.(?P<layer>-?\d+))?"
+)
+_MODULE_NAME = re.compile(r"(?P<prefix>.*/)?(?P<kind>module_input|module_output):(?P<path>[^/:]+)")
+
+LayerSpec = str | int | slice | Sequence[int]
+
+
+class Site(str):
+    """The name of a place in a model: a string that also knows its parts.
+
+    ``Site("encoder.residual_output.3")`` parses a name; the parts are ``prefix`` (text up to the last ``/``,
+    or ``""``), ``stack`` (``None`` if the model has one stack), ``kind``, ``layer`` (``int`` or ``None``) and
+    ``path`` (the module's path for ``module_input:`` and ``module_output:``, else ``None``). TransformerLens'
+    words ``resid_pre`` and ``resid_post`` become ``residual_input`` and ``residual_output``.
+
+    Raises ``ValueError`` for a name whose kind does not exist.
+
+    >>> site = Site("encoder.residual_output.3")
+    >>> site.stack, site.kind, site.layer
+    ('encoder', 'residual_output', 3)
+    >>> site == "encoder.residual_output.3"
+    True
+    """
+
+    prefix: str
+    stack: str | None
+    kind: str
+    layer: int | None
+    path: str | None
+
+    def __new__(cls, name: str) -> Site:
+        if isinstance(name, Site):
+            return name
+        match = _MODULE_NAME.fullmatch(name)
+        if match:
+            return cls.of(match["kind"], path=match["path"], prefix=match["prefix"] or "")
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(unknown_kind(name))
+        kind = ALIASES.get(match["kind"], match["kind"])
+        if kind not in KINDS:
+            raise ValueError(unknown_kind(name))
+        layer = None if match["layer"] is None else int(match["layer"])
+        return cls.of(kind, layer, stack=match["stack"], prefix=match["prefix"] or "")
+
+    @classmethod
+    def of(
+        cls,
+        kind: str,
+        layer: int | None = None,
+        *,
+        stack: str | None = None,
+        path: str | None = None,
+        prefix: str = "",
+    ) -> Site:
+        """Build a site from its parts.
+
+        >>> Site.of("residual_input", 0, prefix="b/")
+        'b/residual_input.0'
+        """
+        name = f"{stack}.{kind}" if stack else kind
+        name = f"{kind}:{path}" if path is not None else name
+        name = name if layer is None else f"{name}.{layer}"
+        site = str.__new__(cls, prefix + name)
+        site.prefix, site.stack, site.kind, site.layer, site.path = prefix, stack, kind, layer, path
+        return site
+
+    @classmethod
+    def parse(cls, name: str) -> Site:
+        """The same as ``Site(name)``."""
+        return cls(name)
+
+    def with_prefix(self, prefix: str) -> Site:
+        """The same place under another prefix."""
+        return Site.of(self.kind, self.layer, stack=self.stack, path=self.path, prefix=prefix)
+
+    def __reduce__(self):
+        return _rebuild, (self.kind, self.layer, self.stack, self.path, self.prefix)
+
+
+def _rebuild(kind: str, layer: int | None, stack: str | None, path: str | None, prefix: str) -> Site:
+    return Site.of(kind, layer, stack=stack, path=path, prefix=prefix)
+
+
+def unknown_kind(name: str) -> str:
+    """The message for a name that no kind answers to."""
+    close = get_close_matches(name.split(".")[0], KINDS, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return (
+        f"expected a site such as 'residual_input', 'residual_output.3', 'encoder.attn_output.0' or "
+        f"'module_output:<path>', got {name!r}.{hint} Kinds: {', '.join(KINDS)}."
+    )
+
+
+def select_layers(layers: LayerSpec, count: int, where: str = "the model") -> list[int]:
+    """Layer indices named by ``layers`` in a stack of ``count`` blocks, ascending and without repeats.
+
+    ``layers`` is ``"all"``, an int, a list of ints, a slice, or a string ``"0,3,7"``; negative indices count
+    from the end. Raises ``IndexError`` for an index outside the stack, ``ValueError`` for anything else.
+
+    >>> select_layers([0, -1], 4)
+    [0, 3]
+    >>> select_layers("0,2", 4)
+    [0, 2]
+    """
+    if isinstance(layers, slice):
+        chosen = list(range(count))[layers]
+    elif isinstance(layers, str) and layers.strip() == "all":
+        chosen = list(range(count))
+    else:
+        chosen = [_index(i, count, where) for i in _integers(layers)]
+    if not chosen:
+        raise ValueError(
+            f"layers={layers!r} selects none of the {count} blocks of {where}; give at least one layer."
+        )
+    return sorted(set(chosen))
+
+
+def _integers(layers: int | str | Iterable[int]) -> list[int]:
+    if isinstance(layers, str):
+        try:
+            return [int(part) for part in layers.split(",") if part.strip()]
+        except ValueError:
+            raise ValueError(f"layers= expects 'all' or integers such as '0,3,7', got {layers!r}.") from None
+    values = list(layers) if isinstance(layers, Iterable) else [layers]
+    for value in values:
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise ValueError(
+                f"layers= expects 'all', an int, a list of ints, a slice or a string '0,3,7', got {layers!r}."
+            )
+    return [value.__index__() for value in values]
+
+
+def _index(index: int, count: int, where: str) -> int:
+    if not -count <= index < count:
+        raise IndexError(
+            f"layer {index} is out of range: {where} has {count} blocks, so layers run from 0 to {count - 1} "
+            f"(or -{count} to -1)."
+        )
+    return index % count
