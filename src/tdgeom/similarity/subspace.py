@@ -1,0 +1,135 @@
+"""How far principal subspaces turn, and how far rows turn, from one site to the next."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tdgeom.similarity._inputs import as_rows, check_matched, warn_undefined
+from tdgeom.stage import Key, PairStage
+
+__all__ = ["LayerCosine", "SubspaceNovelty", "feature_subspace_novelty", "layer_cosine_sim"]
+
+
+def feature_subspace_novelty(u: Tensor, v: Tensor) -> Tensor:
+    """Mean sine of the principal angles: ``mean_i sqrt(1 - σ_i²)``, σ the singular values of UᵀV.
+
+    Args:
+        u: (..., D, k) orthonormal columns, such as leading eigenvectors. v: (..., D, k) of the other side,
+        equal D.
+
+    Returns:
+        (...) in [0, 1]: 0 for equal subspaces, 1 for orthogonal ones; two random ones have about ``sqrt(1 -
+        k/D)``.
+
+    The sines are singular values of ``V - U(UᵀV)``, so that equal subspaces give 0 to rounding (1 - σ²
+    would leave the square root of it, 1e-8). Invariances: any basis of either subspace, and one rotation of
+    both sides; rows need not match.
+
+    Björck & Golub 1973, Numerical methods for computing angles between linear subspaces.
+
+        >>> u = torch.eye(4, dtype=torch.float64)
+        >>> feature_subspace_novelty(u[:, :2], u[:, [0, 3]])
+        tensor(0.5000, dtype=torch.float64)
+    """
+    if u.ndim < 2 or v.ndim < 2 or u.shape[-2] != v.shape[-2]:
+        raise ValueError(
+            "feature_subspace_novelty compares subspaces of one space: expected u (..., D, k) and v (..., "
+            f"D, k) with equal D, got {tuple(u.shape)} and {tuple(v.shape)}. Sites of different width have "
+            "no common directions; linear_cka compares them through their rows."
+        )
+    if u.shape[-1] != v.shape[-1] or u.shape[-1] == 0:
+        raise ValueError(
+            f"feature_subspace_novelty expects as many columns on both sides, got {u.shape[-1]} and "
+            f"{v.shape[-1]}. Keep the first k = {min(u.shape[-1], v.shape[-1])} of each."
+        )
+    u, v = as_rows(u, "feature_subspace_novelty").double(), as_rows(v, "feature_subspace_novelty").double()
+    outside = v - u @ (u.mT @ v)
+    return torch.linalg.svdvals(outside).clamp(max=1).mean(-1)
+
+
+class SubspaceNovelty(PairStage):
+    """``feature_subspace_novelty`` between the leading k eigenvectors of two sites.
+
+    Args:
+        k: how many leading directions; fewer are used where the eigenvectors have fewer columns.
+        in_keys, out_keys: see ``Stage``. Default: ``("eigenvectors", side)`` (D, k) of EigenSpectrum.
+
+        >>> SubspaceNovelty(k=2)(eigenvectors_a=torch.eye(4), eigenvectors_b=torch.eye(4))
+        tensor(0., dtype=torch.float64)
+    """
+
+    reads: ClassVar = {("eigenvectors", "a"): "D k", ("eigenvectors", "b"): "D l"}
+    writes: ClassVar = [("between", "feature_subspace_novelty")]
+
+    def __init__(
+        self, *, k: int = 32, in_keys: Key | list[Key] | None = None, out_keys: Key | list[Key] | None = None
+    ) -> None:
+        if k < 1:
+            raise ValueError(f"SubspaceNovelty: k counts directions, expected 1 or more, got {k}.")
+        super().__init__(in_keys=in_keys, out_keys=out_keys)
+        self.k = k
+
+    def prepare(self, vectors: Tensor) -> Tensor:
+        """The first k columns."""
+        return vectors[..., : self.k]
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        """One (k, k) product and one singular value decomposition of (D, k)."""
+        k = min(a.shape[-1], b.shape[-1])
+        return feature_subspace_novelty(a[..., :k], b[..., :k])
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    # The largest magnitude is divided out first: float32 rows of any scale have a norm.
+    x = x / x.detach().abs().amax(-1, keepdim=True)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+def layer_cosine_sim(x: Tensor, y: Tensor) -> Tensor:
+    """Mean cosine between matched rows, uncentred: ``mean_i <x_i, y_i>/(|x_i||y_i|)``.
+
+    Args:
+        x: (..., N, D) rows. y: (..., N, D) the same rows on the other side, equal D.
+
+    Returns:
+        (...) float64 in [-1, 1], over the rows that have a direction on both sides: a zero row has no
+        cosine and is left out. NaN with one warning where no row has one.
+
+    Invariances: one rotation of both sides, and positive scale of any row; not separate rotations, not
+    offsets. No bias with few rows.
+
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> layer_cosine_sim(x, torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]]))
+        tensor(0.8536, dtype=torch.float64)
+    """
+    check_matched(x, y, "layer_cosine_sim", same_width=True)
+    return _mean_cosine(*(_unit_rows(as_rows(side, "layer_cosine_sim")) for side in (x, y)))
+
+
+def _mean_cosine(a: Tensor, b: Tensor) -> Tensor:
+    cosine = (a * b).sum(-1, dtype=torch.float64)
+    value = cosine.nanmean(-1).clamp(-1, 1)  # a zero row is NaN since its scaling
+    return warn_undefined(value, "layer_cosine_sim", "every row is zero on one side.")
+
+
+class LayerCosine(PairStage):
+    """``layer_cosine_sim`` between two sites of equal width, rows matched.
+
+        >>> x = torch.randn(5, 3)
+        >>> LayerCosine()(sample_a=x, sample_b=-x)
+        tensor(-1.0000, dtype=torch.float64)
+    """
+
+    reads: ClassVar = {("sample", "a"): "N D", ("sample", "b"): "N D"}
+    writes: ClassVar = [("between", "layer_cosine_sim")]
+
+    def prepare(self, sample: Tensor) -> Tensor:
+        """Rows of unit norm."""
+        return _unit_rows(as_rows(sample, "LayerCosine"))
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        """One elementwise product."""
+        return _mean_cosine(a, b)
