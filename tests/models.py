@@ -7,27 +7,27 @@ import transformers as tf
 from torch import nn
 
 VOCAB, WIDTH, DEPTH = 48, 16, 3
-_LLAMA = dict(
-    vocab_size=VOCAB,
-    hidden_size=WIDTH,
-    intermediate_size=32,
-    num_hidden_layers=DEPTH,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-_BERT = dict(
-    vocab_size=VOCAB,
-    hidden_size=WIDTH,
-    intermediate_size=32,
-    num_hidden_layers=DEPTH,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-    pad_token_id=0,
-)
+_LLAMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 32,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_BERT = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 32,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
 _GEMMA = {**_LLAMA, "head_dim": 4}
 
 
@@ -67,30 +67,30 @@ def t5(**changes) -> nn.Module:
 
 
 def _t5_config(**changes):
-    settings = dict(
-        vocab_size=VOCAB,
-        d_model=WIDTH,
-        d_kv=4,
-        d_ff=32,
-        num_layers=DEPTH,
-        num_heads=4,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=2,
-    )
+    settings = {
+        "vocab_size": VOCAB,
+        "d_model": WIDTH,
+        "d_kv": 4,
+        "d_ff": 32,
+        "num_layers": DEPTH,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+    }
     return tf.T5Config(**{**settings, **changes})
 
 
 def vit(**changes) -> nn.Module:
-    settings = dict(
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=DEPTH,
-        num_attention_heads=4,
-        image_size=8,
-        patch_size=4,
-        num_labels=5,
-    )
+    settings = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 32,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": 4,
+        "image_size": 8,
+        "patch_size": 4,
+        "num_labels": 5,
+    }
     return _seeded(tf.ViTForImageClassification, tf.ViTConfig(**{**settings, **changes}))
 
 

@@ -29,8 +29,8 @@ class Bound:
         """The model, or an error if pickling has dropped it."""
         if self.model is None:
             raise RuntimeError(
-                f"this Capture was unpickled without its model (a {self.name}): pickling keeps settings, not models. "
-                "Remedy: capture.bind(model), or a new Capture(model, ...)."
+                f"this Capture was unpickled without its model (a {self.name}): pickling keeps settings, "
+                "not models. Remedy: capture.bind(model), or a new Capture(model, ...)."
             )
         return self.model
 
@@ -61,9 +61,9 @@ def refuse_compiled(model: nn.Module, paths: Iterable[str]) -> None:
             if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
                 where = f"its submodule {owner!r}" if owner else "it"
                 raise RuntimeError(
-                    f"expected a model whose hooks fire, got a {type(model).__name__} of which {where} is compiled: "
-                    "hooks inside would silently never fire. Remedy: give the model before torch.compile "
-                    "(`compiled._orig_mod` is it) and call that."
+                    f"expected a model whose hooks fire, got a {type(model).__name__} of which {where} is "
+                    "compiled: hooks inside would silently never fire. Remedy: give the model before "
+                    "torch.compile (`compiled._orig_mod` is it) and call that."
                 )
 
 

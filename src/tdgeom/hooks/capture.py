@@ -76,12 +76,15 @@ class Capture(TensorDictModuleBase):
         out_keys: NestedKey | Sequence[NestedKey] = "acts",
     ) -> None:
         super().__init__()
-        self._asked = dict(
-            sites=sites if isinstance(sites, str) else list(sites), layers=layers, prefix=prefix
-        )
+        self._asked = {
+            "sites": sites if isinstance(sites, str) else list(sites),
+            "layers": layers,
+            "prefix": prefix,
+        }
         self.model_outputs = [model_outputs] if isinstance(model_outputs, str) else list(model_outputs or ())
         self.prefix, self.keep_graph, self.clone, self.withhold = prefix, keep_graph, clone, tuple(withhold)
         self._session: Session | None = None
+        self._calls_open: list[TensorDictBase] | None = None
         self._bound = self._resolve(model)
         self.sites: list[Site] = [entry.site for entry in self._bound.sites]
         self.module_paths: dict[Site, str] = {entry.site: entry.module_path for entry in self._bound.sites}
@@ -97,8 +100,9 @@ class Capture(TensorDictModuleBase):
             return [(*root, str(site)) for site in self.sites] + outputs
         if len(out_keys) != len(self.sites) + len(outputs):
             raise ValueError(
-                f"out_keys= expected {len(self.sites) + len(outputs)} keys, for {[*map(str, self.sites), *outputs]}, got "
-                f"{len(out_keys)}. Remedy: give one root key instead of a list."
+                f"out_keys= expected {len(self.sites) + len(outputs)} keys, for "
+                f"{[*map(str, self.sites), *outputs]}, got {len(out_keys)}. Remedy: give one root key "
+                "instead of a list."
             )
         return list(out_keys)
 
@@ -166,8 +170,9 @@ class Capture(TensorDictModuleBase):
                     if not needs_decoder_ids(bound.signature, kwargs):
                         raise
                     raise ValueError(
-                        f"{bound.name} failed without 'decoder_input_ids', which its decoder may need for the sites asked "
-                        "for. Remedy: put 'decoder_input_ids' or 'labels' in the batch, or ask for encoder sites only."
+                        f"{bound.name} failed without 'decoder_input_ids', which its decoder may need for "
+                        "the sites asked for. Remedy: put 'decoder_input_ids' or 'labels' in the batch, or "
+                        "ask for encoder sites only."
                     ) from error
                 done = session.end()
                 self._refuse_missing(done.acts)
@@ -244,8 +249,9 @@ class Capture(TensorDictModuleBase):
             )
         elif early is not None and early.acts:
             raise RuntimeError(
-                f"the sites {sorted(map(str, early.acts))} fired, but the {self._bound.name} itself was never called: a part "
-                "of it was. Remedy: call the model that Capture was given, or give Capture the part that you call."
+                f"the sites {sorted(map(str, early.acts))} fired, but the {self._bound.name} itself was "
+                "never called: a part of it was. Remedy: call the model that Capture was given, or give "
+                "Capture the part that you call."
             )
 
     def _record(
@@ -263,8 +269,8 @@ class Capture(TensorDictModuleBase):
     def _refuse_entered(self) -> None:
         if self._session is not None:
             raise RuntimeError(
-                "this Capture is already in use (entered, or running): its calls would mix. Remedy: leave the with "
-                "block first, or use a second Capture of the same model."
+                "this Capture is already in use (entered, or running): its calls would mix. Remedy: leave "
+                "the with block first, or use a second Capture of the same model."
             )
 
     def _refuse_missing(self, fired: Iterable[str]) -> None:
@@ -272,17 +278,15 @@ class Capture(TensorDictModuleBase):
         if missing:
             paths = ", ".join(f"{site!s} ({self.module_paths[site]})" for site in missing[:5])
             raise RuntimeError(
-                f"expected every site to fire, {len(missing)} never did: {paths}. The forward pass did not run these "
-                "modules through their __call__ (skipped, compiled, replaced since the Capture was made, or called by "
-                "another method). Remedy: leave them out, or make a new Capture after changing the model."
+                f"expected every site to fire, {len(missing)} never did: {paths}. The forward pass did not "
+                "run these modules through their __call__ (skipped, compiled, replaced since the Capture "
+                "was made, or called by another method). Remedy: leave them out, or make a new Capture "
+                "after changing the model."
             )
 
     def __getstate__(self) -> dict:
         # hooks and open calls belong to the with block, not to copies of this module
         return {**self.__dict__, "_session": None, "_calls_open": None}
-
-    def extra_repr(self) -> str:
-        return f"model={self._bound.name}, sites={[str(s) for s in self.sites]}"
 
 
 def _write(tensordict: TensorDictBase, values: dict[NestedKey, Tensor]) -> None:
@@ -290,8 +294,9 @@ def _write(tensordict: TensorDictBase, values: dict[NestedKey, Tensor]) -> None:
     for key, value in values.items():
         if value.shape[: len(size)] != size:
             raise ValueError(
-                f"{key} has shape {tuple(value.shape)}, which does not start with the TensorDict's batch size "
-                f"{list(size)}. Remedy: give Capture a TensorDict with batch_size [] (td.batch_size = [])."
+                f"{key} has shape {tuple(value.shape)}, which does not start with the TensorDict's batch "
+                f"size {list(size)}. Remedy: give Capture a TensorDict with batch_size [] (td.batch_size = "
+                "[])."
             )
     for key, value in values.items():
         tensordict.set(key, value)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
@@ -97,6 +96,7 @@ def numbers_from_padding(model: nn.Module) -> bool:
 def position_ids(attention_mask: Tensor) -> Tensor:
     """Positions counted over attended tokens, (B, T) -> (B, T) int64; padding before the first token gets 0.
 
+    >>> import torch
     >>> position_ids(torch.tensor([[0, 0, 1, 1]]))
     tensor([[0, 0, 0, 1]])
     """
@@ -122,7 +122,8 @@ def model_inputs(
         if value is None:
             raise KeyError(
                 f"Capture expected the model's input {name!r} under the key {key!r}; the TensorDict has "
-                f"{sorted(map(str, tensordict.keys()))}. Remedy: add it, or Capture(..., in_keys={{{name!r}: <key>}})."
+                f"{sorted(map(str, tensordict.keys()))}. Remedy: add it, or Capture(..., "
+                "in_keys={{name!r}: <key>})."
             )
         given[name] = value
     kept_back = {*CARRIED, *withhold}

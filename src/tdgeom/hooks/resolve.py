@@ -10,7 +10,8 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from tdgeom.hooks import readers
-from tdgeom.hooks.blocks import Place, Stack, find_final_norm, find_parts, find_stacks
+from tdgeom.hooks.blocks import Stack, find_final_norm, find_stacks
+from tdgeom.hooks.parts import Place, find_parts
 from tdgeom.hooks.sites import (
     BLOCK_KINDS,
     KINDS,
@@ -22,7 +23,8 @@ from tdgeom.hooks.sites import (
     unknown_kind,
 )
 
-# Which of the two outputs in a block the residual stream receives: what else transforms them is worth an error.
+# Which of the two outputs in a block the residual stream receives: what else transforms them is worth an
+# error.
 ADDED_KINDS = ("attn_output", "mlp_output")
 
 
@@ -74,10 +76,10 @@ def resolve_sites(
 ) -> list[ResolvedSite]:
     """The sites that ``sites`` and ``layers`` name in ``model``, each once, in execution order.
 
-    ``sites`` holds kinds (``layers`` applies to them), kinds of one stack (``"encoder.residual_input"``), concrete
-    names (``"residual_output.-1"``), or globs of module paths (``"module_output:h.*.mlp"``; ``*`` stays within one component, ``**``
-    takes any number of them). Raises ``ValueError`` for what a model does not have and ``IndexError`` for a
-    layer out of range.
+    ``sites`` holds kinds (``layers`` applies to them), kinds of one stack (``"encoder.residual_input"``),
+    concrete names (``"residual_output.-1"``), or globs of module paths (``"module_output:h.*.mlp"``; ``*``
+    stays within one component, ``**`` takes any number of them). Raises ``ValueError`` for what a model does
+    not have and ``IndexError`` for a layer out of range.
     """
     wanted = [sites] if isinstance(sites, str) else list(sites)
     if not wanted:
@@ -136,8 +138,9 @@ def _select(
 ) -> list[ResolvedSite]:
     if not stacks:
         raise ValueError(
-            f"expected repeated blocks (a list of like modules) for the site {site!r}, found none in {type(model).__name__}. "
-            f"Remedy: name the module, sites='module_output:<path>'; paths: {_some(p for p, _ in model.named_modules() if p)}."
+            f"expected repeated blocks (a list of like modules) for the site {site!r}, found none in "
+            f"{type(model).__name__}. Remedy: name the module, sites='module_output:<path>'; paths: "
+            f"{_some(p for p, _ in model.named_modules() if p)}."
         )
     names = [stack.name for stack in stacks]
     if site.stack is not None and site.stack not in names:
@@ -147,8 +150,8 @@ def _select(
         )
     if site.stack is None and site.layer is not None and len(stacks) > 1:
         raise ValueError(
-            f"{site!r} could be in any of the stacks {', '.join(map(str, names))} of {type(model).__name__}. "
-            f"Remedy: {names[0]}.{site}."
+            f"{site!r} could be in any of the stacks {', '.join(map(str, names))} of "
+            f"{type(model).__name__}. Remedy: {names[0]}.{site}."
         )
     if site.layer is not None and site.kind in STACK_KINDS:
         raise ValueError(f"{site.kind!r} has no layers; write it without a number, got {site!r}.")
@@ -159,8 +162,9 @@ def _select(
     if not chosen:
         kinds = sorted({entry.site.kind for entry in found}, key=KINDS.index)
         raise ValueError(
-            f"{type(model).__name__} has no {site.kind!r} that can be told from its structure; it has {', '.join(kinds)}. "
-            f"Remedy: name the module, sites='module_output:<path>'; modules of a block: "
+            f"{type(model).__name__} has no {site.kind!r} that can be told from its structure; it has "
+            f"{', '.join(kinds)}. Remedy: name the module, sites='module_output:<path>'; modules of a "
+            "block: "
             f"{_some(n for n, _ in stacks[0].blocks[0].module.named_modules(prefix=stacks[0].blocks[0].path))}."
         )
     return chosen
@@ -217,7 +221,7 @@ def _match(parts: Sequence[str], patterns: Sequence[str]) -> bool:
 def _execution_order(model: nn.Module, found: list[ResolvedSite]):
     """A sort key: known sites as :func:`available_sites` lists them, other modules where they are registered."""
     rank = {entry.site: i for i, entry in enumerate(found)}
-    start = {path: i for i, (path, _) in enumerate(model.named_modules())}
+    start = {path: i for i, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
     paths = list(start)
     end = {
         path: max(start[p] for p in paths if p == path or p.startswith(path + ".")) for path in paths if path
@@ -226,7 +230,12 @@ def _execution_order(model: nn.Module, found: list[ResolvedSite]):
         entry.block_path: rank[entry.site] for entry in reversed(found) if entry.site.kind == "residual_input"
     }
     last_of = {entry.block_path: rank[entry.site] for entry in found if entry.site.kind == "residual_output"}
-    starts = sorted((start[path], first, path) for path, first in block_of.items() if path is not None)
+    # what has run by then, for a module outside of blocks: whole blocks, and a final norm registered behind
+    # them
+    passed = [(start[path], last) for path, last in last_of.items() if path is not None]
+    blocks_end = max((at for at, _ in passed), default=0)
+    norms = [e for e in found if e.site.kind == "final_norm" and start[e.module_path] > blocks_end]
+    passed += [(start[e.module_path], rank[e.site]) for e in norms]
 
     def key(entry: ResolvedSite) -> tuple[float, float, float]:
         if entry.site in rank:
@@ -239,7 +248,7 @@ def _execution_order(model: nn.Module, found: list[ResolvedSite]):
                 return (last_of[block], 1.0, tie) if is_output else (first, -1.0, tie)
             if block is not None and path.startswith(block + "."):
                 return (first, 1.0 + moment, tie)
-        before = [last_of[path] for at, _, path in starts if at < moment]
+        before = [rank for at, rank in passed if at < moment]
         return (max(before) if before else -1.0, 2.0 + moment + len(paths), tie)
 
     return key

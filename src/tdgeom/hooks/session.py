@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdgeom.hooks.blocks import is_neutral
+from tdgeom.hooks.parts import is_neutral
 from tdgeom.hooks.readers import read_input
 from tdgeom.hooks.resolve import ADDED_KINDS, ResolvedSite
 from tdgeom.hooks.sites import Site
@@ -35,8 +35,8 @@ class Pass:
         for site, version in self.versions.items():
             if self.acts[site]._version != version:
                 raise RuntimeError(
-                    f"the tensor read at {str(site)!r} was modified in place later in the same forward pass, so it no "
-                    "longer holds what was there. Remedy: Capture(..., clone=True)."
+                    f"the tensor read at {str(site)!r} was modified in place later in the same forward "
+                    "pass, so it no longer holds what was there. Remedy: Capture(..., clone=True)."
                 )
 
 
@@ -124,7 +124,7 @@ class Session:
         self._store(place, entries, args, kwargs, None)
 
     def _on_output(
-        self, place: tuple, entries: list, module: nn.Module, args: tuple, kwargs: dict, output
+        self, place: tuple, entries: list, module: nn.Module, args: tuple, kwargs: dict, output: Any
     ) -> None:
         self._store(place, entries, args, kwargs, output)
 
@@ -137,9 +137,9 @@ class Session:
         calls = entries[0].calls
         if count >= calls:
             raise RuntimeError(
-                f"the site {str(entries[0].site)!r} fired {count + 1} times in one forward pass, expected {calls}: the "
-                f"module {place[0]!r} runs more than once. Remedy: capture a module that runs once, "
-                "sites='module_output:<path>', or list the shared block once a layer."
+                f"the site {str(entries[0].site)!r} fired {count + 1} times in one forward pass, expected "
+                f"{calls}: the module {place[0]!r} runs more than once. Remedy: capture a module that runs "
+                "once, sites='module_output:<path>', or list the shared block once a layer."
             )
         for entry in entries:
             if entry.call == count:
@@ -152,8 +152,9 @@ class Session:
         if value is None:
             seen = type(output).__name__ if entry.side == "output" else [type(a).__name__ for a in args]
             raise RuntimeError(
-                f"the site {str(entry.site)!r} expected a tensor at the {entry.side} of {entry.module_path!r}, got {seen}. "
-                "Remedy: choose another module, sites='module_output:<path>'."
+                f"the site {str(entry.site)!r} expected a tensor at the {entry.side} of "
+                f"{entry.module_path!r}, got {seen}. Remedy: choose another module, "
+                "sites='module_output:<path>'."
             )
         if entry.site.kind in ADDED_KINDS:
             step.raw[entry.site] = value
@@ -189,7 +190,7 @@ class Session:
             for name, module in modules[entry.block_path or ""].named_modules():
                 path = ".".join(p for p in (entry.block_path, name) if p)
                 related = path.startswith(leave + ".") or leave.startswith(path + ".") or path == leave
-                if name and not related and not is_neutral(name, module):
+                if name and not related and not is_neutral(module):
                     hook = partial(self._on_follower, entry, path)
                     self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -202,8 +203,9 @@ class Session:
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
         if len(tensors) == 1 and tensors[0] is value:
             raise RuntimeError(
-                f"the site {str(entry.site)!r} should be what is added to the residual stream, but {path!r} still "
-                f"transforms the output of {entry.module_path!r}. Remedy: sites='module_output:{path}'."
+                f"the site {str(entry.site)!r} should be what is added to the residual stream, but {path!r} "
+                f"still transforms the output of {entry.module_path!r}. Remedy: "
+                f"sites='module_output:{path}'."
             )
 
 
@@ -219,7 +221,8 @@ def read_named_outputs(
         if not isinstance(value, Tensor):
             has = [k for k in output if isinstance(output[k], Tensor)] if isinstance(output, dict) else []
             raise ValueError(
-                f"model_outputs= expected a tensor {name!r} in the model's output, got {type(value).__name__} from a "
+                f"model_outputs= expected a tensor {name!r} in the model's output, got "
+                f"{type(value).__name__} from a "
                 f"{type(output).__name__}" + (f" that has the tensors {has}." if has else ".")
             )
         found[name] = keep(value)

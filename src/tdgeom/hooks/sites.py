@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
-# In the order in which a block meets them; a block that runs attention and MLP side by side keeps this order too.
+# In the order in which a block meets them; a block that runs attention and MLP side by side keeps this order
+# too.
 BLOCK_KINDS = (
     "residual_input",
     "attn_input",
@@ -54,6 +55,7 @@ class Site(str):
     path: str | None
 
     def __new__(cls, name: str) -> Site:
+        """Parse a name."""
         if isinstance(name, Site):
             return name
         match = _MODULE_NAME.fullmatch(name)
@@ -112,7 +114,7 @@ def unknown_kind(name: str) -> str:
     close = get_close_matches(name.split(".")[0], KINDS, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return (
-        f"expected a site such as 'residual_input', 'residual_output.3', 'encoder.attn_output.0' or "
+        "expected a site such as 'residual_input', 'residual_output.3', 'encoder.attn_output.0' or "
         f"'module_output:<path>', got {name!r}.{hint} Kinds: {', '.join(KINDS)}."
     )
 
@@ -159,7 +161,7 @@ def _integers(layers: int | str | Iterable[int]) -> list[int]:
 def _index(index: int, count: int, where: str) -> int:
     if not -count <= index < count:
         raise IndexError(
-            f"layer {index} is out of range: {where} has {count} blocks, so layers run from 0 to {count - 1} "
-            f"(or -{count} to -1)."
+            f"layer {index} is out of range: {where} has {count} blocks, so layers run from 0 to "
+            f"{count - 1} (or -{count} to -1)."
         )
     return index % count
