@@ -31,7 +31,11 @@ def gather_states(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    wire = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    wire = (
+        torch.device("cuda", torch.cuda.current_device())
+        if dist.get_backend() == "nccl"
+        else torch.device("cpu")
+    )
     if dist.get_rank() != 0:
         for value in state.values():
             dist.send(_header(value).to(wire), dst=0)

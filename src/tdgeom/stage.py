@@ -33,7 +33,9 @@ def _is_key(value: object) -> bool:
     )
 
 
-def resolve_keys(given: Key | Sequence[Key] | None, defaults: Sequence[Key], *, what: str, owner: str) -> list[Key]:
+def resolve_keys(
+    given: Key | Sequence[Key] | None, defaults: Sequence[Key], *, what: str, owner: str
+) -> list[Key]:
     """Every leaf key, from a list (all leaves), a single key (the root or the only leaf) or None (the defaults)."""
     names = [key_tuple(key)[-1] for key in defaults]
     if given is None:
@@ -74,6 +76,7 @@ class Stage(TensorDictModuleBase):
             batch dimensions; a letter that comes twice must have one size) or a plain list of keys.
         writes: default out_keys, a list; the last part of a key is the output's documented name.
         optional: names among ``reads`` that may be absent; ``compute`` then receives None.
+        shared: keys that stay as they are under ``ForEach`` (one value for all sites), beside its own ``shared=``.
 
     Args:
         in_keys: a list names every leaf read, in the order of ``reads``; a single key stands for a one-element list.
@@ -87,6 +90,7 @@ class Stage(TensorDictModuleBase):
     reads: ClassVar[Mapping[Key, str] | Sequence[Key]] = ()
     writes: ClassVar[Sequence[Key]] = ()
     optional: ClassVar[frozenset[str]] = frozenset()
+    shared: ClassVar[frozenset[Key]] = frozenset()
 
     def __init__(
         self,
@@ -108,14 +112,18 @@ class Stage(TensorDictModuleBase):
         in_keys = resolve_keys(in_keys, roles, what="in_keys", owner=owner)
         required = self._optional.index(True) if True in self._optional else len(roles)
         if not required <= len(in_keys) <= len(roles):
-            raise ValueError(f"{owner} reads {len(roles)} leaves, in this order: {roles}; in_keys has {in_keys}.")
+            raise ValueError(
+                f"{owner} reads {len(roles)} leaves, in this order: {roles}; in_keys has {in_keys}."
+            )
         self._shapes = shapes[: len(in_keys)]
         self._roles = roles
         self.in_keys = in_keys
         self._names = [key_tuple(key)[-1] for key in writes]
         out_keys = resolve_keys(out_keys, list(writes), what="out_keys", owner=owner)
         if len(out_keys) != len(self._names):
-            raise ValueError(f"{owner} writes {len(self._names)} leaves, in this order: {self._names}; out_keys has {out_keys}.")
+            raise ValueError(
+                f"{owner} writes {len(self._names)} leaves, in this order: {self._names}; out_keys has {out_keys}."
+            )
         self.out_keys = out_keys
 
     def compute(self, *inputs: Tensor) -> Tensor | Sequence[Tensor] | Mapping[str, Tensor]:
@@ -131,7 +139,9 @@ class Stage(TensorDictModuleBase):
         """The inputs, checked against the event shapes of ``reads``."""
         values = [tensordict.get(key, None) for key in self.in_keys]
         missing = [
-            key for key, value, optional in zip(self.in_keys, values, self._optional) if value is None and not optional
+            key
+            for key, value, optional in zip(self.in_keys, values, self._optional)
+            if value is None and not optional
         ]
         if missing:
             have = sorted(map(str, tensordict.keys(True, True)))
@@ -147,7 +157,12 @@ class Stage(TensorDictModuleBase):
         self, tensordict: TensorDictBase, outputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]
     ) -> TensorDictBase:
         """Write the outputs of ``compute`` under ``out_keys``."""
-        keys = self.out_keys_source
+        for key, value in zip(self.out_keys_source, self.listed(outputs)):
+            tensordict.set(key, value)
+        return tensordict
+
+    def listed(self, outputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> list[Tensor]:
+        """The outputs of ``compute`` in the order of ``writes``."""
         if isinstance(outputs, Mapping):
             if set(outputs) != set(self._names):
                 raise ValueError(
@@ -156,11 +171,11 @@ class Stage(TensorDictModuleBase):
             outputs = [outputs[name] for name in self._names]
         elif isinstance(outputs, Tensor):
             outputs = [outputs]
-        if len(outputs) != len(keys):
-            raise ValueError(f"{type(self).__name__}.compute returned {len(outputs)} outputs for out_keys {keys}.")
-        for key, value in zip(keys, outputs):
-            tensordict.set(key, value)
-        return tensordict
+        if len(outputs) != len(self._names):
+            raise ValueError(
+                f"{type(self).__name__}.compute returned {len(outputs)} outputs, its documented names are {self._names}."
+            )
+        return list(outputs)
 
     def _check_shapes(self, values: Sequence[Tensor | None], batch_size: torch.Size) -> None:
         sizes: dict[str, tuple[int, Key]] = {}
@@ -268,7 +283,9 @@ class StreamingStage(Stage):
 
     def start(self, *rows: Tensor) -> Mapping[str, Tensor]:
         """The state before any row, with the shapes that these rows call for."""
-        raise TypeError(f"{type(self).__name__} defines no start(): return the state before any row, by name.")
+        raise TypeError(
+            f"{type(self).__name__} defines no start(): return the state before any row, by name."
+        )
 
     def accumulate(self, *rows: Tensor) -> None:
         """Add rows to the state."""

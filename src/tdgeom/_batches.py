@@ -1,0 +1,137 @@
+"""Whatever a loader yields, as a TensorDict of batch size []."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from tensordict import NonTensorData, TensorDict, TensorDictBase, is_tensor_collection
+from torch import Tensor
+
+from tdgeom.stage import Key
+
+__all__ = ["Buffer", "as_batch", "batch_length"]
+
+
+def as_batch(batch: object, in_keys: Sequence[Key] | None, device: torch.device | None) -> TensorDict:
+    """A shallow TensorDict of batch size []: the batch itself is never altered."""
+    if isinstance(batch, TensorDictBase):
+        td = _copy(batch)
+    elif isinstance(batch, Mapping):
+        td = TensorDict({}, batch_size=[])
+        for key, value in batch.items():
+            _put(td, key, value)
+    else:
+        values = (
+            [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, list | tuple) else None
+        )
+        if values is None:
+            raise TypeError(
+                f"run takes batches that are a dict, a BatchEncoding, a TensorDict, a tensor or a tuple of tensors, got "
+                f"{type(batch).__name__}. Give the loader a collate_fn, such as the tokenizer's data collator."
+            )
+        if in_keys is None or len(in_keys) < len(values):
+            raise ValueError(
+                f"run got a batch of {len(values)} unnamed value(s): name them with in_keys=, for instance "
+                f"run(..., in_keys=['input_ids', 'attention_mask']); got in_keys={in_keys!r}."
+            )
+        td = TensorDict({}, batch_size=[])
+        for key, value in zip(in_keys, values):
+            _put(td, key, value)
+    return td.to(device, non_blocking=True) if device is not None else td
+
+
+def _copy(td: TensorDictBase) -> TensorDict:
+    copy = TensorDict({}, batch_size=[])
+    for key in td.keys():
+        value = td.get(key)
+        if is_tensor_collection(value) and not isinstance(value, NonTensorData):
+            copy.set(key, _copy(value) if isinstance(value, TensorDictBase) else value)
+        elif isinstance(value, Tensor):
+            copy.set(key, value)
+        else:
+            copy.set_non_tensor(key, getattr(value, "data", value))
+    return copy
+
+
+def _put(td: TensorDict, key: Key, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, Mapping):
+        inner = TensorDict({}, batch_size=[])
+        for name, part in value.items():
+            _put(inner, name, part)
+        td.set(key, inner)
+    elif isinstance(value, Tensor | TensorDictBase):
+        td.set(key, value)
+    else:
+        array = np.asarray(value) if not isinstance(value, str) else None
+        if array is not None and array.dtype.kind in "biuf":
+            td.set(key, torch.as_tensor(array))
+        else:
+            td.set_non_tensor(key, value)
+
+
+def batch_length(td: TensorDictBase) -> int:
+    """How many sequences a batch holds."""
+    for key in ("attention_mask", "input_ids"):
+        value = td.get(key, None)
+        if isinstance(value, Tensor) and value.ndim:
+            return value.shape[0]
+    for key in td.keys(True, True):
+        value = td.get(key)
+        if isinstance(value, Tensor) and value.ndim:
+            return value.shape[0]
+    return 1
+
+
+class Buffer:
+    """Rows of many batches, handed on in blocks of ``block_rows``; remembers which batch each row came from."""
+
+    def __init__(self, keys: Sequence[Key], block_rows: int) -> None:
+        self.keys = list(keys)
+        self.block_rows = block_rows
+        self._pieces: dict[Key, list[Tensor]] = {key: [] for key in self.keys}
+        self._origin: list[tuple[int, int]] = []
+        self._held = 0
+
+    def add(
+        self, rows: Mapping[Key, Tensor], count: int, batch: int
+    ) -> Iterator[tuple[dict[Key, Tensor], list[int]]]:
+        """Take rows in; yield every full block with the batch number of each of its rows."""
+        if count:
+            for key, value in rows.items():
+                self._pieces[key].append(value)
+            self._origin.append((batch, count))
+            self._held += count
+        while self._held >= self.block_rows:
+            yield self._take(self.block_rows)
+
+    def flush(self) -> Iterator[tuple[dict[Key, Tensor], list[int]]]:
+        """Yield what is left."""
+        if self._held:
+            yield self._take(self._held)
+
+    def _take(self, count: int) -> tuple[dict[Key, Tensor], list[int]]:
+        block = {}
+        for key, pieces in self._pieces.items():
+            whole = (
+                pieces[0] if len(pieces) == 1 else torch.cat([piece.to(pieces[0].device) for piece in pieces])
+            )
+            block[key], rest = whole[:count], whole[count:]
+            self._pieces[key] = [rest] if rest.shape[0] else []
+        origin = [batch for batch, rows in self._origin for _ in range(rows)]
+        left = origin[count:]
+        self._origin = [(batch, left.count(batch)) for batch in dict.fromkeys(left)]
+        self._held -= count
+        return block, origin[:count]
+
+
+def iterate(dataloader: Iterable[object]) -> Iterator[object]:
+    """The loader's batches; a single batch given by mistake is refused."""
+    if isinstance(dataloader, Mapping | TensorDictBase | Tensor | str):
+        raise TypeError(
+            f"run takes an iterable of batches, got one {type(dataloader).__name__}: put it in a list, run(pipeline, [batch])."
+        )
+    return iter(dataloader)

@@ -1,0 +1,386 @@
+"""``run``: stream a dataloader through a pipeline in bounded memory, then finish."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tensordict import NonTensorData, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tdgeom._batches import Buffer, as_batch, batch_length, iterate
+from tdgeom._plan import Plan, describe, make_plan
+from tdgeom._ranks import Repeats, rank_and_world, sum_over_ranks
+from tdgeom.stage import Key, as_key, key_tuple, rows_finite
+from tdgeom.tokens import POSITION_BITS, SelectTokens
+
+__all__ = ["run"]
+
+
+def run(
+    pipeline: TensorDictModuleBase,
+    dataloader: Iterable[Any],
+    *,
+    max_rows: int | None = None,
+    inputs: TensorDictBase | None = None,
+    keep: Sequence[str] | None = None,
+    block_rows: int = 2048,
+    nonfinite: str = "raise",
+    in_keys: Sequence[Key] | None = None,
+    device: torch.device | str | None = None,
+    sharded: bool = False,
+    progress: bool | None = None,
+) -> TensorDict | None:
+    """Stream a dataloader through a pipeline and return every result in one TensorDict.
+
+    Stages up to the streaming ones run once a batch, streaming stages gather rows, and every stage whose inputs they
+    write runs once at the end; which is which follows from the keys. Rows reach the streaming stages in blocks of
+    ``block_rows``, cut exactly at ``max_rows`` in stream order and checked once for NaN and Inf.
+
+    Args:
+        pipeline: a TensorDictSequential of stages. Its streaming state is reset first and stays afterwards.
+        dataloader: an iterable of dicts, BatchEncodings, TensorDicts, or (with ``in_keys``) tensors and tuples.
+        max_rows: stop after this many rows.
+        inputs: results of an earlier run that stages here may read (the second pass of a two-pass analysis).
+        keep: roots to keep, such as ["spectrum"]; default all streaming and end results.
+        block_rows: rows gathered before the streaming stages see them; small batches then cost what large ones do.
+        nonfinite: "raise" names site and batch of a NaN or Inf; "drop" leaves such rows out at all sites and counts them.
+        in_keys: names for the entries of tuple batches; default the first inputs that the pipeline needs.
+        device: where batches go; default the model's device.
+        sharded: the loader already holds this rank's share; batches carry ``sequence_id``, repeats count once.
+        progress: a progress bar; default only on a terminal.
+
+    Returns:
+        A TensorDict of batch size [] with the results and ``("run", ...)``: rows, tokens, padding and dropped rows,
+        batches, seconds by phase, and why it stopped. In a process group the result is on rank 0, None elsewhere.
+
+    Raises:
+        ValueError: a pipeline that cannot be split (the message names the stage and the remedy), an empty loader, rows that
+            are not finite. KeyboardInterrupt passes through; the model is left as it was.
+
+        >>> import torch, tdgeom as tg
+        >>> from tensordict.nn import TensorDictSequential
+        >>> pipeline = TensorDictSequential(tg.StreamingCovariance(), tg.EigenSpectrum(), tg.SpectrumMetrics())
+        >>> result = tg.run(pipeline, [{"tokens": torch.eye(4)}])
+        >>> round(float(result["spectrum", "d_pr"]), 3), int(result["run", "rows"])
+        (3.0, 4)
+    """
+    if nonfinite not in ("raise", "drop"):
+        raise ValueError(f"run: nonfinite takes 'raise' or 'drop', got {nonfinite!r}.")
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"run: max_rows must be at least 1, got {max_rows}.")
+    if block_rows < 1:
+        raise ValueError(f"run: block_rows must be at least 1, got {block_rows}.")
+    plan = make_plan(pipeline, [] if inputs is None else inputs.keys(True, True))
+    if not plan.stream:
+        raise ValueError(
+            "run found no streaming stage in the pipeline, so nothing would be kept. Put one behind the per-batch stages "
+            "(StreamingCovariance, RowSample, StreamingMean, Collect), or call the pipeline on a TensorDict directly."
+        )
+    stream = _Stream(plan, inputs, max_rows, block_rows, nonfinite, in_keys, device, sharded)
+    with tqdm(total=max_rows, unit=" rows", unit_scale=True, disable=not _show(progress), leave=False) as bar:
+        stream.read(dataloader, bar)
+    return stream.finish(pipeline, keep)
+
+
+def _show(progress: bool | None) -> bool:
+    return sys.stderr.isatty() if progress is None else progress
+
+
+class _Stream:
+    """One pass: what has been counted so far, and the steps from batch to blocks."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        inputs: TensorDictBase | None,
+        max_rows: int | None,
+        block_rows: int,
+        nonfinite: str,
+        in_keys: Sequence[Key] | None,
+        device: torch.device | str | None,
+        sharded: bool,
+    ) -> None:
+        self.plan, self.inputs, self.max_rows, self.nonfinite, self.sharded = (
+            plan,
+            inputs,
+            max_rows,
+            nonfinite,
+            sharded,
+        )
+        self.selects = [unit for unit in plan.batch if isinstance(unit, SelectTokens)]
+        models = [place for unit in plan.batch if (place := getattr(unit, "device", None)) is not None]
+        self.device = torch.device(device) if device is not None else models[0] if models else None
+        self.in_keys = in_keys if in_keys is not None else self._wanted()
+        self.buffer = Buffer(list(dict.fromkeys([*plan.stream_keys, "row_id"])), block_rows)
+        self.repeats = Repeats() if sharded else None
+        self.rank, self.world = rank_and_world()
+        self.counts = dict.fromkeys(
+            ("rows", "tokens", "padding_rows", "dropped_rows", "repeated_rows", "batches"), 0
+        )
+        self.seconds = dict.fromkeys(("load", "batch", "stream", "finish"), 0.0)
+        self.claimed = 0  # rows of all ranks' batches so far: the budget
+        self.sequences = 0
+        self.rows_by_shape: dict[object, int] = {}
+        self.stopped = "end of data"
+        for unit in (*plan.stream, *self.selects):
+            unit.reset()
+
+    def _wanted(self) -> list[Key]:
+        """Inputs that no stage writes: what an unnamed tensor in a batch must be."""
+        written: set[tuple[str, ...]] = set()
+        wanted: list[Key] = []
+        for unit in (*self.plan.batch, *self.plan.stream):
+            wanted += [
+                key
+                for key in unit.in_keys
+                if key_tuple(key) not in written and key not in (*wanted, "row_id")
+            ]
+            written |= {key_tuple(key) for key in unit.out_keys}
+        return wanted
+
+    @contextmanager
+    def _timed(self, phase: str) -> Any:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - begin
+
+    def read(self, dataloader: Iterable[Any], bar: tqdm) -> None:
+        """Batches to blocks to updates, until the data or the budget ends."""
+        batches = enumerate(iterate(dataloader))
+        while True:
+            with self._timed("load"):
+                index, batch = next(batches, (None, None))
+                td = None if index is None else as_batch(batch, self.in_keys, self.device)
+            if self.repeats is not None:
+                fresh, everyone_done = self.repeats.step(None if td is None else self._sequence_ids(td))
+                if everyone_done:
+                    break
+            elif td is None:
+                break
+            if td is None or (self.max_rows is not None and self.claimed >= self.max_rows):
+                continue  # only a sharded loader comes here: others still announce their batches
+            self._number(td)
+            self._take(td, index, fresh if self.repeats is not None else None, bar)
+            if self.max_rows is not None and self.claimed >= self.max_rows:
+                self.stopped = "max_rows"
+                if self.repeats is None:
+                    break
+        for block, origin in self.buffer.flush():
+            self._update(block, origin)
+
+    def _sequence_ids(self, td: TensorDict) -> Tensor:
+        ids = td.get("sequence_id", None)
+        if ids is None:
+            raise KeyError(
+                "run(sharded=True) needs 'sequence_id' (B,) in every batch, unique over all ranks: an index in the stream "
+                "would number different documents alike on different ranks."
+            )
+        return ids
+
+    def _number(self, td: TensorDict) -> None:
+        if td.get("sequence_id", None) is None:
+            length = batch_length(td)
+            td.set("sequence_id", torch.arange(self.sequences, self.sequences + length))
+            self.sequences += length
+
+    def _take(self, td: TensorDict, index: int, fresh: Tensor | None, bar: tqdm) -> None:
+        mine = self.sharded or index % self.world == self.rank
+        if not mine:
+            count = self._count_elsewhere(td) if self.max_rows is not None else 0
+            self.claimed += count
+            return
+        with self._timed("batch"):
+            rows, count = self._rows(td)
+        if fresh is not None:
+            rows, count = self._without_repeats(rows, count, fresh)
+        self._count_padding(td)
+        if self.max_rows is not None and self.claimed + count > self.max_rows:
+            count = self.max_rows - self.claimed
+            rows = {key: value[:count] for key, value in rows.items()}
+        self.claimed += count
+        self.counts["batches"] += 1
+        for block, origin in self.buffer.add(rows, count, index):
+            self._update(block, origin)
+        if not bar.disable:
+            bar.update(count)
+            elapsed = max(bar.format_dict["elapsed"], 1e-9)
+            bar.set_postfix_str(f"{self.counts['tokens'] / elapsed:,.0f} tokens/s")
+
+    def _rows(self, td: TensorDict) -> tuple[dict[Key, Tensor], int]:
+        for unit in self.plan.batch:
+            for key in unit.in_keys:
+                if (
+                    self.inputs is not None
+                    and td.get(key, None) is None
+                    and self.inputs.get(key, None) is not None
+                ):
+                    td.set(key, self.inputs.get(key))
+            unit(td)
+        first = next((td.get(key, None) for key in self.buffer.keys if td.get(key, None) is not None), None)
+        row_id = td.get("row_id", None)
+        if row_id is None and first is not None:
+            # Rows that come straight from the loader: each is its own sequence.
+            row_id = (
+                torch.arange(self.claimed, self.claimed + first.shape[0], device=first.device)
+                << POSITION_BITS
+            )
+            td.set("row_id", row_id)
+        rows = {}
+        for key in self.buffer.keys:
+            value = td.get(key, None)
+            if value is None:
+                raise KeyError(
+                    f"the streaming stages read {key!r}, which neither the batch nor a stage before them holds; there is "
+                    f"{sorted(map(str, td.keys(True, True)))[:12]}. Name the right key with in_keys=, or add the stage that "
+                    f"writes it (SelectTokens writes ('tokens', site), also= carries further values)."
+                )
+            if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != row_id.shape[0]:
+                raise ValueError(
+                    f"a streaming stage reads rows, tensors whose first dimension is that of 'row_id' ({row_id.shape[0]}), "
+                    f"but {key!r} has shape {tuple(getattr(value, 'shape', ()))}. Carry it to rows with "
+                    f"SelectTokens(also=[...])."
+                )
+            rows[key] = value.detach()
+        self.rows_by_shape[self._shape_key(td)] = row_id.shape[0]
+        return rows, row_id.shape[0]
+
+    def _shape_key(self, td: TensorDict) -> object:
+        return tuple(
+            tuple(value.shape) for key in self.in_keys if isinstance(value := td.get(key, None), Tensor)
+        )
+
+    def _count_elsewhere(self, td: TensorDict) -> int:
+        """How many rows another rank's batch gives, from the batch alone (or from a batch of the same shape)."""
+        if self.selects and (count := self.selects[0].count_rows(td)) is not None:
+            return count
+        if not self.plan.batch:
+            return td.get(self.plan.stream_keys[0]).shape[0]
+        if self._shape_key(td) not in self.rows_by_shape:
+            self._rows(td)
+        return self.rows_by_shape[self._shape_key(td)]
+
+    @staticmethod
+    def _in_sequences(row_id: Tensor, sequences: Tensor) -> Tensor:
+        return torch.isin(row_id >> POSITION_BITS, sequences.to(row_id.device))
+
+    def _without_repeats(
+        self, rows: dict[Key, Tensor], count: int, fresh: Tensor
+    ) -> tuple[dict[Key, Tensor], int]:
+        new = self._in_sequences(rows["row_id"], fresh)
+        left = int(new.sum())
+        if left == count:
+            return rows, count
+        self.counts["repeated_rows"] += count - left
+        return {key: value[new] for key, value in rows.items()}, left
+
+    def _count_padding(self, td: TensorDict) -> None:
+        mask = td.get(self.selects[0].mask_key if self.selects else "attention_mask", None)
+        ids = td.get("input_ids", None)
+        if mask is not None:
+            attended = int(mask.bool().sum())
+            self.counts["padding_rows"] += mask.numel() - attended
+            self.counts["tokens"] += attended
+        else:
+            self.counts["tokens"] += ids.numel() if ids is not None else td.get("row_id").shape[0]
+
+    def _update(self, block: dict[Key, Tensor], origin: list[int]) -> None:
+        with self._timed("stream"):
+            block = self._checked(block, origin)
+            count = block["row_id"].shape[0]
+            if count:
+                self.counts["rows"] += count
+                td = TensorDict(block, batch_size=[])
+                for unit in self.plan.stream:
+                    unit.update(td)
+
+    def _checked(self, block: dict[Key, Tensor], origin: list[int]) -> dict[Key, Tensor]:
+        good = torch.ones(block["row_id"].shape[0], dtype=torch.bool, device=block["row_id"].device)
+        for key, value in block.items():
+            finite = rows_finite(value).to(good.device)
+            if self.nonfinite == "raise" and not bool(finite.all()):
+                bad = int((~finite).nonzero()[0])
+                raise ValueError(
+                    f"{key!r} holds NaN or Inf in {int((~finite).sum())} of {len(finite)} rows, first in batch {origin[bad]} "
+                    f"(row id {int(block['row_id'][bad])}: sequence {int(block['row_id'][bad]) >> POSITION_BITS}, position "
+                    f"{int(block['row_id'][bad]) & ((1 << POSITION_BITS) - 1)}). Half precision that overflows is the usual "
+                    f"cause; nonfinite='drop' leaves such rows out at all sites and counts them."
+                )
+            good &= finite
+        if bool(good.all()):
+            return block
+        self.counts["dropped_rows"] += int((~good).sum())
+        return {key: value[good.to(value.device)] for key, value in block.items()}
+
+    def finish(self, pipeline: TensorDictModuleBase, keep: Sequence[str] | None) -> TensorDict | None:
+        """Merge ranks, publish, run the end stages, drop what nobody keeps."""
+        with self._timed("finish"):
+            for unit in self.plan.stream:
+                unit.sync_()
+            self.counts = sum_over_ranks(self.counts)
+            if self.rank != 0:
+                return None
+            if not self.counts["rows"]:
+                raise ValueError(
+                    f"run got no rows: {self.counts['batches']} batches with {self.counts['tokens']} attended tokens, "
+                    f"{self.counts['dropped_rows']} rows dropped. Is the loader empty (a generator already used up?), or does "
+                    f"the selection (positions=, skip_first=, skip_special=) leave nothing?"
+                )
+            td = TensorDict({}, batch_size=[])
+            for unit in self.plan.stream:
+                unit.publish(td)
+            self._end(td, keep)
+        written = [key_tuple(key) for unit in (*self.plan.stream, *self.plan.end) for key in unit.out_keys]
+        selected = _selected(pipeline)
+        result = TensorDict({}, batch_size=[])
+        for key in written:
+            kept = (keep is None or key[0] in keep) and (selected is None or as_key(key) in selected)
+            if kept and td.get(as_key(key), None) is not None:
+                result.set(as_key(key), td.get(as_key(key)))
+        for name, value in self.counts.items():
+            result.set(("run", name), torch.tensor(value))
+        for name, value in self.seconds.items():
+            result.set(("run", "seconds", name), torch.tensor(value, dtype=torch.float64))
+        result.set(("run", "stopped"), NonTensorData(self.stopped))
+        return result
+
+    def _end(self, td: TensorDict, keep: Sequence[str] | None) -> None:
+        last_reader = {key_tuple(key): unit for unit in self.plan.end for key in unit.in_keys}
+        for unit in self.plan.end:
+            for key in unit.in_keys:
+                if (
+                    self.inputs is not None
+                    and td.get(key, None) is None
+                    and self.inputs.get(key, None) is not None
+                ):
+                    td.set(key, self.inputs.get(key))
+            unit(td)
+            missing = [key for key in unit.out_keys if td.get(key, None) is None]
+            if missing:
+                raise ValueError(
+                    f"{describe(unit)} declares {missing} in its out_keys but did not write them."
+                )
+            if keep is not None:
+                for key in unit.in_keys:
+                    parts = key_tuple(key)
+                    if (
+                        parts[0] not in keep
+                        and last_reader[parts] is unit
+                        and td.get(as_key(parts), None) is not None
+                    ):
+                        td.del_(as_key(parts))
+
+
+def _selected(pipeline: TensorDictModuleBase) -> set[Key] | None:
+    """What ``select_out_keys`` on the whole pipeline left, if it was called."""
+    if isinstance(pipeline, TensorDictSequential) and getattr(pipeline, "_select_before_return", False):
+        return {as_key(key_tuple(key)) for key in pipeline.out_keys}
+    return None

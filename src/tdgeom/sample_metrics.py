@@ -1,0 +1,188 @@
+"""Measures of a uniform sample of rows: its spectrum, cosines between rows, row norms."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tdgeom._warnings import UndefinedMeasureWarning
+from tdgeom.spectrum import entropy_dimension
+from tdgeom.stage import Stage
+
+__all__ = [
+    "SAMPLE_METRICS",
+    "SampleMetrics",
+    "SampleSpectrum",
+    "cosine_similarity",
+    "sample_eigenvalues",
+    "sample_metrics",
+]
+
+SAMPLE_METRICS = (
+    "sv_effective_rank",
+    "sv_stable_rank",
+    "sv_participation_ratio",
+    "cos_sim_mean",
+    "cos_sim_std",
+    "ve_4",
+    "ve_8",
+    "ve_16",
+    "ve_32",
+    "norm_mean",
+    "norm_q05",
+    "norm_q50",
+    "norm_q95",
+    "norm_max",
+    "top_feature_share",
+)
+
+
+def working(rows: Tensor) -> Tensor:
+    """Rows in the precision their products are taken in: float64 stays, everything else becomes float32."""
+    return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+
+
+def covariance_of(rows: Tensor) -> Tensor:
+    """Unbiased covariance (*B, D, D) in float64, of rows scaled so that no product under- or overflows."""
+    rows = working(rows)
+    y = rows - rows.mean(-2, keepdim=True)
+    y = y - y.mean(-2, keepdim=True)
+    scale = y.abs().amax((-2, -1), keepdim=True)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    y = y / scale
+    return (y.mT @ y).double() * (scale.double().square() / (rows.shape[-2] - 1))
+
+
+def sample_eigenvalues(sample: Tensor) -> Tensor:
+    """Eigenvalues of the sample's covariance, descending, clipped at 0: (*B, N, D) -> (*B, D) in float64.
+
+    >>> sample_eigenvalues(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
+    tensor([2., 0.], dtype=torch.float64)
+    """
+    return torch.linalg.eigvalsh(covariance_of(sample)).flip(-1).clamp(min=0)
+
+
+def cosine_similarity(sample: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation of the cosine over ordered pairs of different rows, uncentred.
+
+    (*B, N, D) -> two (*B,), in [-1, 1] and >= 0. With unit rows u and G = Σ u uᵀ both follow from |Σu|² and ||G||²_F, so no
+    N x N matrix is made; where N < D the Gram matrix of rows is the smaller one. Rows of zeros have no direction and
+    are left out.
+
+    >>> mean, std = cosine_similarity(torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]]))
+    >>> round(float(mean), 4), round(float(std), 4)
+    (-0.3333, 0.5164)
+    """
+    rows = working(sample)
+    scale = rows.abs().amax(-1, keepdim=True)
+    rows = rows / torch.where(scale > 0, scale, torch.ones_like(scale))
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    unit = rows / torch.where(norm > 0, norm, torch.ones_like(norm))
+    n = (norm[..., 0] > 0).sum(-1).double()
+    sizes = unit.square().sum(-1).double()
+    gram = unit.mT @ unit if unit.shape[-2] > unit.shape[-1] else unit @ unit.mT
+    pairs = n * (n - 1)
+    first = unit.sum(-2, dtype=torch.float64).square().sum(-1) - sizes.sum(-1)
+    second = gram.double().square().sum((-2, -1)) - sizes.square().sum(-1)
+    mean = first / pairs
+    variance = (second - pairs * mean.square()) / (pairs - 1)
+    return mean, variance.clamp(min=0).sqrt()
+
+
+def sample_metrics(sample: Tensor, eigenvalues: Tensor | None = None) -> dict[str, Tensor]:
+    """Every measure of ``SampleMetrics`` by name: (*B, N, D) -> (*B,) each; eigenvalues may be given.
+
+    >>> round(float(sample_metrics(torch.eye(3))["sv_stable_rank"]), 6)
+    2.0
+    """
+    values = sample_eigenvalues(sample) if eigenvalues is None else eigenvalues.double()
+    p = values / values.sum(-1, keepdim=True)
+    mean, std = cosine_similarity(sample)
+    norms = torch.linalg.vector_norm(working(sample), dim=-1).double()
+    quantiles = torch.quantile(
+        norms, torch.tensor([0.05, 0.5, 0.95], dtype=norms.dtype, device=norms.device), dim=-1
+    )
+    spread = working(sample).double().var(-2) if sample.shape[-2] > 1 else torch.zeros_like(values)
+    metrics = {
+        "sv_effective_rank": entropy_dimension(values.sqrt()),
+        "sv_stable_rank": 1 / p[..., 0],
+        "sv_participation_ratio": 1 / p.square().sum(-1),
+        "cos_sim_mean": mean,
+        "cos_sim_std": std,
+        **{f"ve_{k}": p[..., :k].sum(-1) for k in (4, 8, 16, 32)},
+        "norm_mean": norms.mean(-1),
+        "norm_q05": quantiles[0],
+        "norm_q50": quantiles[1],
+        "norm_q95": quantiles[2],
+        "norm_max": norms.amax(-1),
+        "top_feature_share": spread.amax(-1) / spread.sum(-1),
+    }
+    return metrics
+
+
+class SampleSpectrum(Stage):
+    """Eigenvalues of a sample's covariance, for the stages that share them.
+
+    Reads ``"sample"`` (*B, N, D); writes ``"sample_eigenvalues"`` (*B, D), descending, unbiased and centred, float64.
+    ``SampleMetrics`` and ``NormalizationAblation`` use them when they are there and compute them when not.
+
+        >>> import torch, tdgeom as tg
+        >>> tg.SampleSpectrum()(sample=torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
+        tensor([2., 0.], dtype=torch.float64)
+    """
+
+    reads = {"sample": "N D"}
+    writes = ["sample_eigenvalues"]
+
+    def compute(self, sample: Tensor) -> Tensor:
+        """See ``sample_eigenvalues``."""
+        _check_rows(sample, self)
+        return sample_eigenvalues(sample)
+
+
+def _check_rows(sample: Tensor, stage: Stage) -> None:
+    if sample.shape[-2] < 2:
+        raise ValueError(
+            f"{type(stage).__name__} needs at least 2 rows, got {stage.in_keys[0]!r} of shape {tuple(sample.shape)}. Give "
+            f"the run more data, or a larger RowSample(size=)."
+        )
+
+
+class SampleMetrics(Stage):
+    """Spectrum, cosine and norm measures of a uniform sample of rows.
+
+    s are the singular values of the *centred* sample: ``sv_effective_rank`` = exp entropy of s/Σs, ``sv_stable_rank`` =
+    Σs²/s₁², ``sv_participation_ratio`` = (Σs²)²/Σs⁴ (these are ``effective_rank``, ``stable_rank`` and ``d_pr`` of the sample),
+    ``ve_4`` ... ``ve_32`` = share of variance in the first components. ``cos_sim_mean``, ``cos_sim_std``: cosine over
+    ordered pairs of different rows, *uncentred*, std unbiased. Beyond these: row norms (``norm_mean``, quantiles
+    ``norm_q05``, ``norm_q50``, ``norm_q95``, ``norm_max``) and ``top_feature_share``, the share of variance in the single
+    largest feature (near 1: massive activations).
+
+    Reads ``"sample"`` (*B, N, D), and ``"sample_eigenvalues"`` when there; writes ``("sample_metrics", name)`` (*B,).
+    Raises ValueError below 2 rows; identical rows give NaN with one ``UndefinedMeasureWarning``.
+
+        >>> import torch, tdgeom as tg
+        >>> from tensordict import TensorDict
+        >>> td = tg.SampleMetrics()(TensorDict(sample=torch.eye(3)))
+        >>> round(float(td["sample_metrics", "cos_sim_mean"]), 3)
+        0.0
+    """
+
+    reads = {"sample": "N D", "sample_eigenvalues": "D"}
+    optional = frozenset({"sample_eigenvalues"})
+    writes = [("sample_metrics", name) for name in SAMPLE_METRICS]
+
+    def compute(self, sample: Tensor, eigenvalues: Tensor | None) -> Mapping[str, Tensor]:
+        """See ``sample_metrics``."""
+        _check_rows(sample, self)
+        metrics = sample_metrics(sample, eigenvalues)
+        if not torch.compiler.is_compiling() and bool(metrics["sv_stable_rank"].isnan().any()):
+            warnings.warn(
+                f"SampleMetrics: all rows of {self.in_keys[0]!r} are the same, so its spectral measures are NaN",
+                UndefinedMeasureWarning,
+                stacklevel=2,
+            )
+        return metrics

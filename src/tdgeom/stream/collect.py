@@ -1,0 +1,98 @@
+"""``Collect``: keep rows as they are, up to a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tdgeom.stage import Key
+from tdgeom.stream.rows import RowsStage
+
+__all__ = ["Collect"]
+
+
+class Collect(RowsStage):
+    """Every row of the stream, in the order of its row id, up to a stated limit.
+
+    For what must be kept whole (a small model's activations, a per-row score); buffers double as they fill, so a run
+    costs each row one copy or two. Beyond ``limit`` rows it raises rather than drop rows silently.
+
+    Args:
+        sites: the sites to keep, such as ``capture.sites``; None for one unnamed site (``"tokens"``).
+        limit: the most rows it may hold.
+        also: names carried by ``SelectTokens(also=...)`` kept beside the sites.
+
+    Reads ``("tokens", site)`` and ``"row_id"``; writes ``("collected", site)`` and ``"collected_row_id"``.
+
+    Raises:
+        ValueError: more rows than ``limit``, or inputs that are not the same rows.
+
+        >>> import torch, tdgeom as tg
+        >>> stage = tg.Collect()
+        >>> _ = stage(tokens=torch.ones(2, 1), row_id=torch.tensor([2, 3]))
+        >>> stage(tokens=torch.zeros(2, 1), row_id=torch.tensor([0, 1]))[0].flatten()
+        tensor([0., 0., 1., 1.])
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[str] | None = None,
+        *,
+        limit: int = 100_000,
+        also: Sequence[str] = (),
+        in_keys: Key | list[Key] | None = None,
+        out_keys: Key | list[Key] | None = None,
+    ) -> None:
+        super().__init__("collected", sites, also, in_keys=in_keys, out_keys=out_keys)
+        self.limit = limit
+        self.add_state("count", torch.int64)
+
+    def start(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Room for the first rows."""
+        state = self.blank(inputs[:-1], max(len(inputs[-1]), 1))
+        return {**state, "count": torch.zeros((), dtype=torch.int64)}
+
+    def accumulate(self, *inputs: Tensor) -> None:
+        """Append rows."""
+        *rows, row_id = inputs
+        self.check_rows(rows, row_id)
+        self._append(rows, row_id.long())
+
+    def combine(self, other: Collect) -> None:
+        """Append another's rows."""
+        held, home = int(other.count), self.ids.device
+        self._append([other._buffers[name][:held].to(home) for name in self._held], other.ids[:held].to(home))
+
+    def _append(self, rows: Sequence[Tensor], row_id: Tensor) -> None:
+        held = int(self.count)
+        total = held + row_id.shape[0]
+        if total > self.limit:
+            raise ValueError(
+                f"Collect holds {held} rows and gets {row_id.shape[0]} more, which is above limit={self.limit}. Raise the "
+                f"limit, lower run's max_rows, or keep a uniform sample with RowSample."
+            )
+        for name, value in (("ids", row_id), *zip(self._held, rows)):
+            buffer = self._buffers[name]
+            if total > buffer.shape[0]:
+                grown = buffer.new_zeros((max(total, 2 * buffer.shape[0]), *buffer.shape[1:]))
+                grown[:held] = buffer[:held]
+                setattr(self, name, grown)
+            self._buffers[name][held:total] = value
+        self.count += row_id.shape[0]
+
+    def merge_(self, other: Collect) -> Collect:  # type: ignore[override]
+        """Append the rows of ``other``; capacities may differ."""
+        if isinstance(other, Collect) and not self.is_empty and not other.is_empty:
+            with torch.inference_mode(False), torch.no_grad():
+                self.combine(other)
+            return self
+        return super().merge_(other)  # type: ignore[return-value]
+
+    def result(self) -> Mapping[str, Tensor]:
+        """The rows in the order of their ids."""
+        held = int(self.count)
+        ids, order = torch.sort(self.ids[:held], stable=True)
+        outputs = {name: self._buffers[rows][:held][order] for name, rows in zip(self._names, self._held)}
+        return {**outputs, self._names[-1]: ids}

@@ -1,0 +1,69 @@
+"""``StreamingMean``: mean and variance of any row tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tdgeom.stage import Key, StreamingStage
+
+__all__ = ["StreamingMean"]
+
+
+class StreamingMean(StreamingStage):
+    """Mean and variance over rows of a tensor of any shape (N, ...), entry by entry.
+
+    ``mean`` = Σx/n, ``variance`` = Σ(x-x̄)²/(n-1) (unbiased; NaN for one row), ``count`` = n; float64, exact under any
+    batch split, order and merge. Integers and booleans count as numbers, so it turns any per-row value (a loss, a
+    correctness flag, an entropy) into a result that ``run`` keeps.
+
+    Reads ``"tokens"``; writes ``("mean", "mean" | "variance" | "count")``.
+
+        >>> import torch, tdgeom as tg
+        >>> mean, variance, count = tg.StreamingMean()(tokens=torch.tensor([1.0, 2.0, 3.0]))
+        >>> float(mean), float(variance), int(count)
+        (2.0, 1.0, 3)
+    """
+
+    reads = ["tokens"]
+    writes = [("mean", "mean"), ("mean", "variance"), ("mean", "count")]
+
+    def __init__(
+        self, *, in_keys: Key | list[Key] | None = None, out_keys: Key | list[Key] | None = None
+    ) -> None:
+        super().__init__(in_keys=in_keys, out_keys=out_keys)
+        self.add_state("count", torch.int64)
+        self.add_state("centre", torch.float64)
+        self.add_state("scatter", torch.float64)
+
+    def start(self, rows: Tensor) -> dict[str, Tensor]:
+        """No rows yet."""
+        zeros = torch.zeros(rows.shape[1:], dtype=torch.float64, device=rows.device)
+        return {"count": torch.zeros((), dtype=torch.int64), "centre": zeros, "scatter": zeros.clone()}
+
+    def accumulate(self, rows: Tensor) -> None:
+        """Add rows."""
+        rows = rows.double()
+        centre = rows.mean(0)
+        self._merge(torch.full_like(self.count, rows.shape[0]), centre, (rows - centre).square().sum(0))
+
+    def combine(self, other: StreamingMean) -> None:
+        """Add another's rows."""
+        self._merge(*(value.to(self.centre.device) for value in (other.count, other.centre, other.scatter)))
+
+    def _merge(self, count: Tensor, centre: Tensor, scatter: Tensor) -> None:
+        n_a, n_b = self.count.double(), count.double()
+        delta = centre - self.centre
+        self.scatter.add_(scatter + delta.square() * (n_a * n_b / (n_a + n_b)))
+        self.centre.add_(delta * (n_b / (n_a + n_b)))
+        self.count.add_(count)
+
+    def result(self) -> Mapping[str, Tensor]:
+        """Mean, unbiased variance and count."""
+        return {
+            "mean": self.centre.clone(),
+            "variance": self.scatter / (self.count.double() - 1),
+            "count": self.count.clone(),
+        }
