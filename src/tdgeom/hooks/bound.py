@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -52,13 +52,17 @@ def _unbound(name: str) -> Bound:
 
 def refuse_compiled(model: nn.Module, paths: Iterable[str]) -> None:
     """Raise if a hook on one of ``paths`` would never fire because something around it is compiled."""
+    seen: set[str] = set()
     for path in sorted({"", *paths}):
         parts = path.split(".") if path else []
         for depth in range(len(parts) + 1):
             owner = ".".join(parts[:depth])
+            if owner in seen:
+                continue
+            seen.add(owner)
             module = model.get_submodule(owner)
             # a compiled module runs its traced graph: hooks added to what is inside are silently skipped
-            if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
                 where = f"its submodule {owner!r}" if owner else "it"
                 raise RuntimeError(
                     f"expected a model whose hooks fire, got a {type(model).__name__} of which {where} is "
@@ -67,20 +71,20 @@ def refuse_compiled(model: nn.Module, paths: Iterable[str]) -> None:
                 )
 
 
-def may_stop(model: nn.Module) -> bool:
+def may_stop(modules: Sequence[nn.Module]) -> bool:
     """Whether a forward pass may end early: not under offloading or sharding hooks, which must finish."""
-    for module in model.modules():
-        if hasattr(module, "_hf_hook"):
-            return False
-        if any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(module).__mro__):
-            return False
-    return True
+    sharded = {"FSDPModule", "FullyShardedDataParallel"}
+    if any(
+        base.__name__ in sharded for kind in {type(module) for module in modules} for base in kind.__mro__
+    ):
+        return False
+    return not any("_hf_hook" in module.__dict__ for module in modules)
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode inside; each one's own flag is put back, frozen parts stay frozen."""
-    training = [module for module in model.modules() if module.training]
+def eval_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Every module in eval mode inside; each one's own flag is put back, frozen parts stay frozen."""
+    training = [module for module in modules if module.training]
     try:
         for module in training:  # not model.eval(): some modules act on a change of mode
             module.training = False

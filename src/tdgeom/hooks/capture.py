@@ -117,6 +117,12 @@ class Capture(TensorDictModuleBase):
         """The model; an error if this Capture was unpickled and not yet bound."""
         return self._bound.require()
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where the model's first parameter is, and so where batches go; None for a model without parameters."""
+        first = next(self._bound.require().parameters(), None)
+        return None if first is None else first.device
+
     def bind(self, model: nn.Module) -> Capture:
         """Give an unpickled Capture its model again, or another one with the same sites. Returns itself."""
         if self._session is not None:
@@ -149,7 +155,8 @@ class Capture(TensorDictModuleBase):
             withhold=self.withhold,
             number_positions=bound.number_positions,
         )
-        stop = not self.model_outputs and may_stop(model)
+        modules = list(model.modules())
+        stop = not self.model_outputs and may_stop(modules)
         session = Session(
             bound.modules,
             bound.sites,
@@ -160,7 +167,7 @@ class Capture(TensorDictModuleBase):
         )
         self._session = session
         try:
-            with eval_mode(model), nullcontext() if self.keep_graph else torch.no_grad():
+            with eval_mode(modules), nullcontext() if self.keep_graph else torch.no_grad():
                 session.begin()
                 try:
                     output = model(*args, **kwargs)
