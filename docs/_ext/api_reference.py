@@ -27,12 +27,12 @@ THEMES = {
     "Around the model": ("hooks",),
     "From activations to rows": ("tokens",),
     "One pass over all rows": ("stream",),
-    "Spectra and single-site measures": ("spectrum", "ablation", "router", "concepts"),
+    "Spectra and single-site measures": ("spectrum", "sample_metrics", "ablation", "router", "concepts"),
     "Comparing two sites": ("similarity",),
     "Neighbours": ("neighbors",),
     "Intrinsic dimension": ("dimension",),
     "Probing and lenses": ("probing", "lens"),
-    "Analyses, results, reports": ("analyze", "results", "plot", "store", "report"),
+    "Analyses, results, reports": ("analyze", "results", "frames", "plot", "store", "report"),
 }
 FUNCTIONAL = "functional"
 logger = logging.getLogger(__name__)
@@ -78,15 +78,15 @@ def entries(lines: list[str]) -> list[str]:
     entry = re.compile(r"(\*{0,2}\w[\w.]*(?:, \*{0,2}\w[\w.]*)*)( \([^)]*\))?: (.*)")
     if not lines or not entry.fullmatch(lines[0]):
         return markdown("\n".join(lines)).splitlines()
-    result = []
-    for line in lines:
+    result: list[str] = []
+    for number, line in enumerate(lines):
         found = entry.fullmatch(line)
         if found:
             result.append(f"- `{found[1]}`{escaped(found[2] or '')}: {escaped(found[3])}")
-        elif line.startswith(" "):
+        elif line.startswith(">>>") or (line and not line.startswith(" ") and not lines[number - 1]):
+            return [*result, "", *markdown("\n".join(lines[number:])).splitlines()]
+        elif line:
             result.append("  " + escaped(line.strip()))
-        else:
-            result += ["", escaped(line)] if line else []
     return result
 
 
@@ -95,7 +95,7 @@ def escaped(line: str) -> str:
     parts = re.split(r"(``.+?``|`[^`]+`)", re.sub(r":(?:py:)?\w+:`~?([^`]+)`", r"`\1`", line))
     for i, part in enumerate(parts):
         if i % 2 == 0:
-            part = re.sub(r"(?<!\*)\*(?!\*)(?! )", r"\\*", part)
+            part = re.sub(r"(?<!\*)\*(?!\*)(?! )", r"\\*", part.replace("\\*", "*"))
             parts[i] = part.replace("<", "&lt;").replace("[", "\\[")
         else:
             name = part.strip("`").removesuffix("()").removeprefix("tg.").removeprefix("tdgeom.")
