@@ -3,9 +3,11 @@
 from tdgeom import functional
 from tdgeom._warnings import UndefinedMeasureWarning
 from tdgeom.ablation import NormalizationAblation
+from tdgeom.analyze import analysis_pipeline, analyze_model
 from tdgeom.compose import ForEach, ForEachPair
 from tdgeom.frames import to_frame
 from tdgeom.hooks import Capture, Site, available_sites
+from tdgeom.results import AnalysisResults
 from tdgeom.router import RouterLoad
 from tdgeom.run import run
 from tdgeom.sample_metrics import SampleMetrics, SampleSpectrum
@@ -29,6 +31,10 @@ __all__ = [
     "ForEachPair",
     "run",
     "to_frame",
+    # the whole analysis
+    "analyze_model",
+    "analysis_pipeline",
+    "AnalysisResults",
     # around the model
     "Capture",
     "Site",

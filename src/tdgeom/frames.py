@@ -43,17 +43,13 @@ def to_frame(result: TensorDictBase, root: str) -> pd.DataFrame:
         have = sorted(str(key) for key in result.keys() if is_tensor_collection(result.get(key)))
         raise KeyError(f"the result has nothing under {root!r}; there is {have}.")
     rows: dict[tuple[str, ...], dict[str, object]] = {}
-    for path, value in _leaves(branch):
+    for path, value in leaves(branch):
         where, name = path[:-1], path[-1]
         if len(path) == 1:  # a vector a site, such as ("eigenvalues", site), or a result of no site
             where, name = ((name,), root) if value.ndim else ((), name)
-        rows.setdefault(where, {})[name] = _cell(value)
+        rows.setdefault(where, {})[name] = cell(value)
     width = max((len(where) for where in rows), default=0)
-    level = (
-        [LEVELS.get(root, "part")]
-        if width == 2
-        else [LEVELS.get(root, "part")] + [f"part_{i}" for i in range(2, width)]
-    )
+    level = [LEVELS.get(root, "part"), *(f"part_{i}" for i in range(2, width))]
     table = [{**_place(where, level), **cells} for where, cells in rows.items()]
     frame = pd.DataFrame(table)
     for column in ("layer", "layer_a", "layer_b"):
@@ -62,16 +58,18 @@ def to_frame(result: TensorDictBase, root: str) -> pd.DataFrame:
     return frame
 
 
-def _leaves(branch: TensorDictBase, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+def leaves(branch: TensorDictBase, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Every tensor below a branch, with its path."""
     for key in branch.keys():
         value = branch.get(key)
         if isinstance(value, Tensor):
             yield (*path, key), value
         elif is_tensor_collection(value) and hasattr(value, "keys"):
-            yield from _leaves(value, (*path, key))
+            yield from leaves(value, (*path, key))
 
 
-def _cell(value: Tensor) -> object:
+def cell(value: Tensor) -> object:
+    """A tensor as a table's cell: a Python number, or a NumPy array."""
     value = value.detach().cpu()
     if value.ndim:
         return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()
@@ -84,14 +82,17 @@ def _place(where: tuple[str, ...], level: list[str]) -> dict[str, object]:
     name, *rest = where
     if "->" in name:
         a, b = name.split("->", 1)
-        place: dict[str, object] = {
-            "pair": name,
-            "a": a,
-            "b": b,
-            "layer_a": Site(a).layer,
-            "layer_b": Site(b).layer,
-        }
+        place: dict[str, object] = {"pair": name, "a": a, "b": b}
+        place |= {"layer_a": site_parts(a)["layer"], "layer_b": site_parts(b)["layer"]}
     else:
-        site = Site(name)
-        place = {"site": name, "kind": site.kind, "layer": site.layer, "stack": site.stack}
+        place = {"site": name, **site_parts(name)}
     return {**place, **dict(zip(level, rest))}
+
+
+def site_parts(name: str) -> dict[str, object]:
+    """``kind``, ``layer`` and ``stack`` of a site's name; a name of the user's own is its own kind."""
+    try:
+        site = Site(name)
+    except ValueError:
+        return {"kind": name, "layer": None, "stack": None}
+    return {"kind": site.kind, "layer": site.layer, "stack": site.stack}

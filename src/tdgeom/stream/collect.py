@@ -63,7 +63,7 @@ class Collect(RowsStage):
     def combine(self, other: Collect) -> None:
         """Append another's rows."""
         held, home = int(other.count), self.ids.device
-        self._append([other._buffers[name][:held].to(home) for name in self._held], other.ids[:held].to(home))
+        self._append([other._buffers[name][:held].to(home) for name in self.held], other.ids[:held].to(home))
 
     def _append(self, rows: Sequence[Tensor], row_id: Tensor) -> None:
         held = int(self.count)
@@ -73,7 +73,7 @@ class Collect(RowsStage):
                 f"Collect holds {held} rows and gets {row_id.shape[0]} more, which is above limit={self.limit}. Raise the "
                 f"limit, lower run's max_rows, or keep a uniform sample with RowSample."
             )
-        for name, value in (("ids", row_id), *zip(self._held, rows)):
+        for name, value in (("ids", row_id), *zip(self.held, rows)):
             buffer = self._buffers[name]
             if total > buffer.shape[0]:
                 grown = buffer.new_zeros((max(total, 2 * buffer.shape[0]), *buffer.shape[1:]))
@@ -94,5 +94,5 @@ class Collect(RowsStage):
         """The rows in the order of their ids."""
         held = int(self.count)
         ids, order = torch.sort(self.ids[:held], stable=True)
-        outputs = {name: self._buffers[rows][:held][order] for name, rows in zip(self._names, self._held)}
+        outputs = {name: self._buffers[rows][:held][order] for name, rows in zip(self._names, self.held)}
         return {**outputs, self._names[-1]: ids}

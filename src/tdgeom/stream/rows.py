@@ -41,22 +41,22 @@ class RowsStage(StreamingStage):
             reads=[*tokens, "row_id"],
             writes=[*held, f"{root}_row_id"],
         )
-        self._held = [f"rows_{i}" for i in range(len(tokens))]
+        self.held = [f"rows_{i}" for i in range(len(tokens))]
         self.add_state("ids", torch.int64)
-        for name in self._held:
+        for name in self.held:
             self.add_state(name, torch.float32)
 
     def blank(self, rows: Sequence[Tensor], capacity: int) -> dict[str, Tensor]:
         """Buffers of ``capacity`` rows with each site's width and dtype."""
         home = rows[0].device
         state = {"ids": torch.full((capacity,), -1, dtype=torch.int64, device=home)}
-        for name, value in zip(self._held, rows):
+        for name, value in zip(self.held, rows):
             state[name] = torch.zeros((capacity, *value.shape[1:]), dtype=value.dtype, device=home)
         return state
 
     def check_rows(self, rows: Sequence[Tensor], row_id: Tensor) -> None:
         """All inputs share their first dimension, and keep the width they came with."""
-        for key, value, name in zip(self.in_keys, rows, self._held):
+        for key, value, name in zip(self.in_keys, rows, self.held):
             held = self._buffers[name]
             if value.shape[:1] != row_id.shape or value.shape[1:] != held.shape[1:]:
                 raise ValueError(

@@ -103,7 +103,7 @@ class RowSample(RowsStage):
         home = self.hashes.device
         filled = (other.hashes[:-1] < _EMPTY).to(home)
         fresh = filled & ~torch.isin(other.hashes[:-1].to(home), self.hashes[:-1])
-        rows = [other._buffers[name][:-1].to(home)[fresh] for name in self._held]
+        rows = [other._buffers[name][:-1].to(home)[fresh] for name in self.held]
         self._insert(rows, other.ids[:-1].to(home)[fresh], other.hashes[:-1].to(home)[fresh])
 
     def _insert(self, rows: Sequence[Tensor], row_id: Tensor, hashes: Tensor) -> None:
@@ -117,7 +117,7 @@ class RowSample(RowsStage):
         slot = torch.where(chosen, slot, torch.full_like(slot, self.size))
         self.hashes.index_copy_(0, slot, hashes)
         self.ids.index_copy_(0, slot, row_id.long())
-        for name, value in zip(self._held, rows):
+        for name, value in zip(self.held, rows):
             self._buffers[name].index_copy_(0, slot, value.to(self._buffers[name].dtype))
         self.hashes[-1] = _EMPTY
 
@@ -132,5 +132,5 @@ class RowSample(RowsStage):
                 f"RowSample saw row id {int(twice)} more than once: a stream with repeated ids has no uniform sample. Give "
                 f"each batch its own 'sequence_id', or reset() before reading the same data again."
             )
-        outputs = {name: self._buffers[held][order] for name, held in zip(self._names, self._held)}
+        outputs = {name: self._buffers[held][order] for name, held in zip(self._names, self.held)}
         return {**outputs, self._names[-1]: ids}

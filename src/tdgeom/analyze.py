@@ -1,0 +1,407 @@
+"""``analyze_model``: the default pipeline over a model, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from torch import nn
+
+from tdgeom._tables import (
+    Identity,
+    diagnostics_table,
+    eigenvalue_arrays,
+    metrics_table,
+    novelty_table,
+    router_table,
+)
+from tdgeom.ablation import NormalizationAblation
+from tdgeom.bundle import SCHEMA_VERSION
+from tdgeom.compose import ForEach, ForEachPair, pair_list
+from tdgeom.hooks import Capture, available_sites
+from tdgeom.models import config_summary, load_model, model_identity, software_versions
+from tdgeom.results import AnalysisResults
+from tdgeom.router import RouterLoad
+from tdgeom.run import run
+from tdgeom.sample_metrics import SampleMetrics, SampleSpectrum
+from tdgeom.similarity import LayerCosine, LinearCKA, SubspaceNovelty
+from tdgeom.spectrum import EigenSpectrum, SpectrumMetrics
+from tdgeom.stage import PairStage, StreamingStage, key_tuple
+from tdgeom.stream.covariance import StreamingCovariance
+from tdgeom.stream.sample import RowSample
+from tdgeom.tokens import SelectTokens
+
+__all__ = ["FAMILIES", "analysis_pipeline", "analyze_model"]
+
+FAMILIES = ("spectrum", "sample", "novelty", "router")
+DIAGNOSTICS = ("normalization_ablation",)
+HELD = ("moments", "eigenvectors", "sample", "sample_row_id", "sample_eigenvalues")
+
+
+def analysis_pipeline(
+    capture: Capture,
+    sites: Sequence[str],
+    *,
+    families: Sequence[str] = FAMILIES,
+    extra: Sequence[TensorDictModuleBase] = (),
+    diagnostics: Sequence[str] = (),
+    routers: Sequence[str] = (),
+    router_top_k: int = 2,
+    sample_limit: int = 4096,
+    novelty_k: int = 32,
+    seed: int = 0,
+    select: Mapping[str, Any] | None = None,
+) -> TensorDictSequential:
+    """The pipeline that ``analyze_model`` runs: only the stages that the families and extra stages need.
+
+    Args:
+        capture: the hooking context that reads ``sites`` and ``routers``.
+        sites: sites whose geometry is measured.
+        families: any of "spectrum", "sample", "novelty", "router".
+        extra: stages of one's own; each runs at every site (a pair stage at every consecutive pair).
+        diagnostics: any of "normalization_ablation".
+        routers: sites of router logits, for the family "router".
+        router_top_k: experts a token is routed to.
+        sample_limit: rows of the uniform sample.
+        novelty_k: leading eigenvectors compared between sites.
+        seed: seed of the sample.
+        select: further settings of ``SelectTokens`` (positions, skip_first, pool, ...).
+    """
+    pairs = pair_list(sites)
+    ends: list[nn.Module] = []
+    if "spectrum" in families:
+        ends.append(ForEach(SpectrumMetrics(), sites))
+    if "sample" in families:
+        ends.append(ForEach(SampleMetrics(), sites))
+    if "normalization_ablation" in diagnostics:
+        ends.append(ForEach(NormalizationAblation(), sites))
+    if "novelty" in families and pairs:
+        ends += [
+            ForEachPair(stage, sites) for stage in (SubspaceNovelty(k=novelty_k), LinearCKA(), LayerCosine())
+        ]
+    streams: list[nn.Module] = []
+    for stage in extra:
+        if isinstance(stage, PairStage):
+            ends.append(ForEachPair(stage, sites))
+        else:
+            (streams if isinstance(stage, StreamingStage) else ends).append(ForEach(stage, sites))
+    needed = {key_tuple(key)[0] for end in ends for key in end.in_keys}
+    decompose: list[nn.Module] = []
+    if needed & {"eigenvalues", "eigenvectors"}:
+        decompose.append(ForEach(EigenSpectrum(k=novelty_k), sites))
+    if {"sample"} & needed and ("sample" in families and "normalization_ablation" in diagnostics):
+        decompose.append(ForEach(SampleSpectrum(), sites))
+    if needed & {"moments", "eigenvalues", "eigenvectors"}:
+        streams.append(ForEach(StreamingCovariance(), sites))
+    if "sample" in needed:
+        streams.append(RowSample(sites, size=sample_limit, seed=seed))
+    if routers and "router" in families:
+        streams.append(ForEach(RouterLoad(top_k=router_top_k), routers))
+    return TensorDictSequential(
+        capture, SelectTokens([*sites, *routers], **dict(select or {})), *streams, *decompose, *ends
+    )
+
+
+def analyze_model(
+    model_name: str | nn.Module | None = None,
+    dataloader: Iterable[Any] | None = None,
+    *,
+    model: nn.Module | None = None,
+    max_tokens: int | None = 100_000,
+    metrics: str | TensorDictModuleBase | Sequence[str | TensorDictModuleBase] | None = "default",
+    diagnostics: Sequence[str] | None = None,
+    layers: str | int | slice | Sequence[int] = "all",
+    hook_point: str = "residual_input",
+    sites: str | Sequence[str] | None = None,
+    save_mode: str | None = None,
+    save_dir: str | None = None,
+    sample_limit: int = 4096,
+    novelty_k: int = 32,
+    device: str | torch.device | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    output_router_logits: bool | str = "auto",
+    run_name: str | None = None,
+    tokenizer_name: str | None = None,
+    dataset_name: str | None = None,
+    run_metadata: Mapping[str, Any] | None = None,
+    progress: bool | None = True,
+    seed: int = 0,
+    select: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> AnalysisResults | None:
+    """Measure the representation geometry of a model over a dataloader.
+
+    Builds ``analysis_pipeline``, runs it with ``run``, and returns tables.
+
+    Args:
+        model_name: a Hugging Face id, a local directory, or a module.
+        dataloader: an iterable of batches, see ``run``.
+        model: a loaded module; takes precedence, ``model_name`` then only labels it.
+        max_tokens: rows to measure; reaching it is recorded in the metadata.
+        metrics: "default" or None for all families ("spectrum", "sample", "novelty", "router"), or a list of families
+            and of stages of one's own: any TensorDict module whose inputs the pipeline has becomes columns.
+        diagnostics: ["normalization_ablation"] or None.
+        layers: "all", a list (negative counts from the end), a slice or "0,3,7".
+        hook_point: the kind of site, when ``sites`` is not given.
+        sites: kinds or concrete site names, see ``Capture``.
+        save_mode: None, "bundle", "csv" or "json".
+        save_dir: where the bundle goes.
+        sample_limit: rows of the uniform sample.
+        novelty_k: leading eigenvectors compared between consecutive sites.
+        device: moves the model there first.
+        model_kwargs: passed to ``from_pretrained``.
+        trust_remote_code: run code that comes with a checkpoint; off unless asked.
+        output_router_logits: measure router load; "auto" where the model has routers.
+        run_name, tokenizer_name, dataset_name, run_metadata: recorded in the metadata.
+        progress: a progress bar on a terminal; False for none.
+        seed: seed of the row sample.
+        select: further settings of ``SelectTokens``, such as {"skip_first": 1}.
+        overwrite: replace an earlier bundle in ``save_dir``.
+
+    Returns:
+        AnalysisResults. Column ``layer_norm_depth`` = layer / last analysed layer; ``relative_depth`` = layer / last layer
+        of the model's stack. In a process group the results are on rank 0, None elsewhere.
+
+    Raises:
+        ValueError: an unknown family or diagnostic, no model or loader, an empty loader.
+    """
+    if dataloader is None:
+        raise ValueError(
+            "analyze_model needs a dataloader: an iterable of tokenized batches, such as a list of dicts."
+        )
+    families, extra = _families(metrics)
+    wanted = [diagnostics] if isinstance(diagnostics, str) else list(diagnostics or [])
+    if unknown := sorted(set(wanted) - set(DIAGNOSTICS)):
+        raise ValueError(f"unknown diagnostics {unknown}; there is {list(DIAGNOSTICS)}.")
+    net, label = _model(model_name, model, trust_remote_code, model_kwargs)
+    if device is not None and not getattr(net, "hf_device_map", None):
+        net.to(device)
+    settings = {
+        "families": families,
+        "extra": extra,
+        "diagnostics": wanted,
+        "sample_limit": sample_limit,
+        "novelty_k": novelty_k,
+        "seed": seed,
+        "select": dict(select or {}),
+    }
+    asked = Capture(net, hook_point if sites is None else sites, layers=layers)
+    routers = _router_sites(net, asked, layers, output_router_logits) if "router" in families else []
+    identity = Identity(*model_identity(net, label), novelty_k=novelty_k, depth=_stack_depths(net))
+    frames = []
+    for stack, group in _by_stack(asked.sites, dataloader).items():
+        own_routers = [site for site in routers if site.stack == stack]
+        frames.append(
+            (_run_stack(net, group, own_routers, dataloader, settings, max_tokens, progress), group)
+        )
+    if any(result is None for result, _ in frames):
+        return None  # the result is on rank 0
+    results = AnalysisResults(
+        metrics=_joined(metrics_table(result, group, identity, extra) for result, group in frames),
+        novelty=_joined(novelty_table(result, group, identity) for result, group in frames),
+        router=_joined(router_table(result, identity) for result, _ in frames),
+        diagnostics={
+            name: _joined(diagnostics_table(result, group, identity) for result, group in frames)
+            for name in wanted
+        },
+        eigenvalues={
+            name: values
+            for result, group in frames
+            for name, values in eigenvalue_arrays(result, group, len(frames) > 1).items()
+        },
+        metadata={
+            **_metadata(net, label, asked, frames, settings, max_tokens, metrics),
+            "hook_point": hook_point if sites is None else None,
+            "output_router_logits": output_router_logits,
+            "router_sites": [str(site) for site in routers],
+            "run_name": run_name,
+            "tokenizer": tokenizer_name,
+            "dataset": dataset_name,
+            **({"run_metadata": dict(run_metadata)} if run_metadata else {}),
+        },
+        result=frames[0][0]
+        if len(frames) == 1
+        else TensorDict({str(g[0].stack): r for r, g in frames}, batch_size=[]),
+    )
+    if save_mode is not None:
+        results.save(save_dir, save_mode, overwrite=overwrite)
+    return results
+
+
+def _families(metrics: Any) -> tuple[list[str], list[TensorDictModuleBase]]:
+    chosen = [metrics] if isinstance(metrics, str | nn.Module) else list(metrics or [])
+    names = [one for one in chosen if isinstance(one, str)]
+    extra = [one for one in chosen if not isinstance(one, str)]
+    if unknown := [name for name in names if name not in (*FAMILIES, "default")]:
+        raise ValueError(
+            f"unknown metric families {unknown}; there is 'default' or any of {list(FAMILIES)}, and any TensorDict module "
+            f"of your own (a tg.Stage reading 'sample', 'eigenvalues' or ('moments', ...))."
+        )
+    for stage in extra:
+        if not TensorDictModuleBase.is_tdmodule_compatible(stage):
+            raise TypeError(
+                f"metrics= takes family names and TensorDict modules, got {type(stage).__name__}. Wrap a function in "
+                f"TensorDictModule(function, in_keys=['sample'], out_keys=[('spectrum', 'name')])."
+            )
+    everything = not chosen or "default" in names
+    return [name for name in FAMILIES if everything or name in names], extra
+
+
+def _model(
+    model_name: str | nn.Module | None,
+    model: nn.Module | None,
+    trust_remote_code: bool,
+    model_kwargs: Mapping[str, Any] | None,
+) -> tuple[nn.Module, str | None]:
+    if model is not None:
+        return model, model_name if isinstance(model_name, str) else None
+    if isinstance(model_name, nn.Module):
+        return model_name, None
+    if isinstance(model_name, str):
+        return load_model(
+            model_name, trust_remote_code=trust_remote_code, model_kwargs=model_kwargs
+        ), model_name
+    raise ValueError(
+        "analyze_model needs a model: model_name= (an id, a directory or a module) or model= (a module)."
+    )
+
+
+def _stack_depths(model: nn.Module) -> dict[str | None, int]:
+    """The last layer of each stack."""
+    depths: dict[str | None, int] = {}
+    for entry in available_sites(model):
+        if entry.site.layer is not None:
+            depths[entry.site.stack] = max(depths.get(entry.site.stack, 0), entry.site.layer)
+    return depths
+
+
+def _router_sites(model: nn.Module, asked: Capture, layers: Any, wanted: bool | str) -> list[Any]:
+    if wanted is False:
+        return []
+    have = {entry.site.kind for entry in available_sites(model)}
+    if "router_logits" in have and not any(site.kind == "router_logits" for site in asked.sites):
+        return Capture(model, "router_logits", layers=layers).sites
+    if wanted is True:
+        raise ValueError(
+            "output_router_logits=True, but the model has no router_logits site (tdgeom sites MODEL lists what it has). Use "
+            "'auto' to measure routers only where there are some."
+        )
+    return []
+
+
+def _by_stack(sites: Sequence[Any], dataloader: Iterable[Any]) -> dict[str | None, list[Any]]:
+    """Sites by stack: the stacks of an encoder-decoder have rows of their own, so each gets a pass of its own."""
+    groups: dict[str | None, list[Any]] = {}
+    for site in sites:
+        groups.setdefault(site.stack, []).append(site)
+    if len(groups) > 1 and isinstance(dataloader, Iterator):
+        raise ValueError(
+            f"the sites belong to {len(groups)} stacks {list(groups)}, whose positions differ, so each needs a pass of its own, "
+            f"but the dataloader is an iterator that can be read once. Give a list or a DataLoader, or sites of one stack."
+        )
+    return groups
+
+
+def _run_stack(
+    model: nn.Module,
+    sites: list[Any],
+    routers: list[Any],
+    dataloader: Iterable[Any],
+    settings: Mapping[str, Any],
+    max_tokens: int | None,
+    progress: bool | None,
+) -> TensorDict | None:
+    """One pass over the sites of one stack: the result without its bulky intermediates, with each site's width."""
+    options = dict(settings)
+    if sites[0].stack is not None and "decoder" in sites[0].stack:
+        options["select"] = {"mask_key": "decoder_attention_mask", **options["select"]}
+    top_k = int(getattr(getattr(model, "config", None), "num_experts_per_tok", None) or 2)
+    pipeline = analysis_pipeline(
+        Capture(model, [*map(str, sites), *map(str, routers)]),
+        sites,
+        routers=routers,
+        router_top_k=top_k,
+        **options,
+    )
+    roots = {key_tuple(key)[0] for key in pipeline.out_keys} - set(HELD)
+    result = run(
+        pipeline, dataloader, max_rows=max_tokens, keep=sorted(roots), progress=None if progress else False
+    )
+    if result is not None:
+        result.set("sample_rows", torch.tensor(min(settings["sample_limit"], int(result["run", "rows"]))))
+        for site, width in _widths(pipeline, sites).items():
+            result.set(("hidden_dim", site), torch.tensor(width))
+    return result
+
+
+def _widths(pipeline: TensorDictSequential, sites: Sequence[str]) -> dict[str, int]:
+    """How wide each site's rows were, from the streaming state that saw them."""
+    widths: dict[str, int] = {}
+    for unit in pipeline.modules():
+        if isinstance(unit, RowSample):
+            widths |= {
+                str(site): int(unit.get_buffer(name).shape[-1]) for site, name in zip(sites, unit.held)
+            }
+        elif isinstance(getattr(unit, "module", None), StreamingCovariance):
+            widths[unit.where] = int(unit.module.mean.shape[0])
+    return widths
+
+
+def _joined(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    tables = [table for table in tables if not table.empty]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _metadata(
+    model: nn.Module,
+    label: str | None,
+    capture: Capture,
+    frames: Sequence[tuple[TensorDict, list[Any]]],
+    settings: Mapping[str, Any],
+    max_tokens: int | None,
+    metrics: Any,
+) -> dict[str, Any]:
+    first = next(model.parameters(), None)
+    counts = {
+        name: sum(int(result["run", name]) for result, _ in frames) for name in ("rows", "tokens", "batches")
+    }
+    seconds = {
+        phase: sum(float(result["run", "seconds", phase]) for result, _ in frames)
+        for phase in frames[0][0]["run", "seconds"].keys()
+    }
+    return {
+        "artifact_schema_version": SCHEMA_VERSION,
+        "model_id": model_identity(model, label)[1],
+        "model_class": type(model).__name__,
+        "model_config": config_summary(model),
+        "parameter_count": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": None if first is None else str(first.dtype).removeprefix("torch."),
+        "input_device": None if first is None else str(first.device),
+        "sites": [str(site) for site in capture.sites],
+        "hook_targets": {str(site): path for site, path in capture.module_paths.items()},
+        "layers": sorted({site.layer for site in capture.sites if site.layer is not None}),
+        "max_tokens": max_tokens,
+        "rows_observed": counts["rows"],
+        "tokens_observed": counts["tokens"],
+        "batches_observed": counts["batches"],
+        "padding_rows": sum(int(result["run", "padding_rows"]) for result, _ in frames),
+        "dropped_rows": sum(int(result["run", "dropped_rows"]) for result, _ in frames),
+        "stopped": frames[0][0]["run", "stopped"],
+        "settings": {
+            "metrics": list(settings["families"]) + [type(stage).__name__ for stage in settings["extra"]],
+            "extra_stages": [repr(stage) for stage in settings["extra"]],
+            "diagnostics": settings["diagnostics"],
+            "sample_limit": settings["sample_limit"],
+            "novelty_k": settings["novelty_k"],
+            "seed": settings["seed"],
+            "select": {name: str(value) for name, value in settings["select"].items()},
+            "ablation_variants": list(NormalizationAblation().variants) if settings["diagnostics"] else [],
+        },
+        "software": software_versions(),
+        "runtime_seconds": seconds,
+    }

@@ -1,0 +1,220 @@
+"""Bundles: tables, eigenvalues and metadata in one folder, written whole or not at all and hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+__all__ = ["SCHEMA_VERSION", "plain", "read", "safe_name", "write"]
+
+SCHEMA_VERSION = "1.0"
+METADATA = "metadata.json"
+EIGENVALUES = "eigenvalues.npz"
+_LARGEST_JSON = 64 * 2**20
+
+
+def safe_name(name: str) -> str:
+    """A name as a single path component: nothing in it can leave the folder.
+
+    >>> safe_name("../../x y")
+    'x_y'
+    """
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", str(name)).strip("._-") or "unnamed"
+
+
+def plain(value: Any) -> Any:
+    """Plain JSON values: NumPy scalars and arrays unpacked, NaN and Inf as None, anything else as its string."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(part) for part in value]
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int | bool):
+        return value
+    return None if value is pd.NA else str(value)
+
+
+def write(
+    folder: Path,
+    tables: Mapping[str, pd.DataFrame],
+    eigenvalues: Mapping[str, np.ndarray],
+    metadata: Mapping[str, Any],
+    mode: str,
+    overwrite: bool,
+) -> Path:
+    """Write a bundle into a temporary folder beside ``folder``, then rename it into place."""
+    if mode not in ("bundle", "csv", "json"):
+        raise ValueError(f"save_mode takes 'bundle', 'csv' or 'json', got {mode!r}.")
+    folder = folder.absolute()
+    _refuse_existing(folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        for name, table in tables.items():
+            _write_table(draft / f"{name}.{'json' if mode == 'json' else 'csv'}", table, mode)
+        if eigenvalues:
+            np.savez_compressed(draft / EIGENVALUES, **dict(eigenvalues))
+        files = {
+            path.relative_to(draft).as_posix(): _sha256(path)
+            for path in sorted(draft.rglob("*"))
+            if path.is_file()
+        }
+        text = json.dumps(
+            plain({"artifact_schema_version": SCHEMA_VERSION, **metadata, "files": files}),
+            indent=2,
+            allow_nan=False,
+        )
+        (draft / METADATA).write_text(text + "\n", encoding="utf-8")
+        _sync(draft)
+        draft.chmod(0o755)
+        _put(draft, folder, overwrite)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return folder
+
+
+def _refuse_existing(folder: Path, overwrite: bool) -> None:
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{folder} exists already: give another folder, or overwrite=True to replace a bundle there."
+        )
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / METADATA).is_file()):
+        raise FileExistsError(
+            f"{folder} exists and is no bundle (it has no {METADATA}), so it is not overwritten."
+        )
+
+
+def _put(draft: Path, folder: Path, overwrite: bool) -> None:
+    if overwrite and folder.exists():
+        old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
+        os.replace(folder, old / "bundle")
+        os.replace(draft, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(draft, folder)
+
+
+def _sync(folder: Path) -> None:
+    """Bytes reach the disk before the folder gets its name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return (
+            hashlib.file_digest(handle, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(handle)
+        )
+
+
+def _digest(handle: Any) -> str:
+    digest = hashlib.sha256()
+    while chunk := handle.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write_table(path: Path, table: pd.DataFrame, mode: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if mode == "json":
+        path.write_text(
+            json.dumps(plain(table.to_dict(orient="records")), indent=1, allow_nan=False), encoding="utf-8"
+        )
+    else:
+        flat = table.copy()
+        for column in flat.columns:
+            if flat[column].map(lambda cell: isinstance(cell, np.ndarray)).any():
+                flat[column] = [json.dumps(plain(cell)) for cell in flat[column]]
+        flat.to_csv(path, index=False)
+
+
+def read(folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, np.ndarray], dict[str, Any]]:
+    """Tables, eigenvalues and metadata of a bundle whose files are all as they were written."""
+    path = folder / METADATA
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no bundle: there is no {METADATA}. Give the folder that --out named."
+        )
+    if path.stat().st_size > _LARGEST_JSON:
+        raise ValueError(
+            f"{path} is {path.stat().st_size:,} bytes; metadata above {_LARGEST_JSON:,} is refused."
+        )
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): the bundle is damaged.") from error
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("files"), dict):
+        raise ValueError(f"{path} lists no files: it was not written by tdgeom.")
+    version = str(metadata.get("artifact_schema_version"))
+    if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+        raise ValueError(
+            f"{folder} has schema {version}; this version reads {SCHEMA_VERSION}. Use a matching tdgeom."
+        )
+    tables: dict[str, pd.DataFrame] = {}
+    eigenvalues: dict[str, np.ndarray] = {}
+    for name, digest in metadata["files"].items():
+        file = _inside(folder, name)
+        if _sha256(file) != digest:
+            raise ValueError(
+                f"{file} has changed since the bundle was written: its SHA-256 differs from {METADATA}."
+            )
+        if name == EIGENVALUES:
+            with np.load(file, allow_pickle=False) as stored:
+                eigenvalues = {key: stored[key] for key in stored.files}
+        elif name.endswith((".csv", ".json")):
+            tables[name.rsplit(".", 1)[0]] = _read_table(file)
+    missing = {"metrics", "novelty"} - set(tables)
+    if missing:
+        raise ValueError(f"{folder} lacks the tables {sorted(missing)}: the bundle is incomplete.")
+    return tables, eigenvalues, metadata
+
+
+def _inside(folder: Path, name: str) -> Path:
+    file = folder / name
+    if not re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?", name) or ".." in name or file.is_symlink():
+        raise ValueError(f"{folder / METADATA} names the file {name!r}, which is not one inside the bundle.")
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: the bundle is incomplete.")
+    return file
+
+
+def _read_table(file: Path) -> pd.DataFrame:
+    if file.suffix == ".json":
+        table = pd.DataFrame(json.loads(file.read_text(encoding="utf-8")))
+    else:
+        try:
+            table = pd.read_csv(file, float_precision="round_trip")
+        except pd.errors.EmptyDataError:
+            table = pd.DataFrame()
+    for column in table.columns:
+        cells = table[column]
+        if cells.map(lambda cell: isinstance(cell, list)).any():
+            table[column] = [np.asarray(cell) for cell in cells]
+        elif cells.map(lambda cell: isinstance(cell, str) and cell.startswith("[")).any():
+            table[column] = [
+                np.asarray(json.loads(cell)) if isinstance(cell, str) else cell for cell in cells
+            ]
+    return table

@@ -1,0 +1,100 @@
+"""Load a model, and say what it is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["config_summary", "load_model", "model_identity", "software_versions"]
+
+CONFIG_FIELDS = (
+    "model_type",
+    "architectures",
+    "hidden_size",
+    "n_embd",
+    "num_hidden_layers",
+    "n_layer",
+    "num_attention_heads",
+    "n_head",
+    "num_key_value_heads",
+    "intermediate_size",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "vocab_size",
+)
+
+
+def load_model(
+    name: str, *, trust_remote_code: bool = False, model_kwargs: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """A Hugging Face model by id or local directory, in eval mode, with the head its configuration names.
+
+    The class is the one listed under ``architectures`` when transformers has it, else ``AutoModel``. Code that comes with
+    a checkpoint runs only under ``trust_remote_code=True``.
+
+    Raises:
+        ValueError: no such model (the message repeats what transformers said in one line).
+    """
+    import transformers
+
+    options = {"trust_remote_code": trust_remote_code, **dict(model_kwargs or {})}
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        named = [getattr(transformers, one, None) for one in config.architectures or []]
+        native = next((one for one in named if one is not None), None)
+        has_own_code = bool(getattr(config, "auto_map", None)) and trust_remote_code
+        loader = transformers.AutoModel if native is None or has_own_code else native
+        return loader.from_pretrained(name, **options).eval()
+    except (OSError, ValueError) as error:
+        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"could not load the model {name!r}: {said} Give a Hugging Face id that is in the cache or reachable, or a local "
+            f"directory with config.json and weights."
+        ) from error
+
+
+def model_identity(model: nn.Module, name: str | None = None) -> tuple[str, str]:
+    """(key, label) of a model: a label for people, a key safe for file names."""
+    config = getattr(model, "config", None)
+    label = (
+        name
+        or getattr(model, "name_or_path", None)
+        or getattr(config, "_name_or_path", None)
+        or type(model).__name__
+    )
+    return re.sub(r"[^a-z0-9._-]+", "_", str(label).lower()).strip("_.") or "model", str(label)
+
+
+def config_summary(model: nn.Module) -> dict[str, Any]:
+    """The configuration fields that say what kind of model this is."""
+    config = getattr(model, "config", None)
+    values = {field: getattr(config, field, None) for field in CONFIG_FIELDS}
+    return {field: value for field, value in values.items() if value is not None}
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of everything that the numbers pass through."""
+    found = {"python": platform.python_version()}
+    for package in (
+        "tdgeom",
+        "torch",
+        "tensordict",
+        "numpy",
+        "scipy",
+        "scikit-learn",
+        "pandas",
+        "transformers",
+    ):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    found["blas"] = "mkl" if torch.backends.mkl.is_available() else "other"
+    return found

@@ -1,0 +1,102 @@
+"""``AnalysisResults``: the tables of one analysis, and its bundle on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tensordict import TensorDictBase
+
+from tdgeom import bundle
+
+__all__ = ["AnalysisResults"]
+
+
+@dataclass
+class AnalysisResults:
+    """What ``analyze_model`` measured.
+
+    Attributes:
+        metrics: one row a site: identity columns, then every metric.
+        novelty: one row a pair of consecutive sites.
+        router: one row a router; empty without a mixture of experts.
+        diagnostics: tables by name, such as "normalization_ablation".
+        eigenvalues: covariance eigenvalues, descending, by ``layer_00`` (or by site where kinds or stacks are several).
+        metadata: model, data, settings, versions, counts, times; in a loaded bundle also file hashes.
+        artifact_dir: where the bundle is, once saved or loaded.
+        result: the TensorDict that the tables were made from (None after ``load``).
+    """
+
+    metrics: pd.DataFrame
+    novelty: pd.DataFrame
+    router: pd.DataFrame = field(default_factory=pd.DataFrame)
+    diagnostics: dict[str, pd.DataFrame] = field(default_factory=dict)
+    eigenvalues: dict[str, np.ndarray] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    artifact_dir: Path | None = None
+    result: TensorDictBase | None = field(default=None, repr=False)
+
+    def save(
+        self, save_dir: str | Path | None = None, save_mode: str = "bundle", *, overwrite: bool = False
+    ) -> Path:
+        """Write the bundle, whole or not at all, and return its folder.
+
+        Args:
+            save_dir: the folder to make; default the run's name, or ``tdgeom_run``.
+            save_mode: "bundle" or "csv" (tables as CSV), or "json" (tables as JSON records).
+            overwrite: replace an earlier bundle there; any other existing folder is always refused.
+
+        Raises:
+            FileExistsError: the folder exists. ValueError: an unknown mode.
+        """
+        if save_dir is None:
+            save_dir = bundle.safe_name(self.metadata.get("run_name") or "tdgeom_run")
+        tables = {"metrics": self.metrics, "novelty": self.novelty}
+        if not self.router.empty:
+            tables["router"] = self.router
+        tables |= {f"diagnostics/{bundle.safe_name(name)}": table for name, table in self.diagnostics.items()}
+        metadata = {**self.metadata, "save_mode": save_mode}
+        self.artifact_dir = bundle.write(
+            Path(save_dir), tables, self.eigenvalues, metadata, save_mode, overwrite
+        )
+        self.metadata = metadata
+        return self.artifact_dir
+
+    @classmethod
+    def load(cls, path: str | Path) -> AnalysisResults:
+        """Read a bundle back, after checking the hash of every file.
+
+        Raises:
+            FileNotFoundError: no bundle there. ValueError: a file is missing, added to or changed, or the schema is newer.
+        """
+        tables, eigenvalues, metadata = bundle.read(Path(path))
+        diagnostics = {
+            name.split("/", 1)[1]: table for name, table in tables.items() if name.startswith("diagnostics/")
+        }
+        return cls(
+            metrics=tables["metrics"],
+            novelty=tables["novelty"],
+            router=tables.get("router", pd.DataFrame()),
+            diagnostics=diagnostics,
+            eigenvalues=eigenvalues,
+            metadata=metadata,
+            artifact_dir=Path(path).resolve(),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain Python values, ready for ``json.dumps`` (NaN becomes None)."""
+        return bundle.plain(
+            {
+                "metrics": self.metrics.to_dict(orient="records"),
+                "novelty": self.novelty.to_dict(orient="records"),
+                "router": self.router.to_dict(orient="records"),
+                "diagnostics": {
+                    name: table.to_dict(orient="records") for name, table in self.diagnostics.items()
+                },
+                "eigenvalues": self.eigenvalues,
+                "metadata": self.metadata,
+            }
+        )
