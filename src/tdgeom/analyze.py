@@ -357,6 +357,23 @@ def _joined(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
+def _stage_settings(stage: TensorDictModuleBase) -> dict[str, Any]:
+    """A stage's public settings, which may change its numbers."""
+    plain = (str, int, float, bool, tuple, list)
+    values = {
+        name: value
+        for name, value in vars(stage).items()
+        if not name.startswith("_") and isinstance(value, plain)
+    }
+    values.pop("training", None)
+    return {
+        "stage": type(stage).__name__,
+        **values,
+        "in_keys": list(stage.in_keys),
+        "out_keys": list(stage.out_keys),
+    }
+
+
 def _metadata(
     model: nn.Module,
     label: str | None,
@@ -394,7 +411,7 @@ def _metadata(
         "stopped": frames[0][0]["run", "stopped"],
         "settings": {
             "metrics": list(settings["families"]) + [type(stage).__name__ for stage in settings["extra"]],
-            "extra_stages": [repr(stage) for stage in settings["extra"]],
+            "extra_stages": [_stage_settings(stage) for stage in settings["extra"]],
             "diagnostics": settings["diagnostics"],
             "sample_limit": settings["sample_limit"],
             "novelty_k": settings["novelty_k"],

@@ -170,6 +170,9 @@ class SelectTokens(Stage):
         carried = values[self._sites : self._sites + self._also]
         attended = self._attended(acts, tensordict)
         keep, rank = self._keep(attended, tensordict)
+        if self._is_cached_step(acts[0], attended, tensordict):
+            # A step of generate with a cache sees its new tokens only; the mask covers the whole sequence so far.
+            keep, rank = keep[:, -acts[0].shape[1] :], rank[:, -acts[0].shape[1] :]
         sequence = self._sequence(attended.shape[0], tensordict).to(keep.device)
         row_id = (sequence[:, None] << POSITION_BITS) | rank
         whole = bool(keep.all())
@@ -195,15 +198,9 @@ class SelectTokens(Stage):
 
     def count_rows(self, tensordict: TensorDictBase) -> int | None:
         """How many rows a batch will give, from the batch alone; None when only the model's output tells."""
-        shape = next(
-            (
-                tensordict.get(key).shape
-                for key in (self.mask_key, "input_ids")
-                if key in tensordict.keys(True)
-            ),
-            None,
-        )
-        if shape is None or len(shape) != 2:
+        known = [tensordict.get(key, None) for key in (self.mask_key, "input_ids")]
+        shape = next((value.shape for value in known if value is not None and value.ndim == 2), None)
+        if shape is None:
             return None
         attended = self._mask(tensordict, shape, None)
         keep, _ = self._keep(attended, tensordict)
@@ -254,7 +251,22 @@ class SelectTokens(Stage):
             skip_first=self.skip_first,  # type: ignore[arg-type]
         )
 
+    @staticmethod
+    def _is_cached_step(acts: Tensor, attended: Tensor, tensordict: TensorDictBase) -> bool:
+        ids = tensordict.get("input_ids", None)
+        return (
+            acts.ndim == 3
+            and attended.shape[1] > acts.shape[1]
+            and ids is not None
+            and ids.shape[1] == acts.shape[1]
+        )
+
     def _special(self, tensordict: TensorDictBase, attended: Tensor) -> Tensor:
+        special = self._special_tokens(tensordict, attended)
+        missing = attended.shape[1] - special.shape[1]  # tokens of earlier, cached steps
+        return torch.nn.functional.pad(special, (missing, 0)) if missing > 0 else special
+
+    def _special_tokens(self, tensordict: TensorDictBase, attended: Tensor) -> Tensor:
         if self.special_ids:
             ids = tensordict.get("input_ids", None)
             if ids is None:
