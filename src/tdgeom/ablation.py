@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -83,8 +84,7 @@ def normalized(sample: Tensor, variant: str, position: Tensor | None = None) -> 
 
 
 def _apply(function: Variant, sample: Tensor, position: Tensor | None, name: str) -> Tensor:
-    wants_position = function.__code__.co_argcount > 1 if hasattr(function, "__code__") else True
-    if not wants_position:
+    if not _wants_position(function):
         return function(sample)
     if position is None and name == "without_first_token":
         raise ValueError(
@@ -92,6 +92,18 @@ def _apply(function: Variant, sample: Tensor, position: Tensor | None, name: str
             "sample: pass it, or leave the variant out."
         )
     return function(sample, position)
+
+
+def _wants_position(function: Variant) -> bool:
+    """True for a second positional parameter that is required or called position."""
+    try:
+        parameters = inspect.signature(getattr(function, "forward", function)).parameters.values()
+    except ValueError:  # a builtin, such as torch.tanh
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > 1 and (
+        positional[1].default is inspect.Parameter.empty or positional[1].name == "position"
+    )
 
 
 class NormalizationAblation(Stage):

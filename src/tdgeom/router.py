@@ -100,6 +100,11 @@ class RouterLoad(StreamingStage):
 
     def accumulate(self, tokens: Tensor) -> None:
         """Count the assignments of a block of rows."""
+        if tokens.shape[-1] != self.counts.shape[0]:
+            raise ValueError(
+                f"RouterLoad has seen rows of {self.counts.shape[0]} experts and now gets {self.in_keys[0]!r} of shape "
+                f"{tuple(tokens.shape)}. Use one stage a router, or reset()."
+            )
         chosen = tokens.topk(min(self.top_k, tokens.shape[-1]), dim=-1).indices.flatten()
         self.counts += torch.zeros_like(self.counts).scatter_add_(0, chosen, torch.ones_like(chosen))
         self.rows += tokens.shape[0]

@@ -68,9 +68,9 @@ def sample_eigenvalues(sample: Tensor) -> Tensor:
 def cosine_similarity(sample: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased standard deviation of the cosine over ordered pairs of different rows, uncentred.
 
-    (*B, N, D) -> two (*B,), in [-1, 1] and >= 0. With unit rows u and G = Σ u uᵀ both follow from |Σu|² and ||G||²_F, so no
-    N x N matrix is made; where N < D the Gram matrix of rows is the smaller one. Rows of zeros have no direction and
-    are left out.
+    (*B, N, D) -> two (*B,), in [-1, 1] and >= 0. Both follow from the mean of the unit rows and the D x D products of
+    what is left, so no N x N matrix is made; where N < D the Gram matrix of rows is the smaller one. Rows of zeros have
+    no direction and are left out.
 
     >>> mean, std = cosine_similarity(torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]]))
     >>> round(float(mean), 4), round(float(std), 4)
@@ -82,14 +82,22 @@ def cosine_similarity(sample: Tensor) -> tuple[Tensor, Tensor]:
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     unit = rows / torch.where(norm > 0, norm, torch.ones_like(norm))
     n = (norm[..., 0] > 0).sum(-1).double()
-    sizes = unit.square().sum(-1).double()
-    gram = unit.mT @ unit if unit.shape[-2] > unit.shape[-1] else unit @ unit.mT
+    # With u = m + e, a cosine is |m|² plus a_i + a_j + e_i·e_j, a = m·e: small where rows are nearly parallel, so that
+    # the spread is not the difference of two large sums.
+    m = (unit.sum(-2, dtype=torch.float64) / n.unsqueeze(-1)).to(unit.dtype).unsqueeze(-2)
+    e = torch.where(norm > 0, unit - m, torch.zeros_like(unit))
+    a = (e @ m.mT)[..., 0]
+    gram = e.mT @ e if e.shape[-2] > e.shape[-1] else e @ e.mT
+    rest = e.sum(-2, dtype=torch.float64)
+    own = 2 * a.double() + e.square().sum(-1, dtype=torch.float64)
+    a_sum, turned = a.sum(-1, dtype=torch.float64), (a.unsqueeze(-2) @ e)[..., 0, :].double()
+    first = 2 * n * a_sum + rest.square().sum(-1) - own.sum(-1)
+    second = 2 * n * a.double().square().sum(-1) + 2 * a_sum.square() + 4 * (turned * rest).sum(-1)
+    second = second + gram.double().square().sum((-2, -1)) - own.square().sum(-1)
     pairs = n * (n - 1)
-    first = unit.sum(-2, dtype=torch.float64).square().sum(-1) - sizes.sum(-1)
-    second = gram.double().square().sum((-2, -1)) - sizes.square().sum(-1)
     mean = first / pairs
     variance = (second - pairs * mean.square()) / (pairs - 1)
-    return mean, variance.clamp(min=0).sqrt()
+    return m.double().square().sum((-2, -1)) + mean, variance.clamp(min=0).sqrt()
 
 
 def sample_metrics(sample: Tensor, eigenvalues: Tensor | None = None) -> dict[str, Tensor]:

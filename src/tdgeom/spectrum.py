@@ -55,13 +55,14 @@ def eigen_spectrum(covariance: Tensor, k: int = 32) -> tuple[Tensor, Tensor]:
     """
     covariance = covariance.double()
     k = min(k, covariance.shape[-1])
-    if not torch.compiler.is_compiling() and not torch.isfinite(covariance).all():
-        nan = torch.full_like(covariance, torch.nan)
-        return nan[..., 0, :], nan[..., :k]
-    values, vectors = torch.linalg.eigh(covariance)
+    # eigh raises on NaN: such a matrix goes in as zeros and comes out as NaN, the others of the batch as they are.
+    finite = torch.isfinite(covariance).all(-1).all(-1)[..., None]
+    values, vectors = torch.linalg.eigh(torch.where(finite[..., None], covariance, 0.0))
     vectors = vectors.flip(-1)[..., :k]
     largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
-    return values.flip(-1).clamp(min=0), vectors * torch.where(largest < 0, -1.0, 1.0)
+    vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
+    values = torch.where(finite, values.flip(-1).clamp(min=0), torch.nan)
+    return values, torch.where(finite[..., None], vectors, torch.nan)
 
 
 class EigenSpectrum(Stage):
@@ -248,7 +249,9 @@ def rankme(count: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
     n = count.double()[..., None, None]
     mean = mean.double()
     gram = (n - 1) * covariance.double() + n * mean.unsqueeze(-1) * mean.unsqueeze(-2)
-    return entropy_dimension(torch.linalg.eigvalsh(gram).clamp(min=0).sqrt())
+    finite = torch.isfinite(gram).all(-1).all(-1)
+    values = torch.linalg.eigvalsh(torch.where(finite[..., None, None], gram, 0.0))
+    return entropy_dimension(values.clamp(min=0).sqrt())
 
 
 class RankMe(Stage):
@@ -273,4 +276,11 @@ class RankMe(Stage):
 
     def compute(self, count: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
         """See ``rankme``."""
-        return rankme(count, mean, covariance)
+        value = rankme(count, mean, covariance)
+        if not torch.compiler.is_compiling() and bool(value.isnan().any()):
+            warnings.warn(
+                f"RankMe: {self.in_keys[2]!r} holds NaN or all rows are zero, so it is NaN",
+                UndefinedMeasureWarning,
+                stacklevel=2,
+            )
+        return value

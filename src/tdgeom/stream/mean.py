@@ -45,6 +45,11 @@ class StreamingMean(StreamingStage):
 
     def accumulate(self, rows: Tensor) -> None:
         """Add rows."""
+        if rows.shape[1:] != self.centre.shape:
+            raise ValueError(
+                f"StreamingMean has seen rows of shape {tuple(self.centre.shape)} and now gets {self.in_keys[0]!r} of shape "
+                f"{tuple(rows.shape)}. Use one stage a width, or reset()."
+            )
         rows = rows.double()
         centre = rows.mean(0)
         self._merge(torch.full_like(self.count, rows.shape[0]), centre, (rows - centre).square().sum(0))
