@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ GOLDEN = Path(__file__).parent / "data" / "golden"
 LAYERS = torch.from_numpy(np.load(GOLDEN / "inputs.npz")["layers"])
 REFERENCE = json.loads((GOLDEN / "reference.json").read_text())["tools"]["representation-geometry"]
 SITES = [f"layer.{i}" for i in range(4)]
-PAIRS = [f"{a}->{b}" for a, b in zip(SITES, SITES[1:])]
+PAIRS = [f"{a}->{b}" for a, b in pairwise(SITES)]
 FLOAT32_TOOL = 1e-4  # its sample and ablation numbers are computed in float32
 EXACT = 1e-6
 

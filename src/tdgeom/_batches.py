@@ -121,11 +121,16 @@ class Buffer:
             )
             block[key], rest = whole[:count], whole[count:]
             self._pieces[key] = [rest] if rest.shape[0] else []
-        origin = [batch for batch, rows in self._origin for _ in range(rows)]
-        left = origin[count:]
-        self._origin = [(batch, left.count(batch)) for batch in dict.fromkeys(left)]
+        origin: list[int] = []
+        left = []
+        for batch, rows in self._origin:
+            taken = min(rows, count - len(origin))
+            origin += [batch] * taken
+            if taken < rows:
+                left.append((batch, rows - taken))
+        self._origin = left
         self._held -= count
-        return block, origin[:count]
+        return block, origin
 
 
 def iterate(dataloader: Iterable[object]) -> Iterator[object]:

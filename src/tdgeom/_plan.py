@@ -32,10 +32,11 @@ class Plan:
 
 def stages(module: nn.Module) -> list[TensorDictModuleBase]:
     """The stages of a pipeline in order, sequences opened."""
-    if hasattr(module, "_orig_mod"):
+    original = getattr(module, "_orig_mod", None)
+    if original is not None and (is_streaming(original) or stages(original) != [original]):
         raise TypeError(
             "run cannot see into a compiled module: its stages would vanish. Give run the plain TensorDictSequential and "
-            "compile single stages or the model's own submodules instead."
+            "compile single per-batch or end stages, or the model's own submodules, instead."
         )
     if isinstance(module, TensorDictSequential) and type(module).forward is TensorDictSequential.forward:
         parts = module.module.values() if isinstance(module.module, nn.ModuleDict) else module.module
@@ -64,6 +65,7 @@ def is_streaming(unit: nn.Module) -> bool:
 
 def describe(unit: nn.Module) -> str:
     """A stage's name for messages."""
+    unit = getattr(unit, "_orig_mod", unit)
     if isinstance(unit, Renamed):
         return f"{describe(unit.module)} at {unit.where}"
     inner = getattr(unit, "module", None)

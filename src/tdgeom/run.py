@@ -128,6 +128,7 @@ class _Stream:
         self.claimed = 0  # rows of all ranks' batches so far: the budget
         self.sequences = 0
         self.rows_by_shape: dict[object, int] = {}
+        self.countable: bool | None = None  # whether batches show their number of rows without the model
         self.stopped = "end of data"
         for unit in (*plan.stream, *self.selects):
             unit.reset()
@@ -216,6 +217,8 @@ class _Stream:
             bar.set_postfix_str(f"{self.counts['tokens'] / elapsed:,.0f} tokens/s")
 
     def _rows(self, td: TensorDict) -> tuple[dict[Key, Tensor], int]:
+        shape = self._shape_key(td)
+        counted = self._countable_rows(td) if self.world > 1 else None
         for unit in self.plan.batch:
             for key in unit.in_keys:
                 if (
@@ -224,15 +227,11 @@ class _Stream:
                     and self.inputs.get(key, None) is not None
                 ):
                     td.set(key, self.inputs.get(key))
-            unit(td)
+            _call(unit, td)
         first = next((td.get(key, None) for key in self.buffer.keys if td.get(key, None) is not None), None)
         row_id = td.get("row_id", None)
         if row_id is None and first is not None:
-            # Rows that come straight from the loader: each is its own sequence.
-            row_id = (
-                torch.arange(self.claimed, self.claimed + first.shape[0], device=first.device)
-                << POSITION_BITS
-            )
+            row_id = self._own_row_id(td, first)
             td.set("row_id", row_id)
         rows = {}
         for key in self.buffer.keys:
@@ -250,23 +249,37 @@ class _Stream:
                     f"SelectTokens(also=[...])."
                 )
             rows[key] = value.detach()
-        self.rows_by_shape[self._shape_key(td)] = row_id.shape[0]
-        return rows, row_id.shape[0]
+        count = row_id.shape[0]
+        self.rows_by_shape[shape] = count
+        self.countable = counted == count and self.countable is not False
+        return rows, count
 
-    def _shape_key(self, td: TensorDict) -> object:
-        return tuple(
-            tuple(value.shape) for key in self.in_keys if isinstance(value := td.get(key, None), Tensor)
-        )
+    @staticmethod
+    def _own_row_id(td: TensorDict, rows: Tensor) -> Tensor:
+        """Ids of rows that no SelectTokens numbered: one a sequence, or counted on from the batch's first sequence."""
+        sequence = td.get("sequence_id").to(rows.device).long()
+        if sequence.shape == rows.shape[:1]:
+            return sequence << POSITION_BITS
+        return (sequence[:1] << POSITION_BITS) + torch.arange(rows.shape[0], device=rows.device)
+
+    @staticmethod
+    def _shape_key(td: TensorDict) -> object:
+        values = [(key, td.get(key)) for key in td.keys(True, True)]
+        return frozenset((key, tuple(value.shape)) for key, value in values if isinstance(value, Tensor))
 
     def _count_elsewhere(self, td: TensorDict) -> int:
-        """How many rows another rank's batch gives, from the batch alone (or from a batch of the same shape)."""
-        if self.selects and (count := self.selects[0].count_rows(td)) is not None:
-            return count
+        """How many rows another rank's batch gives: from its mask where that has proved right, else by its shapes."""
         if not self.plan.batch:
             return td.get(self.plan.stream_keys[0]).shape[0]
-        if self._shape_key(td) not in self.rows_by_shape:
+        if self.countable and (count := self._countable_rows(td)) is not None:
+            return count
+        shape = self._shape_key(td)
+        if shape not in self.rows_by_shape:
             self._rows(td)
-        return self.rows_by_shape[self._shape_key(td)]
+        return self.rows_by_shape[shape]
+
+    def _countable_rows(self, td: TensorDict) -> int | None:
+        return self.selects[0].count_rows(td) if self.selects else None
 
     @staticmethod
     def _in_sequences(row_id: Tensor, sequences: Tensor) -> Tensor:
@@ -362,7 +375,7 @@ class _Stream:
                     and self.inputs.get(key, None) is not None
                 ):
                     td.set(key, self.inputs.get(key))
-            unit(td)
+            _call(unit, td)
             missing = [key for key in unit.out_keys if td.get(key, None) is None]
             if missing:
                 raise ValueError(
@@ -377,6 +390,13 @@ class _Stream:
                         and td.get(as_key(parts), None) is not None
                     ):
                         td.del_(as_key(parts))
+
+
+def _call(unit: TensorDictModuleBase, td: TensorDict) -> None:
+    """A stage may write into ``td`` or return a TensorDict of its own, as in a TensorDictSequential."""
+    out = unit(td)
+    if out is not td:
+        td.update(out)
 
 
 def _selected(pipeline: TensorDictModuleBase) -> set[Key] | None:

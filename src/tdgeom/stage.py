@@ -280,6 +280,16 @@ class StreamingStage(Stage):
     def add_state(self, name: str, dtype: torch.dtype) -> None:
         """Declare a piece of state; ``start`` gives it its shape when the first rows arrive."""
         self.register_buffer(name, torch.zeros(0, dtype=dtype))
+        self.__dict__.setdefault("_state_names", []).append(name)
+
+    def _state(self) -> dict[str, Tensor]:
+        """What ``add_state`` declared; other buffers of a subclass are its settings."""
+        names = self.__dict__.get("_state_names")
+        if not names:
+            raise TypeError(
+                f"{type(self).__name__} declares no state: call self.add_state(name, dtype) in __init__."
+            )
+        return {name: self._buffers[name] for name in names}  # type: ignore[misc]
 
     def start(self, *rows: Tensor) -> Mapping[str, Tensor]:
         """The state before any row, with the shapes that these rows call for."""
@@ -306,7 +316,7 @@ class StreamingStage(Stage):
     @property
     def is_empty(self) -> bool:
         """True before the first rows."""
-        return next(iter(self._buffers.values())).shape == (0,)  # type: ignore[union-attr]
+        return next(iter(self._state().values())).shape == (0,)
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -319,6 +329,12 @@ class StreamingStage(Stage):
     def update(self, tensordict: TensorDictBase) -> None:
         """Add the rows at ``in_keys`` to the state."""
         rows = self.read(tensordict)
+        if rows[0].ndim == 0:
+            raise ValueError(
+                f"{type(self).__name__} expects rows at {self.in_keys[0]!r}, (N, ...), got a tensor of shape ()."
+            )
+        if not rows[0].shape[0]:
+            return
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(rows[0].device.type, enabled=False):
             rows = [None if row is None else row.detach() for row in rows]
             if self.is_empty:
@@ -327,10 +343,9 @@ class StreamingStage(Stage):
                 for name, value in self.start(*rows).items():
                     setattr(self, name, value.to(home))
             else:
-                home = next(iter(self._buffers.values())).device
+                home = next(iter(self._state().values())).device
                 rows = [None if row is None else row.to(home) for row in rows]
-            if rows[0].shape[0]:
-                self.accumulate(*rows)
+            self.accumulate(*rows)
 
     def publish(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the values so far under ``out_keys``."""
@@ -354,10 +369,10 @@ class StreamingStage(Stage):
             return self
         with torch.inference_mode(False), torch.no_grad():
             if self.is_empty:
-                for name, value in other._buffers.items():
+                for name, value in other._state().items():
                     setattr(self, name, value.clone())
             else:
-                for name, value in other._buffers.items():
+                for name, value in other._state().items():
                     if value.shape != self._buffers[name].shape:
                         raise ValueError(
                             f"{type(self).__name__} holds {name} of shape {tuple(self._buffers[name].shape)}, the stage to "
@@ -368,12 +383,12 @@ class StreamingStage(Stage):
 
     def reset(self) -> None:
         """Forget every row."""
-        for name, value in list(self._buffers.items()):
+        for name, value in self._state().items():
             setattr(self, name, torch.zeros(0, dtype=value.dtype, device=value.device))
 
     def sync_(self) -> None:
         """Merge the states of all ranks into rank 0; the others become empty, so a second call changes nothing."""
-        for state in gather_states(self._buffers):
+        for state in gather_states(self._state()):
             other = self._with_state(state)
             self.merge_(other)
         if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
@@ -382,7 +397,7 @@ class StreamingStage(Stage):
     def _with_state(self, state: Mapping[str, Tensor]) -> StreamingStage:
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin._buffers = dict(state)
+        twin._buffers = {**self._buffers, **state}
         return twin
 
     def _refuse_nonfinite(self, tensordict: TensorDictBase) -> None:
@@ -396,7 +411,7 @@ class StreamingStage(Stage):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StreamingStage:
         # Casting a float64 accumulator to half would destroy it: state follows devices, never dtypes.
-        own = {id(buffer) for buffer in self._buffers.values()}
+        own = {id(buffer) for buffer in self._state().values()}
 
         def move_only(tensor: Tensor) -> Tensor:
             if id(tensor) not in own:
@@ -410,7 +425,7 @@ class StreamingStage(Stage):
         return super()._apply(move_only, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, buffer in list(self._buffers.items()):
+        for name, buffer in self._state().items():
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor) and value.shape != buffer.shape:
                 setattr(self, name, torch.zeros(value.shape, dtype=value.dtype, device=buffer.device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from tensordict import TensorDictBase
@@ -198,13 +198,16 @@ class SelectTokens(Stage):
 
     def count_rows(self, tensordict: TensorDictBase) -> int | None:
         """How many rows a batch will give, from the batch alone; None when only the model's output tells."""
-        known = [tensordict.get(key, None) for key in (self.mask_key, "input_ids")]
+        known = [tensordict.get(key, None) for key in (self.mask_key, "input_ids", *self._chosen_key())]
         shape = next((value.shape for value in known if value is not None and value.ndim == 2), None)
         if shape is None:
             return None
         attended = self._mask(tensordict, shape, None)
         keep, _ = self._keep(attended, tensordict)
         return int(keep.any(-1).sum() if self.pool else keep.sum())
+
+    def _chosen_key(self) -> list[Key]:
+        return [self.in_keys[-1]] if self._by_key else []
 
     def _named(self, carried: Sequence[Tensor]) -> list[tuple[Key, Tensor]]:
         return list(zip(self.in_keys[self._sites :], carried))
@@ -235,7 +238,7 @@ class SelectTokens(Stage):
                 f"SelectTokens numbers up to 2^{POSITION_BITS} positions, got T={attended.shape[1]}."
             )
         if self._by_key:
-            chosen = tensordict.get(self.positions).to(attended.device)
+            chosen = tensordict.get(self.in_keys[-1]).to(attended.device)
             if chosen.shape != attended.shape or chosen.is_floating_point():
                 raise ValueError(
                     f"SelectTokens(positions={self.positions!r}) expects a boolean mask of shape {tuple(attended.shape)}, "

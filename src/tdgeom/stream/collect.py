@@ -45,6 +45,8 @@ class Collect(RowsStage):
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:
+        if limit < 1:
+            raise ValueError(f"Collect: limit must be at least 1, got {limit}.")
         super().__init__("collected", sites, also, in_keys=in_keys, out_keys=out_keys)
         self.limit = limit
         self.add_state("count", torch.int64)
@@ -84,7 +86,8 @@ class Collect(RowsStage):
 
     def merge_(self, other: Collect) -> Collect:  # type: ignore[override]
         """Append the rows of ``other``; capacities may differ."""
-        if isinstance(other, Collect) and not self.is_empty and not other.is_empty:
+        same = isinstance(other, Collect) and other.settings() == self.settings()
+        if same and not self.is_empty and not other.is_empty:
             with torch.inference_mode(False), torch.no_grad():
                 self.combine(other)
             return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,10 @@ class RowsStage(StreamingStage):
         self.add_state("ids", torch.int64)
         for name in self.held:
             self.add_state(name, torch.float32)
+
+    def settings(self) -> dict[str, Any]:
+        """Rows merge only site by site."""
+        return {"rows": self._names[:-1]}
 
     def blank(self, rows: Sequence[Tensor], capacity: int) -> dict[str, Tensor]:
         """Buffers of ``capacity`` rows with each site's width and dtype."""

@@ -81,8 +81,8 @@ class RowSample(RowsStage):
         self.add_state("hashes", torch.int64)
 
     def settings(self) -> dict[str, Any]:
-        """Samples merge only under one size and seed."""
-        return {"size": self.size, "seed": self.seed}
+        """Samples merge only under one size and seed, and for the same sites."""
+        return {"size": self.size, "seed": self.seed, **super().settings()}
 
     def start(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Empty slots, and one more that takes the rows not chosen (so that shapes never depend on the data)."""
@@ -101,10 +101,9 @@ class RowSample(RowsStage):
     def combine(self, other: RowSample) -> None:
         """Offer the other's rows to the own slots."""
         home = self.hashes.device
-        filled = (other.hashes[:-1] < _EMPTY).to(home)
-        fresh = filled & ~torch.isin(other.hashes[:-1].to(home), self.hashes[:-1])
-        rows = [other._buffers[name][:-1].to(home)[fresh] for name in self.held]
-        self._insert(rows, other.ids[:-1].to(home)[fresh], other.hashes[:-1].to(home)[fresh])
+        filled = other.hashes < _EMPTY
+        rows = [other._buffers[name][filled].to(home) for name in self.held]
+        self._insert(rows, other.ids[filled].to(home), other.hashes[filled].to(home))
 
     def _insert(self, rows: Sequence[Tensor], row_id: Tensor, hashes: Tensor) -> None:
         own = self.hashes[:-1]
