@@ -154,7 +154,7 @@ class TwoNN(DimensionStage):
     >>> sheet = torch.rand(1000, 2, generator=torch.Generator().manual_seed(0))
     >>> estimate, error, scale, rows, duplicates = tg.TwoNN()(sample=torch.cat((sheet, sheet[:100])))
     >>> f"{estimate:.1f} +- {error:.1f}, {rows} rows, {duplicates} copies dropped"
-    '2.0 +- 0.1, 1000 rows, 100 copies dropped'
+    '2.1 +- 0.1, 1000 rows, 100 copies dropped'
     """
 
     name = "twonn"

@@ -243,8 +243,8 @@ class NearestNeighbors(Stage):
     ``approximate_neighbors``.
 
     >>> import torch, tdgeom as tg
-    >>> distance, index, distinct, duplicates = tg.NearestNeighbors(1)(sample=torch.tensor([[0.0], [1.0],
-    [5.0]]))
+    >>> table = tg.NearestNeighbors(1)
+    >>> distance, index, distinct, duplicates = table(sample=torch.tensor([[0.0], [1.0], [5.0]]))
     >>> index.flatten().tolist()
     [1, 0, 1]
     """
