@@ -118,9 +118,9 @@ def _mean_cosine(a: Tensor, b: Tensor) -> Tensor:
 class LayerCosine(PairStage):
     """``layer_cosine_sim`` between two sites of equal width, rows matched.
 
-        >>> x = torch.randn(5, 3)
-        >>> LayerCosine()(sample_a=x, sample_b=-x)
-        tensor(-1.0000, dtype=torch.float64)
+    >>> x = torch.randn(5, 3)
+    >>> LayerCosine()(sample_a=x, sample_b=-x)
+    tensor(-1.0000, dtype=torch.float64)
     """
 
     reads: ClassVar = {("sample", "a"): "N D", ("sample", "b"): "N D"}
