@@ -284,6 +284,8 @@ class ForEachPair(TensorDictModuleBase):
                 f"ForEachPair: no two of the sites {[str(site) for site in sites]} make a pair under pairs={pairs!r}. "
                 f"Give more sites of one kind, pairs='all', or a list of (a, b)."
             )
+        if len(set(self.pairs)) != len(self.pairs):
+            raise ValueError(f"ForEachPair: pairs= names a pair twice: {self.pairs}.")
         self._keep = _plain(shared) | _plain(getattr(stage, "shared", ()))
         _check_shared_outputs(stage, self._keep, "ForEachPair")
         self._shares_prepare = isinstance(stage, PairStage) and not _has_state(stage)

@@ -239,7 +239,7 @@ class _Stream:
             if value is None:
                 raise KeyError(
                     f"the streaming stages read {key!r}, which neither the batch nor a stage before them holds; there is "
-                    f"{sorted(map(str, td.keys(True, True)))[:12]}. Name the right key with in_keys=, or add the stage that "
+                    f"{sorted(td.keys(True, True), key=str)[:12]}. Name the right key with in_keys=, or add the stage that "
                     f"writes it (SelectTokens writes ('tokens', site), also= carries further values)."
                 )
             if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != row_id.shape[0]:

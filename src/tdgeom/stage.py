@@ -144,7 +144,7 @@ class Stage(TensorDictModuleBase):
             if value is None and not optional
         ]
         if missing:
-            have = sorted(map(str, tensordict.keys(True, True)))
+            have = sorted(tensordict.keys(True, True), key=str)
             raise KeyError(
                 f"{type(self).__name__} reads {missing}, but the TensorDict has {have[:12]}"
                 f"{' ...' if len(have) > 12 else ''}. Put the stage that writes it before this one, or name another "

@@ -138,6 +138,8 @@ class SelectTokens(Stage):
     ) -> None:
         if isinstance(sites, str) or isinstance(also, str):
             raise TypeError(f"SelectTokens: sites and also are lists, got {sites!r} and {also!r}.")
+        if not sites:
+            raise ValueError("SelectTokens needs at least one site, such as capture.sites, got none.")
         if pool not in (None, "mean"):
             raise ValueError(f"SelectTokens: pool takes 'mean' or None, got {pool!r}.")
         if skip_first < 0:
@@ -323,6 +325,11 @@ class SelectTokens(Stage):
             raise ValueError(
                 f"SelectTokens(pool='mean') gives one row a sequence, but {key!r} has a value a token, {tuple(value.shape)}. "
                 f"Carry a value a sequence, ({keep.shape[0]},) first."
+            )
+        if value.shape[:1] != keep.shape[:1]:
+            raise ValueError(
+                f"SelectTokens(pool='mean', also=[{key!r}]) expects a value a sequence, ({keep.shape[0]},) first; got "
+                f"{tuple(value.shape)}."
             )
         return value.to(keep.device)
 
