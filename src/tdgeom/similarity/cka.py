@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tdgeom.similarity._inputs import as_rows, centre, check_matched, warn_undefined
+from tdgeom.similarity._sketch import block_squares, group_traces, ratio_over_groups
 from tdgeom.stage import Key, PairStage
 
 __all__ = ["RV", "LinearCKA", "linear_cka", "linear_cka_debiased", "rv_coefficient"]
@@ -143,7 +144,7 @@ def linear_cka_debiased(x: Tensor, y: Tensor) -> Tensor:
 
 
 class _Moments(NamedTuple):
-    """One side of ``source="moments"``: n, trace of XᵀX, ||XᵀX||²_F and Σ|x|⁴."""
+    """One side from moments: n, trace of XᵀX, ||XᵀX||²_F and Σ|x|⁴ (of a sketch, by groups)."""
 
     count: Tensor
     trace: Tensor
@@ -155,12 +156,13 @@ class LinearCKA(PairStage):
     """Linear CKA between two sites: ``linear_cka`` and ``linear_cka_debiased`` as a stage.
 
     Args:
-        estimator: ``"biased"`` writes ``linear_cka``, ``"debiased"`` writes ``linear_cka_debiased``,
-        ``"both"`` both. source: ``"sample"`` reads matched rows, (N, D) and (N, E). ``"moments"`` reads the
-        leaves of
+        estimator: ``"biased"`` writes ``linear_cka``, ``"debiased"`` ``linear_cka_debiased``, ``"both"`` both.
+        source: ``"sample"`` reads matched rows, (N, D) and (N, E). ``"moments"`` reads the leaves of
             ``StreamingCrossMoments``, so that the value is exact over all rows of the run; per side
             ``count``, ``covariance``, ``norm4``, then the pair's ``cross_covariance`` and
-            ``norm2_product``.
+            ``norm2_product``. ``"sketch"`` reads the same leaves of ``StreamingCrossMoments(..., sketch=)``
+            and writes, behind each value, ``<name>_standard_error``: that of the random projection (all
+            rows are used, so there is no other).
         in_keys, out_keys: see ``Stage``.
 
         >>> x = torch.randn(50, 8)
@@ -178,29 +180,21 @@ class LinearCKA(PairStage):
         self,
         *,
         estimator: Literal["biased", "debiased", "both"] = "biased",
-        source: Literal["sample", "moments"] = "sample",
+        source: Literal["sample", "moments", "sketch"] = "sample",
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:
         if estimator not in self._ESTIMATORS:
             raise ValueError(f"LinearCKA: estimator is one of {list(self._ESTIMATORS)}, got {estimator!r}.")
         self.measures = self._ESTIMATORS[estimator]
+        if source not in ("sample", "moments", "sketch"):
+            raise ValueError(f"LinearCKA: source is 'sample', 'moments' or 'sketch', got {source!r}.")
+        reads = _moment_leaves(source)
         if source == "sample":
             reads = {("sample", "a"): "N D", ("sample", "b"): "N E"}
-        elif source == "moments":
-            reads = {
-                **{
-                    ("cross_moments", side, leaf): shape
-                    for side, letter in (("a", "D"), ("b", "E"))
-                    for leaf, shape in (("count", ""), ("covariance", f"{letter} {letter}"), ("norm4", ""))
-                },
-                ("cross_moments", "cross_covariance"): "D E",
-                ("cross_moments", "norm2_product"): "",
-            }
-        else:
-            raise ValueError(f"LinearCKA: source is 'sample' or 'moments', got {source!r}.")
         self.source = source
-        writes = [("between", name) for name in self.measures]
+        suffixes = ("", "_standard_error") if source == "sketch" else ("",)
+        writes = [("between", name + suffix) for name in self.measures for suffix in suffixes]
         super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=writes)
 
     def prepare(self, *inputs: Tensor) -> Any:
@@ -210,31 +204,77 @@ class LinearCKA(PairStage):
         count, covariance, norm4 = inputs
         count = count.to(torch.float64)
         scatter = covariance.to(torch.float64) * (count - 1)[..., None, None]
+        if self.source == "sketch":
+            groups = norm4.shape[-1]
+            return _Moments(count, group_traces(scatter, groups), block_squares(scatter, groups), norm4)
+        _refuse_sketch(norm4)
         trace = torch.diagonal(scatter, dim1=-2, dim2=-1).sum(-1)
         return _Moments(count, trace, _square_sum(scatter), norm4)
 
     def compare(self, a: Any, b: Any, *rest: Tensor) -> dict[str, Tensor]:
         """One product, and sums of float64 scalars."""
         if self.source == "sample":
-            values = {
-                "linear_cka": lambda: _compare_biased(a, b),
-                "linear_cka_debiased": lambda: _compare_debiased(a, b),
-            }
+            found = {name: (_SAMPLE[name](a, b),) for name in self.measures}
+        elif self.source == "moments":
+            cross = _square_sum(rest[0].to(torch.float64)) * (a.count - 1).square()
+            found = {name: (_MOMENTS[name](a, b, cross, rest[1]),) for name in self.measures}
         else:
-            cross, norm2_product = rest
-            cross = _square_sum(cross.to(torch.float64)) * (a.count - 1).square()
-            values = {
-                "linear_cka": lambda: _biased(cross, a.square, b.square),
-                "linear_cka_debiased": lambda: _debiased_from_moments(a, b, cross, norm2_product),
-            }
-        reasons = {"linear_cka": _REASON, "linear_cka_debiased": _REASON_DEBIASED}
-        return {name: warn_undefined(values[name](), name, reasons[name]) for name in self.measures}
+            found = {name: _sketched(a, b, *rest, debiased=name != "linear_cka") for name in self.measures}
+        values = {}
+        for name, (value, *error) in found.items():
+            reason = _REASON if name == "linear_cka" else _REASON_DEBIASED
+            values[name] = warn_undefined(value, name, reason)
+            values.update({f"{name}_standard_error": e for e in error})
+        return values
+
+
+def _moment_leaves(source: str) -> dict[Key, str]:
+    table = "G G" if source == "sketch" else ""
+    sides = {
+        ("cross_moments", side, leaf): shape
+        for side, letter in (("a", "D"), ("b", "E"))
+        for leaf, shape in (("count", ""), ("covariance", f"{letter} {letter}"), ("norm4", table))
+    }
+    pair = {("cross_moments", "cross_covariance"): "D E", ("cross_moments", "norm2_product"): table}
+    return {**sides, **pair}
+
+
+def _refuse_sketch(norm4: Tensor) -> None:
+    # Exact moments of a batch of data sets would have a batch of counts too, which then broadcasts; a sketch has not.
+    if norm4.ndim >= 2 and norm4.shape[-1] == norm4.shape[-2]:
+        raise ValueError(
+            f"LinearCKA reads norm4 of shape {tuple(norm4.shape)}, a table over groups of projections: these are the "
+            f"leaves of a sketch. Take source='sketch'."
+        )
+
+
+def _biased_from_moments(a: _Moments, b: _Moments, cross: Tensor, norm2_product: Tensor) -> Tensor:
+    return _biased(cross, a.square, b.square)
 
 
 def _debiased_from_moments(a: _Moments, b: _Moments, cross: Tensor, norm2_product: Tensor) -> Tensor:
     pairs = ((cross, norm2_product, a, b), (a.square, a.norm4, a, a), (b.square, b.norm4, b, b))
     value = _debiased(*(_hsic1(square - s, s, p.trace, q.trace, a.count) for square, s, p, q in pairs))
     return torch.where(a.count >= 4, value, torch.nan)
+
+
+_SAMPLE = {"linear_cka": _compare_biased, "linear_cka_debiased": _compare_debiased}
+_MOMENTS = {"linear_cka": _biased_from_moments, "linear_cka_debiased": _debiased_from_moments}
+
+
+def _sketched(
+    a: _Moments, b: _Moments, cross_covariance: Tensor, norm2_product: Tensor, *, debiased: bool
+) -> tuple[Tensor, ...]:
+    groups = norm2_product.shape[-1]
+    cross = block_squares(cross_covariance.to(torch.float64), groups) * (a.count - 1).square()[..., None, None]
+    pairs = ((cross, norm2_product, a, b), (a.square, a.norm4, a, a), (b.square, b.norm4, b, b))
+    if not debiased:
+        return ratio_over_groups(*(square for square, *_ in pairs))
+    n = a.count[..., None, None]
+    tables = (
+        _hsic1(square - s, s, p.trace.unsqueeze(-1), q.trace.unsqueeze(-2), n) for square, s, p, q in pairs
+    )
+    return tuple(torch.where(a.count >= 4, x, torch.nan) for x in ratio_over_groups(*tables))
 
 
 RV = LinearCKA
