@@ -7,6 +7,19 @@ from tdgeom.analyze import analysis_pipeline, analyze_model
 from tdgeom.compose import ForEach, ForEachPair
 from tdgeom.frames import to_frame
 from tdgeom.hooks import Capture, Site, available_sites
+from tdgeom.probing import (
+    BilinearProbe,
+    LinearProbe,
+    LowRankBilinearProbe,
+    MeanDifferenceProbe,
+    Probe,
+    ProbePredict,
+    ProbeScore,
+    Probing,
+    SklearnProbe,
+    StreamingLabelMoments,
+    TorchProbe,
+)
 from tdgeom.results import AnalysisResults
 from tdgeom.router import RouterLoad
 from tdgeom.run import run
@@ -58,6 +71,18 @@ __all__ = [
     "RV",
     "SubspaceNovelty",
     "LayerCosine",
+    # probes
+    "Probing",
+    "Probe",
+    "LinearProbe",
+    "MeanDifferenceProbe",
+    "SklearnProbe",
+    "TorchProbe",
+    "BilinearProbe",
+    "LowRankBilinearProbe",
+    "ProbePredict",
+    "ProbeScore",
+    "StreamingLabelMoments",
     # the rest
     "UndefinedMeasureWarning",
     "functional",

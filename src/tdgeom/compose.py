@@ -97,7 +97,9 @@ class Renamed(TensorDictModuleBase):
             raise
 
     def _inward(self, tensordict: TensorDictBase) -> TensorDict:
-        inner = TensorDict({}, batch_size=tensordict.batch_size)
+        # A stage whose own names are both a tensor and its parent ("tokens", ("tokens", "label")) brings a holder for them.
+        holder = getattr(self.module, "holder", TensorDict)
+        inner = holder({}, batch_size=tensordict.batch_size)
         for own, outer in zip(self.module.in_keys, self.in_keys):
             value = tensordict.get(outer, None)
             if value is not None:

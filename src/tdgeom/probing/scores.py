@@ -1,0 +1,156 @@
+"""Scores of a probe on held-out rows, with error bars over groups, a baseline and a permutation null."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["SCORES", "clustered_error", "permutation_null", "probe_scores"]
+
+SCORES = (
+    "accuracy",
+    "balanced_accuracy",
+    "auroc",
+    "r2",
+    "standard_error",
+    "majority_baseline",
+    "control_accuracy",
+    "selectivity",
+    "null_mean",
+    "p_value",
+    "train_rows",
+    "test_rows",
+)
+
+
+def clustered_error(value: Tensor, group: Tensor) -> Tensor:
+    """Standard error of the mean of ``value`` when rows of one group vary together: (N,), (N,) -> ().
+
+    √(G/(G-1) Σ_g (Σ_{i in g} (v_i - v̄))²)/N over G groups; with one row a group, the usual s/√N. NaN for one group.
+
+    >>> value = torch.tensor([0.0, 1.0, 0.0, 1.0]).double()
+    >>> round(float(clustered_error(value, torch.arange(4))), 6), float(clustered_error(value, torch.tensor([0, 0, 1, 1])))
+    (0.288675, 0.0)
+    """
+    _, index = torch.unique(group, return_inverse=True)
+    groups = int(index.max()) + 1
+    sums = torch.zeros(groups, dtype=torch.float64, device=value.device)
+    sums.index_add_(0, index, value.double() - value.double().mean())
+    if groups < 2:
+        return sums.new_tensor(torch.nan)
+    return (sums.square().sum() * groups / (groups - 1)).sqrt() / value.shape[0]
+
+
+def permutation_null(
+    statistic: Callable[[Tensor], Tensor], label: Tensor, group: Tensor, *, repeats: int = 200, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The mean of a statistic over permuted labels, and the p-value of the real one: two ().
+
+    Labels are permuted against the predictions of the fitted probe on rows it never saw, which is an exact test that
+    the predictions know nothing of the labels. Where all rows of each group have one label, whole groups change places.
+    p = (1 + permutations at least as good)/(1 + repeats).
+
+    >>> label = torch.arange(20) % 2
+    >>> mean, p = permutation_null(lambda y: (y == label).double().mean(), label, torch.arange(20))
+    >>> 0.4 < float(mean) < 0.6, float(p) < 0.01
+    (True, True)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    groups, index = torch.unique(group, return_inverse=True)
+    first = torch.zeros_like(groups).scatter_(0, index, torch.arange(len(index), device=index.device))
+    by_group = bool((label[first[index]] == label).all())
+    real, values = statistic(label), []
+    for _ in range(repeats):
+        order = torch.randperm(len(groups) if by_group else len(label), generator=generator).to(label.device)
+        values.append(statistic(label[first[order][index] if by_group else order]))
+    null = torch.stack(values).double()
+    return null.mean(), (1 + (null >= real - 1e-12).sum()) / (1 + repeats)
+
+
+def probe_scores(
+    decision: Tensor,
+    label: Tensor,
+    group: Tensor,
+    *,
+    train_counts: Tensor | None = None,
+    permutations: int = 0,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Scores by name, each (): of decisions (N, K) against classes int (N,), or of predictions (N, K) against floats.
+
+    Classification: ``accuracy`` of the largest decision; ``balanced_accuracy`` (mean recall of the classes); ``auroc``
+    (of the two decisions' difference; for more classes the mean over one-against-rest); ``majority_baseline``, the
+    accuracy of always naming the most frequent class of ``train_counts`` (default: of these labels). Regression: ``r2``
+    (mean over targets). ``standard_error`` of the accuracy (or R²) over groups; ``null_mean`` and ``p_value`` from
+    ``permutation_null``. What a task does not have is NaN.
+
+    >>> scores = probe_scores(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), torch.tensor([0, 1]))
+    >>> float(scores["accuracy"]), float(scores["auroc"]), float(scores["majority_baseline"])
+    (1.0, 1.0, 0.5)
+    """
+    from sklearn.metrics import balanced_accuracy_score, r2_score, roc_auc_score
+
+    found: dict[str, float | Tensor] = {}
+    if label.is_floating_point():
+        label = label if label.ndim == 2 else label[:, None]
+        spread = (label - label.mean(0)).square()
+        if bool((spread.sum(0) == 0).any()):
+            raise ValueError(
+                f"a target is constant over all {label.shape[0]} held-out rows, so R² is undefined. Give targets that vary, or "
+                f"hold out more groups."
+            )
+        residual = (label - decision).square()
+        found["r2"] = r2_score(_numpy(label), _numpy(decision))
+        lost = residual.sum(0) / spread.sum(0)
+        # Each row's share in R² = 1 - A/B, to first order.
+        influence = -((residual - lost * spread) / spread.sum(0)).mean(-1) * label.shape[0]
+        found["standard_error"] = clustered_error(influence, group)
+        if permutations:
+            whole, total = decision.double(), spread.sum(0)
+            score = lambda y: 1 - ((y - whole).square().sum(0) / total).mean()
+            found["null_mean"], found["p_value"] = permutation_null(
+                score, label, group, repeats=permutations, seed=seed
+            )
+    else:
+        guess = decision.argmax(-1)
+        right = (guess == label).double()
+        counts = label.bincount(minlength=decision.shape[1]) if train_counts is None else train_counts
+        missing = (label.bincount(minlength=decision.shape[1]) == 0).nonzero().flatten().tolist()
+        if missing:
+            raise ValueError(
+                f"expected rows of every class 0..{decision.shape[1] - 1} among the {label.shape[0]} held-out rows, class "
+                f"{missing} is missing. Hold out more groups (holdout=, test_rows=), take another seed=, or leave out rare "
+                f"classes (ignore_index)."
+            )
+        found["accuracy"] = right.mean()
+        found["standard_error"] = clustered_error(right, group)
+        found["balanced_accuracy"] = balanced_accuracy_score(_numpy(label), _numpy(guess))
+        found["majority_baseline"] = (label == counts.argmax()).double().mean()
+        if decision.shape[1] == 2:
+            found["auroc"] = roc_auc_score(_numpy(label), _numpy(decision[:, 1] - decision[:, 0]))
+        else:
+            hot = np.eye(decision.shape[1])[_numpy(label)]
+            found["auroc"] = roc_auc_score(hot, _numpy(decision), average="macro")
+        if permutations:
+            score = lambda y: (guess == y).double().mean()
+            found["null_mean"], found["p_value"] = permutation_null(
+                score, label, group, repeats=permutations, seed=seed
+            )
+    found["test_rows"] = float(label.shape[0])
+    return complete(found, label.device)
+
+
+def complete(found: Mapping[str, float | Tensor], device: torch.device | None = None) -> dict[str, Tensor]:
+    """All score names; NaN for those not found."""
+    return {
+        name: torch.as_tensor(found.get(name, torch.nan), dtype=torch.float64).to(device or "cpu")
+        for name in SCORES
+    }
+
+
+def _numpy(value: Tensor) -> np.ndarray:
+    value = value.detach().cpu()
+    return (value.double() if value.is_floating_point() else value).numpy()
