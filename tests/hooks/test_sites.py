@@ -44,8 +44,9 @@ def test_a_prefix_without_a_slash_survives_copies():
 def test_transformer_lens_words_are_aliases():
     assert Site("resid_pre.2") == "residual_input.2"
     assert Site("encoder.resid_post") == "encoder.residual_output"
+    assert Site("resid_mid.0") == "residual_mid.0"
     with pytest.raises(ValueError, match="Kinds: embed, residual_input"):
-        Site("resid_mid.0")
+        Site("resid_pst.0")
 
 
 @pytest.mark.parametrize("name", ["residual_inptu", "", "residual_input.x", "residual_input.1.5", "attn"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,10 +31,23 @@ class Capture(TensorDictModuleBase):
     **Context form**, ``with capture as calls:``: changes nothing about the calls the user makes; ``calls`` gets
     one TensorDict a model call with the keys of the module form and the tensors that the call was given.
 
+    **Order.** Contexts on one model act in the order in which they are entered: a Capture inside an ``Intervene``
+    reads what the edits left, one outside of it reads what was there before.
+
     Args:
         model: any ``nn.Module`` that is not compiled. It stays the user's: neither registered, moved nor saved.
-        sites: kinds, concrete names (``"residual_output.-1"``), ``"module_output:<glob>"``, or a list of them.
+        sites: kinds, concrete names (``"residual_output.-1"``), ``"module_output:<glob>"``, compiled regular expressions
+            (they match a whole module path and stand for its output), or a list of them.
         layers: ``"all"``, an int, a list (negative counts from the end), a slice or ``"0,3,7"``; applies to kinds.
+        heads: query heads to read at sites with heads, (B, T, heads, Dh) or (B, heads, Tq, Tk); where queries share
+            key/value heads, ``k`` and ``v`` give the one that each of these heads uses.
+        direction: ``"forward"``, or ``"backward"`` for gradients, ``("grads", site)``: in module form of ``target``, in
+            context form of what the user calls ``backward`` on inside the ``with`` block.
+        target: output of the model -> scalar, what the module form takes gradients of (needed for ``"backward"``).
+        callback: called with the site and its tensor as it is read; what it returns (unless None) is kept instead.
+        classes, skip_classes: module classes to take or leave among those that globs and expressions match.
+        nested: put module sites under their path's parts, ``("acts", "h", "0", "mlp")``.
+        cache: a TensorDict that every call's activations are also written to, the last call winning.
         model_outputs: names of the model's outputs to keep, under ``prefix + name``; the pass then runs to its end.
         prefix: put before each site's name, ``"b/"``, to keep two models apart.
         keep_graph: keep the autograd graph (and the ambient grad mode) instead of detaching.
@@ -41,7 +55,8 @@ class Capture(TensorDictModuleBase):
         withhold: further entries that the model is never called with.
         in_keys: what the module form demands: a list of keys, or a mapping of forward names to keys. Default: the
             model's main input, or every parameter of forward without a default.
-        out_keys: the root of the activations' keys (default ``"acts"``), or a list naming every leaf.
+        out_keys: the root of the activations' keys (default ``"acts"``; ``"grads"`` for gradients), or a list naming every
+            leaf.
 
     Attributes: ``sites``, a list of :class:`Site` in execution order; ``module_paths``, site -> module path.
 
@@ -64,23 +79,39 @@ class Capture(TensorDictModuleBase):
     def __init__(
         self,
         model: nn.Module,
-        sites: str | Iterable[str] = "residual_input",
+        sites: str | re.Pattern | Iterable[str | re.Pattern] = "residual_input",
         *,
         layers: LayerSpec = "all",
+        heads: int | Sequence[int] | None = None,
+        direction: str = "forward",
+        target: Callable[[Any], Tensor] | None = None,
+        callback: Callable[[Site, Tensor], Tensor | None] | None = None,
+        classes: Sequence[type[nn.Module]] = (),
+        skip_classes: Sequence[type[nn.Module]] = (),
+        nested: bool = False,
+        cache: TensorDictBase | None = None,
         model_outputs: str | Sequence[str] | None = None,
         prefix: str = "",
         keep_graph: bool = False,
         clone: bool = False,
         withhold: Sequence[str] = (),
         in_keys: Sequence[NestedKey] | Mapping[str, NestedKey] | None = None,
-        out_keys: NestedKey | Sequence[NestedKey] = "acts",
+        out_keys: NestedKey | Sequence[NestedKey] | None = None,
     ) -> None:
         super().__init__()
+        if direction not in ("forward", "backward"):
+            raise ValueError(f"direction= expects 'forward' or 'backward', got {direction!r}.")
         self._asked = {
-            "sites": sites if isinstance(sites, str) else list(sites),
+            "sites": sites if isinstance(sites, str | re.Pattern) else list(sites),
             "layers": layers,
             "prefix": prefix,
+            "heads": heads,
+            "classes": tuple(classes),
+            "skip_classes": tuple(skip_classes),
         }
+        self.direction, self.target, self.callback = direction, target, callback
+        self.nested, self.cache = nested, cache
+        out_keys = ("acts" if direction == "forward" else "grads") if out_keys is None else out_keys
         self.model_outputs = [model_outputs] if isinstance(model_outputs, str) else list(model_outputs or ())
         self.prefix, self.keep_graph, self.clone, self.withhold = prefix, keep_graph, clone, tuple(withhold)
         self._session: Session | None = None
@@ -97,7 +128,7 @@ class Capture(TensorDictModuleBase):
         outputs = [self.prefix + name for name in self.model_outputs]
         if not isinstance(out_keys, list):
             root = (out_keys,) if isinstance(out_keys, str) else tuple(out_keys)
-            return [(*root, str(site)) for site in self.sites] + outputs
+            return [(*root, *self._parts(site)) for site in self.sites] + outputs
         if len(out_keys) != len(self.sites) + len(outputs):
             raise ValueError(
                 f"out_keys= expected {len(self.sites) + len(outputs)} keys, for "
@@ -105,6 +136,16 @@ class Capture(TensorDictModuleBase):
                 "instead of a list."
             )
         return list(out_keys)
+
+    def _parts(self, site: Site) -> tuple[str, ...]:
+        if not self.nested or site.path is None:
+            return (str(site),)
+        head = site.prefix.rstrip("/")
+        return (
+            *([head] if head else []),
+            *site.path.split("."),
+            *(["input"] if site.kind == "module_input" else []),
+        )
 
     def _resolve(self, model: nn.Module) -> Bound:
         if not isinstance(model, nn.Module):
@@ -156,18 +197,18 @@ class Capture(TensorDictModuleBase):
             number_positions=bound.number_positions,
         )
         modules = list(model.modules())
-        stop = not self.model_outputs and may_stop(modules)
-        session = Session(
-            bound.modules,
-            bound.sites,
-            stop=stop,
-            clone=self.clone,
-            keep_graph=self.keep_graph,
-            watch=not bound.watched,
-        )
+        backward = self.direction == "backward"
+        stop = not self.model_outputs and not backward and may_stop(modules)
+        if backward and self.target is None:
+            raise ValueError(
+                "Capture(direction='backward') needs target= in module form, a function of the model's output that gives "
+                "the scalar to differentiate. Remedy: target=lambda out: out.logits[:, -1, token].sum(), or the context "
+                "form around your own backward()."
+            )
+        session = self._open(stop)
         self._session = session
         try:
-            with eval_mode(modules), nullcontext() if self.keep_graph else torch.no_grad():
+            with eval_mode(modules), self._grad_mode(model):
                 session.begin()
                 try:
                     output = model(*args, **kwargs)
@@ -183,13 +224,52 @@ class Capture(TensorDictModuleBase):
                     ) from error
                 done = session.end()
                 self._refuse_missing(done.acts)
+                if backward:
+                    self._differentiate(done, output)
                 values = self._values(done, output)
         finally:
             session.close()
             self._session = None
         bound.watched = True
         _write(tensordict, values)
+        self._fill_cache(values)
         return tensordict
+
+    def _open(self, stop: bool) -> Session:
+        bound = self._bound
+        return Session(
+            bound.modules,
+            bound.sites,
+            stop=stop,
+            clone=self.clone,
+            keep_graph=self.keep_graph,
+            watch=not bound.watched,
+            model=bound.model,
+            backward=self.direction == "backward",
+            callback=self.callback,
+        )
+
+    def _grad_mode(self, model: nn.Module) -> Any:
+        if self.direction == "backward":
+            return _differentiable(model)
+        return nullcontext() if self.keep_graph else torch.no_grad()
+
+    def _differentiate(self, done: Pass, output: Any) -> None:
+        """Put the gradients of ``target(output)`` in place of what was read."""
+        scalar = self.target(output)  # type: ignore[misc]
+        if not isinstance(scalar, Tensor) or scalar.ndim:
+            got = tuple(scalar.shape) if isinstance(scalar, Tensor) else type(scalar).__name__
+            raise ValueError(f"target= expected a function that gives a scalar tensor, got {got}.")
+        entries = {entry.site: entry for entry in self._bound.sites}
+        roots = [done.roots[site] for site in done.acts]
+        grads = torch.autograd.grad(scalar, roots, allow_unused=True, materialize_grads=True)
+        for site, grad in zip(list(done.acts), grads, strict=True):
+            value = entries[site].gradient(grad)
+            done.acts[site] = value.reshape(done.acts[site].shape)
+
+    def _fill_cache(self, values: dict[NestedKey, Tensor]) -> None:
+        if self.cache is not None:
+            _write(self.cache, values)
 
     def _values(self, done: Pass, output: Any) -> dict[NestedKey, Tensor]:
         values = {
@@ -210,14 +290,7 @@ class Capture(TensorDictModuleBase):
         model, bound = self._bound.require(), self._bound
         self._refuse_entered()
         refuse_compiled(model, bound.modules)
-        session = Session(
-            bound.modules,
-            bound.sites,
-            stop=False,
-            clone=self.clone,
-            keep_graph=self.keep_graph,
-            watch=not bound.watched,
-        )
+        session = self._open(stop=False)
         calls: list[TensorDictBase] = []
         try:
             # around the sites' own hooks: first in, last out
@@ -244,7 +317,7 @@ class Capture(TensorDictModuleBase):
         session.close()
         if kind is not None:
             return
-        if calls:
+        if calls and self.direction == "forward":
             self._bound.watched = True
             self._refuse_missing(
                 {
@@ -261,15 +334,49 @@ class Capture(TensorDictModuleBase):
                 "Capture the part that you call."
             )
 
+    @contextmanager
+    def disable_hooks(self) -> Iterator[None]:
+        """Inside, calls of the model are neither read nor listed (this Capture must be entered)."""
+        session = self._session
+        if session is None:
+            raise RuntimeError(
+                "disable_hooks() expects an entered Capture. Remedy: call it inside the with block."
+            )
+        before, session.disabled = session.disabled, True
+        try:
+            yield
+        finally:
+            session.disabled = before
+
     def _record(
         self, session: Session, calls: list[TensorDictBase], args: tuple, kwargs: dict, output: Any
     ) -> None:
-        values = self._values(session.end(), output)
+        done = session.end()
+        if session.disabled:
+            return
+        values = self._values(done, output)
         td = TensorDict({}, batch_size=[])
         for name, value in bound_tensors(self._bound.signature, args, kwargs).items():
             td.set(name, value)
+        if self.direction == "backward":
+            self._await_gradients(done, td)
+            values = {k: v for k, v in values.items() if k in self._leaves[len(self.sites) :]}
         _write(td, values)
+        self._fill_cache(values)
         calls.append(td)
+
+    def _await_gradients(self, done: Pass, td: TensorDictBase) -> None:
+        """Write each gradient to the call's TensorDict when the user's backward reaches the site."""
+        leaves = dict(zip(self.sites, self._leaves, strict=False))
+        for entry in self._bound.sites:
+            if entry.site in done.roots:
+                shape = done.acts[entry.site].shape
+
+                def arrive(grad: Tensor, entry: Any = entry, shape: torch.Size = shape) -> None:
+                    value = entry.gradient(grad.detach()).reshape(shape)
+                    td.set(leaves[entry.site], value.clone() if self.clone else value)
+
+                done.roots[entry.site].register_hook(arrive)
 
     # ------------------------------------------------------------------------------------------- errors
 
@@ -294,6 +401,21 @@ class Capture(TensorDictModuleBase):
     def __getstate__(self) -> dict:
         # hooks and open calls belong to the with block, not to copies of this module
         return {**self.__dict__, "_session": None, "_calls_open": None}
+
+
+@contextmanager
+def _differentiable(model: nn.Module) -> Iterator[None]:
+    """Gradients on; where every parameter is frozen they are let go for this one pass."""
+    frozen = [p for p in model.parameters() if p.is_floating_point()]
+    frozen = [] if any(p.requires_grad for p in frozen) else frozen
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _write(tensordict: TensorDictBase, values: dict[NestedKey, Tensor]) -> None:

@@ -9,20 +9,32 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from tdgeom.hooks.heads import find_heads
+from tdgeom.hooks.heads import is_linear as _is_linear
+from tdgeom.hooks.views import HeadOutput, HeadSlice, Pattern, View
+
 _NORM = re.compile(r"norm|(^|_)ln(_|\d|$)", re.I)
 _ATTENTION = re.compile(r"attn|attention", re.I)
 _CROSS = re.compile(r"cross|encdec|encoder_?attn|encoder_?attention", re.I)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|(^|_)ffw?(_|$)|moe|layerff|denserelu|denseact|densegated", re.I)
 _ROUTER = re.compile(r"router", re.I)
+_QK = re.compile(r"(^|_)[qk]_?(layer)?_?norm|(query|key)_?(layer)?_?norm", re.I)
+_DOWN = re.compile(r"down|out|(^|_)c_proj|fc2|^w2$|^wo$|4h_to_h|lin2", re.I)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A module path, the side of the module, and what its tensor is multiplied by before it is used."""
+    """A module path, the side of the module, and what its tensor is multiplied by before it is used.
+
+    ``side`` is ``"input"``, ``"output"``, or ``"scores"`` and ``"pattern"`` for the softmax inside the module.
+    ``groups`` is the number of query heads that share a head.
+    """
 
     path: str
     side: str
     scale: float = 1.0
+    view: View | None = None
+    groups: int = 1
 
 
 def is_norm(name: str, module: nn.Module) -> bool:
@@ -50,11 +62,17 @@ def find_parts(block: nn.Module) -> dict[str, Place]:
         core = _attention_core(path, module)
         parts["attn_input"] = Place(core, "input")
         parts["attn_output"] = Place(attention_after or _attention_exit(path, module, core), "output", scale)
+        parts.update(_head_parts(block, path, core, attention_after, scale))
     mlp = _find_mlp(block, children)
     if mlp is not None:
         entry, leave = mlp
         parts["mlp_input"] = Place(entry, "input")
         parts["mlp_output"] = Place(mlp_after or leave, "output", scale)
+        neurons = _find_neurons(block, entry, leave)
+        if neurons is not None:
+            parts["mlp_act"] = Place(neurons, "input")
+    if len(attention) == 1 and mlp is not None:
+        parts.update(_norm_parts(block, parts, attention[0][0]))
     routers = [path for path, module in block.named_modules() if path and _is_router(path, module)]
     routers = [path for path in routers if not any(path.startswith(other + ".") for other in routers)]
     if len(routers) == 1:
@@ -169,8 +187,88 @@ def _is_router(path: str, module: nn.Module) -> bool:
     return bool(named) or (name == "gate" and size_of(module) > 0)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+def _head_parts(block: nn.Module, path: str, core: str, after: str | None, scale: float) -> dict[str, Place]:
+    attention, inner = block.get_submodule(path), block.get_submodule(core)
+    parts: dict[str, Place] = {}
+    heads = find_heads(attention, inner)
+    if heads is None:
+        return parts
+    groups = heads.count // heads.key_value
+    for role, (name, view) in heads.slices.items():
+        parts[role] = Place(join(path, name), "output", 1.0, view, 1 if role == "q" else groups)
+    for kind, side in (("attn_scores", "scores"), ("attn_pattern", "pattern")):
+        parts[kind] = Place(core, side, 1.0, Pattern(heads.count))
+    output = join(path, heads.output)
+    whole = HeadSlice(1, heads.count, heads.dim, 0, heads.count)
+    parts["z"] = Place(output, "input", 1.0, whole)
+    behind = block.get_submodule(after) if after else None
+    norm = behind is not None and is_norm(after or "", behind)
+    if not (norm and isinstance(behind, nn.LayerNorm)):  # a norm that centres leaves no share to a head
+        view = HeadOutput(block.get_submodule(output), heads.count, behind, norm)
+        parts["head_output"] = Place(output, "output", scale, view)
+    return parts
+
+
+def _norm_parts(block: nn.Module, parts: dict[str, Place], attention: str) -> dict[str, Place]:
+    """The stream between attention and MLP, and the outputs of the norms in front of (or behind) the two.
+
+    In a block that normalises first, the stream after attention is what the second norm receives, or the MLP itself
+    where nothing normalises before it; in a block that normalises last, what the norm behind attention receives.
+    A block that runs attention and MLP side by side has no such place.
+    """
+    found: dict[str, Place] = {}
+    branch = {name for name in _branch_ends(block) if name}
+    norms = [(p, m) for p, m in block.named_modules() if p and is_norm(p.rpartition(".")[2], m)]
+    norms = [(p, m) for p, m in norms if p not in branch and not _QK.search(p.rpartition(".")[2])]
+    norms = [(p, m) for p, m in norms if not _CROSS.search(p)]
+    inner = parts["mlp_input"].path
+    norms = [(p, m) for p, m in norms if not p.startswith(inner + ".")]
+    if _is_parallel(block) or (len(norms) < 2 and not branch):
+        if norms and not branch:
+            found["attn_norm"] = Place(norms[0][0], "output")
+        return found
+    if not norms:
+        return {"residual_mid": Place(inner, "input")}
+    if len(norms) < 2:
+        return found
+    first, second = norms[0][0], norms[-1][0]
+    found["attn_norm"], found["mlp_norm"] = Place(first, "output"), Place(second, "output")
+    found["residual_mid"] = Place(first if _normalises_last(block, first, second) else second, "input")
+    return found
+
+
+def _is_parallel(block: nn.Module) -> bool:
+    config = getattr(block, "config", None)
+    names = ("use_parallel_residual", "parallel_residual", "parallel_attn", "parallel_attention_mlp")
+    return any(getattr(owner, name, False) is True for owner in (block, config) for name in names)
+
+
+def _normalises_last(block: nn.Module, first: str, second: str) -> bool:
+    """Whether the norms stand behind attention and MLP: inside the module that adds the stream, or said so."""
+    for flag in ("norm_first", "do_layer_norm_before", "normalize_before"):
+        if isinstance(getattr(block, flag, None), bool):
+            return not getattr(block, flag)
+    owner = block.get_submodule(first.rpartition(".")[0])
+    if owner is not block and adds_stream(owner):
+        return True
+    names = [name for name, _ in block.named_children()]
+    if first in names and second in names:  # registered right behind what it normalises
+        attention = [n for n, m in block.named_children() if _is_attention(n, m)]
+        return bool(attention) and names.index(first) == names.index(attention[0]) + 1 and "output" in second
+    return False
+
+
+def _find_neurons(block: nn.Module, entry: str, leave: str) -> str | None:
+    """The MLP's last linear layer: its input are the neurons."""
+    whole = block.get_submodule(leave)
+    if _is_linear(whole):
+        return leave if entry != leave else None
+    if any("expert" in name for name, _ in whole.named_modules()):
+        return None
+    linear = [(name, m) for name, m in whole.named_modules() if name and _is_linear(m)]
+    closing = [name for name, _ in linear if _DOWN.search(name.rpartition(".")[2])]
+    ending = closing or ([linear[-1][0]] if len(linear) > 1 else [])
+    return join(leave, ending[-1]) if ending else None
 
 
 def size_of(module: nn.Module) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 
 from tdgeom.hooks import readers
@@ -14,14 +16,17 @@ from tdgeom.hooks.blocks import Stack, find_final_norm, find_stacks
 from tdgeom.hooks.parts import Place, find_parts
 from tdgeom.hooks.sites import (
     BLOCK_KINDS,
+    HEAD_KINDS,
     KINDS,
     MODULE_KINDS,
+    PATTERN_KINDS,
     STACK_KINDS,
     LayerSpec,
     Site,
     select_layers,
     unknown_kind,
 )
+from tdgeom.hooks.views import View, take_heads
 
 # Which of the two outputs in a block the residual stream receives: what else transforms them is worth an
 # error.
@@ -32,9 +37,10 @@ ADDED_KINDS = ("attn_output", "mlp_output")
 class ResolvedSite:
     """A site of one model: the module, the side of it, and which of the module's calls in a pass is meant.
 
-    ``side`` is ``"input"`` or ``"output"``; ``block_path`` is the path of the block that holds the site
-    (``None`` outside of blocks). What is read is multiplied by ``scale`` (a residual multiplier); ``write``
-    divides by it, so that ``write(read(x))`` changes nothing.
+    ``side`` is ``"input"`` or ``"output"``, or ``"scores"`` or ``"pattern"`` for the softmax inside an attention
+    module; ``block_path`` is the path of the block that holds the site (``None`` outside of blocks). ``view`` says how
+    heads lie in the module's tensor, ``heads`` which of them are read. What is read is multiplied by ``scale`` (a
+    residual multiplier); ``write`` divides by it, so that ``write(read(x))`` changes nothing.
     """
 
     site: Site
@@ -44,16 +50,51 @@ class ResolvedSite:
     call: int = 0
     calls: int = 1
     block_path: str | None = None
+    view: View | None = None
+    heads: tuple[int, ...] | None = None
+    groups: int = 1
+
+    @property
+    def head_axis(self) -> int | None:
+        """The axis of heads in what ``read`` gives; ``None`` where there is none."""
+        if self.view is None:
+            return None
+        return 1 if self.site.kind in PATTERN_KINDS else -2
+
+    def raw(self, args: tuple, kwargs: dict, output: object = None) -> Tensor | None:
+        """The module's own tensor that holds the site, before scale and heads."""
+        if self.side in ("scores", "pattern"):
+            return output  # type: ignore[return-value]
+        reader = readers.read_input if self.side == "input" else readers.read_output
+        return reader(args, kwargs, output)
 
     def read(self, args: tuple, kwargs: dict, output: object = None) -> Tensor | None:
         """The site's tensor, from what a hook on the module sees; ``None`` if there is no tensor."""
-        reader = readers.read_input if self.side == "input" else readers.read_output
-        value = reader(args, kwargs, output)
-        return value if value is None or self.scale == 1.0 else value * self.scale
+        value = self.raw(args, kwargs, output)
+        if value is None:
+            return None
+        if self.view is not None:
+            value = take_heads(self.view.read(value, args, kwargs), self.heads, self.head_axis or 0)
+        return value if self.scale == 1.0 else value * self.scale
+
+    def gradient(self, raw: Tensor) -> Tensor:
+        """The gradient of the site's tensor, from the gradient of the module's own."""
+        value = raw if self.view is None else self.view.gradient(raw)
+        value = take_heads(value, self.heads, self.head_axis or 0)
+        return value if self.scale == 1.0 else value / self.scale
 
     def write(self, args: tuple, kwargs: dict, output: object, value: Tensor) -> object:
         """What the hook returns to put ``value`` at the site: ``(args, kwargs)`` or an output."""
         value = value if self.scale == 1.0 else value / self.scale
+        if self.view is not None:
+            raw = self.raw(args, kwargs, output)
+            if self.heads is not None:
+                whole = self.view.read(raw, args, kwargs)
+                index = torch.tensor(self.heads, device=value.device)
+                value = whole.index_copy(self.head_axis or 0, index, value)
+            value = self.view.write(raw, value)
+        if self.side in ("scores", "pattern"):
+            return value
         writer = readers.write_input if self.side == "input" else readers.write_output
         return writer(args, kwargs, output, value)
 
@@ -72,22 +113,34 @@ def available_sites(model: nn.Module) -> list[ResolvedSite]:
 
 
 def resolve_sites(
-    model: nn.Module, sites: str | Iterable[str], *, layers: LayerSpec = "all", prefix: str = ""
+    model: nn.Module,
+    sites: str | re.Pattern | Iterable[str | re.Pattern],
+    *,
+    layers: LayerSpec = "all",
+    prefix: str = "",
+    heads: int | Sequence[int] | None = None,
+    classes: Sequence[type[nn.Module]] = (),
+    skip_classes: Sequence[type[nn.Module]] = (),
 ) -> list[ResolvedSite]:
     """The sites that ``sites`` and ``layers`` name in ``model``, each once, in execution order.
 
     ``sites`` holds kinds (``layers`` applies to them), kinds of one stack (``"encoder.residual_input"``),
     concrete names (``"residual_output.-1"``), or globs of module paths (``"module_output:h.*.mlp"``; ``*``
-    stays within one component, ``**`` takes any number of them). Raises ``ValueError`` for what a model does
-    not have and ``IndexError`` for a layer out of range.
+    stays within one component, ``**`` takes any number of them), or compiled regular expressions, which must match a
+    whole module path and stand for its output. ``classes`` and ``skip_classes`` take or leave modules that globs and
+    expressions match. ``heads`` picks query heads; where queries share key/value heads, the keys and values of these
+    heads. Raises ``ValueError`` for what a model does not have and ``IndexError`` for a layer or head out of range.
     """
-    wanted = [sites] if isinstance(sites, str) else list(sites)
+    wanted = [sites] if isinstance(sites, str | re.Pattern) else list(sites)
     if not wanted:
         raise ValueError(f"sites= names no site; kinds: {', '.join(KINDS)}.")
     stacks = find_stacks(model)
     found = [entry for stack in stacks for entry in _stack_sites(model, stack)]
     chosen: list[ResolvedSite] = []
     for name in wanted:
+        if isinstance(name, re.Pattern):
+            chosen += _module_sites(model, name, "output", classes, skip_classes)
+            continue
         if not isinstance(name, str):
             raise ValueError(f"a site is a string such as 'residual_input.0', got {name!r}.")
         site = Site(name.removeprefix(prefix) if prefix else name)
@@ -96,11 +149,15 @@ def resolve_sites(
                 f"the site {name!r} has the prefix {site.prefix!r}; this Capture has prefix={prefix!r}."
             )
         if site.kind in MODULE_KINDS:
-            chosen += _module_sites(model, site)
+            chosen += _module_sites(
+                model, site.path or "", site.kind.removeprefix("module_"), classes, skip_classes
+            )
         else:
             chosen += _select(model, stacks, found, site, layers)
     unique = {entry.site: entry for entry in chosen}
     ordered = sorted(unique.values(), key=_execution_order(model, found))
+    if heads is not None:
+        ordered = _with_heads(ordered, [heads] if isinstance(heads, int) else list(heads))
     return [_with_prefix(entry, prefix) for entry in ordered]
 
 
@@ -125,7 +182,17 @@ def _stack_sites(model: nn.Module, stack: Stack) -> list[ResolvedSite]:
             path = ".".join(p for p in (block.path, place.path) if p)
             site = Site.of(kind, layer, stack=stack.name)
             entries.append(
-                ResolvedSite(site, path, place.side, place.scale, block.call, block.calls, block.path)
+                ResolvedSite(
+                    site,
+                    path,
+                    place.side,
+                    place.scale,
+                    block.call,
+                    block.calls,
+                    block.path,
+                    place.view,
+                    groups=place.groups,
+                )
             )
     norm = find_final_norm(model, stack)
     if norm is not None:
@@ -188,17 +255,53 @@ def _select_in(stack: Stack, found: list[ResolvedSite], site: Site, layers: Laye
     return [by_layer[layer] for layer in chosen if layer in by_layer]
 
 
-def _module_sites(model: nn.Module, site: Site) -> list[ResolvedSite]:
-    paths = [path for path, _ in model.named_modules() if path]
-    side = site.kind.removeprefix("module_")
-    matched = [path for path in paths if match_path(path, site.path or "")]
+def _module_sites(
+    model: nn.Module,
+    pattern: str | re.Pattern,
+    side: str,
+    classes: Sequence[type[nn.Module]],
+    skip_classes: Sequence[type[nn.Module]],
+) -> list[ResolvedSite]:
+    modules = {path: module for path, module in model.named_modules() if path}
+    if isinstance(pattern, str):
+        matched = [path for path in modules if match_path(path, pattern)]
+    else:
+        matched = [path for path in modules if pattern.fullmatch(path)]
     if not matched:
-        close = get_close_matches(site.path or "", paths, n=5, cutoff=0.4) or paths[:5]
+        text = pattern if isinstance(pattern, str) else pattern.pattern
+        close = get_close_matches(text, list(modules), n=5, cutoff=0.4) or list(modules)[:5]
         raise ValueError(
-            f"no module of {type(model).__name__} matches {site.path!r} (the whole path has to match). "
+            f"no module of {type(model).__name__} matches {text!r} (the whole path has to match). "
             f"Nearest: {', '.join(close)}."
         )
-    return [ResolvedSite(Site.of(site.kind, path=path), path, side) for path in matched]
+    kept = [path for path in matched if not classes or isinstance(modules[path], tuple(classes))]
+    kept = [path for path in kept if not isinstance(modules[path], tuple(skip_classes))]
+    if not kept:
+        kinds = sorted({type(modules[path]).__name__ for path in matched})
+        raise ValueError(
+            f"classes= and skip_classes= leave none of the modules matched, which are {', '.join(kinds)}."
+        )
+    return [ResolvedSite(Site.of(f"module_{side}", path=path), path, side) for path in kept]
+
+
+def _with_heads(entries: list[ResolvedSite], heads: Sequence[int]) -> list[ResolvedSite]:
+    chosen = []
+    for entry in entries:
+        if entry.view is None:
+            chosen.append(entry)
+            continue
+        count = entry.view.heads * entry.groups
+        for head in heads:
+            if isinstance(head, bool) or not isinstance(head, int) or not -count <= head < count:
+                raise IndexError(
+                    f"head {head!r} is out of range: {str(entry.site)!r} has {count} query heads."
+                )
+        chosen.append(replace(entry, heads=tuple(head % count // entry.groups for head in heads)))
+    if not any(entry.site.kind in HEAD_KINDS for entry in chosen):
+        raise ValueError(
+            f"heads= needs a site with heads ({', '.join(HEAD_KINDS)}), got {[e.site for e in entries]}."
+        )
+    return chosen
 
 
 def match_path(path: str, pattern: str) -> bool:
@@ -257,7 +360,7 @@ def _execution_order(model: nn.Module, found: list[ResolvedSite]):
 def _with_prefix(entry: ResolvedSite, prefix: str) -> ResolvedSite:
     if not prefix:
         return entry
-    return ResolvedSite(**{**entry.__dict__, "site": entry.site.with_prefix(prefix)})
+    return replace(entry, site=entry.site.with_prefix(prefix))
 
 
 def _some(paths: Iterable[str], most: int = 12) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tdgeom.hooks.kernel import eager_attention, watch_softmax
 from tdgeom.hooks.parts import is_neutral
 from tdgeom.hooks.readers import read_input
 from tdgeom.hooks.resolve import ADDED_KINDS, ResolvedSite
@@ -29,6 +31,7 @@ class Pass:
         self.fired: dict[tuple[str, str], int] = defaultdict(int)
         self.leading: dict[str, torch.Size] = {}
         self.raw: dict[Site, Tensor] = {}
+        self.roots: dict[Site, Tensor] = {}
 
     def check_unmodified(self) -> None:
         """Raise if a captured tensor was written to after it was read."""
@@ -44,7 +47,8 @@ class Session:
     """Hooks on the modules of ``sites``; ``close`` takes away exactly these.
 
     ``stop`` ends the forward pass once every site has been read. ``watch`` checks, in the first block of each
-    stack, that nothing transforms an attention or MLP output before it is added to the stream.
+    stack, that nothing transforms an attention or MLP output before it is added to the stream. ``backward`` keeps the
+    model's own tensors in ``Pass.roots`` for their gradients. ``skip`` says whether reading is switched off.
     """
 
     def __init__(
@@ -56,18 +60,23 @@ class Session:
         clone: bool,
         keep_graph: bool,
         watch: bool,
+        model: nn.Module | None = None,
+        backward: bool = False,
+        callback: Callable[[Site, Tensor], Tensor | None] | None = None,
     ) -> None:
         self.sites, self.stop, self.clone, self.keep_graph = sites, stop, clone, keep_graph
+        self.backward, self.callback, self.disabled = backward, callback, False
+        self.undo = ExitStack()
         self.current: Pass | None = None
         self.early: Pass | None = None
         self.handles: list[Any] = []
         try:
-            self._install(modules, watch)
+            self._install(modules, watch, model)
         except BaseException:
             self.close()
             raise
 
-    def _install(self, modules: dict[str, nn.Module], watch: bool) -> None:
+    def _install(self, modules: dict[str, nn.Module], watch: bool, model: nn.Module | None) -> None:
         places: dict[tuple[str, str], list[ResolvedSite]] = defaultdict(list)
         for entry in self.sites:
             places[entry.module_path, entry.side].append(entry)
@@ -78,8 +87,14 @@ class Session:
         for path in sorted(inner):
             hook = partial(self._on_block, path)
             self.handles.append(modules[path].register_forward_pre_hook(hook, with_kwargs=True))
+        if model is not None and any(e.side in ("scores", "pattern") for e in self.sites):
+            self.undo.enter_context(eager_attention(model))
         for (path, side), entries in places.items():
-            if side == "input":
+            if side in ("scores", "pattern"):
+                self.undo.enter_context(
+                    watch_softmax(modules[path], partial(self._on_softmax, (path, side), entries))
+                )
+            elif side == "input":
                 hook = partial(self._on_input, (path, side), entries)
                 self.handles.append(modules[path].register_forward_pre_hook(hook, with_kwargs=True))
             else:
@@ -92,6 +107,7 @@ class Session:
         """Remove the hooks and forget every tensor."""
         while self.handles:
             self.handles.pop().remove()
+        self.undo.close()
         self.current = self.early = None
 
     def begin(self) -> None:
@@ -128,9 +144,16 @@ class Session:
     ) -> None:
         self._store(place, entries, args, kwargs, output)
 
+    def _on_softmax(self, place: tuple, entries: list, side: str, value: Tensor) -> Tensor:
+        if side == place[1]:
+            self._store(place, entries, (), {}, value)
+        return value
+
     def _store(
         self, place: tuple, entries: list[ResolvedSite], args: tuple, kwargs: dict, output: Any
     ) -> None:
+        if self.disabled:
+            return
         step = self._pass()
         count = step.fired[place]
         step.fired[place] += 1
@@ -170,7 +193,12 @@ class Session:
                 if value.is_contiguous()
                 else value.reshape(*leading, -1)
             )
+        if self.backward:
+            step.roots[entry.site] = _with_graph(entry, args, kwargs, output)
         value = value if self.keep_graph else value.detach()
+        if self.callback is not None:
+            changed = self.callback(entry.site, value)
+            value = value if changed is None else changed
         if self.clone:
             value = value.clone()
         elif not value.is_inference():  # inference tensors have no version to compare
@@ -207,6 +235,16 @@ class Session:
                 f"still transforms the output of {entry.module_path!r}. Remedy: "
                 f"sites='module_output:{path}'."
             )
+
+
+def _with_graph(entry: ResolvedSite, args: tuple, kwargs: dict, output: Any) -> Tensor:
+    raw = entry.raw(args, kwargs, output)
+    if raw is None or not raw.requires_grad:
+        raise RuntimeError(
+            f"the site {str(entry.site)!r} has no gradient: its tensor does not require one. Remedy: leave no_grad and "
+            "inference_mode, and let something before the site require gradients (model.requires_grad_(), or inputs)."
+        )
+    return raw
 
 
 def read_named_outputs(

@@ -10,13 +10,27 @@ from difflib import get_close_matches
 # too.
 BLOCK_KINDS = (
     "residual_input",
+    "attn_norm",
     "attn_input",
+    "q",
+    "k",
+    "v",
+    "attn_scores",
+    "attn_pattern",
+    "z",
+    "head_output",
     "attn_output",
+    "residual_mid",
+    "mlp_norm",
     "mlp_input",
     "router_logits",
+    "mlp_act",
     "mlp_output",
     "residual_output",
 )
+# What has an axis of heads: the last but one, or the second for the two of (B, H, Tq, Tk).
+HEAD_KINDS = ("q", "k", "v", "attn_scores", "attn_pattern", "z", "head_output")
+PATTERN_KINDS = ("attn_scores", "attn_pattern")
 STACK_KINDS = ("embed", "final_norm")
 MODULE_KINDS = ("module_input", "module_output")
 KINDS = ("embed", *BLOCK_KINDS, "final_norm", *MODULE_KINDS)
@@ -37,7 +51,7 @@ class Site(str):
     ``Site("encoder.residual_output.3")`` parses a name; the parts are ``prefix`` (text up to the last ``/``,
     or ``""``), ``stack`` (``None`` if the model has one stack), ``kind``, ``layer`` (``int`` or ``None``) and
     ``path`` (the module's path for ``module_input:`` and ``module_output:``, else ``None``). TransformerLens'
-    words ``resid_pre`` and ``resid_post`` become ``residual_input`` and ``residual_output``.
+    words ``resid_pre``, ``resid_mid`` and ``resid_post`` become ``residual_input``, ``_mid`` and ``_output``.
 
     Raises ``ValueError`` for a name whose kind does not exist.
 

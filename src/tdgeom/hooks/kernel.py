@@ -1,0 +1,137 @@
+"""Attention kernels: the eager one while a context is entered, and a look at its softmax.
+
+``attn_scores`` is exactly what the softmax receives: scaled, soft-capped and with the mask added. ``attn_pattern`` is
+what it gives, before dropout. Both are found by watching the softmax that an attention module calls, so no attention is
+written a second time here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+# what a watcher gets: the side ("scores" or "pattern") and the tensor; it returns the tensor to go on with
+Watcher = Callable[[str, Tensor], Tensor]
+_SOFTMAX = {functional.softmax, torch.softmax, Tensor.softmax}
+_WATCHED: WeakKeyDictionary[nn.Module, list[Watcher]] = WeakKeyDictionary()
+
+
+@contextmanager
+def eager_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, every configuration of ``model`` names the eager attention kernel; afterwards the one it had."""
+    changed: list[tuple[Any, Any]] = []
+    try:
+        for config in _configs(model):
+            own = config._attn_implementation_internal
+            if own not in ("eager", None):
+                changed.append((config, own))
+                # not the public setter: it also writes to configurations below, which are restored one by one
+                config._attn_implementation_internal = "eager"
+        yield
+    finally:
+        for config, own in reversed(changed):
+            config._attn_implementation_internal = own
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    found: dict[int, Any] = {}
+    waiting = [module.__dict__.get("config") for module in model.modules()]
+    while waiting:
+        config = waiting.pop()
+        if id(config) in found or not hasattr(config, "_attn_implementation_internal"):
+            continue
+        found[id(config)] = config
+        waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ()]
+    return list(found.values())
+
+
+@contextmanager
+def watch_softmax(module: nn.Module, watcher: Watcher) -> Iterator[None]:
+    """Inside, ``watcher`` sees and may replace what the softmax in ``module.forward`` receives and gives.
+
+    Watchers of one module see scores and patterns in the order in which they came.
+    """
+    watchers = _WATCHED.setdefault(module, [])
+    watchers.append(watcher)
+    if len(watchers) == 1:
+        own = module.__dict__.get("forward")  # other libraries (offloading) put their forward there too
+        forward = module.forward
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with _Softmax(watchers):
+                return forward(*args, **kwargs)
+
+        watched._own = own
+        module.forward = watched
+    try:
+        yield
+    finally:
+        watchers.remove(watcher)
+        if not watchers:
+            _WATCHED.pop(module, None)
+            watched = module.__dict__.pop("forward", None)
+            if getattr(watched, "_own", None) is not None:
+                module.forward = watched._own
+
+
+class _Softmax(TorchFunctionMode):
+    """Shows the first softmax over (B, H, Tq, Tk) to the watchers; SDPA calls are taken apart into one."""
+
+    def __init__(self, watchers: list[Watcher]) -> None:
+        super().__init__()
+        self.watchers = watchers
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _SOFTMAX:
+            scores = args[0] if args else kwargs["input"]
+            if scores.ndim == 4:
+                rest = {k: v for k, v in kwargs.items() if k != "input"}
+                return self.softmax(scores, lambda x: func(x, *args[1:], **rest))
+        elif func is functional.scaled_dot_product_attention:
+            return self.attend(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def softmax(self, scores: Tensor, normalise: Callable[[Tensor], Tensor]) -> Tensor:
+        for watcher in list(self.watchers):
+            scores = watcher("scores", scores)
+        pattern = normalise(scores)
+        for watcher in list(self.watchers):
+            pattern = watcher("pattern", pattern)
+        return pattern
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """The documented equivalent of ``scaled_dot_product_attention``, for modules without an eager kernel."""
+        if enable_gqa:
+            key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
+            value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
+        scores = query @ key.transpose(-2, -1) * (query.size(-1) ** -0.5 if scale is None else scale)
+        if is_causal:
+            allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+        if attn_mask is not None:
+            if attn_mask.dtype == torch.bool:
+                scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+            else:
+                scores = scores + attn_mask
+        pattern = self.softmax(scores, lambda x: x.softmax(-1))
+        return functional.dropout(pattern, dropout_p, dropout_p > 0) @ value
