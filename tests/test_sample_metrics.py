@@ -88,6 +88,28 @@ def test_spectrum_measures_against_singular_values(n, d):
         assert float(found[name]) == pytest.approx(value, rel=1e-9), name
 
 
+def test_fewer_rows_than_features_in_float32_count_no_rounding_as_dimensions():
+    rows = torch.randn(64, 512)
+    s = np.linalg.svd((rows - rows.mean(0)).double().numpy(), compute_uv=False)[:63]
+    q = s / s.sum()
+    expected = np.exp(-(q * np.log(q)).sum())
+    assert float(F.sample_metrics(rows)["sv_effective_rank"]) == pytest.approx(expected, rel=1e-5)
+    td = tg.NormalizationAblation()(TensorDict(sample=rows))
+    assert float(td["ablation", "raw", "effective_rank"]) == pytest.approx(expected, rel=1e-5)
+    assert (F.sample_eigenvalues(rows)[63:] == 0).all()
+    assert float(td["ablation", "feature_standardized", "effective_rank"]) < 63
+
+
+def test_a_layer_with_nan_leaves_the_others_alone():
+    rows = torch.randn(2, 30, 4)
+    expected = F.sample_metrics(rows[0])
+    rows[1, 3, 2] = torch.nan
+    found = F.sample_metrics(rows)
+    for name in SAMPLE_METRICS:
+        assert float(found[name][0]) == pytest.approx(float(expected[name]), rel=1e-5)
+    assert found["sv_stable_rank"][1].isnan() and found["cos_sim_mean"][1].isnan()
+
+
 def test_they_are_the_spectrum_metrics_of_the_sample():
     rows = torch.randn(90, 10, dtype=torch.float64) + 5
     sample = F.sample_metrics(rows)

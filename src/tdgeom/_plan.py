@@ -45,14 +45,15 @@ def stages(module: nn.Module) -> list[TensorDictModuleBase]:
         raise TypeError(
             f"run takes TensorDict modules, got {type(module).__name__}, which has no in_keys and out_keys."
         )
+    reached = module.module if isinstance(module, RenamedStream) else module
     hidden = [
         type(part).__name__
         for part in module.modules()
-        if isinstance(part, StreamingStage) and part is not module
+        if isinstance(part, StreamingStage) and part is not reached
     ]
-    if hidden and not isinstance(module, Renamed):
+    if hidden:
         raise TypeError(
-            f"{type(module).__name__} holds the streaming stage {hidden[0]} where run cannot reach its update(). Put it in a "
+            f"{describe(module)} holds the streaming stage {hidden[0]} where run cannot reach its update(). Put it in a "
             f"TensorDictSequential, or use ForEach."
         )
     return [module]  # type: ignore[list-item]

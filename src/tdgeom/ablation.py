@@ -11,7 +11,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from tdgeom.sample_metrics import covariance_of, sample_eigenvalues, working
-from tdgeom.spectrum import SpectrumMetrics
+from tdgeom.spectrum import SpectrumMetrics, covariance_eigenvalues
 from tdgeom.stage import Key, Stage, key_tuple
 from tdgeom.tokens import POSITION_BITS
 
@@ -216,7 +216,7 @@ class NormalizationAblation(Stage):
             if family == "feature_standardized":
                 shared[family] = _correlation_eigenvalues(sample, shared)
             elif family == "raw":
-                shared[family] = torch.linalg.eigvalsh(_covariance(sample, shared)).flip(-1).clamp(min=0)
+                shared[family] = covariance_eigenvalues(_covariance(sample, shared), sample.shape[-2] - 1)
             else:
                 shared[family] = sample_eigenvalues(_apply(VARIANTS[family], sample, position, family))
         return shared[family] * (sample.shape[-1] if what == "token_rms" else 1)
@@ -233,4 +233,4 @@ def _correlation_eigenvalues(sample: Tensor, shared: dict[str, Tensor]) -> Tenso
     std = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     inverse = torch.where(std > 0, 1 / std, torch.zeros_like(std))
     correlation = covariance * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
-    return torch.linalg.eigvalsh(correlation).flip(-1).clamp(min=0)
+    return covariance_eigenvalues(correlation, sample.shape[-2] - 1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from tensordict import NonTensorData, TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -78,6 +78,8 @@ def run(
     if block_rows < 1:
         raise ValueError(f"run: block_rows must be at least 1, got {block_rows}.")
     plan = make_plan(pipeline, [] if inputs is None else inputs.keys(True, True))
+    if keep is not None:
+        _check_keep(keep, plan)
     if not plan.stream:
         raise ValueError(
             "run found no streaming stage in the pipeline, so nothing would be kept. Put one behind the per-batch stages "
@@ -87,6 +89,24 @@ def run(
     with tqdm(total=max_rows, unit=" rows", unit_scale=True, disable=not _show(progress), leave=False) as bar:
         stream.read(dataloader, bar)
     return stream.finish(pipeline, keep)
+
+
+def _check_keep(keep: Sequence[str], plan: Plan) -> None:
+    if isinstance(keep, str):
+        raise TypeError(f"run: keep is a list of roots, such as ['spectrum'], got {keep!r}.")
+    roots = {key_tuple(key)[0] for unit in (*plan.stream, *plan.end) for key in unit.out_keys}
+    unknown = [root for root in keep if root not in roots]
+    if unknown:
+        raise ValueError(f"run: keep names {unknown}, the pipeline's results are {sorted(roots)}.")
+
+
+def _device_of(unit: TensorDictModuleBase) -> torch.device | None:
+    """Where a per-batch stage wants its batches: with its parameters, or (a Capture) with its model."""
+    unit = getattr(unit, "_orig_mod", unit)
+    first = next(unit.parameters(), None)
+    if first is not None or isinstance(unit, TensorDictModule):  # whose .device is "cpu" for any function
+        return None if first is None else first.device
+    return getattr(unit, "device", None)
 
 
 def _show(progress: bool | None) -> bool:
@@ -115,8 +135,8 @@ class _Stream:
             sharded,
         )
         self.selects = [unit for unit in plan.batch if isinstance(unit, SelectTokens)]
-        models = [place for unit in plan.batch if (place := getattr(unit, "device", None)) is not None]
-        self.device = torch.device(device) if device is not None else models[0] if models else None
+        places = [place for unit in plan.batch if (place := _device_of(unit)) is not None]
+        self.device = torch.device(device) if device is not None else places[0] if places else None
         self.in_keys = in_keys if in_keys is not None else self._wanted()
         self.buffer = Buffer(list(dict.fromkeys([*plan.stream_keys, "row_id"])), block_rows)
         self.repeats = Repeats() if sharded else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdgeom._warnings import UndefinedMeasureWarning
-from tdgeom.spectrum import entropy_dimension
+from tdgeom.spectrum import covariance_eigenvalues, entropy_dimension
 from tdgeom.stage import Stage
 
 __all__ = [
@@ -59,10 +59,12 @@ def covariance_of(rows: Tensor) -> Tensor:
 def sample_eigenvalues(sample: Tensor) -> Tensor:
     """Eigenvalues of the sample's covariance, descending, clipped at 0: (*B, N, D) -> (*B, D) in float64.
 
+    At most N-1 are not zero.
+
     >>> sample_eigenvalues(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
     tensor([2., 0.], dtype=torch.float64)
     """
-    return torch.linalg.eigvalsh(covariance_of(sample)).flip(-1).clamp(min=0)
+    return covariance_eigenvalues(covariance_of(sample), rank=sample.shape[-2] - 1)
 
 
 def cosine_similarity(sample: Tensor) -> tuple[Tensor, Tensor]:

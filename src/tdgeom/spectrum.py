@@ -65,6 +65,17 @@ def eigen_spectrum(covariance: Tensor, k: int = 32) -> tuple[Tensor, Tensor]:
     return values, torch.where(finite[..., None], vectors, torch.nan)
 
 
+def covariance_eigenvalues(covariance: Tensor, rank: int | None = None) -> Tensor:
+    """Eigenvalues of (*B, D, D), descending, clipped at 0, and exactly 0 beyond ``rank``; NaN where it is not finite."""
+    covariance = covariance.double()
+    finite = torch.isfinite(covariance).all(-1).all(-1)[..., None]
+    values = torch.linalg.eigvalsh(torch.where(finite[..., None], covariance, 0.0)).flip(-1).clamp(min=0)
+    if rank is not None:
+        # What is left beyond the rank is rounding, and measures of √λ would count it.
+        values = torch.where(torch.arange(values.shape[-1], device=values.device) < rank, values, 0.0)
+    return torch.where(finite, values, torch.nan)
+
+
 class EigenSpectrum(Stage):
     """Eigenvalues of a covariance, all of them, and its leading eigenvectors.
 
@@ -249,9 +260,7 @@ def rankme(count: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
     n = count.double()[..., None, None]
     mean = mean.double()
     gram = (n - 1) * covariance.double() + n * mean.unsqueeze(-1) * mean.unsqueeze(-2)
-    finite = torch.isfinite(gram).all(-1).all(-1)
-    values = torch.linalg.eigvalsh(torch.where(finite[..., None, None], gram, 0.0))
-    return entropy_dimension(values.clamp(min=0).sqrt())
+    return entropy_dimension(covariance_eigenvalues(gram).sqrt())
 
 
 class RankMe(Stage):
