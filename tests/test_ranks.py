@@ -1,0 +1,104 @@
+"""Two processes give the numbers of one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rank_programs
+from tdgeom._ranks import Repeats
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def one():
+    return {name: dict(rank_programs.flat(td)) for name, td in rank_programs.results(0, 1).items()}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    paths = [str(TESTS), str(TESTS.parent / "src"), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+    }
+    command = [sys.executable, str(TESTS / "rank_programs.py")]
+    workers = [
+        subprocess.Popen(
+            [*command, str(rank), str(folder / "store"), str(folder / "out.pt")],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [worker.communicate(timeout=240)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    return torch.load(folder / "out.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("case", list(rank_programs.CASES))
+def test_two_ranks_give_the_numbers_of_one(case, one, two):
+    found, expected = two[case], one[case]
+    assert set(found) == set(expected)
+    assert int(found["run", "rows"]) == int(expected["run", "rows"]) > 0
+    single = any(value.dtype == torch.float32 for value in expected.values())
+    rtol, atol = (1e-4, 1e-5) if single else (1e-8, 1e-9)
+    for key in expected:
+        if key[0] == "run":
+            continue
+        if key[0] in ("sample", "collected", "sample_row_id", "collected_row_id"):
+            assert torch.equal(found[key], expected[key]), key
+        a, b = found[key].double(), expected[key].double()
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol, equal_nan=True, msg=f"{case}: {key}")
+
+
+@pytest.mark.parametrize("case", ["model", "acts_max_rows", "uneven", "raw", "dropped"])
+def test_what_was_read_is_counted_once_over_ranks(case, one, two):
+    for name in ("tokens", "padding_rows", "batches", "dropped_rows"):
+        assert int(two[case]["run", name]) == int(one[case]["run", name]), name
+
+
+def test_the_sample_is_the_same_rows_and_their_labels(one, two):
+    assert len(two["sharded"]["sample_row_id"]) == 12
+    assert torch.equal(two["sharded"]["sample", "label"], one["sharded"]["sample", "label"])
+
+
+def test_documents_that_a_sampler_repeats_count_once(one, two):
+    assert int(two["sharded"]["run", "repeated_rows"]) > 0 == int(one["sharded"]["run", "repeated_rows"])
+    assert len(two["sharded"]["collected_row_id"].unique()) == len(two["sharded"]["collected_row_id"])
+
+
+def test_a_cut_falls_in_the_middle_of_a_batch(one):
+    assert int(one["model_max_rows"]["run", "rows"]) == 43
+    assert int(one["acts_max_rows"]["run", "rows"]) == 31
+    whole = [int(rank_programs.text(3, s)["attention_mask"].sum()) for s in range(6)]
+    assert 43 not in [sum(whole[:i]) for i in range(7)]
+
+
+def test_repeats_in_one_process():
+    repeats = Repeats()
+    new, done = repeats.step(torch.tensor([3, 4, 3]))
+    assert new.tolist() == [3, 4] and not done
+    new, done = repeats.step(torch.tensor([4, 5]))
+    assert new.tolist() == [5] and not done
+    assert repeats.step(None) == (None, True)
+
+
+def test_a_sharded_loader_without_sequence_ids_is_refused():
+    batches = [{"tokens": {"x": torch.ones(3, 4)}}]
+    with pytest.raises(
+        KeyError, match=r"sharded=True\) needs 'sequence_id' \(B,\) in every batch, unique over all ranks"
+    ):
+        rank_programs.tg.run(rank_programs.measures(["x"]), batches, sharded=True, progress=False)
