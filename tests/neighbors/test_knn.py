@@ -71,10 +71,10 @@ def test_one_massive_feature():
 
 def test_rows_that_float32_cannot_tell_apart_are_searched_again(monkeypatch):
     searched = []
-    original = search._search_rows_exactly
+    original = search.search_rows_exactly
     monkeypatch.setattr(
         search,
-        "_search_rows_exactly",
+        "search_rows_exactly",
         lambda x, which, *a, **k: searched.append(len(which)) or original(x, which, *a, **k),
     )
     x = torch.randn(400, 8, dtype=torch.float64)
@@ -85,7 +85,7 @@ def test_rows_that_float32_cannot_tell_apart_are_searched_again(monkeypatch):
 
 
 def test_one_outlier_does_not_send_every_row_to_the_slow_search(monkeypatch):
-    monkeypatch.setattr(search, "_search_rows_exactly", lambda *a, **k: pytest.fail("searched again"))
+    monkeypatch.setattr(search, "search_rows_exactly", lambda *a, **k: pytest.fail("searched again"))
     x = torch.randn(2000, 16)
     x[0] *= 100
     nearest_neighbors(x, 2)

@@ -1,5 +1,34 @@
 """Neighbourhoods: who is near whom, and whether two sets of rows agree on it."""
 
+from tdgeom.neighbors.approximate import approximate_neighbors
+from tdgeom.neighbors.imbalance import InformationImbalance, conditional_ranks, information_imbalance
 from tdgeom.neighbors.knn import NearestNeighbors, Neighbors, distinct_neighbors, nearest_neighbors
+from tdgeom.neighbors.overlap import (
+    JaccardKNN,
+    LabelOverlap,
+    NeighborhoodOverlap,
+    common_neighbors,
+    jaccard_knn,
+    label_overlap,
+    label_overlap_of,
+    neighborhood_overlap,
+)
 
-__all__ = ["NearestNeighbors", "Neighbors", "distinct_neighbors", "nearest_neighbors"]
+__all__ = [
+    "InformationImbalance",
+    "JaccardKNN",
+    "LabelOverlap",
+    "NearestNeighbors",
+    "NeighborhoodOverlap",
+    "Neighbors",
+    "approximate_neighbors",
+    "common_neighbors",
+    "conditional_ranks",
+    "distinct_neighbors",
+    "information_imbalance",
+    "jaccard_knn",
+    "label_overlap",
+    "label_overlap_of",
+    "nearest_neighbors",
+    "neighborhood_overlap",
+]

@@ -14,7 +14,7 @@ interest.
 float64.
 4. *Proof.* Every entry that was not kept is at least ``limit`` in float32. If limit minus the rounding error
 of such an entry is
-   not above the k-th exact distance, the row is searched again in float64 (``_search_rows_exactly``), ties
+   not above the k-th exact distance, the row is searched again in float64 (``search_rows_exactly``), ties
    included.
 """
 
@@ -27,10 +27,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["full_precision", "pair_distances", "search_distinct"]
+__all__ = [
+    "MEMORY",
+    "block_rows",
+    "centred",
+    "full_precision",
+    "half_squares",
+    "key_error",
+    "key_of",
+    "keys_of_blocks",
+    "pair_distances",
+    "search_distinct",
+    "search_rows_exactly",
+]
 
 MEMORY = 256 * 2**20  # bytes of a search's working blocks when the caller names none
-_CPU_BLOCK = 2048  # a block of products then stays in the last-level cache while it is looked through
+_CPU_BLOCK = 1536  # a block of products then stays in the last-level cache while it is looked through
 _GROUP = 32  # entries per minimum
 _UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
@@ -80,28 +92,22 @@ def search_distinct(
     with full_precision(x.device):
         spare = max(8, k // 4)
         m = min(k + spare, x.shape[1] - 1)
-        rows, scale = _centred(x)
+        rows, scale = centred(x)
         best, where, limit = _candidates(rows, m, p=p, block=block, memory=memory)
         return _rerank(x, rows, scale, best, where, limit, k, p=p, memory=memory)
 
 
-def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows about their mean at unit root-mean-square norm, in float32, and the factor (b,) undoing that."""
-    mean = x.mean(1, keepdim=True, dtype=torch.float64)
-    if x.dtype == torch.float32:
-        # A float32 centre: x - centre is then (nearly) exact, and any centre near the mean serves.
-        rows = x - mean.float()
-        squares = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
-        scale = squares.square().mean(-1).sqrt()
-        scale = torch.where(scale > 0, scale, 1.0)
-        if bool(((scale > 1e-9) & (scale < 1e9)).all()):
-            # A power of two loses no digit.
-            scale = torch.exp2(torch.log2(scale).round())
-        return rows.div_(scale.float()[:, None, None]), scale
-    rows = x - mean
-    scale = torch.linalg.vector_norm(rows, dim=-1).square().mean(-1).sqrt()
-    scale = torch.where(scale > 0, scale, 1.0)
-    return rows.div_(scale[:, None, None]).float(), scale
+def centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows about (nearly) their mean, at most about 1 in size, in float32, and the factor (b,) undoing that.
+
+    Any centre near the mean serves. For float32 rows a float32 centre makes the subtraction (nearly) exact,
+    and a power of two as the factor loses no digit.
+    """
+    rows = x - x.mean(1, keepdim=True)
+    low, high = torch.aminmax(rows.flatten(1), dim=1)
+    scale = torch.maximum(high, -low).double()
+    scale = torch.exp2(torch.where(scale > 0, scale, 1.0).log2().round())
+    return rows.div_(scale[:, None, None].to(rows.dtype)).float(), scale
 
 
 def _candidates(
@@ -115,7 +121,7 @@ def _candidates(
     half = torch.full(
         (b, total), torch.inf, device=rows.device
     )  # a padding row is infinitely far from every other
-    half[:, :n] = rows.square().sum(-1) / 2 if p == 2 else 0
+    half[:, :n] = half_squares(rows, p)
     if total > n:
         rows = torch.nn.functional.pad(rows, (0, 0, 0, total - n))
     best = torch.full((b, total, m), torch.inf, device=rows.device)
@@ -126,7 +132,7 @@ def _candidates(
         mine = slice(i * size, (i + 1) * size)
         for j in range(i, parts):
             other = slice(j * size, (j + 1) * size)
-            _block(rows[:, mine], rows[:, other], half[:, mine], half[:, other], p, out=keys)
+            keys_of_blocks(rows[:, mine], rows[:, other], half[:, mine], half[:, other], p, out=keys)
             if i == j:
                 keys.diagonal(dim1=1, dim2=2).fill_(torch.inf)
             else:
@@ -135,7 +141,14 @@ def _candidates(
     return best[:, :n], where[:, :n], limit[:, :n]
 
 
-def _block(a: Tensor, b: Tensor, half_a: Tensor, half_b: Tensor, p: float, *, out: Tensor) -> None:
+def half_squares(rows: Tensor, p: float) -> Tensor:
+    """|x|²/2 (b, n) for Euclid, in which keys are half squared distances; nothing where keys are distances."""
+    if p != 2:
+        return rows.new_zeros(rows.shape[:-1])
+    return torch.linalg.vector_norm(rows, dim=-1).square_().div_(2)
+
+
+def keys_of_blocks(a: Tensor, b: Tensor, half_a: Tensor, half_b: Tensor, p: float, *, out: Tensor) -> None:
     torch.add(half_a.unsqueeze(-1), half_b.unsqueeze(-2), out=out)
     if p == 2:
         out.baddbmm_(a, b.mT, alpha=-1)
@@ -215,11 +228,11 @@ def pair_distances(x: Tensor, i: Tensor, j: Tensor, *, p: float = 2.0, memory: i
     return out
 
 
-def _key(distance: Tensor, p: float) -> Tensor:
+def key_of(distance: Tensor, p: float) -> Tensor:
     return distance.square() / 2 if p == 2 else distance
 
 
-def _error(size: Tensor, reach: Tensor, width: int, p: float, dtype: torch.dtype) -> Tensor:
+def key_error(size: Tensor, reach: Tensor, width: int, p: float, dtype: torch.dtype) -> Tensor:
     """Rounding error of a key between a row of norm ``size`` and any row within ``reach`` of it.
 
     Such a row's norm is at most size + reach (a row beyond can't be a neighbour), and E's error at most
@@ -245,12 +258,12 @@ def _rerank(
     memory: int | None,
 ) -> tuple[Tensor, Tensor]:
     b, n, width = x.shape
-    size = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
+    size = torch.linalg.vector_norm(rows, dim=-1).double()
     limit = limit.double()
     edge = best[..., k - 1].double().clamp(min=0)
     known = torch.isfinite(edge)
     reach = torch.where(known, (2 * edge).sqrt() if p == 2 else edge, 0.0)
-    error = _error(size, reach * (1 + 1e-3), width, p, torch.float32)
+    error = key_error(size, reach * (1 + 1e-3), width, p, torch.float32)
     # What lies beyond the k-th key by more than both errors can't be among the k nearest.
     possible = (best <= (edge + 3 * error).unsqueeze(-1)) & known.unsqueeze(-1) & torch.isfinite(best)
     batch, row, place = possible.nonzero(as_tuple=True)
@@ -262,9 +275,9 @@ def _rerank(
     where, order = where.sort(-1)
     distance, order = distance.gather(-1, order).sort(dim=-1, stable=True)
     distance, where = distance[..., :k], where.gather(-1, order)[..., :k]
-    exact = _key(distance[..., -1] / scale[:, None], p)
+    exact = key_of(distance[..., -1] / scale[:, None], p)
     reach = (2 * exact).sqrt() if p == 2 else exact
-    proven = torch.minimum(limit, edge + 3 * error) - _error(size, reach, width, p, torch.float32) > exact
+    proven = torch.minimum(limit, edge + 3 * error) - key_error(size, reach, width, p, torch.float32) > exact
     proven &= known
     if bool(proven.all()):
         return distance.contiguous(), where.contiguous()
@@ -272,13 +285,13 @@ def _rerank(
     for item in range(b):
         left = (~proven[item]).nonzero().squeeze(-1)
         if len(left):
-            distance[item, left], where[item, left] = _search_rows_exactly(
+            distance[item, left], where[item, left] = search_rows_exactly(
                 x[item], left, k, p=p, memory=memory
             )
     return distance, where
 
 
-def _search_rows_exactly(
+def search_rows_exactly(
     x: Tensor, which: Tensor, k: int, *, p: float, memory: int | None
 ) -> tuple[Tensor, Tensor]:
     """The k nearest rows of ``x`` (n, D) to each row in ``which``, in float64, every tie at the edge opened."""
@@ -293,13 +306,13 @@ def _search_rows_exactly(
     for part in which.split(step):
         keys = torch.empty((1, len(part), n), dtype=torch.float64, device=x.device)
         half = size.square() / 2 if p == 2 else torch.zeros_like(size)
-        _block(full[part][None], full[None], half[part][None], half[None], p, out=keys)
+        keys_of_blocks(full[part][None], full[None], half[part][None], half[None], p, out=keys)
         keys = keys[0]
         keys[torch.arange(len(part), device=x.device), part] = torch.inf
         near = keys.topk(k, dim=-1, largest=False).indices
         direct = pair_distances(x, part.repeat_interleave(k), near.flatten(), p=p, memory=memory)
         reach = direct.view(-1, k).amax(-1) / scale  # at least the k-th distance
-        edge = _key(reach, p) + 2 * _error(size[part], reach, width, p, torch.float64)
+        edge = key_of(reach, p) + 2 * key_error(size[part], reach, width, p, torch.float64)
         row, index = (keys <= edge.unsqueeze(-1)).nonzero(as_tuple=True)
         direct = pair_distances(x, part[row], index, p=p, memory=memory)
         # Entries stand by row and index: two stable sorts order them by row, distance, index.

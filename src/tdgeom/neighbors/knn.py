@@ -73,27 +73,8 @@ def nearest_neighbors(
     tensor([nan, nan], dtype=torch.float64)
     """
     rows, p = prepare_rows(x, k, metric)
-    lead, n = rows.shape[:-2], rows.shape[-2]
-    flat = rows.reshape(-1, *rows.shape[-2:])
-    first, tables = _distinct_tables(flat.detach(), k, p=p, block=block, memory=memory)
-    distinct, _ = _over_all_rows(first, tables, k)
-    distance, index = distinct, torch.empty(distinct.shape, dtype=torch.int64, device=flat.device)
-    if any(len(near) < n for near, _ in tables):
-        distance = distinct.clone()
-    for item, (near, at) in enumerate(tables):
-        if len(near) == n:
-            index[item] = at
-        else:
-            distance[item], index[item] = expand_table(first[item], near, at, k)
-    if flat.requires_grad and torch.is_grad_enabled():
-        distinct = distances_to(flat, _over_all_rows(first, tables, k)[1], p).where(
-            torch.isfinite(distinct), torch.nan
-        )
-        distance = distances_to(flat, index, p)
-    if metric == "cosine":
-        distance, distinct = distance.square() / 2, distinct.square() / 2
-    table = Neighbors(distance, index, distinct, (first != torch.arange(n, device=flat.device)).sum(-1))
-    return Neighbors(*(leaf.reshape((*lead, *leaf.shape[1:])) for leaf in table))
+    first, tables = _distinct_tables(flatten(rows).detach(), k, p=p, block=block, memory=memory)
+    return assemble(rows, first, tables, k, p=p, metric=metric)
 
 
 def distinct_neighbors(
@@ -147,7 +128,7 @@ def prepare_rows(x: Tensor, k: int, metric: str | float) -> tuple[Tensor, float]
         x = x.float()
     if x.device.type == "mps":  # no float64 there
         x = x.cpu()
-    if not bool(torch.isfinite(x).all()):
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(x))).all()):  # one pass; NaN wins in both
         raise ValueError(
             f"nearest neighbours: the rows (shape {tuple(x.shape)}) hold NaN or Inf. Drop such rows first; "
             f"run(..., nonfinite='drop') does it at all sites and counts them."
@@ -196,6 +177,35 @@ def _distinct_tables(
             else:
                 tables[item] = (flat.new_empty((1, 0), dtype=torch.float64), own.new_empty((1, 0)))
     return first, tables  # type: ignore[return-value]
+
+
+def flatten(rows: Tensor) -> Tensor:
+    """(*B, N, D) as (b, N, D)."""
+    return rows.reshape(-1, *rows.shape[-2:])
+
+
+def assemble(
+    rows: Tensor, first: Tensor, tables: list[tuple[Tensor, Tensor]], k: int, *, p: float, metric: str | float
+) -> Neighbors:
+    """The table over all rows (*B, N, D) from the tables over the distinct rows of each data set."""
+    flat, n = flatten(rows), rows.shape[-2]
+    distinct, _ = _over_all_rows(first, tables, k)
+    distance, index = distinct, torch.empty(distinct.shape, dtype=torch.int64, device=flat.device)
+    if any(len(near) < n for near, _ in tables):
+        distance = distinct.clone()
+    for item, (near, at) in enumerate(tables):
+        if len(near) == n:
+            index[item] = at
+        else:
+            distance[item], index[item] = expand_table(first[item], near, at, k)
+    if flat.requires_grad and torch.is_grad_enabled():
+        among = distances_to(flat, _over_all_rows(first, tables, k)[1], p)
+        distinct = among.where(torch.isfinite(distinct), torch.nan)
+        distance = distances_to(flat, index, p)
+    if metric == "cosine":
+        distance, distinct = distance.square() / 2, distinct.square() / 2
+    table = Neighbors(distance, index, distinct, (first != torch.arange(n, device=flat.device)).sum(-1))
+    return Neighbors(*(leaf.reshape((*rows.shape[:-2], *leaf.shape[1:])) for leaf in table))
 
 
 def _over_all_rows(first: Tensor, tables: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
@@ -277,4 +287,5 @@ class NearestNeighbors(Stage):
             )._asdict()
         from tdgeom.neighbors.approximate import approximate_neighbors
 
-        return approximate_neighbors(sample, self.k, metric=self.metric, memory=self.memory)._asdict()
+        table, recall = approximate_neighbors(sample, self.k, metric=self.metric, memory=self.memory)
+        return {**table._asdict(), "recall": recall}
