@@ -12,6 +12,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from tdgeom._gram import gram
+
 __all__ = ["Moments", "block_moments", "centre_block", "merge_moments", "moments_about"]
 
 Moments: TypeAlias = "dict[str, Tensor]"
@@ -37,7 +39,7 @@ def block_moments(rows: Tensor) -> Moments:
     """
     y, centre, rest = centre_block(rows)
     count = torch.full((), rows.shape[0], dtype=torch.int64, device=rows.device)
-    product = y.mT @ y
+    product = gram(y)
     squared = (y * y).sum(-1)
     cubic = (squared @ y).double()
     fourth = squared.double().square().sum()

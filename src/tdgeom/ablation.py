@@ -136,6 +136,7 @@ class NormalizationAblation(Stage):
     reads = {"sample": "N D", "sample_row_id": "N", "sample_eigenvalues": "D"}
     optional = frozenset({"sample_row_id", "sample_eigenvalues"})
     shared = frozenset({"sample_row_id"})
+    one_thread_a_site = True
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import nn
 
+from tdgeom._plan import make_plan
 from tdgeom._tables import (
     Identity,
     diagnostics_table,
@@ -328,7 +329,8 @@ def _run_stack(
         router_top_k=top_k,
         **options,
     )
-    roots = {key_tuple(key)[0] for key in pipeline.out_keys} - set(HELD)
+    plan = make_plan(pipeline)
+    roots = {key_tuple(key)[0] for unit in (*plan.stream, *plan.end) for key in unit.out_keys} - set(HELD)
     result = run(
         pipeline, dataloader, max_rows=max_tokens, keep=sorted(roots), progress=None if progress else False
     )

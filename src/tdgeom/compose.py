@@ -86,7 +86,11 @@ class Renamed(TensorDictModuleBase):
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Call the module on its own names and write what it wrote under the outer ones."""
-        return self._outward(self._call(self.module, self._inward(tensordict)), tensordict)
+        return self.outward(self.inner(tensordict), tensordict)
+
+    def inner(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """What the module returns, under its own names; ``tensordict`` is only read."""
+        return self._call(self.module, self._inward(tensordict))  # type: ignore[return-value]
 
     def _call(self, function: Callable[..., object], *args: object) -> object:
         try:
@@ -106,7 +110,7 @@ class Renamed(TensorDictModuleBase):
                 inner.set(own, value)
         return inner
 
-    def _outward(self, inner: TensorDictBase, tensordict: TensorDictBase) -> TensorDictBase:
+    def outward(self, inner: TensorDictBase, tensordict: TensorDictBase) -> TensorDictBase:
         for own, outer in zip(self.module.out_keys, self.out_keys_source):
             tensordict.set(outer, inner.get(own))
         return tensordict
@@ -124,7 +128,7 @@ class RenamedStream(Renamed):
     def publish(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the values so far under the outer names."""
         inner = TensorDict({}, batch_size=tensordict.batch_size)
-        return self._outward(self._call(self.module.publish, inner), tensordict)
+        return self.outward(self._call(self.module.publish, inner), tensordict)
 
     def merge_(self, other: RenamedStream) -> RenamedStream:
         """Add the state of the same stage at the same site elsewhere."""

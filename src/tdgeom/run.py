@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tdgeom._batches import Buffer, as_batch, batch_length, iterate
-from tdgeom._plan import Plan, describe, make_plan
+from tdgeom._finish import call, run_end
+from tdgeom._plan import Plan, make_plan
 from tdgeom._ranks import Repeats, rank_and_world, sum_over_ranks
 from tdgeom.stage import Key, as_key, key_tuple, rows_finite
 from tdgeom.tokens import POSITION_BITS, SelectTokens
@@ -247,7 +248,7 @@ class _Stream:
                     and self.inputs.get(key, None) is not None
                 ):
                     td.set(key, self.inputs.get(key))
-            _call(unit, td)
+            call(unit, td)
         first = next((td.get(key, None) for key in self.buffer.keys if td.get(key, None) is not None), None)
         row_id = td.get("row_id", None)
         if row_id is None and first is not None:
@@ -370,7 +371,7 @@ class _Stream:
             td = TensorDict({}, batch_size=[])
             for unit in self.plan.stream:
                 unit.publish(td)
-            self._end(td, keep)
+            run_end(self.plan.end, td, self.inputs, keep)
         written = [key_tuple(key) for unit in (*self.plan.stream, *self.plan.end) for key in unit.out_keys]
         selected = _selected(pipeline)
         result = TensorDict({}, batch_size=[])
@@ -384,39 +385,6 @@ class _Stream:
             result.set(("run", "seconds", name), torch.tensor(value, dtype=torch.float64))
         result.set(("run", "stopped"), NonTensorData(self.stopped))
         return result
-
-    def _end(self, td: TensorDict, keep: Sequence[str] | None) -> None:
-        last_reader = {key_tuple(key): unit for unit in self.plan.end for key in unit.in_keys}
-        for unit in self.plan.end:
-            for key in unit.in_keys:
-                if (
-                    self.inputs is not None
-                    and td.get(key, None) is None
-                    and self.inputs.get(key, None) is not None
-                ):
-                    td.set(key, self.inputs.get(key))
-            _call(unit, td)
-            missing = [key for key in unit.out_keys if td.get(key, None) is None]
-            if missing:
-                raise ValueError(
-                    f"{describe(unit)} declares {missing} in its out_keys but did not write them."
-                )
-            if keep is not None:
-                for key in unit.in_keys:
-                    parts = key_tuple(key)
-                    if (
-                        parts[0] not in keep
-                        and last_reader[parts] is unit
-                        and td.get(as_key(parts), None) is not None
-                    ):
-                        td.del_(as_key(parts))
-
-
-def _call(unit: TensorDictModuleBase, td: TensorDict) -> None:
-    """A stage may write into ``td`` or return a TensorDict of its own, as in a TensorDictSequential."""
-    out = unit(td)
-    if out is not td:
-        td.update(out)
 
 
 def _selected(pipeline: TensorDictModuleBase) -> set[Key] | None:

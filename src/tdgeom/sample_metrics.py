@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from tdgeom._gram import gram
 from tdgeom._warnings import UndefinedMeasureWarning
 from tdgeom.spectrum import covariance_eigenvalues, entropy_dimension
 from tdgeom.stage import Stage
@@ -53,7 +54,7 @@ def covariance_of(rows: Tensor) -> Tensor:
     scale = y.abs().amax((-2, -1), keepdim=True)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     y = y / scale
-    return (y.mT @ y).double() * (scale.double().square() / (rows.shape[-2] - 1))
+    return gram(y).double() * (scale.double().square() / (rows.shape[-2] - 1))
 
 
 def sample_eigenvalues(sample: Tensor) -> Tensor:
@@ -89,17 +90,26 @@ def cosine_similarity(sample: Tensor) -> tuple[Tensor, Tensor]:
     m = (unit.sum(-2, dtype=torch.float64) / n.unsqueeze(-1)).to(unit.dtype).unsqueeze(-2)
     e = torch.where(norm > 0, unit - m, torch.zeros_like(unit))
     a = (e @ m.mT)[..., 0]
-    gram = e.mT @ e if e.shape[-2] > e.shape[-1] else e @ e.mT
+    products = gram(e) if e.shape[-2] > e.shape[-1] else e @ e.mT
     rest = e.sum(-2, dtype=torch.float64)
     own = 2 * a.double() + e.square().sum(-1, dtype=torch.float64)
     a_sum, turned = a.sum(-1, dtype=torch.float64), (a.unsqueeze(-2) @ e)[..., 0, :].double()
     first = 2 * n * a_sum + rest.square().sum(-1) - own.sum(-1)
     second = 2 * n * a.double().square().sum(-1) + 2 * a_sum.square() + 4 * (turned * rest).sum(-1)
-    second = second + gram.double().square().sum((-2, -1)) - own.square().sum(-1)
+    second = second + products.double().square().sum((-2, -1)) - own.square().sum(-1)
     pairs = n * (n - 1)
     mean = first / pairs
     variance = (second - pairs * mean.square()) / (pairs - 1)
     return m.double().square().sum((-2, -1)) + mean, variance.clamp(min=0).sqrt()
+
+
+def _variances(sample: Tensor) -> Tensor:
+    """(*B, D) variance of each feature, up to one common factor, without a float64 copy of the rows."""
+    y = working(sample)
+    y = y - y.mean(-2, keepdim=True)
+    scale = y.abs().amax((-2, -1), keepdim=True)
+    y = y / torch.where(scale > 0, scale, torch.ones_like(scale))
+    return y.square().sum(-2, dtype=torch.float64)
 
 
 def sample_metrics(sample: Tensor, eigenvalues: Tensor | None = None) -> dict[str, Tensor]:
@@ -115,7 +125,7 @@ def sample_metrics(sample: Tensor, eigenvalues: Tensor | None = None) -> dict[st
     quantiles = torch.quantile(
         norms, torch.tensor([0.05, 0.5, 0.95], dtype=norms.dtype, device=norms.device), dim=-1
     )
-    spread = working(sample).double().var(-2) if sample.shape[-2] > 1 else torch.zeros_like(values)
+    spread = _variances(sample)
     metrics = {
         "sv_effective_rank": entropy_dimension(values.sqrt()),
         "sv_stable_rank": 1 / p[..., 0],
@@ -146,6 +156,7 @@ class SampleSpectrum(Stage):
 
     reads = {"sample": "N D"}
     writes = ["sample_eigenvalues"]
+    one_thread_a_site = True
 
     def compute(self, sample: Tensor) -> Tensor:
         """See ``sample_eigenvalues``."""
@@ -184,6 +195,7 @@ class SampleMetrics(Stage):
     reads = {"sample": "N D", "sample_eigenvalues": "D"}
     optional = frozenset({"sample_eigenvalues"})
     writes = [("sample_metrics", name) for name in SAMPLE_METRICS]
+    one_thread_a_site = True
 
     def compute(self, sample: Tensor, eigenvalues: Tensor | None) -> Mapping[str, Tensor]:
         """See ``sample_metrics``."""

@@ -93,6 +93,7 @@ class EigenSpectrum(Stage):
 
     reads = {("moments", "covariance"): "D D"}
     writes = ["eigenvalues", "eigenvectors"]
+    one_thread_a_site = True
 
     def __init__(
         self, *, k: int = 32, in_keys: Key | list[Key] | None = None, out_keys: Key | list[Key] | None = None
@@ -282,6 +283,7 @@ class RankMe(Stage):
 
     reads = {("moments", "count"): "", ("moments", "mean"): "D", ("moments", "covariance"): "D D"}
     writes = [("spectrum", "rankme")]
+    one_thread_a_site = True
 
     def compute(self, count: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
         """See ``rankme``."""

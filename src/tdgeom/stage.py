@@ -77,6 +77,8 @@ class Stage(TensorDictModuleBase):
         writes: default out_keys, a list; the last part of a key is the output's documented name.
         optional: names among ``reads`` that may be absent; ``compute`` then receives None.
         shared: keys that stay as they are under ``ForEach`` (one value for all sites), beside its own ``shared=``.
+        one_thread_a_site: ``compute`` may run at several sites at once at the end of a run, each on one thread. Only for
+            a ``compute`` that keeps nothing on ``self``; pays where it is one matrix decomposition a site.
 
     Args:
         in_keys: a list names every leaf read, in the order of ``reads``; a single key stands for a one-element list.
@@ -91,6 +93,7 @@ class Stage(TensorDictModuleBase):
     writes: ClassVar[Sequence[Key]] = ()
     optional: ClassVar[frozenset[str]] = frozenset()
     shared: ClassVar[frozenset[Key]] = frozenset()
+    one_thread_a_site: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from tdgeom._gram import gram
 from tdgeom.similarity._inputs import as_rows, centre, check_matched, warn_undefined
 from tdgeom.similarity._sketch import block_squares, group_traces, ratio_over_groups
 from tdgeom.stage import Key, PairStage
@@ -35,9 +36,9 @@ def _prepare(x: Tensor, measure: str) -> _Side:
     if rows.shape[-2] < rows.shape[-1]:
         # The diagonal is the largest part of K when N < D: left out here, never subtracted later.
         product = rows @ rows.mT
-        gram = product - torch.diag_embed(torch.diagonal(product, dim1=-2, dim2=-1))
-        return _Side(rows, gram, norm2, _square_sum(gram))
-    return _Side(rows, None, norm2, _square_sum(rows.mT @ rows) - norm2.square().sum(-1))
+        off = product - torch.diag_embed(torch.diagonal(product, dim1=-2, dim2=-1))
+        return _Side(rows, off, norm2, _square_sum(off))
+    return _Side(rows, None, norm2, _square_sum(gram(rows)) - norm2.square().sum(-1))
 
 
 def _square_sum(matrix: Tensor) -> Tensor:

@@ -87,7 +87,9 @@ class StreamingCovariance(StreamingStage):
         """The moments of all rows so far."""
         if not torch.compiler.is_compiling() and int(self.count) == 1:
             warnings.warn(
-                "StreamingCovariance: the covariance of one row is undefined: NaN", UndefinedMeasureWarning
+                "StreamingCovariance: the covariance of one row is undefined: NaN",
+                UndefinedMeasureWarning,
+                stacklevel=2,
             )
         return {
             "count": self.count.clone(),
