@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tdgeom.compose import pair_list
 from tdgeom.stage import Key, StreamingStage, as_key, key_tuple
+from tdgeom.stream.sketch import gaussian_columns
 
 __all__ = ["StreamingCrossMoments"]
 
@@ -312,9 +313,8 @@ class StreamingCrossMoments(StreamingStage):
         """
         key = (width, dtype, device)
         if key not in self._projections:
-            generator = torch.Generator().manual_seed(self.seed)
-            base = torch.randn(width, self.sketch, generator=generator) * (self.groups / self.sketch) ** 0.5
-            self._projections[key] = base.to(device, dtype)
+            base = gaussian_columns(width, self.sketch, self.seed, dtype, device)
+            self._projections[key] = base * (self.groups / self.sketch) ** 0.5
         return self._projections[key]
 
 
