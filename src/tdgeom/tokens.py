@@ -9,18 +9,20 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdgeom.hooks.positions import Positions, is_position, position_mask
 from tdgeom.stage import Key, Stage, key_tuple
 
 __all__ = ["POSITION_BITS", "SelectTokens", "selection_mask"]
 
 POSITION_BITS = 20
-POSITIONS = ("all", "last", "first", "cls", "patches")
 
 
 def selection_mask(
     mask: Tensor,
-    positions: str | int | slice = "all",
+    positions: Positions = "all",
     *,
+    input_ids: Tensor | None = None,
+    special_tokens: Tensor | None = None,
     chosen: Tensor | None = None,
     special: Tensor | None = None,
     skip_first: int = 0,
@@ -29,8 +31,10 @@ def selection_mask(
 
     Args:
         mask: (B, T), true where a token is attended.
-        positions: "all", "last", "first" (alias "cls"), "patches" (all but the first), an int or a slice; counted over
-            attended tokens, negative from the end, sequence by sequence.
+        positions: what is selected, in the vocabulary of :mod:`tdgeom.hooks.positions`: "all", "last", "first" (alias
+            "cls"), "patches" (all but the first), "last-N", "special", "random-N", ints, slices, ``Between`` pivots; counted
+            over attended tokens, negative from the end, sequence by sequence.
+        input_ids: (B, T), for pivots. special_tokens: (B, T), for "special".
         chosen: (B, T) boolean mask that replaces ``positions``.
         special: (B, T), true at special tokens, which are left out (before positions are counted out, not renumbered).
         skip_first: leave out this many attended tokens at the start.
@@ -39,50 +43,19 @@ def selection_mask(
     >>> selection_mask(mask, "last")[0].int().tolist()
     [[0, 0, 1], [0, 1, 0]]
     """
-    attended = mask.bool()
-    rank = attended.cumsum(-1) - 1
-    length = attended.sum(-1, keepdim=True)
+    keep, rank = position_mask(
+        mask,
+        "all" if chosen is not None else positions,
+        input_ids=input_ids,
+        special=special_tokens,
+    )
     if chosen is not None:
-        keep = attended & chosen.bool()
-    elif isinstance(positions, slice):
-        keep = attended & _in_slice(rank, length, positions)
-    else:
-        index = (
-            {"first": 0, "cls": 0, "last": -1}.get(positions, positions)
-            if isinstance(positions, str)
-            else positions
-        )
-        if index == "all":
-            keep = attended
-        elif index == "patches":
-            keep = attended & (rank > 0)
-        elif isinstance(index, int) and not isinstance(index, bool):
-            keep = attended & (rank == (index if index >= 0 else length + index))
-        else:
-            raise ValueError(
-                f"positions={positions!r} is not understood: use one of {', '.join(POSITIONS)}, an int, a slice, or the key "
-                f"of a boolean (B, T) mask."
-            )
+        keep = keep & chosen.bool()
     if special is not None:
         keep = keep & ~special.bool()
     if skip_first:
         keep = keep & (rank >= skip_first)
     return keep, rank
-
-
-def _in_slice(rank: Tensor, length: Tensor, positions: slice) -> Tensor:
-    step = 1 if positions.step is None else positions.step
-    if step < 1:
-        raise ValueError(f"positions={positions} needs a positive step: rows keep the order of the text.")
-    start = _bound(positions.start, length, torch.zeros_like(length))
-    stop = _bound(positions.stop, length, length)
-    return (rank >= start) & (rank < stop) & ((rank - start) % step == 0)
-
-
-def _bound(bound: int | None, length: Tensor, default: Tensor) -> Tensor:
-    if bound is None:
-        return default
-    return torch.full_like(length, bound) if bound >= 0 else (length + bound).clamp(min=0)
 
 
 class SelectTokens(Stage):
@@ -94,8 +67,9 @@ class SelectTokens(Stage):
 
     Args:
         sites: the sites to select from, such as ``capture.sites``.
-        positions: "all" (default), "last", "first", "cls", "patches" (all but the first), an int or a slice, counted over
-            attended tokens; or the key of a boolean (B, T) mask in the batch.
+        positions: "all" (default), "last", "first", "cls", "patches" (all but the first), "last-N", "special", "random-N", an
+            int, a list of ints, a slice, ``Between`` pivots, ``Special(ids)``, counted over attended tokens; or the key of a
+            boolean (B, T) mask in the batch.
         pool: "mean" averages a sequence's selected rows into one (in float32 at least); its position is 0.
         skip_first: leave out this many attended tokens at the start of each sequence (attention sinks).
         skip_special: leave out special tokens, from ``special_tokens_mask`` in the batch or from ``special_ids``.
@@ -125,7 +99,7 @@ class SelectTokens(Stage):
         self,
         sites: Sequence[str],
         *,
-        positions: str | int | slice | tuple[str, ...] = "all",
+        positions: Positions | tuple[str, ...] = "all",
         pool: str | None = None,
         skip_first: int = 0,
         skip_special: bool = False,
@@ -147,7 +121,7 @@ class SelectTokens(Stage):
         names = [str(site) for site in sites]
         carried = [key_tuple(key)[-1] for key in also]
         self._sites = len(names)
-        by_key = isinstance(positions, tuple) or (isinstance(positions, str) and positions not in POSITIONS)
+        by_key = isinstance(positions, str | tuple) and not is_position(positions)
         super().__init__(
             in_keys=in_keys,
             out_keys=out_keys,
@@ -250,10 +224,12 @@ class SelectTokens(Stage):
             special = self._special(tensordict, attended)
         return selection_mask(
             attended,
-            self.positions,
+            self.positions,  # type: ignore[arg-type]
+            input_ids=tensordict.get("input_ids", None),
+            special_tokens=tensordict.get("special_tokens_mask", None),
             chosen=chosen,
             special=special,
-            skip_first=self.skip_first,  # type: ignore[arg-type]
+            skip_first=self.skip_first,
         )
 
     @staticmethod

@@ -90,7 +90,7 @@ def test_patterns_are_what_the_model_reports(architecture):
 
 def test_values_weighted_by_the_pattern_are_z(architecture):
     """Fused projections are taken apart as the model does: pattern and values give each head's z."""
-    name, model, batch = architecture
+    _, model, batch = architecture
     capture = Capture(model, ["q", "k", "v", "z", "attn_pattern"])
     acts = capture(TensorDict(batch))["acts"]
     values = Capture(model, "v", heads=range(4))(TensorDict(batch))["acts"]

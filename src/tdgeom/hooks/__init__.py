@@ -1,17 +1,36 @@
-"""Hooking contexts: named places of a model, read around the user's calls or as a stage of a pipeline."""
+"""Hooking contexts: named places of a model, read and edited around the user's calls or as a stage of a pipeline."""
 
+from tdgeom.hooks.attention_edits import BlockAttention
 from tdgeom.hooks.blocks import find_stacks
 from tdgeom.hooks.capture import Capture
+from tdgeom.hooks.edits import Ablate, ActivationAddition, Edit, Patch, ProjectOnto, ProjectOut, Scale, Steer
+from tdgeom.hooks.intervene import Intervene
+from tdgeom.hooks.positions import Between, RandomPositions, SpecialTokens, partition, position_mask
 from tdgeom.hooks.resolve import ResolvedSite, available_sites, resolve_sites
 from tdgeom.hooks.sites import KINDS, Site, select_layers
 
 __all__ = [
     "KINDS",
+    "Ablate",
+    "ActivationAddition",
+    "Between",
+    "BlockAttention",
     "Capture",
+    "Edit",
+    "Intervene",
+    "Patch",
+    "ProjectOnto",
+    "ProjectOut",
+    "RandomPositions",
     "ResolvedSite",
+    "Scale",
     "Site",
+    "SpecialTokens",
+    "Steer",
     "available_sites",
     "find_stacks",
+    "partition",
+    "position_mask",
     "resolve_sites",
     "select_layers",
 ]

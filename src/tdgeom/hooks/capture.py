@@ -231,7 +231,7 @@ class Capture(TensorDictModuleBase):
             session.close()
             self._session = None
         bound.watched = True
-        _write(tensordict, values)
+        write_entries(tensordict, values)
         self._fill_cache(values)
         return tensordict
 
@@ -269,7 +269,7 @@ class Capture(TensorDictModuleBase):
 
     def _fill_cache(self, values: dict[NestedKey, Tensor]) -> None:
         if self.cache is not None:
-            _write(self.cache, values)
+            write_entries(self.cache, values)
 
     def _values(self, done: Pass, output: Any) -> dict[NestedKey, Tensor]:
         values = {
@@ -361,7 +361,7 @@ class Capture(TensorDictModuleBase):
         if self.direction == "backward":
             self._await_gradients(done, td)
             values = {k: v for k, v in values.items() if k in self._leaves[len(self.sites) :]}
-        _write(td, values)
+        write_entries(td, values)
         self._fill_cache(values)
         calls.append(td)
 
@@ -418,7 +418,8 @@ def _differentiable(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def _write(tensordict: TensorDictBase, values: dict[NestedKey, Tensor]) -> None:
+def write_entries(tensordict: TensorDictBase, values: dict[NestedKey, Tensor]) -> None:
+    """Set every value, or none and an error where the batch size does not fit."""
     size = tensordict.batch_size
     for key, value in values.items():
         if value.shape[: len(size)] != size:

@@ -27,7 +27,8 @@ class Place:
     """A module path, the side of the module, and what its tensor is multiplied by before it is used.
 
     ``side`` is ``"input"``, ``"output"``, or ``"scores"`` and ``"pattern"`` for the softmax inside the module.
-    ``groups`` is the number of query heads that share a head.
+    ``groups`` is the number of query heads that share a head. ``bypass`` says that the residual stream also goes
+    around the module, so that who edits here has to edit the block's output too.
     """
 
     path: str
@@ -35,6 +36,7 @@ class Place:
     scale: float = 1.0
     view: View | None = None
     groups: int = 1
+    bypass: bool = False
 
 
 def is_norm(name: str, module: nn.Module) -> bool:
@@ -228,12 +230,13 @@ def _norm_parts(block: nn.Module, parts: dict[str, Place], attention: str) -> di
             found["attn_norm"] = Place(norms[0][0], "output")
         return found
     if not norms:
-        return {"residual_mid": Place(inner, "input")}
+        return {"residual_mid": Place(inner, "input", bypass=True)}
     if len(norms) < 2:
         return found
     first, second = norms[0][0], norms[-1][0]
     found["attn_norm"], found["mlp_norm"] = Place(first, "output"), Place(second, "output")
-    found["residual_mid"] = Place(first if _normalises_last(block, first, second) else second, "input")
+    last = _normalises_last(block, first, second)
+    found["residual_mid"] = Place(first if last else second, "input", bypass=not last)
     return found
 
 

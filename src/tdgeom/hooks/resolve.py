@@ -40,7 +40,7 @@ class ResolvedSite:
     ``side`` is ``"input"`` or ``"output"``, or ``"scores"`` or ``"pattern"`` for the softmax inside an attention
     module; ``block_path`` is the path of the block that holds the site (``None`` outside of blocks). ``view`` says how
     heads lie in the module's tensor, ``heads`` which of them are read. What is read is multiplied by ``scale`` (a
-    residual multiplier); ``write`` divides by it, so that ``write(read(x))`` changes nothing.
+    residual multiplier); ``bypass`` says that the stream also goes around the module; ``write`` divides by the scale, so that ``write(read(x))`` changes nothing.
     """
 
     site: Site
@@ -53,6 +53,7 @@ class ResolvedSite:
     view: View | None = None
     heads: tuple[int, ...] | None = None
     groups: int = 1
+    bypass: bool = False
 
     @property
     def head_axis(self) -> int | None:
@@ -192,6 +193,7 @@ def _stack_sites(model: nn.Module, stack: Stack) -> list[ResolvedSite]:
                     block.path,
                     place.view,
                     groups=place.groups,
+                    bypass=place.bypass,
                 )
             )
     norm = find_final_norm(model, stack)

@@ -1,0 +1,549 @@
+"""Edits: TensorDict stages that read an activation and write the one to go on with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import dispatch
+from torch import Tensor, nn
+
+from tdgeom.hooks.positions import Positions, check_positions, position_mask
+from tdgeom.stage import Key, Stage
+
+__all__ = ["Ablate", "ActivationAddition", "Edit", "Patch", "ProjectOnto", "ProjectOut", "Scale", "Steer"]
+
+Inputs = Mapping[str, Tensor]
+
+
+class Edit(Stage):
+    """The base of all edits: ``edit(value) -> value``, at chosen positions, heads and features.
+
+    Reads ``"activation"``, (B, T, D) or (B, T, H, Dh) at sites with heads, and where present ``"attention_mask"`` (B, S),
+    ``"input_ids"`` and ``"special_tokens_mask"``; S may exceed T in a step with a cache, and the last T columns are the
+    activation's. Writes ``"activation"``; the tensor that came in is never written to. :class:`Intervene` calls edits with
+    these keys, attention scores and patterns as (B, Tq, H, Tk).
+
+    Args:
+        positions: where to edit, in the vocabulary of :mod:`tdgeom.hooks.positions`.
+        heads: query heads to edit; where queries share key/value heads, ``k`` and ``v`` of a head belong to its group.
+        features: features to edit: an int, a list of ints or a slice.
+
+    A subclass defines ``edit``:
+
+        >>> import torch, tdgeom as tg
+        >>> class Negate(tg.Edit):
+        ...     def edit(self, value):
+        ...         return -value
+        >>> Negate(positions="last")(activation=torch.ones(1, 3, 1)).flatten()
+        tensor([ 1.,  1., -1.])
+    """
+
+    reads = ["activation", "attention_mask", "input_ids", "special_tokens_mask"]
+    writes = ["activation"]
+    optional = frozenset({"attention_mask", "input_ids", "special_tokens_mask"})
+
+    def __init__(
+        self,
+        *,
+        positions: Positions = "all",
+        heads: int | Sequence[int] | None = None,
+        features: int | Sequence[int] | slice | None = None,
+        in_keys: Key | list[Key] | None = None,
+        out_keys: Key | list[Key] | None = None,
+    ) -> None:
+        super().__init__(in_keys=in_keys, out_keys=out_keys)
+        self.positions = check_positions(positions)
+        self.heads = None if heads is None else [heads] if isinstance(heads, int) else list(heads)
+        self.features = [features] if isinstance(features, int) else features
+        self.site: str | None = None
+        self.groups = 1
+
+    def edit(self, value: Tensor) -> Tensor:
+        """The new activation, everywhere; positions, heads and features are applied by the caller."""
+        raise TypeError(f"{type(self).__name__} defines no edit(): return the new activation there.")
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Edit ``"activation"``."""
+        value, mask, ids, special = self.read(tensordict)
+        self.site = tensordict.get_non_tensor("site", default=None)
+        self.groups = tensordict.get_non_tensor("groups", default=1)
+        keep = self.selected(value, mask, ids, special)
+        new = self.replace(value, keep, mask, ids, special)
+        if new.shape != value.shape:
+            raise ValueError(
+                f"{type(self).__name__} expected to give the activation's shape {tuple(value.shape)}, gave "
+                f"{tuple(new.shape)}."
+            )
+        new = new.to(value.dtype)
+        where = self._where(value, keep)
+        return self.write(tensordict, new if where is None else torch.where(where, new, value))
+
+    def replace(
+        self,
+        value: Tensor,
+        keep: Tensor | None,
+        mask: Tensor | None,
+        ids: Tensor | None,
+        special: Tensor | None,
+    ) -> Tensor:
+        """The new activation, for edits that need to know the (B, T) selection; the default calls ``edit``."""
+        return self.edit(value)
+
+    def selected(
+        self, value: Tensor, mask: Tensor | None, ids: Tensor | None, special: Tensor | None
+    ) -> Tensor | None:
+        """(B, T) true at the positions to edit; ``None`` for all of them."""
+        if isinstance(self.positions, str) and self.positions == "all":
+            return None
+        if value.ndim < 3:
+            raise ValueError(
+                f"positions={self.positions!r} needs an activation (B, T, ...), got {tuple(value.shape)}: this site has no "
+                "positions. Remedy: positions='all'."
+            )
+        whole = value.new_ones(value.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+        if whole.ndim != 2 or whole.shape[0] != value.shape[0] or whole.shape[1] < value.shape[1]:
+            raise ValueError(
+                f"positions={self.positions!r} needs an attention mask (B, S) for the activation {tuple(value.shape)}, got "
+                f"{tuple(whole.shape)}. Remedy: call the model with its (B, S) padding mask."
+            )
+        whole = whole.to(value.device)
+        keep, _ = position_mask(whole, self.positions, input_ids=ids, special=special)
+        return keep[:, whole.shape[1] - value.shape[1] :]
+
+    def _where(self, value: Tensor, keep: Tensor | None) -> Tensor | None:
+        where = None if keep is None else keep.reshape(*keep.shape, *[1] * (value.ndim - 2))
+        if self.heads is not None:
+            if value.ndim != 4:
+                raise ValueError(
+                    f"heads={self.heads} needs a site with heads, (B, T, H, Dh), got {tuple(value.shape)} at {self.site!r}. "
+                    "Remedy: edit 'z' or 'head_output'."
+                )
+            count = value.shape[2]
+            own = [
+                head // self.groups if head >= 0 else (head + count * self.groups) // self.groups
+                for head in self.heads
+            ]
+            if any(not 0 <= head < count for head in own):
+                raise IndexError(
+                    f"heads={self.heads} is out of range: {self.site!r} has {count * self.groups} query heads."
+                )
+            chosen = torch.zeros(count, 1, dtype=torch.bool, device=value.device)
+            chosen[own] = True
+            where = chosen if where is None else where & chosen
+        if self.features is not None:
+            chosen = torch.zeros(value.shape[-1], dtype=torch.bool, device=value.device)
+            chosen[self.features] = True
+            where = chosen if where is None else where & chosen
+        return where
+
+    # -------------------------------------------------------------------- activations of other runs
+
+    def wanted_runs(self) -> dict[str, Inputs | Key]:
+        """Runs of the model that the edit needs beforehand: name -> model inputs, or their key in the batch."""
+        return {}
+
+    def receive(self, name: str, site: str, acts: TensorDictBase | None) -> None:
+        """Take the activations of a run (a TensorDict of Capture), or forget them (``None``)."""
+
+
+class Steer(Edit):
+    """Add a vector: ``x + coefficient * vector`` (Turner et al. 2023; Rimsky et al. 2023).
+
+    Args:
+        vector: (D,), (H, Dh) at sites with heads, or anything that broadcasts with the activation. A ``Parameter`` stays
+            one, so that a steering vector can be trained.
+        coefficient: what the vector is multiplied by.
+        per_position: ``vector`` is (P, ...), one for each selected position, in their order.
+
+    >>> Steer(torch.ones(2), coefficient=3.0, positions="first")(activation=torch.zeros(1, 2, 2))
+    tensor([[[3., 3.],
+             [0., 0.]]])
+    """
+
+    def __init__(
+        self, vector: Tensor, *, coefficient: float = 1.0, per_position: bool = False, **settings: Any
+    ) -> None:
+        super().__init__(**settings)
+        if isinstance(vector, nn.Parameter):
+            self.vector = vector
+        else:
+            self.register_buffer("vector", vector.detach().clone())
+        self.coefficient, self.per_position = coefficient, per_position
+
+    def replace(self, value: Tensor, keep: Tensor | None, *rest: Tensor | None) -> Tensor:
+        """``x + coefficient * vector``."""
+        vector = self.vector.to(value)
+        if self.per_position:
+            if keep is None:
+                keep = torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
+            order = keep.cumsum(1) - 1
+            if int(order.max()) >= vector.shape[0]:
+                raise ValueError(
+                    f"Steer(per_position=True) has {vector.shape[0]} vectors for {int(order.max()) + 1} selected positions."
+                )
+            vector = vector[order.clamp(min=0)]
+        return value + self.coefficient * vector
+
+
+class Scale(Edit):
+    """Multiply by a factor (a number, or a tensor that broadcasts).
+
+    >>> Scale(2.0, features=0)(activation=torch.ones(1, 1, 2))
+    tensor([[[2., 1.]]])
+    """
+
+    def __init__(self, factor: float | Tensor, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.factor = factor
+
+    def edit(self, value: Tensor) -> Tensor:
+        """``factor * x``."""
+        factor = self.factor.to(value) if isinstance(self.factor, Tensor) else self.factor
+        return value * factor
+
+
+class ProjectOut(Edit):
+    """Remove a subspace: ``x - Q Qᵀ (x - mean)``, Q an orthonormal basis of the columns of ``basis``.
+
+    Args:
+        basis: (D, k) or (D,), need not be orthonormal; or an object with such a tensor as ``components``.
+        mean: (D,), the point that the projection leaves alone; default the origin.
+
+    >>> ProjectOut(torch.tensor([2.0, 0.0]))(activation=torch.ones(1, 1, 2))
+    tensor([[[0., 1.]]])
+    """
+
+    def __init__(self, basis: Tensor, *, mean: Tensor | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        basis = getattr(basis, "components", basis)
+        columns = basis.detach().double()
+        columns = columns.unsqueeze(-1) if columns.ndim == 1 else columns
+        if columns.ndim != 2 or columns.shape[1] > columns.shape[0]:
+            raise ValueError(
+                f"{type(self).__name__} expects a basis (D, k) with k <= D, got {tuple(basis.shape)}."
+            )
+        u, s, _ = torch.linalg.svd(columns, full_matrices=False)
+        self.register_buffer("basis", u[:, s > s.max() * 1e-10])
+        self.register_buffer("mean", None if mean is None else mean.detach().double())
+
+    def inside(self, value: Tensor) -> Tensor:
+        """The part of ``x - mean`` in the subspace."""
+        basis = self.basis.to(value)
+        centred = value if self.mean is None else value - self.mean.to(value)
+        return (centred @ basis) @ basis.T
+
+    def edit(self, value: Tensor) -> Tensor:
+        """``x - Q Qᵀ (x - mean)``."""
+        return value - self.inside(value)
+
+
+class ProjectOnto(ProjectOut):
+    """Keep a subspace only: ``mean + Q Qᵀ (x - mean)``; arguments as :class:`ProjectOut`.
+
+    >>> ProjectOnto(torch.tensor([2.0, 0.0]))(activation=torch.ones(1, 1, 2))
+    tensor([[[1., 0.]]])
+    """
+
+    def edit(self, value: Tensor) -> Tensor:
+        """``mean + Q Qᵀ (x - mean)``."""
+        inside = self.inside(value)
+        return inside if self.mean is None else inside + self.mean.to(value)
+
+
+class Ablate(Edit):
+    """Replace by zero, by a mean, or by values drawn from elsewhere.
+
+    Args:
+        how: ``"zero"``; ``"mean"``, the mean over all attended rows of the reference; ``"resample"``, for each sequence the
+            values of one of the reference's other sequences at the same position (Chan et al. 2022, causal scrubbing).
+        reference: a TensorDict with the keys of ``Capture`` (``("acts", site)`` and, where there is padding,
+            ``"attention_mask"``), or a tensor (B, T, ...). ``"resample"`` without one draws from the batch itself.
+        seed: of the draw.
+
+    >>> Ablate("mean", reference=torch.tensor([[[1.0], [3.0]]]))(activation=torch.zeros(1, 1, 1))
+    tensor([[[2.]]])
+    """
+
+    def __init__(
+        self,
+        how: str = "zero",
+        *,
+        reference: TensorDictBase | Tensor | None = None,
+        seed: int = 0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        if how not in ("zero", "mean", "resample"):
+            raise ValueError(f"Ablate: how= expects 'zero', 'mean' or 'resample', got {how!r}.")
+        if how == "mean" and reference is None:
+            raise ValueError("Ablate('mean') needs reference=, activations to take the mean of.")
+        self.how, self.reference, self.seed = how, reference, seed
+
+    def edit(self, value: Tensor) -> Tensor:
+        """Zeros, the reference's mean, or drawn sequences."""
+        if self.how == "zero":
+            return torch.zeros_like(value)
+        if self.how == "mean":
+            acts, mask = find_acts(self.reference, self.site, "Ablate")
+            acts = canonical(acts, self.site)
+            rows = acts.flatten(0, 1) if mask is None or acts.ndim < 3 else acts[mask.bool().to(acts.device)]
+            return rows.double().mean(0).to(value).expand_as(value)
+        return self._drawn(value)
+
+    def _drawn(self, value: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.reference is None:
+            if value.shape[0] < 2:
+                raise ValueError(
+                    "Ablate('resample') from the batch itself needs two sequences or more. Remedy: reference=."
+                )
+            shift = int(torch.randint(1, value.shape[0], (1,), generator=generator))
+            return value.roll(shift, 0)
+        acts = canonical(find_acts(self.reference, self.site, "Ablate")[0], self.site)
+        if acts.shape[1:] != value.shape[1:]:
+            raise ValueError(
+                f"Ablate('resample') expected a reference (n, {', '.join(map(str, value.shape[1:]))}) at {self.site!r}, got "
+                f"{tuple(acts.shape)}."
+            )
+        return acts.to(value)[torch.randint(acts.shape[0], (value.shape[0],), generator=generator)]
+
+
+class Patch(Edit):
+    """Put another run's activations in place (causal mediation: Vig et al. 2020; Meng et al. 2022).
+
+    Positions are matched by their rank among attended tokens, so the two runs may be padded differently. Positions that the
+    other run does not have are an error, except in cached steps of ``generate``, where they stay.
+
+    Args:
+        source: the other run: a TensorDict with the keys of ``Capture``, or a tensor (B or 1, T, ...) for one site.
+        inputs: instead, the other run's model inputs (a mapping or TensorDict); the context runs them when it is entered.
+        key: instead, where the module form finds the other run's inputs in the batch.
+        source_positions: take the values from these positions of the other run, in order, instead of the same ones.
+        patch_fn: ``patch_fn(own, other) -> new``, both (B, T, ...); default ``other``.
+
+    >>> other = torch.tensor([[[1.0], [2.0]]])
+    >>> Patch(other, positions="last")(activation=torch.zeros(1, 2, 1)).flatten()
+    tensor([0., 2.])
+    """
+
+    def __init__(
+        self,
+        source: TensorDictBase | Tensor | None = None,
+        *,
+        inputs: Inputs | None = None,
+        key: Key | None = None,
+        source_positions: Positions | None = None,
+        patch_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        if (source is not None) + (inputs is not None) + (key is not None) != 1:
+            raise ValueError("Patch expects one of source=, inputs= and key=.")
+        self.source, self.inputs, self.key, self.patch_fn = source, inputs, key, patch_fn
+        self.source_positions = None if source_positions is None else check_positions(source_positions)
+        self._runs: dict[str, TensorDictBase] = {}
+
+    def wanted_runs(self) -> dict[str, Inputs | Key]:
+        """The other run, unless it was given."""
+        wanted = self.inputs if self.key is None else self.key
+        return {} if wanted is None else {"source": wanted}
+
+    def receive(self, name: str, site: str, acts: TensorDictBase | None) -> None:
+        """Keep the other run's activations."""
+        if acts is None:
+            self._runs.pop(site, None)
+        else:
+            self._runs[site] = acts
+
+    def replace(
+        self,
+        value: Tensor,
+        keep: Tensor | None,
+        mask: Tensor | None,
+        ids: Tensor | None,
+        special: Tensor | None,
+    ) -> Tensor:
+        """The other run's activations where they are wanted."""
+        source = self.source if self.source is not None else self._runs.get(self.site or "")
+        if source is None:
+            raise RuntimeError(
+                f"Patch at {self.site!r} has no other run: its inputs are run by Intervene. Remedy: enter Intervene, or "
+                "give source=."
+            )
+        other, other_mask = find_acts(source, self.site, "Patch")
+        other = canonical(other, self.site).to(value)
+        if other.shape[0] == 1 and value.shape[0] > 1:
+            other = other.expand(value.shape[0], *other.shape[1:])
+            other_mask = None if other_mask is None else other_mask.expand(value.shape[0], -1)
+        if other.shape[0] != value.shape[0] or other.shape[2:] != value.shape[2:]:
+            raise ValueError(
+                f"Patch at {self.site!r} expected activations ({value.shape[0]}, T, {', '.join(map(str, value.shape[2:]))}), "
+                f"got {tuple(other.shape)}."
+            )
+        aligned = self._align(value, other, keep, mask, other_mask, ids, special)
+        return aligned if self.patch_fn is None else self.patch_fn(value, aligned)
+
+    def _align(
+        self, value: Tensor, other: Tensor, keep: Any, mask: Any, other_mask: Any, ids: Any, special: Any
+    ) -> Tensor:
+        if value.ndim < 3:
+            return other
+        same = mask is None and other_mask is None and value.shape[1] == other.shape[1]
+        if same and self.source_positions is None:
+            return other
+        ones = lambda t: torch.ones(t.shape[:2], dtype=torch.bool, device=value.device)
+        mask = ones(value) if mask is None else mask.bool().to(value.device)
+        other_mask = ones(other) if other_mask is None else other_mask.bool().to(value.device)
+        steps = mask.shape[1] - value.shape[1]
+        own = mask[:, steps:] if keep is None else keep
+        rank = (mask.cumsum(1) - 1)[:, steps:]
+        if self.source_positions is not None:
+            theirs, _ = position_mask(other_mask, self.source_positions)
+            rank = own.cumsum(1) - 1
+        else:
+            theirs = other_mask
+        # column of the r-th wanted position of the other run, for every r
+        columns = torch.where(theirs, 0, 1).argsort(dim=1, stable=True)
+        count = theirs.sum(1, keepdim=True)
+        missing = own & (rank >= count)
+        if missing.any() and not steps:
+            raise ValueError(
+                f"Patch at {self.site!r}: the other run has {count.flatten().tolist()} positions to take from, but positions "
+                f"up to {int(rank[own].max()) + 1} are to be replaced. Remedy: choose positions= that both runs have."
+            )
+        index = columns.gather(1, rank.clamp(min=0, max=columns.shape[1] - 1))
+        index = index.reshape(*index.shape, *[1] * (value.ndim - 2)).expand(*index.shape, *value.shape[2:])
+        usable = (own & ~missing).reshape(*own.shape, *[1] * (value.ndim - 2))
+        return torch.where(usable, other.gather(1, index), value)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_runs": {}}
+
+
+class ActivationAddition(Edit):
+    """Add the difference of two prompts' activations: ``x + coefficient * (positive - negative)`` (Turner et al. 2023).
+
+    The context runs both prompts when it is entered (or, by key, finds them in the batch of the module form).
+
+    Args:
+        positive, negative: model inputs (a mapping or TensorDict) or keys of the batch; batches of several prompts are
+            averaged.
+        reduce: ``"positions"`` adds the difference at each position, matched from the front (both prompts need one length;
+            later positions stay); ``"last"`` and ``"mean"`` add one vector, of the last token or the mean over tokens.
+        coefficient: what the difference is multiplied by.
+    """
+
+    def __init__(
+        self,
+        positive: Inputs | Key,
+        negative: Inputs | Key,
+        *,
+        coefficient: float = 1.0,
+        reduce: str = "last",
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        if reduce not in ("positions", "last", "mean"):
+            raise ValueError(
+                f"ActivationAddition: reduce= expects 'positions', 'last' or 'mean', got {reduce!r}."
+            )
+        self.positive, self.negative, self.coefficient, self.reduce = positive, negative, coefficient, reduce
+        self._runs: dict[tuple[str, str], TensorDictBase] = {}
+
+    def wanted_runs(self) -> dict[str, Inputs | Key]:
+        """The two prompts."""
+        return {"positive": self.positive, "negative": self.negative}
+
+    def receive(self, name: str, site: str, acts: TensorDictBase | None) -> None:
+        """Keep the activations of one of the prompts."""
+        if acts is None:
+            self._runs.pop((name, site), None)
+        else:
+            self._runs[name, site] = acts
+
+    def direction(self) -> Tensor:
+        """The difference at the current site: (D,), or (T, D) with ``reduce="positions"``."""
+        sides = []
+        for name in ("positive", "negative"):
+            run = self._runs.get((name, self.site or ""))
+            if run is None:
+                raise RuntimeError(
+                    "ActivationAddition has no prompts yet: they are run by Intervene. Remedy: enter Intervene."
+                )
+            acts, mask = find_acts(run, self.site, "ActivationAddition")
+            acts = canonical(acts, self.site)
+            if acts.ndim < 3:
+                sides.append(acts.mean(0))
+                continue
+            whole = torch.ones(acts.shape[:2], dtype=torch.bool, device=acts.device)
+            mask = whole if mask is None else mask.bool().to(acts.device)
+            if self.reduce == "positions":
+                if not mask.all():
+                    raise ValueError("ActivationAddition(reduce='positions') needs prompts without padding.")
+                sides.append(acts.mean(0))
+            else:
+                keep, _ = position_mask(mask, "last" if self.reduce == "last" else "all")
+                weight = (keep / keep.sum(1, keepdim=True)).reshape(*keep.shape, *[1] * (acts.ndim - 2))
+                sides.append((acts * weight.to(acts)).sum(1).mean(0))
+        if sides[0].shape != sides[1].shape:
+            raise ValueError(
+                f"ActivationAddition(reduce='positions') needs prompts of one length, got {sides[0].shape[0]} and "
+                f"{sides[1].shape[0]} tokens. Remedy: pad the texts with spaces, or reduce='last' or 'mean'."
+            )
+        return sides[0] - sides[1]
+
+    def replace(
+        self,
+        value: Tensor,
+        keep: Tensor | None,
+        mask: Tensor | None,
+        ids: Tensor | None,
+        special: Tensor | None,
+    ) -> Tensor:
+        """``x + coefficient * (positive - negative)``."""
+        vector = self.direction().to(value)
+        if self.reduce != "positions" or value.ndim < 3:
+            return value + self.coefficient * vector
+        mask = (
+            torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
+            if mask is None
+            else mask.bool()
+        )
+        rank = (mask.to(value.device).cumsum(1) - 1)[:, mask.shape[1] - value.shape[1] :]
+        inside = ((rank >= 0) & (rank < vector.shape[0])).reshape(*rank.shape, *[1] * (value.ndim - 2))
+        added = self.coefficient * vector[rank.clamp(0, vector.shape[0] - 1)]
+        return torch.where(inside, value + added, value)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_runs": {}}
+
+
+def find_acts(source: TensorDictBase | Tensor, site: str | None, owner: str) -> tuple[Tensor, Tensor | None]:
+    """The activations of a site in the output of ``Capture``, and the attention mask that was beside them."""
+    if isinstance(source, Tensor):
+        return source, None
+    acts = None if site is None else source.get(("acts", site), None)
+    if acts is None:
+        have = (
+            sorted(map(str, source.get("acts").keys()))
+            if "acts" in source.keys()
+            else sorted(map(str, source.keys()))
+        )
+        raise KeyError(
+            f"{owner} needs ('acts', {site!r}) in the other run, which has {have[:12]}. Remedy: capture that site."
+        )
+    mask = source.get("attention_mask", None)
+    fits = mask is not None and mask.ndim == 2 and acts.ndim >= 3 and mask.shape[0] == acts.shape[0]
+    patterns = site is not None and ".".join(site.split(".")[:-1]).rpartition(".")[2].startswith("attn_")
+    length = acts.shape[2] if patterns and acts.ndim == 4 else acts.shape[1] if acts.ndim > 1 else 0
+    return acts, mask if fits and mask.shape[1] == length else None
+
+
+def canonical(acts: Tensor, site: str | None) -> Tensor:
+    """Scores and patterns (B, H, Tq, Tk) with their positions second, as edits see them."""
+    kind = "" if site is None else site.rpartition("/")[2]
+    return acts.transpose(1, 2) if "attn_scores" in kind or "attn_pattern" in kind else acts
