@@ -604,9 +604,13 @@ def test_an_exception_caught_inside_the_block_leaves_the_next_call_alone(llama):
 
 
 def test_an_edit_in_place_is_an_error_and_ours_are_not(llama):
-    with pytest.raises(RuntimeError, match="wrote to the activation in place.*Remedy"):
-        with torch.no_grad(), Intervene(llama, {"residual_output.1": lambda x: x.mul_(2)}):
-            llama(**models.text_batch())
+    double = Intervene(llama, {"residual_output.1": lambda x: x.mul_(2)})
+    with (
+        pytest.raises(RuntimeError, match="wrote to the activation in place.*Remedy"),
+        torch.no_grad(),
+        double,
+    ):
+        llama(**models.text_batch())
     given = torch.randn(2, 3, 4, 5)
     copy = given.clone()
     for edit in (

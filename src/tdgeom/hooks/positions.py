@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def partition(pivots: Sequence[int | str | Sequence[int]], *, tokenizer: Any = N
     [(None, (7,)), ((7,), (9,)), ((9,), None)]
     """
     edges = [None, *pivots, None]
-    return [Between(a, b, tokenizer=tokenizer) for a, b in zip(edges, edges[1:])]
+    return [Between(a, b, tokenizer=tokenizer) for a, b in pairwise(edges)]
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ class ResolvedSite:
     ``side`` is ``"input"`` or ``"output"``, or ``"scores"`` or ``"pattern"`` for the softmax inside an attention
     module; ``block_path`` is the path of the block that holds the site (``None`` outside of blocks). ``view`` says how
     heads lie in the module's tensor, ``heads`` which of them are read. What is read is multiplied by ``scale`` (a
-    residual multiplier); ``bypass`` says that the stream also goes around the module; ``write`` divides by the scale, so that ``write(read(x))`` changes nothing.
+    residual multiplier); ``bypass`` says that the stream also goes around the module.
+    ``write`` divides by the scale, so that ``write(read(x))`` changes nothing.
     """
 
     site: Site
