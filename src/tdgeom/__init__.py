@@ -1,12 +1,51 @@
 """tdgeom: the geometry of neural representations, measured by TensorDict modules that compose."""
 
-from tdgeom import functional
+from tdgeom import functional, plot
 from tdgeom._warnings import UndefinedMeasureWarning
 from tdgeom.ablation import NormalizationAblation
 from tdgeom.analyze import analysis_pipeline, analyze_model
 from tdgeom.compose import ForEach, ForEachPair
+from tdgeom.concepts import ConceptBasis, FisherBasis, Interpolate, Project, Reconstruct
+from tdgeom.dimension import (
+    CAPCA,
+    MOM,
+    TLE,
+    Decimation,
+    GlobalPCA,
+    Gride,
+    LevinaBickel,
+    LocalKNN,
+    LocalPCA,
+    ParticipationRatio,
+    TwoNN,
+)
+from tdgeom.erasure import LEACE, Erase
 from tdgeom.frames import to_frame
-from tdgeom.hooks import Capture, Site, available_sites
+from tdgeom.hooks import (
+    Ablate,
+    ActivationAddition,
+    Between,
+    BlockAttention,
+    Capture,
+    Edit,
+    Intervene,
+    Patch,
+    ProjectOnto,
+    ProjectOut,
+    RandomPositions,
+    Scale,
+    Site,
+    SpecialTokens,
+    Steer,
+    available_sites,
+)
+from tdgeom.neighbors import (
+    InformationImbalance,
+    JaccardKNN,
+    LabelOverlap,
+    NearestNeighbors,
+    NeighborhoodOverlap,
+)
 from tdgeom.probing import (
     BilinearProbe,
     LinearProbe,
@@ -24,11 +63,27 @@ from tdgeom.results import AnalysisResults
 from tdgeom.router import RouterLoad
 from tdgeom.run import run
 from tdgeom.sample_metrics import SampleMetrics, SampleSpectrum
-from tdgeom.similarity import RV, LayerCosine, LinearCKA, SubspaceNovelty
+from tdgeom.similarity import (
+    CCA,
+    CKNNA,
+    PWCCA,
+    RBFCKA,
+    RSA,
+    RV,
+    SVCCA,
+    DistanceCorrelation,
+    LayerCosine,
+    LinearCKA,
+    LinearR2,
+    Procrustes,
+    SoftMatching,
+    SubspaceNovelty,
+)
 from tdgeom.spectrum import EigenSpectrum, RankMe, SpectrumMetrics
 from tdgeom.stage import PairStage, Stage, StreamingStage
 from tdgeom.stream.collect import Collect
 from tdgeom.stream.covariance import StreamingCovariance
+from tdgeom.stream.cross import StreamingCrossMoments
 from tdgeom.stream.mean import StreamingMean
 from tdgeom.stream.sample import RowSample
 from tdgeom.tokens import SelectTokens
@@ -53,8 +108,24 @@ __all__ = [
     "Site",
     "available_sites",
     "SelectTokens",
+    # edits of the model
+    "Intervene",
+    "Edit",
+    "Steer",
+    "ActivationAddition",
+    "Patch",
+    "Ablate",
+    "ProjectOut",
+    "ProjectOnto",
+    "Scale",
+    "BlockAttention",
+    # positions
+    "Between",
+    "SpecialTokens",
+    "RandomPositions",
     # streams
     "StreamingCovariance",
+    "StreamingCrossMoments",
     "StreamingMean",
     "RowSample",
     "Collect",
@@ -71,6 +142,34 @@ __all__ = [
     "RV",
     "SubspaceNovelty",
     "LayerCosine",
+    "CCA",
+    "SVCCA",
+    "PWCCA",
+    "Procrustes",
+    "LinearR2",
+    "RBFCKA",
+    "RSA",
+    "CKNNA",
+    "DistanceCorrelation",
+    "SoftMatching",
+    # neighbourhoods
+    "NearestNeighbors",
+    "NeighborhoodOverlap",
+    "JaccardKNN",
+    "LabelOverlap",
+    "InformationImbalance",
+    # intrinsic dimension
+    "TwoNN",
+    "Gride",
+    "LevinaBickel",
+    "MOM",
+    "TLE",
+    "LocalKNN",
+    "LocalPCA",
+    "GlobalPCA",
+    "CAPCA",
+    "ParticipationRatio",
+    "Decimation",
     # probes
     "Probing",
     "Probe",
@@ -83,7 +182,16 @@ __all__ = [
     "ProbePredict",
     "ProbeScore",
     "StreamingLabelMoments",
+    # concepts
+    "ConceptBasis",
+    "FisherBasis",
+    "Project",
+    "Reconstruct",
+    "Interpolate",
+    "LEACE",
+    "Erase",
     # the rest
     "UndefinedMeasureWarning",
     "functional",
+    "plot",
 ]

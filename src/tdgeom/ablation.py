@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdgeom.sample_metrics import covariance_of, sample_eigenvalues, working
 from tdgeom.spectrum import SpectrumMetrics, covariance_eigenvalues
-from tdgeom.stage import Key, Stage, key_tuple
+from tdgeom.stage import Key, Stage, key_tuple, resolve_keys
 from tdgeom.tokens import POSITION_BITS
 
 __all__ = ["VARIANTS", "NormalizationAblation", "Variant", "normalized"]
@@ -179,7 +179,8 @@ class NormalizationAblation(Stage):
                     f"NormalizationAblation writes {len(paths)} leaves, (variant, metric) in this order: {paths[:4]} ...; "
                     f"out_keys has {len(out_keys)}."
                 )
-            return out_keys
+        if out_keys is not None and not isinstance(out_keys, str | tuple):
+            return resolve_keys(out_keys, paths, what="out_keys", owner=type(self).__name__)
         root = ("ablation",) if out_keys is None else key_tuple(out_keys)
         return [(*root, *path) for path in paths]
 

@@ -204,17 +204,33 @@ def _inside(folder: Path, name: str) -> Path:
 def _read_table(file: Path) -> pd.DataFrame:
     if file.suffix == ".json":
         table = pd.DataFrame(json.loads(file.read_text(encoding="utf-8")))
-    else:
+        for column in table.columns:
+            if table[column].map(lambda cell: isinstance(cell, list)).any():
+                table[column] = [np.asarray(cell) for cell in table[column]]
+        return table
+    try:
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame()
+    return pd.DataFrame(
+        {column: _typed(table[column].tolist()) for column in table.columns}, columns=table.columns
+    )
+
+
+def _typed(cells: list[str]) -> list[Any]:
+    """A column's text as the values it was written from, to the last digit: parsers differ in rounding, float() does not."""
+    filled = [cell for cell in cells if cell]
+    if filled and all(cell in ("True", "False") for cell in filled):
+        return [cell == "True" if cell else None for cell in cells]
+    if filled and all(cell.startswith("[") for cell in filled):
+        return [np.asarray(json.loads(cell), dtype=float) if cell else None for cell in cells]
+    for kind in (int, float):
         try:
-            table = pd.read_csv(file, float_precision="round_trip")
-        except pd.errors.EmptyDataError:
-            table = pd.DataFrame()
-    for column in table.columns:
-        cells = table[column]
-        if cells.map(lambda cell: isinstance(cell, list)).any():
-            table[column] = [np.asarray(cell) for cell in cells]
-        elif cells.map(lambda cell: isinstance(cell, str) and cell.startswith("[")).any():
-            table[column] = [
-                np.asarray(json.loads(cell)) if isinstance(cell, str) else cell for cell in cells
-            ]
-    return table
+            numbers = [kind(cell) for cell in filled]
+        except ValueError:
+            continue
+        if len(numbers) == len(cells):
+            return numbers
+        found = iter(numbers)
+        return [float(next(found)) if cell else math.nan for cell in cells]
+    return [cell or None for cell in cells]

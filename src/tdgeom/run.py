@@ -12,7 +12,7 @@ import torch
 from tensordict import NonTensorData, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from tdgeom._batches import Buffer, as_batch, batch_length, iterate
 from tdgeom._finish import call, run_end

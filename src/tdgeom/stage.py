@@ -357,7 +357,8 @@ class StreamingStage(Stage):
                 f"{type(self).__name__} has seen no rows at {self.in_keys}: update it first. In a run, an empty loader "
                 f"or a selection that leaves no rows ends here."
             )
-        with torch.inference_mode(False), torch.no_grad():
+        home = next(iter(self._state().values())).device
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(home.type, enabled=False):
             return self.write(tensordict, self.result())
 
     def merge_(self, other: StreamingStage) -> StreamingStage:

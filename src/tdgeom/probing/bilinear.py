@@ -136,6 +136,7 @@ class BilinearProbe(ProbeRules, PairStage):
 
     def _learn(self, inputs: tuple[Tensor, ...], label: Tensor) -> None:
         with torch.inference_mode(False), torch.no_grad():
+            label = label.clone()  # a tensor made in inference mode cannot be part of a fit
             self._task = self.task_of(label)
             self._fitted = {
                 "train_rows": len(label),

@@ -226,7 +226,7 @@ class StreamingLabelMoments(LabelledStage):
         fold = torch.zeros_like(used, dtype=torch.int64)
         if self.folds > 1:
             if row_id is None:
-                raise KeyError(
+                raise ValueError(
                     f"{type(self).__name__}(folds={self.folds}) needs {'row_id'!r} to keep sequences together: name it third in "
                     f"in_keys, or take folds=1."
                 )

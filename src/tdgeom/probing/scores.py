@@ -82,7 +82,8 @@ def probe_scores(
     """Scores by name, each (): of decisions (N, K) against classes int (N,), or of predictions (N, K) against floats.
 
     Classification: ``accuracy`` of the largest decision; ``balanced_accuracy`` (mean recall of the classes); ``auroc``
-    (of the two decisions' difference; for more classes the mean over one-against-rest); ``majority_baseline``, the
+    (of the two decisions' difference; for more classes the mean over one-against-rest, of each
+    decision minus the row's mean decision); ``majority_baseline``, the
     accuracy of always naming the most frequent class of ``train_counts`` (default: of these labels). Regression: ``r2``
     (mean over targets). ``standard_error`` of the accuracy (or R²) over groups; ``null_mean`` and ``p_value`` from
     ``permutation_null``. What a task does not have is NaN.
@@ -133,7 +134,10 @@ def probe_scores(
             found["auroc"] = roc_auc_score(_numpy(label), _numpy(decision[:, 1] - decision[:, 0]))
         else:
             hot = np.eye(decision.shape[1])[_numpy(label)]
-            found["auroc"] = roc_auc_score(hot, _numpy(decision), average="macro")
+            # What all decisions of a row share (arbitrary in LDA and softmax) ranks no row above another.
+            found["auroc"] = roc_auc_score(
+                hot, _numpy(decision - decision.mean(1, keepdim=True)), average="macro"
+            )
         if permutations:
             score = lambda y: (guess == y).double().mean()
             found["null_mean"], found["p_value"] = permutation_null(

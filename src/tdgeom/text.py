@@ -1,0 +1,296 @@
+"""Documents to batches: readers of text files, and ``TextBatches``, a loader that ``run`` can read again and again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Documents", "TextBatches", "read_dataset", "read_jsonl", "read_text"]
+
+
+class Documents:
+    """Documents read afresh at every pass: an iterable of strings around a function that opens the source.
+
+    >>> documents = Documents(lambda: iter(["one", "two"]), "a list")
+    >>> list(documents), list(documents)
+    (['one', 'two'], ['one', 'two'])
+    """
+
+    def __init__(self, opened: Callable[[], Iterator[str]], name: str) -> None:
+        self._opened, self.name = opened, name
+
+    def __iter__(self) -> Iterator[str]:
+        found = False
+        for text in self._opened():
+            found = found or bool(text.strip())
+            yield text
+        if not found:
+            raise ValueError(f"{self.name} holds no text: every document is empty.")
+
+    def __repr__(self) -> str:
+        return f"Documents({self.name!r})"
+
+
+def read_text(path: str | Path) -> Documents:
+    """The documents of a UTF-8 text file, separated by blank lines; read line by line.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError (while reading): not UTF-8, or no text in it.
+
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "two.txt")
+        >>> _ = path.write_text("The first\\ndocument.\\n\\nThe second.\\n")
+        >>> list(read_text(path))
+        ['The first\\ndocument.', 'The second.']
+    """
+    path = _file(path)
+
+    def opened() -> Iterator[str]:
+        lines: list[str] = []
+        for line in _lines(path):
+            if line.strip():
+                lines.append(line.rstrip("\n"))
+            elif lines:
+                yield "\n".join(lines)
+                lines = []
+        if lines:
+            yield "\n".join(lines)
+
+    return Documents(opened, str(path))
+
+
+def read_jsonl(spec: str) -> Documents:
+    """One field of a JSON-lines file, ``"FILE:FIELD"``; without ``:FIELD`` the field is ``text``.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError (while reading): a line that is no JSON object or lacks the field; the
+            message names the line and the fields it has.
+
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "rows.jsonl")
+        >>> _ = path.write_text('{"body": "one"}\\n{"body": "two"}\\n')
+        >>> list(read_jsonl(f"{path}:body"))
+        ['one', 'two']
+    """
+    name, _, field = str(spec).rpartition(":")
+    if not name or Path(spec).exists():
+        name, field = str(spec), "text"
+    path = _file(name)
+
+    def opened() -> Iterator[str]:
+        for number, line in enumerate(_lines(path), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {number}: expected one JSON object a line ({error})."
+                ) from None
+            yield _field(row, field, f"{path}, line {number}", "FILE:FIELD")
+
+    return Documents(opened, str(path))
+
+
+def read_dataset(spec: str) -> Documents:
+    """A Hugging Face dataset, ``"NAME[:CONFIG[:SPLIT[:FIELD]]]"``, streamed; split ``train`` and field ``text`` by default.
+
+    ``"wikitext:wikitext-2-raw-v1:test"``, ``"imdb::test"`` and a local directory all work. Needs the optional package
+    ``datasets``.
+
+    Raises:
+        ModuleNotFoundError: ``datasets`` is not installed. ValueError: no such dataset, configuration, split or field.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "reading a dataset by name needs the package 'datasets': pip install datasets, or give the text itself "
+            "(--text FILE, --jsonl FILE:FIELD)."
+        ) from None
+    name, config, split, field, *more = [*str(spec).split(":"), "", "", ""][: max(4, spec.count(":") + 1)]
+    if more or not name:
+        raise ValueError(f"a dataset is NAME[:CONFIG[:SPLIT[:FIELD]]], got {spec!r}.")
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+    except Exception as error:  # offline, misspelt, gated: datasets has a class for each
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"could not open the dataset {spec!r}: {said} Give NAME[:CONFIG[:SPLIT[:FIELD]]] of a dataset that is reachable "
+            f"or in the cache, or a local directory."
+        ) from error
+
+    def opened() -> Iterator[str]:
+        for number, row in enumerate(rows):
+            yield _field(row, field or "text", f"{name}, row {number}", "NAME:CONFIG:SPLIT:FIELD")
+
+    return Documents(opened, str(spec))
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path).expanduser()
+    if path.is_dir() or not path.exists():  # a pipe will do
+        what = "is a directory" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}: expected a text file.")
+    return path
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with open(path, encoding="utf-8-sig") as handle:
+            yield from handle
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it, for instance "
+            f"iconv -f LATIN1 -t UTF-8 {path.name}."
+        ) from None
+
+
+def _field(row: object, field: str, where: str, form: str) -> str:
+    if not isinstance(row, Mapping):
+        raise ValueError(
+            f"{where}: expected a JSON object with the field {field!r}, got {type(row).__name__}."
+        )
+    if not isinstance(row.get(field), str):
+        came = "no such field" if field not in row else type(row[field]).__name__
+        raise ValueError(
+            f"{where}: expected a string under {field!r}, got {came}; the fields are {sorted(map(str, row))}. "
+            f"Name the one that holds the text: {form}."
+        )
+    return row[field]
+
+
+class TextBatches:
+    """Documents as tokenized batches: a loader for ``run`` and ``analyze_model``.
+
+    Documents longer than ``seq_len`` tokens come as several sequences, each with the tokenizer's own special tokens. A
+    batch is padded to its longest sequence, on the right, with the pad token or else the end-of-text token (the attention
+    mask says which positions count). Documents are read lazily; empty ones give no sequence.
+
+    Each batch is a dict of int64 tensors: ``input_ids``, ``attention_mask``, ``special_tokens_mask`` (B, T),
+    ``document_id`` (B,) (the document's index in ``texts``), ``token_type_ids`` if the tokenizer makes them, and ``label``
+    (B,) if ``labels`` are given.
+
+    Args:
+        texts: an iterable of strings. Something that can be iterated again (a list, ``read_text(...)``) makes the loader
+            re-iterable; a generator is read once.
+        tokenizer: a Hugging Face tokenizer, fast or slow.
+        batch_size: sequences a batch.
+        seq_len: longest sequence, special tokens included.
+        labels: one number a document.
+
+    Raises:
+        TypeError: ``texts`` is one string, or holds something else than strings. ValueError: settings out of range, labels
+            that do not match. RuntimeError: a second pass over a generator.
+
+        >>> from tdgeom.demo import demo_model
+        >>> model, tokenizer = demo_model()
+        >>> batch = next(iter(TextBatches(["One document.", "Another, longer document."], tokenizer)))
+        >>> batch["input_ids"].shape, batch["document_id"].tolist()
+        (torch.Size([2, 7]), [0, 1])
+    """
+
+    def __init__(
+        self,
+        texts: Iterable[str],
+        tokenizer: Any,
+        *,
+        batch_size: int = 8,
+        seq_len: int = 256,
+        labels: Sequence[float] | None = None,
+    ) -> None:
+        if isinstance(texts, str):
+            raise TypeError("TextBatches expects an iterable of documents, got one string: put it in a list.")
+        special = tokenizer.num_special_tokens_to_add()
+        if batch_size < 1 or seq_len <= special:
+            raise ValueError(
+                f"TextBatches expects batch_size >= 1 and seq_len > {special} (the tokenizer adds {special} special tokens), "
+                f"got {batch_size} and {seq_len}."
+            )
+        if labels is not None and isinstance(texts, Sized) and len(labels) != len(texts):
+            raise ValueError(f"TextBatches expects one label a document, got {len(labels)} for {len(texts)}.")
+        self.texts, self.tokenizer, self.labels = texts, tokenizer, labels
+        self.batch_size, self.seq_len = batch_size, seq_len
+        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self._pad = next(token for token in pads if token is not None)
+        self._read = False
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        if isinstance(self.texts, Iterator):
+            if self._read:
+                raise RuntimeError(
+                    "TextBatches reads its documents a second time, but they came from an iterator, which can be read once. "
+                    "Give a list, or a reader such as read_text(path)."
+                )
+            self._read = True
+        sequences = self._sequences()
+        while chunk := list(islice(sequences, self.batch_size)):
+            yield self._batch(chunk)
+
+    def _sequences(self) -> Iterator[tuple[int, dict[str, list[int]]]]:
+        """(document, its next sequence), in the order of the text."""
+        documents = ((index, self._checked(text, index)) for index, text in enumerate(self.texts))
+        documents = (pair for pair in documents if pair[1].strip())
+        cut = self._cut_fast if getattr(self.tokenizer, "is_fast", False) else self._cut_slow
+        while group := list(islice(documents, self.batch_size)):
+            for member, sequence in cut([text for _, text in group]):
+                if sequence["input_ids"]:
+                    yield group[member][0], sequence
+
+    def _checked(self, text: object, index: int) -> str:
+        if not isinstance(text, str):
+            raise TypeError(
+                f"TextBatches expects documents that are strings, got {type(text).__name__} at {index}."
+            )
+        if self.labels is not None and index >= len(self.labels):
+            raise ValueError(
+                f"TextBatches has {len(self.labels)} labels, but there are more documents than that."
+            )
+        return text
+
+    def _cut_fast(self, texts: list[str]) -> Iterator[tuple[int, dict[str, list[int]]]]:
+        made = self.tokenizer(
+            texts,
+            truncation=True,
+            max_length=self.seq_len,
+            return_overflowing_tokens=True,
+            return_special_tokens_mask=True,
+        )
+        for row, member in enumerate(made["overflow_to_sample_mapping"]):
+            yield member, {name: made[name][row] for name in self._fields(made)}
+
+    def _cut_slow(self, texts: list[str]) -> Iterator[tuple[int, dict[str, list[int]]]]:
+        width = self.seq_len - self.tokenizer.num_special_tokens_to_add()
+        for member, text in enumerate(texts):
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            for start in range(0, len(ids), width):
+                made = self.tokenizer.prepare_for_model(
+                    ids[start : start + width], add_special_tokens=True, return_special_tokens_mask=True
+                )
+                yield member, {name: list(made[name]) for name in self._fields(made)}
+
+    @staticmethod
+    def _fields(made: Mapping[str, Any]) -> list[str]:
+        return [name for name in ("input_ids", "token_type_ids", "special_tokens_mask") if name in made]
+
+    def _batch(self, chunk: list[tuple[int, dict[str, list[int]]]]) -> dict[str, Tensor]:
+        length = max(len(sequence["input_ids"]) for _, sequence in chunk)
+        pads = {"input_ids": self._pad, "special_tokens_mask": 1}
+        batch = {}
+        for name in chunk[0][1]:
+            batch[name] = torch.full((len(chunk), length), pads.get(name, 0), dtype=torch.int64)
+            for row, (_, sequence) in enumerate(chunk):
+                batch[name][row, : len(sequence[name])] = torch.tensor(sequence[name])
+        lengths = torch.tensor([len(sequence["input_ids"]) for _, sequence in chunk])
+        batch["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
+        documents = [document for document, _ in chunk]
+        batch["document_id"] = torch.tensor(documents)
+        if self.labels is not None:
+            batch["label"] = torch.as_tensor([self.labels[document] for document in documents])
+        return batch

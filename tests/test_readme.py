@@ -1,0 +1,34 @@
+"""The README's Python, block after block, on a tiny model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import models
+import pytest
+import torch
+
+import tdgeom as tg
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.mark.filterwarnings("ignore::tdgeom.UndefinedMeasureWarning")
+def test_every_block_runs() -> None:
+    batch = models.text_batch()
+    names = {
+        "model": models.gpt2(),
+        "dataloader": [batch] * 3,
+        "inputs": {**batch, "pad_token_id": 0},
+        "torch": torch,
+        "tg": tg,
+    }
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert len(blocks) == 4
+    assert len(names["calls"]) == 8
+    frame = tg.to_frame(names["result"], "dimension")
+    assert list(frame["estimator"].unique()) == ["id"]
+    assert (frame["estimate"] > 0).all()
