@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tdgeom.hooks.bound import Bound, eval_mode, may_stop, refuse_compiled
 from tdgeom.hooks.inputs import bound_tensors, input_keys, model_inputs, needs_decoder_ids
-from tdgeom.hooks.resolve import resolve_sites
+from tdgeom.hooks.resolve import ResolvedSite, resolve_sites
 from tdgeom.hooks.session import Pass, Session, StopForward, read_named_outputs
 from tdgeom.hooks.sites import LayerSpec, Site
 
@@ -159,6 +159,27 @@ class Capture(TensorDictModuleBase):
         return self._bound.require()
 
     @property
+    def resolved(self) -> tuple[ResolvedSite, ...]:
+        """The sites with their modules, heads and scales, in execution order."""
+        return self._bound.sites
+
+    def call_model(self, tensordict: TensorDictBase, output: str = "logits") -> Tensor:
+        """The model's output on a batch, called as the module form does but read nowhere and run to its end."""
+        args, kwargs = self._arguments(tensordict)
+        return read_named_outputs(self.model(*args, **kwargs), [output], lambda value: value)[output]
+
+    def _arguments(self, source: TensorDictBase) -> tuple[list[Any], dict[str, Any]]:
+        bound = self._bound
+        return model_inputs(
+            bound.require(),
+            bound.signature,
+            source,
+            self._input_keys,
+            withhold=self.withhold,
+            number_positions=bound.number_positions,
+        )
+
+    @property
     def device(self) -> torch.device | None:
         """Where the model's first parameter is, and so where batches go; None for a model without parameters."""
         first = next(self._bound.require().parameters(), None)
@@ -188,14 +209,7 @@ class Capture(TensorDictModuleBase):
         self._refuse_entered()
         refuse_compiled(model, bound.modules)
         source = tensordict.copy().update(entries) if entries else tensordict
-        args, kwargs = model_inputs(
-            model,
-            bound.signature,
-            source,
-            self._input_keys,
-            withhold=self.withhold,
-            number_positions=bound.number_positions,
-        )
+        args, kwargs = self._arguments(source)
         modules = list(model.modules())
         backward = self.direction == "backward"
         stop = not self.model_outputs and not backward and may_stop(modules)

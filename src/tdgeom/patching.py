@@ -1,0 +1,316 @@
+"""Activation patching over a grid of sites and positions (or heads), in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tdgeom.hooks.bound import eval_mode
+from tdgeom.hooks.capture import Capture
+from tdgeom.hooks.edits import Edit, Patch, canonical
+from tdgeom.hooks.intervene import Intervene
+from tdgeom.hooks.positions import Positions, position_mask
+from tdgeom.hooks.sites import HEAD_KINDS, LayerSpec, Site
+
+__all__ = ["activation_patching", "answer_probability", "kl_from", "logit_difference"]
+
+Metric = Callable[[Tensor, Tensor], Tensor]
+
+
+def logit_difference(correct: int | Tensor, wrong: int | Tensor) -> Metric:
+    """The metric logit(correct) - logit(wrong); ids are one number or one per example.
+
+    >>> logit_difference(1, 0)(torch.tensor([[1.0, 4.0]]), torch.tensor([0]))
+    tensor([3.])
+    """
+
+    def metric(logits: Tensor, example: Tensor) -> Tensor:
+        return _pick(logits, correct, example) - _pick(logits, wrong, example)
+
+    return metric
+
+
+def answer_probability(correct: int | Tensor) -> Metric:
+    """The metric softmax probability of an answer; ids are one number or one per example.
+
+    >>> answer_probability(0)(torch.zeros(1, 4), torch.tensor([0]))
+    tensor([0.2500])
+    """
+
+    def metric(logits: Tensor, example: Tensor) -> Tensor:
+        return _pick(logits.float().log_softmax(-1), correct, example).exp()
+
+    return metric
+
+
+def kl_from(reference: Tensor) -> Metric:
+    """The metric KL(reference || patched) in nats, from the reference run's logits (B, V)."""
+
+    def metric(logits: Tensor, example: Tensor) -> Tensor:
+        own, log = reference.to(logits).float().log_softmax(-1)[example], logits.float().log_softmax(-1)
+        return (own.exp() * (own - log)).sum(-1)
+
+    return metric
+
+
+def _pick(values: Tensor, ids: int | Tensor, example: Tensor) -> Tensor:
+    if isinstance(ids, int):
+        return values[:, ids]
+    return values.gather(1, ids.to(values.device)[example][:, None])[:, 0]
+
+
+class _Cells(Edit):
+    """In every row of the batch, one position or head of one site of another run; the row says which."""
+
+    def __init__(self, source: TensorDictBase, by: str) -> None:
+        super().__init__()
+        self.source, self.by = source, by
+        self.example = self.rows = self.index = torch.zeros(0, dtype=torch.long)
+
+    def set_rows(self, example: Tensor, cells: Sequence[tuple[str, int]], repeat: int) -> None:
+        """Say which example and which cell each row of the next call is."""
+        self.example = example
+        self.names = [name for name, _ in cells for _ in range(repeat)]
+        self.index = torch.tensor([i for _, i in cells for _ in range(repeat)])
+
+    def replace(
+        self,
+        value: Tensor,
+        keep: Tensor | None,
+        mask: Tensor | None,
+        ids: Tensor | None,
+        special: Tensor | None,
+    ) -> Tensor:
+        """The other run's value in the rows whose cell is at this site."""
+        here = torch.tensor([name == self.site for name in self.names], device=value.device)
+        if not here.any():
+            return value
+        other = canonical(self.source["acts", self.site], self.site).to(value)
+        index = self.index.to(value.device)
+        if self.by == "head":
+            count = value.shape[2]
+            chosen = here[:, None] & (
+                torch.arange(count, device=value.device) == index[:, None] // self.groups
+            )
+            chosen = chosen.reshape(len(here), 1, count, *[1] * (value.ndim - 3))
+        else:
+            whole = (
+                torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
+                if mask is None
+                else mask.bool()
+            )
+            rank = whole.cumsum(1) - 1
+            chosen = here[:, None] & whole & (rank == index[:, None])
+            chosen = chosen.reshape(*chosen.shape, *[1] * (value.ndim - 2))
+        return torch.where(chosen, other[self.example.to(value.device)], value)
+
+
+def activation_patching(
+    model: nn.Module,
+    clean: Mapping[str, Tensor] | TensorDictBase,
+    corrupted: Mapping[str, Tensor] | TensorDictBase,
+    sites: str | Sequence[str] = "residual_input",
+    metric: str | Metric = "logit_diff",
+    *,
+    answers: Sequence[int | Tensor] | int | Tensor | None = None,
+    by: str | None = None,
+    positions: Positions = "all",
+    layers: LayerSpec = "all",
+    direction: str = "denoise",
+    rows: int = 64,
+    progress: bool = True,
+) -> TensorDictBase:
+    """What each site and position (or head) carries: one activation at a time is taken from the other run.
+
+    With ``direction="denoise"`` the corrupted run gets one clean activation (how much of the clean answer it restores); with
+    ``"noise"`` the clean run gets one corrupted activation (Wang et al. 2023; Zhang & Nanda 2024). Runs are paired example
+    by example; positions are matched by their rank among attended tokens.
+
+    Args:
+        model: a model with logits.
+        clean, corrupted: model inputs of B examples each (a mapping or TensorDict), padded on either side.
+        sites, layers: as for :class:`Capture`; several kinds give a grid each.
+        metric: ``"logit_diff"`` (``answers=(correct, wrong)``), ``"probability"`` (``answers=correct``), ``"kl"``
+            (KL(unpatched other run || patched run)), or a function of logits (n, V) at the last attended position and
+            example indices (n,) that gives (n,).
+        answers: token ids, one number or one per example (B,).
+        by: ``"position"`` or ``"head"`` (all positions of one query head); default head for ``z``, ``head_output``, ``q``,
+            ``k``, ``v`` and patterns, else position.
+        positions: which positions to patch one by one (``by="position"``); counted over the longer of the two runs.
+        rows: examples x cells in one call of the model.
+        progress: show a bar.
+
+    Returns a TensorDict with, for every kind: ``("grid", kind)`` (layers, positions or heads), the metric's mean over
+    examples; ``("per_example", kind)`` (layers, positions or heads, B), NaN where an example has no such position;
+    ``("recovered", kind)``, (grid - base) / (target - base), 0 where patching does nothing and 1 where it gives the other
+    run's metric; ``("layers", kind)``, ``("columns", kind)``, what the axes are; ``"clean"``, ``"corrupted"`` (B,), the
+    metric of the two runs.
+
+    Raises ``ValueError`` for unequal numbers of examples, unknown words and missing answers.
+    """
+    if direction not in ("denoise", "noise"):
+        raise ValueError(f"direction= expects 'denoise' or 'noise', got {direction!r}.")
+    runs = {"clean": _batch(clean), "corrupted": _batch(corrupted)}
+    base, other = ("corrupted", "clean") if direction == "denoise" else ("clean", "corrupted")
+    capture = Capture(model, sites, layers=layers, model_outputs="logits", clone=True)
+    read = {name: capture(batch.copy()) for name, batch in runs.items()}
+    examples = read[base]["logits"].shape[0]
+    if read[other]["logits"].shape[0] != examples:
+        raise ValueError(
+            f"clean and corrupted are paired example by example, got {read['clean']['logits'].shape[0]} and "
+            f"{read['corrupted']['logits'].shape[0]} examples."
+        )
+    masks = {name: _mask(td) for name, td in read.items()}
+    final = {name: _last(td["logits"], masks[name]) for name, td in read.items()}
+    measure = _metric(metric, answers, final[other])
+    everyone = torch.arange(examples, device=final[base].device)
+    result = TensorDict({name: measure(value, everyone) for name, value in final.items()}, batch_size=[])
+    both = torch.minimum(masks["clean"].sum(1), masks["corrupted"].sum(1))
+    length = int(masks[base].sum(1).max())
+    wanted, _ = position_mask(torch.ones(1, length, dtype=torch.bool), positions)
+    columns = wanted[0].nonzero().flatten().tolist()
+    aligned = _align(read[other], capture.sites, masks[base], masks[other], both)
+    bar = tqdm(total=0, disable=not progress, desc="patching")
+    for kind in dict.fromkeys(_kind(site) for site in capture.sites):
+        own = [site for site in capture.sites if _kind(site) == kind]
+        along = by or ("head" if own[0].kind in HEAD_KINDS else "position")
+        cells = _heads(capture, own[0]) if along == "head" else columns
+        todo = [(str(site), cell) for site in own for cell in cells]
+        bar.total += len(todo)
+        bar.refresh()
+        edit = _Cells(aligned, along)
+        per = max(1, rows // examples)
+        values = torch.full((len(todo), examples), torch.nan, dtype=torch.float64)
+        with Intervene(model, {str(site): edit for site in own}):
+            for start in range(0, len(todo), per):
+                part = todo[start : start + per]
+                values[start : start + len(part)] = _patched(
+                    model, capture, runs[base], masks[base], edit, part, measure
+                )
+                bar.update(len(part))
+        grid = values.reshape(len(own), len(cells), examples)
+        if along == "position":
+            absent = torch.tensor(cells)[:, None] >= both.cpu()[None, :]
+            grid = grid.masked_fill(absent[None], torch.nan)
+        _store(result, kind, grid, own, cells, result[base], result[other])
+    bar.close()
+    return result
+
+
+def _patched(
+    model: nn.Module,
+    capture: Capture,
+    batch: TensorDictBase,
+    mask: Tensor,
+    edit: _Cells,
+    cells: Sequence[tuple[str, int]],
+    measure: Metric,
+) -> Tensor:
+    """The metric of every cell, (cells, B), from one call on the batch repeated once a cell."""
+    examples = mask.shape[0]
+    example = torch.arange(examples, device=mask.device).repeat(len(cells))
+    repeated = TensorDict(
+        {k: v.repeat(len(cells), *[1] * (v.ndim - 1)) for k, v in batch.items() if isinstance(v, Tensor)},
+        batch_size=[],
+    )
+    edit.set_rows(example, cells, examples)
+    with torch.no_grad(), eval_mode(list(model.modules())):
+        logits = capture.call_model(repeated)
+    values = measure(_last(logits, mask.repeat(len(cells), 1)), example)
+    return values.double().reshape(len(cells), examples).cpu()
+
+
+def _store(
+    result: TensorDict,
+    kind: str,
+    grid: Tensor,
+    sites: Sequence[Site],
+    cells: Sequence[int],
+    base: Tensor,
+    goal: Tensor,
+) -> None:
+    mean = grid.nanmean(-1)
+    # examples without the position count neither here nor in what the effect is measured against
+    known = ~grid.isnan()
+    weight = known / known.sum(-1, keepdim=True).clamp(min=1)
+    start, end = ((weight * v.double().cpu()).sum(-1) for v in (base, goal))
+    result.set(("per_example", kind), grid)
+    result.set(("grid", kind), mean)
+    result.set(("recovered", kind), (mean - start) / (end - start))
+    result.set(("layers", kind), torch.tensor([-1 if site.layer is None else site.layer for site in sites]))
+    result.set(("columns", kind), torch.tensor(list(cells)))
+
+
+def _align(
+    source: TensorDictBase, sites: Sequence[Site], mask: Tensor, other_mask: Tensor, both: Tensor
+) -> TensorDict:
+    """The other run's activations in the columns of the run to patch, by rank; positions it lacks hold zeros."""
+    out = TensorDict({}, batch_size=[])
+    rank = mask.cumsum(1) - 1
+    keep = mask & (rank < both[:, None])
+    for site in sites:
+        acts = source["acts", site]
+        turned = canonical(acts, site)
+        if turned.ndim < 3 or torch.equal(mask, other_mask):
+            out.set(("acts", str(site)), acts)
+            continue
+        patch = Patch(TensorDict({("acts", "x"): turned, "attention_mask": other_mask}, batch_size=[]))
+        patch.site = "x"
+        blank = turned.new_zeros(mask.shape[0], mask.shape[1], *turned.shape[2:])
+        moved = patch.replace(blank, keep, mask, None, None)
+        out.set(("acts", str(site)), canonical(moved, site))
+    return out
+
+
+def _metric(metric: str | Metric, answers: Any, reference: Tensor) -> Metric:
+    if callable(metric):
+        return metric
+    if metric == "kl":
+        return kl_from(reference)
+    if metric == "logit_diff":
+        if not isinstance(answers, list | tuple) or len(answers) != 2:
+            raise ValueError(f"metric='logit_diff' needs answers=(correct ids, wrong ids), got {answers!r}.")
+        return logit_difference(*answers)
+    if metric == "probability":
+        if not isinstance(answers, int | Tensor):
+            raise ValueError(f"metric='probability' needs answers=, the correct token's id, got {answers!r}.")
+        return answer_probability(answers)
+    raise ValueError(f"metric= expects 'logit_diff', 'probability', 'kl' or a function, got {metric!r}.")
+
+
+def _batch(inputs: Mapping[str, Tensor] | TensorDictBase) -> TensorDictBase:
+    if isinstance(inputs, TensorDictBase):
+        return inputs.copy().auto_batch_size_(0)
+    return TensorDict(dict(inputs), batch_size=[])
+
+
+def _mask(td: TensorDictBase) -> Tensor:
+    mask, ids, logits = (td.get(key, None) for key in ("attention_mask", "input_ids", "logits"))
+    if mask is not None:
+        return mask.bool()
+    shape = ids.shape if ids is not None else logits.shape[:2]
+    return torch.ones(shape, dtype=torch.bool, device=logits.device)
+
+
+def _last(logits: Tensor, mask: Tensor) -> Tensor:
+    """The logits at the last attended position, (B, T, V) -> (B, V); (B, V) stays."""
+    if logits.ndim == 2:
+        return logits
+    place = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).amax(1)
+    return logits[torch.arange(len(logits), device=logits.device), place.to(logits.device)]
+
+
+def _kind(site: Site) -> str:
+    return f"{site.stack}.{site.kind}" if site.stack else str(site) if site.path else site.kind
+
+
+def _heads(capture: Capture, site: Site) -> list[int]:
+    entry = next(e for e in capture.resolved if e.site == site)
+    if entry.view is None:
+        raise ValueError(f"by='head' needs sites with heads ({', '.join(HEAD_KINDS)}), got {str(site)!r}.")
+    return list(range(entry.view.heads * entry.groups))
