@@ -14,6 +14,7 @@ from scipy.spatial.distance import cdist
 from tensordict import TensorDict
 
 from tdgeom.neighbors import NearestNeighbors, distinct_neighbors, nearest_neighbors
+from tdgeom.neighbors import _blocks as blocks
 from tdgeom.neighbors import _search as search
 
 
@@ -58,7 +59,7 @@ def test_blocks_change_nothing(block):
 
 def test_a_small_memory_budget_is_honoured_and_changes_nothing():
     x = torch.randn(700, 9)
-    assert search.block_rows(700, 1, block=None, memory=2**16, device=x.device) < 100
+    assert blocks.block_rows(700, 1, block=None, memory=2**16, device=x.device) < 100
     assert torch.equal(nearest_neighbors(x, 3, memory=2**16).index, nearest_neighbors(x, 3).index)
 
 

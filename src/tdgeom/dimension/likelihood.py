@@ -16,7 +16,7 @@ from tdgeom.dimension._estimate import (
     need_columns,
     warn_undefined,
 )
-from tdgeom.neighbors._search import MEMORY
+from tdgeom.neighbors._blocks import budget
 from tdgeom.neighbors.knn import distinct_neighbors
 from tdgeom.stage import Key
 
@@ -209,7 +209,7 @@ def tle_from_neighbors(
     index = (index[..., :k].reshape(len(offset), -1, k) + offset[:, None, None]).reshape(-1, k)
     near_flat = near.reshape(-1, k)
     which = (torch.isfinite(near_flat[:, -1]) & (near_flat[:, 0] > 0)).nonzero().squeeze(-1)
-    step = max(1, (MEMORY if memory is None else memory) // (8 * k * (2 * width + 12 * k)))
+    step = max(1, budget(memory) // (8 * k * (2 * width + 12 * k)))
     parts = [_tight(flat, rows, near_flat[rows], index[rows], epsilon) for rows in which.split(step)]
     local = near_flat.new_full((len(flat),), torch.nan)
     if parts:

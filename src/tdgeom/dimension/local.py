@@ -18,7 +18,7 @@ from tdgeom.dimension._estimate import (
     need_columns,
 )
 from tdgeom.dimension.pca import pca_dimension, spectrum_of
-from tdgeom.neighbors._search import MEMORY
+from tdgeom.neighbors._blocks import budget
 from tdgeom.neighbors.knn import distinct_neighbors
 from tdgeom.stage import Key
 
@@ -98,7 +98,7 @@ def _neighbourhoods(
     near = distances[..., :k].reshape(-1, k).double()
     which = torch.isfinite(near[:, -1]).nonzero().squeeze(-1)
     small = min(k, width)
-    step = max(1, (MEMORY if memory is None else memory) // (8 * (3 * k * width + 4 * small * small)))
+    step = max(1, budget(memory) // (8 * (3 * k * width + 4 * small * small)))
     found = [
         measure(flat[index[rows]].double() - flat[rows].double().unsqueeze(1), near[rows])
         for rows in which.split(step)

@@ -1,159 +1,75 @@
 """Exact k nearest neighbours among distinct rows: the kernel of every neighbour-based measure.
 
-Four steps, in this order:
+Three steps follow the products of ``_blocks``:
 
-1. *Products.* Rows are centred, scaled to unit size and multiplied in float32, block by block: E =
-(|x|²+|y|²)/2 - x·y, half
-   the squared distance. E of blocks (i, j) serves the rows of i and, transposed, the rows of j: half the
-   matrix is enough.
-2. *Candidates.* Each row keeps the m = k + spare smallest entries seen and a limit below which an entry is of
-interest.
-   The minimum over groups of entries is taken first (a pass at the speed of memory); only groups whose
-   minimum lies below the limit are opened. A full top-k of every block would cost more than the products.
-3. *Re-rank.* Candidates that rounding cannot exclude get their distance from differences of the given rows in
-float64.
-4. *Proof.* Every entry that was not kept is at least ``limit`` in float32. If limit minus the rounding error
-of such an entry is
-   not above the k-th exact distance, the row is searched again in float64 (``search_rows_exactly``), ties
-   included.
+1. *Candidates.* Each row keeps the m = k + spare smallest keys seen and a limit below which a key is of interest. The
+   minimum over groups of keys is taken first (a pass at the speed of memory); only groups whose minimum lies below
+   the limit are opened. A full top-k of every block would cost more than the products.
+2. *Re-rank.* Candidates that rounding cannot exclude get their distance from differences of the given rows in
+   float64.
+3. *Proof.* Every key that was not kept is at least ``limit`` in float32. If that minus its rounding error is not
+   above the k-th exact key, the row is searched again in float64 (``search_rows_exactly``), ties included.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "MEMORY",
-    "block_rows",
-    "centred",
-    "full_precision",
-    "half_squares",
-    "key_error",
-    "key_of",
-    "keys_of_blocks",
-    "pair_distances",
-    "search_distinct",
-    "search_rows_exactly",
-]
+from tdgeom.neighbors._blocks import (
+    block_rows,
+    blocks_of_keys,
+    budget,
+    centred,
+    full_precision,
+    key_error,
+    key_of,
+    keys_between,
+    pair_distances,
+)
 
-MEMORY = 256 * 2**20  # bytes of a search's working blocks when the caller names none
-_CPU_BLOCK = 1536  # a block of products then stays in the last-level cache while it is looked through
-_GROUP = 32  # entries per minimum
-_UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+__all__ = ["search_distinct", "search_rows_exactly"]
 
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast and no reduced-precision float32 products inside: the rounding bounds rely on it."""
-    before = torch.get_float32_matmul_precision()
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        try:
-            if before != "highest":
-                torch.set_float32_matmul_precision("highest")
-            yield
-        finally:
-            if before != "highest":
-                torch.set_float32_matmul_precision(before)
-
-
-def product_error(width: int, dtype: torch.dtype) -> float:
-    """Relative rounding error of a product of ``width`` terms, as a share of |x||y|.
-
-    The proven bound is width·u; the errors of the terms being independent, 4·sqrt(width)·u holds with
-    overwhelming probability (Higham & Mary 2019). 16 u more for norms, sums and the rounding of the centred
-    rows themselves.
-    """
-    return _UNIT[dtype] * (min(width, 4.0 * math.sqrt(width)) + 16.0)
-
-
-def block_rows(n: int, batch: int, *, block: int | None, memory: int | None, device: torch.device) -> int:
-    """Rows a block: the caller's, or as many as the budget allows (and the cache likes, on a CPU)."""
-    if block is None:
-        block = max(64, math.isqrt((MEMORY if memory is None else memory) // (8 * batch)))
-        if device.type == "cpu":
-            block = min(block, _CPU_BLOCK)
-    parts = math.ceil(n / max(1, block))
-    size = math.ceil(n / parts)
-    return size if size <= 256 else math.ceil(size / 64) * 64
+_GROUP = 32  # keys per minimum
 
 
 def search_distinct(
-    x: Tensor, k: int, *, p: float = 2.0, block: int | None = None, memory: int | None = None
+    x: Tensor,
+    k: int,
+    *,
+    p: float = 2.0,
+    block: int | None = None,
+    memory: int | None = None,
+    keep: bool = False,
+    also: Callable[[Tensor, slice, slice], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k nearest other rows of each row: float64 distances (b, n, k) ascending and indices, ties by index.
 
-    ``x`` (b, n, D) of float32 or float64 without exact copies, k < n.
+    ``x`` (b, n, D) of float32 or float64 without exact copies, k < n. ``also`` is shown every block of keys, and may
+    keep it if ``keep``.
     """
     with full_precision(x.device):
-        spare = max(8, k // 4)
-        m = min(k + spare, x.shape[1] - 1)
+        b, n, _ = x.shape
+        m = min(k + max(8, k // 4), n - 1)
         rows, scale = centred(x)
-        best, where, limit = _candidates(rows, m, p=p, block=block, memory=memory)
-        return _rerank(x, rows, scale, best, where, limit, k, p=p, memory=memory)
-
-
-def centred(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows about (nearly) their mean, at most about 1 in size, in float32, and the factor (b,) undoing that.
-
-    Any centre near the mean serves. For float32 rows a float32 centre makes the subtraction (nearly) exact,
-    and a power of two as the factor loses no digit.
-    """
-    rows = x - x.mean(1, keepdim=True)
-    low, high = torch.aminmax(rows.flatten(1), dim=1)
-    scale = torch.maximum(high, -low).double()
-    scale = torch.exp2(torch.where(scale > 0, scale, 1.0).log2().round())
-    return rows.div_(scale[:, None, None].to(rows.dtype)).float(), scale
-
-
-def _candidates(
-    rows: Tensor, m: int, *, p: float, block: int | None, memory: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The m smallest keys of every row, where they are, and the limit that every other key is not below."""
-    b, n, _ = rows.shape
-    size = block_rows(n, b, block=block, memory=memory, device=rows.device)
-    parts = math.ceil(n / size)
-    total = parts * size
-    half = torch.full(
-        (b, total), torch.inf, device=rows.device
-    )  # a padding row is infinitely far from every other
-    half[:, :n] = half_squares(rows, p)
-    if total > n:
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, total - n))
-    best = torch.full((b, total, m), torch.inf, device=rows.device)
-    where = torch.zeros((b, total, m), dtype=torch.int64, device=rows.device)
-    limit = torch.full((b, total), torch.inf, device=rows.device)
-    keys = torch.empty((b, size, size), device=rows.device)
-    for i in range(parts):
-        mine = slice(i * size, (i + 1) * size)
-        for j in range(i, parts):
-            other = slice(j * size, (j + 1) * size)
-            keys_of_blocks(rows[:, mine], rows[:, other], half[:, mine], half[:, other], p, out=keys)
-            if i == j:
-                keys.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-            else:
-                _absorb(keys, best[:, other], where[:, other], limit[:, other], mine.start, columns=True)
+        size = block_rows(n, b, block=block, memory=memory, device=x.device)
+        total = math.ceil(n / size) * size
+        best = torch.full((b, total, m), torch.inf, device=x.device)
+        where = torch.zeros((b, total, m), dtype=torch.int64, device=x.device)
+        limit = torch.full((b, total), torch.inf, device=x.device)
+        for keys, mine, other in blocks_of_keys(rows, size, p=p, keep=keep):
             _absorb(keys, best[:, mine], where[:, mine], limit[:, mine], other.start)
-    return best[:, :n], where[:, :n], limit[:, :n]
-
-
-def half_squares(rows: Tensor, p: float) -> Tensor:
-    """|x|²/2 (b, n) for Euclid, in which keys are half squared distances; nothing where keys are distances."""
-    if p != 2:
-        return rows.new_zeros(rows.shape[:-1])
-    return torch.linalg.vector_norm(rows, dim=-1).square_().div_(2)
-
-
-def keys_of_blocks(a: Tensor, b: Tensor, half_a: Tensor, half_b: Tensor, p: float, *, out: Tensor) -> None:
-    torch.add(half_a.unsqueeze(-1), half_b.unsqueeze(-2), out=out)
-    if p == 2:
-        out.baddbmm_(a, b.mT, alpha=-1)
-    else:
-        out.add_(torch.cdist(a, b, p=p))
+            if mine != other:
+                _absorb(keys, best[:, other], where[:, other], limit[:, other], mine.start, columns=True)
+            if also is not None:
+                also(keys, mine, other)
+        if m == n - 1:  # nothing was left out
+            limit.fill_(torch.inf)
+        best, where, limit = best[:, :n], where[:, :n], limit[:, :n]
+        return _rerank(x, rows, scale, best, where, limit, k, p=p, memory=memory)
 
 
 def _absorb(
@@ -217,34 +133,6 @@ def _merge(row: Tensor, column: Tensor, value: Tensor, best: Tensor, where: Tens
     limit[at] = torch.minimum(limit[at], values[:, -1])
 
 
-def pair_distances(x: Tensor, i: Tensor, j: Tensor, *, p: float = 2.0, memory: int | None = None) -> Tensor:
-    """|x_i - x_j| from float64 differences, for index lists into ``x`` (rows, D); symmetric to the bit."""
-    out = torch.empty(len(i), dtype=torch.float64, device=x.device)
-    budget = 2**22 if x.device.type == "cpu" else (MEMORY if memory is None else memory)
-    step = max(1, budget // (16 * x.shape[-1]))
-    for s in range(0, len(i), step):
-        difference = x[i[s : s + step]].double().sub_(x[j[s : s + step]])
-        torch.linalg.vector_norm(difference, ord=p, dim=-1, out=out[s : s + step])
-    return out
-
-
-def key_of(distance: Tensor, p: float) -> Tensor:
-    return distance.square() / 2 if p == 2 else distance
-
-
-def key_error(size: Tensor, reach: Tensor, width: int, p: float, dtype: torch.dtype) -> Tensor:
-    """Rounding error of a key between a row of norm ``size`` and any row within ``reach`` of it.
-
-    Such a row's norm is at most size + reach (a row beyond can't be a neighbour), and E's error at most
-    gamma (|x|+|y|)²/2. Minkowski distances come from differences: their error is relative.
-    """
-    gamma = product_error(width, dtype)
-    if p == 2:
-        return gamma * (2 * size + reach).square() / 2
-    root = math.sqrt(width)
-    return 2 * gamma * reach + 2 * _UNIT[dtype] * root * (2 * size + root * reach)
-
-
 def _rerank(
     x: Tensor,
     rows: Tensor,
@@ -302,11 +190,11 @@ def search_rows_exactly(
     full /= scale
     size = torch.linalg.vector_norm(full, dim=-1)
     distances, indices = [], []
-    step = max(1, (MEMORY if memory is None else memory) // (32 * n))
+    step = max(1, budget(memory) // (32 * n))
     for part in which.split(step):
         keys = torch.empty((1, len(part), n), dtype=torch.float64, device=x.device)
         half = size.square() / 2 if p == 2 else torch.zeros_like(size)
-        keys_of_blocks(full[part][None], full[None], half[part][None], half[None], p, out=keys)
+        keys_between(full[part][None], full[None], half[part][None], half[None], p, out=keys)
         keys = keys[0]
         keys[torch.arange(len(part), device=x.device), part] = torch.inf
         near = keys.topk(k, dim=-1, largest=False).indices

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tdgeom.neighbors._search import (
-    MEMORY,
+from tdgeom.neighbors._blocks import (
     block_rows,
+    blocks_of_keys,
+    budget,
     centred,
     full_precision,
-    half_squares,
     key_error,
     key_of,
-    keys_of_blocks,
     pair_distances,
 )
+from tdgeom.neighbors._distinct import first_copies
+from tdgeom.neighbors._search import search_distinct
 from tdgeom.neighbors.knn import flatten, nearest_neighbors, prepare_rows
 from tdgeom.stage import Key, PairStage
 
@@ -62,11 +63,35 @@ def information_imbalance(
             f"information_imbalance compares matched rows, got {tuple(x.shape)} and {tuple(y.shape)}. Select the same "
             f"rows on both sides (RowSample does, by row_id)."
         )
-    near = [nearest_neighbors(rows, k, metric=metric, memory=memory).index for rows in (x, y)]
     n = x.shape[-2]
-    to_y = conditional_ranks(y, near[0], metric=metric, memory=memory)
-    to_x = conditional_ranks(x, near[1], metric=metric, memory=memory)
-    return tuple(2 / n * ranks.mean((-1, -2)) for ranks in (to_y, to_x))  # type: ignore[return-value]
+    given = [prepare_rows(rows, k, metric) for rows in (x, y)]
+    a, b, p = flatten(given[0][0].detach()), flatten(given[1][0].detach()), given[0][1]
+    step = max(1, budget(memory) // (8 * n * n))
+    pairs = [_both_directions(a[s : s + step], b[s : s + step], k, p, memory) for s in range(0, len(a), step)]
+    ab, ba = (torch.cat(side).view(x.shape[:-2]) for side in zip(*pairs))
+    return ab, ba
+
+
+def _both_directions(x: Tensor, y: Tensor, k: int, p: float, memory: int | None) -> tuple[Tensor, Tensor]:
+    """Both imbalances (b,) of (b, N, D) and (b, N, E), with as few passes over all pairs as memory allows."""
+    b, n, _ = x.shape
+    own = torch.arange(n, device=x.device)
+    if not all(bool((first_copies(rows) == own).all()) for rows in (x, y)):
+        # Copies are searched among distinct rows but ranked among all: no pass serves both.
+        near_x, near_y = (nearest_neighbors(rows, k, metric=p, memory=memory).index for rows in (x, y))
+        to_y, to_x = (_ranks(rows, near, p, memory) for rows, near in ((y, near_x), (x, near_y)))
+    else:
+        # x's keys are kept for the last step if they fit; y's serve the ranks and the search in one pass.
+        kept: list[tuple[Tensor, slice, slice]] | None = (
+            [] if 4 * b * n * (n + 1024) // 2 <= budget(memory) else None
+        )
+        note = None if kept is None else lambda *block: kept.append(block)
+        _, near_x = search_distinct(x, k, p=p, memory=memory, keep=kept is not None, also=note)
+        ranks = _Ranks(y, near_x, p, memory)
+        _, near_y = search_distinct(y, k, p=p, memory=memory, also=ranks.take)
+        to_y = ranks.result()
+        to_x = _ranks(x, near_y, p, memory, kept)
+    return 2 / n * to_y.mean((-1, -2)), 2 / n * to_x.mean((-1, -2))
 
 
 def conditional_ranks(
@@ -86,84 +111,86 @@ def conditional_ranks(
     """
     rows, p = prepare_rows(x, index.shape[-1], metric)
     flat, index = flatten(rows.detach()), index.reshape(-1, *index.shape[-2:])
-    b, n, _ = flat.shape
-    step = max(1, (MEMORY if memory is None else memory) // (8 * n * n))
-    with full_precision(flat.device):
-        ranks = [_ranks(flat[s : s + step], index[s : s + step], p, memory) for s in range(0, b, step)]
-    return torch.cat(ranks).view(*x.shape[:-1], -1)
+    n = flat.shape[1]
+    step = max(1, budget(memory) // (8 * n * n))
+    parts = [_ranks(flat[s : s + step], index[s : s + step], p, memory) for s in range(0, len(flat), step)]
+    return torch.cat(parts).view(*x.shape[:-1], -1)
 
 
-class _Limits(NamedTuple):
-    """Per asked row (b, N): its distance, and the keys below and above which float32 decides."""
-
-    distance: Tensor
-    low: Tensor
-    high: Tensor
-
-
-def _ranks(x: Tensor, index: Tensor, p: float, memory: int | None) -> Tensor:
-    b, n, width = x.shape
-    rows, scale = centred(x)
-    size = torch.linalg.vector_norm(rows, dim=-1).double()
-    flat = x.reshape(b * n, width)
-    base = (torch.arange(b, device=x.device) * n)[:, None]
-    own = (base + torch.arange(n, device=x.device)).flatten()
-    asked = []
-    for place in range(index.shape[-1]):
-        distance = pair_distances(flat, own, (base + index[..., place]).flatten(), p=p, memory=memory).view(
-            b, n
-        )
-        reach = distance / scale[:, None]
-        # Twice the bound: rows far outside, whose own rounding is larger, then can't fall below it either.
-        error = 2 * key_error(size, reach, width, p, torch.float32)
-        key = key_of(reach, p)
-        asked.append(_Limits(distance, (key - error).float(), (key + error).float()))
-    block = block_rows(n, b, block=None, memory=memory, device=x.device)
-    block = math.ceil(n / math.ceil(n / block))
-    half = half_squares(rows, p)
-    below = torch.zeros((len(asked), b, n), dtype=torch.float64, device=x.device)
-    for i in range(0, n, block):
-        for j in range(i, n, block):
-            mine, other = slice(i, min(i + block, n)), slice(j, min(j + block, n))
-            keys = half.new_empty((b, mine.stop - i, other.stop - j))
-            keys_of_blocks(rows[:, mine], rows[:, other], half[:, mine], half[:, other], p, out=keys)
-            if i == j:
-                keys.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-            for count, limits in zip(below, asked):
-                _count(count, keys, limits, mine, other, flat, p, memory)
-                if i != j:
-                    _count(count, keys.mT, limits, other, mine, flat, p, memory)
-    # Each asked row met itself as a tie, which counted half.
-    return (below + 0.5).movedim(0, -1)
-
-
-def _count(
-    count: Tensor,
-    keys: Tensor,
-    limits: _Limits,
-    mine: slice,
-    other: slice,
-    flat: Tensor,
+def _ranks(
+    x: Tensor,
+    index: Tensor,
     p: float,
     memory: int | None,
-) -> None:
-    """Add to ``count`` (b, N) how many rows of ``other`` are nearer to each row of ``mine`` than the row asked for."""
-    low, high = limits.low[:, mine].unsqueeze(-1), limits.high[:, mine].unsqueeze(-1)
-    sure = (keys < low).sum(-1, dtype=torch.int32)  # int64 would take ten times as long
-    count[:, mine] += sure
-    open_rows = (keys <= high).sum(-1, dtype=torch.int32) != sure
-    item, row = open_rows.nonzero(as_tuple=True)
-    if not len(item):
-        return
-    between = keys[item, row]
-    between = (between >= low[item, row]) & (between <= high[item, row])
-    at, column = between.nonzero(as_tuple=True)
-    item, row = item[at], row[at] + mine.start
-    n = count.shape[-1]
-    distance = pair_distances(flat, item * n + row, item * n + column + other.start, p=p, memory=memory)
-    asked = limits.distance[item, row]
-    share = (distance < asked).double() + (distance == asked).double() / 2
-    count.view(-1).index_add_(0, item * n + row, share)
+    kept: list[tuple[Tensor, slice, slice]] | None = None,
+) -> Tensor:
+    """Ranks (b, N, k) of the rows at ``index``; ``kept`` are the blocks of keys, if they are at hand."""
+    with full_precision(x.device):
+        ranks = _Ranks(x, index, p, memory)
+        for block in kept if kept is not None else blocks_of_keys(ranks.rows, ranks.size, p=p):
+            ranks.take(*block)
+        return ranks.result()
+
+
+class _Ranks:
+    """Counts, over blocks of keys, the rows nearer to row i than row index[i]."""
+
+    def __init__(self, x: Tensor, index: Tensor, p: float, memory: int | None) -> None:
+        b, n, width = x.shape
+        self.n, self.p, self.memory = n, p, memory
+        self.flat = x.reshape(b * n, width)
+        self.rows, scale = centred(x)
+        self.size = block_rows(n, b, block=None, memory=memory, device=x.device)
+        base = (torch.arange(b, device=x.device) * n)[:, None]
+        own = (base + torch.arange(n, device=x.device)).flatten()
+        norm = torch.linalg.vector_norm(self.rows, dim=-1).double()
+        total = math.ceil(n / self.size) * self.size
+        # Per asked neighbour: its distance, and the keys below and above which float32 decides. Padding never asks.
+        self.distance = torch.full(
+            (index.shape[-1], b, total), torch.nan, dtype=torch.float64, device=x.device
+        )
+        self.low = torch.full(self.distance.shape, -torch.inf, device=x.device)
+        self.high = self.low.clone()
+        for place in range(index.shape[-1]):
+            found = (base + index[..., place]).flatten()
+            distance = pair_distances(self.flat, own, found, p=p, memory=memory).view(b, n)
+            reach = distance / scale[:, None]
+            # Twice the bound: rows far outside, whose own rounding is larger, then can't fall below it either.
+            error = 2 * key_error(norm, reach, width, p, torch.float32)
+            key = key_of(reach, p)
+            self.distance[place, :, :n] = distance
+            self.low[place, :, :n] = (key - error).float()
+            self.high[place, :, :n] = (key + error).float()
+        self.count = torch.zeros_like(self.distance)
+
+    def take(self, keys: Tensor, mine: slice, other: slice) -> None:
+        """Count one block, for its rows and (as it is symmetric) for its columns."""
+        for place in range(len(self.count)):
+            self._count(place, keys, mine, other)
+            if mine != other:
+                self._count(place, keys.mT, other, mine)
+
+    def _count(self, place: int, keys: Tensor, mine: slice, other: slice) -> None:
+        low, high = self.low[place, :, mine].unsqueeze(-1), self.high[place, :, mine].unsqueeze(-1)
+        sure = (keys < low).sum(-1, dtype=torch.int32)  # int64 would take ten times as long
+        self.count[place, :, mine] += sure
+        item, row = ((keys <= high).sum(-1, dtype=torch.int32) != sure).nonzero(as_tuple=True)
+        if not len(item):
+            return
+        # Rows with keys that float32 leaves open: these are compared in float64, a tie counts half.
+        between = keys[item, row]
+        between = (between >= low[item, row]) & (between <= high[item, row])
+        at, column = between.nonzero(as_tuple=True)
+        item, row = item[at], row[at] + mine.start
+        i, j = item * self.n + row, item * self.n + column + other.start
+        distance = pair_distances(self.flat, i, j, p=self.p, memory=self.memory)
+        asked = self.distance[place, item, row]
+        share = (distance < asked).double() + (distance == asked).double() / 2
+        self.count[place].index_put_((item, row), share, accumulate=True)
+
+    def result(self) -> Tensor:
+        """(b, N, k): the asked row met itself as a tie, which counted half; the other half makes ranks begin at 1."""
+        return (self.count[..., : self.n] + 0.5).movedim(0, -1)
 
 
 class InformationImbalance(PairStage):
@@ -200,6 +227,10 @@ class InformationImbalance(PairStage):
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"InformationImbalance: k is a number of neighbours, at least 1, got {k!r}.")
         self.k, self.metric, self.memory = k, metric, memory
+
+    def compute(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Both directions of one pair: fewer passes than ``compare`` of two prepared sides."""
+        return information_imbalance(a, b, k=self.k, metric=self.metric, memory=self.memory)
 
     def prepare(self, sample: Tensor) -> tuple[Tensor, Tensor]:
         """The rows and the indices of their k nearest neighbours."""

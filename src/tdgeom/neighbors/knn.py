@@ -7,8 +7,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from tdgeom.neighbors._blocks import budget
 from tdgeom.neighbors._distinct import expand_table, first_copies
-from tdgeom.neighbors._search import MEMORY, search_distinct
+from tdgeom.neighbors._search import search_distinct
 from tdgeom.stage import Key, Stage
 
 __all__ = ["NearestNeighbors", "Neighbors", "distinct_neighbors", "nearest_neighbors"]
@@ -160,7 +161,7 @@ def _distinct_tables(
     tables: list[tuple[Tensor, Tensor] | None] = [None] * b
     together = [item for item in range(b) if whole[item]]
     # As many data sets at a time as the budget holds with one block each.
-    step = max(1, (MEMORY if memory is None else memory) // (8 * n * n))
+    step = max(1, budget(memory) // (8 * n * n))
     for s in range(0, len(together), step):
         items = together[s : s + step]
         rows = flat if len(items) == b else flat[items]

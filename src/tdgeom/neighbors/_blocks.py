@@ -1,0 +1,147 @@
+"""All pairs of rows, block by block: keys that order distances, in float32, and a bound on their rounding.
+
+The key of two rows is half their squared distance (for Minkowski's other distances: the distance). Rows are centred and
+scaled first, so keys depend neither on the data's offset nor on its unit, and Euclidean keys come from matrix products:
+(|x|² + |y|²)/2 - x·y. The block of rows (I, J) also serves (J, I), so half of all blocks is multiplied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "block_rows",
+    "blocks_of_keys",
+    "budget",
+    "centred",
+    "full_precision",
+    "key_error",
+    "key_of",
+    "keys_between",
+    "pair_distances",
+]
+
+_MEMORY = 256 * 2**20  # bytes of working blocks when the caller names none
+_CPU_BLOCK = 1024  # a block then stays in the last-level cache while it is looked through
+_UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+
+
+def budget(memory: int | None) -> int:
+    """Bytes that working blocks may take."""
+    return _MEMORY if memory is None else memory
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast and no reduced-precision float32 products inside: the rounding bounds rely on it."""
+    before = torch.get_float32_matmul_precision()
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        try:
+            if before != "highest":
+                torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            if before != "highest":
+                torch.set_float32_matmul_precision(before)
+
+
+def block_rows(n: int, batch: int, *, block: int | None, memory: int | None, device: torch.device) -> int:
+    """Rows a block: the caller's, or as many as the budget allows (and the cache likes, on a CPU)."""
+    if block is None:
+        block = max(64, math.isqrt(budget(memory) // (8 * batch)))
+        if device.type == "cpu":
+            block = min(block, _CPU_BLOCK)
+    parts = math.ceil(n / max(1, block))
+    size = math.ceil(n / parts)
+    return size if size <= 256 else math.ceil(size / 64) * 64
+
+
+def centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (b, n, D) about (nearly) their mean, at most about 1 in size, in float32, and the factor (b,) undoing that.
+
+    Any centre near the mean serves. For float32 rows a float32 centre makes the subtraction (nearly) exact, and a
+    power of two as the factor loses no digit.
+    """
+    rows = x - x.mean(1, keepdim=True)
+    low, high = torch.aminmax(rows.flatten(1), dim=1)
+    scale = torch.maximum(high, -low).double()
+    scale = torch.exp2(torch.where(scale > 0, scale, 1.0).log2().round())
+    return rows.div_(scale[:, None, None].to(rows.dtype)).float(), scale
+
+
+def blocks_of_keys(
+    rows: Tensor, size: int, *, p: float, keep: bool = False
+) -> Iterator[tuple[Tensor, slice, slice]]:
+    """(keys (b, size, size), rows I, rows J) for every I <= J, of the first ceil(n/size)·size rows.
+
+    Rows beyond n, and a row and itself, are infinitely far. ``keys`` is overwritten by the next block, unless ``keep``.
+    """
+    b, n, _ = rows.shape
+    total = math.ceil(n / size) * size
+    half = torch.full((b, total), torch.inf, device=rows.device)
+    half[:, :n] = torch.linalg.vector_norm(rows, dim=-1).square_().div_(2) if p == 2 else 0
+    if total > n:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, total - n))
+    keys = torch.empty((b, size, size), device=rows.device)
+    for i in range(0, total, size):
+        mine = slice(i, i + size)
+        for j in range(i, total, size):
+            other = slice(j, j + size)
+            if keep:
+                keys = torch.empty_like(keys)
+            keys_between(rows[:, mine], rows[:, other], half[:, mine], half[:, other], p, out=keys)
+            if i == j:
+                keys.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+            yield keys, mine, other
+
+
+def keys_between(a: Tensor, b: Tensor, half_a: Tensor, half_b: Tensor, p: float, *, out: Tensor) -> None:
+    """Keys of all rows of a against all rows of b; ``half`` are their |x|²/2 (Minkowski: 0)."""
+    torch.add(half_a.unsqueeze(-1), half_b.unsqueeze(-2), out=out)
+    if p == 2:
+        out.baddbmm_(a, b.mT, alpha=-1)
+    else:
+        out.add_(torch.cdist(a, b, p=p))
+
+
+def key_of(distance: Tensor, p: float) -> Tensor:
+    """The key of a distance."""
+    return distance.square() / 2 if p == 2 else distance
+
+
+def key_error(size: Tensor, reach: Tensor, width: int, p: float, dtype: torch.dtype) -> Tensor:
+    """Rounding error of a key between a row of norm ``size`` and any row within ``reach`` of it.
+
+    Such a row's norm is at most size + reach (a row beyond can't be a neighbour), and a Euclidean key's error at
+    most gamma (|x|+|y|)²/2. Minkowski distances come from differences: their error is relative.
+    """
+    gamma = _product_error(width, dtype)
+    if p == 2:
+        return gamma * (2 * size + reach).square() / 2
+    root = math.sqrt(width)
+    return 2 * gamma * reach + 2 * _UNIT[dtype] * root * (2 * size + root * reach)
+
+
+def _product_error(width: int, dtype: torch.dtype) -> float:
+    """Relative rounding error of a product of ``width`` terms, as a share of |x||y|.
+
+    The proven bound is width·u; the errors of the terms being independent, 4·sqrt(width)·u holds with overwhelming
+    probability (Higham & Mary 2019). 16 u more for norms, sums and the rounding of the centred rows themselves.
+    """
+    return _UNIT[dtype] * (min(width, 4.0 * math.sqrt(width)) + 16.0)
+
+
+def pair_distances(x: Tensor, i: Tensor, j: Tensor, *, p: float = 2.0, memory: int | None = None) -> Tensor:
+    """|x_i - x_j| from float64 differences, for index lists into ``x`` (rows, D); symmetric to the bit."""
+    out = torch.empty(len(i), dtype=torch.float64, device=x.device)
+    room = 2**22 if x.device.type == "cpu" else budget(memory)  # a CPU works in its cache
+    step = max(1, room // (16 * x.shape[-1]))
+    for s in range(0, len(i), step):
+        difference = x[i[s : s + step]].double().sub_(x[j[s : s + step]])
+        torch.linalg.vector_norm(difference, ord=p, dim=-1, out=out[s : s + step])
+    return out
