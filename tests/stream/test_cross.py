@@ -158,6 +158,17 @@ def test_a_jump_of_the_mean_between_batches(dtype, far):
     assert found["s.0->s.1", "linear_cka_debiased"].item() == pytest.approx(full_debiased(x, y), abs=1e-7)
 
 
+@pytest.mark.parametrize("far", [20.0, 1500.0])
+def test_debiased_cka_with_massive_features_in_float32(far):
+    # one entry of the covariance then holds the norm, and no rounding averages out
+    x, y = rows(2048, 768, 768)
+    x[:, 3] *= far
+    y[:, 5] = y[:, 5] * far + 2 * x[:, 3]
+    x, y = x.float(), y.float()
+    found = measured(published(streamed((x, y), 2048)), LinearCKA(estimator="debiased", source="moments"))
+    assert found["s.0->s.1", "linear_cka_debiased"].item() == pytest.approx(full_debiased(x, y), abs=2e-8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_upcast_once(dtype):
     x, y = (side.to(dtype) for side in rows())

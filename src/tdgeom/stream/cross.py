@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from tdgeom.stream.sketch import gaussian_columns
 __all__ = ["StreamingCrossMoments"]
 
 SITE_LEAVES = ("count", "mean", "covariance", "norm4", "norm2_x")
+_LARGEST = 8  # features a site whose products are always float64
 PAIR_LEAVES = ("cross_covariance", "norm2_product", "x_norm2y", "y_norm2x")
 
 
@@ -168,11 +169,31 @@ class StreamingCrossMoments(StreamingStage):
         self.trace = self.trace + norms.sum(0)
         self.norm2_product = self.norm2_product + norms.mT @ norms
         self.x_norm2y = self.x_norm2y + (y[:-1].mT @ norms.to(y.dtype)).double()
+        self._add_products(y)
+        self.count = total
+
+    def _add_products(self, y: Tensor) -> None:
+        """Every panel of products into its float64 sum.
+
+        A float32 product of 2,048 rows is right to some 1e-7 an entry. That averages out over D x D entries, unless few
+        features hold most variance: the products among each site's largest features are taken in float64.
+        """
         edges = self._edges()
+        largest, exact, m = None, None, 0
+        if y.dtype == torch.float32:
+            energy = torch.linalg.vector_norm(y, dim=0)
+            m = min(_LARGEST, *(b - a for a, b in pairwise(edges)))
+            largest = torch.cat([energy[a:b].topk(m).indices + a for a, b in pairwise(edges)])
+            columns = y[:, largest].double()
+            exact = columns.mT @ columns
         for i, first, last in self._runs:
             product = y[:, edges[i] : edges[i + 1]].mT @ y[:, edges[first] : edges[last]]
-            self._buffers[f"scatter_{i}_{first}_{last}"].add_(product)
-        self.count = total
+            panel = self._buffers[f"scatter_{i}_{first}_{last}"]
+            panel.add_(product)
+            if largest is not None:
+                mine, theirs = slice(i * m, (i + 1) * m), slice(first * m, last * m)
+                where = (largest[mine, None] - edges[i], largest[None, theirs] - edges[first])
+                panel[where] += exact[mine, theirs] - product[where]
 
     def _check_rows(self, rows: Sequence[Tensor]) -> None:
         widths = [x.shape[-1] for x in rows]
@@ -276,7 +297,7 @@ class StreamingCrossMoments(StreamingStage):
     def _per_group(self, columns: Tensor) -> Tensor:
         """(R, columns) summed over each group's columns: (R, sites·groups)."""
         edges = self._edges()
-        parts = [columns[:, a:b].unflatten(1, (self.groups, -1)).sum(-1) for a, b in itertools.pairwise(edges)]
+        parts = [columns[:, a:b].unflatten(1, (self.groups, -1)).sum(-1) for a, b in pairwise(edges)]
         return torch.cat(parts, dim=1)
 
     def _norms(self, y: Tensor) -> Tensor:
@@ -285,7 +306,7 @@ class StreamingCrossMoments(StreamingStage):
         parts = [
             [
                 torch.linalg.vector_norm(x[:, a:b].unflatten(1, (self.groups, -1)), dim=-1, dtype=torch.float64)
-                for a, b in itertools.pairwise(edges)
+                for a, b in pairwise(edges)
             ]
             for x in y.split(256)  # the float64 copy inside stays in the cache
         ]
