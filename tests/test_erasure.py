@@ -151,3 +151,29 @@ def test_erasure_over_a_stream_in_a_second_pass():
     result = tg.run(second, batches, inputs=first, progress=False)
     before, after = (r["label_moments", site, "cross_scatter"].abs().max() for r in (first, result))
     assert float(after) < 1e-5 * float(before)
+
+
+def test_erasing_steering_and_projecting_out_inside_a_model():
+    """What probes and erasers find goes into a model as it is."""
+    model, site = bert().eval(), "residual_output.0"
+    ids = torch.randint(3, 48, (40, 10), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": part, "label": part % 2} for part in ids.split(8)]
+    probing = tg.Probing(model, site, tg.LinearProbe(alpha=1.0, holdout=0.0, permutations=0))
+    probing.run(batches, batches)
+    x = tg.Capture(model, site)(input_ids=ids).flatten(0, 1)
+    label = (ids % 2).flatten()
+    direction = probing.direction(site)
+    eraser = tg.Erase.fit(x, label, in_keys="activation")
+    with tg.Intervene(model, {site: eraser}), tg.Capture(model, site) as calls, torch.no_grad():
+        model(ids)
+    inside = calls[0]["acts", site].flatten(0, 1)
+    torch.testing.assert_close(inside, eraser.compute(x))
+    fresh = tg.LinearProbe(alpha=1.0).fit(inside, label)
+    baseline = float(label.bincount().max() / len(label))
+    assert fresh.score(inside, label)["accuracy"] <= baseline + 0.02 < probing.table()["accuracy"][0]
+    for edit, change in ((tg.Steer(direction, coefficient=2.0), 2.0), (tg.ProjectOut(direction), None)):
+        with tg.Intervene(model, {site: edit}), tg.Capture(model, site) as calls, torch.no_grad():
+            model(ids)
+        after = calls[0]["acts", site].flatten(0, 1).double() @ direction
+        expected = x.double() @ direction + change if change else torch.zeros(len(x)).double()
+        torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)

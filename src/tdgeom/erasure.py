@@ -48,7 +48,7 @@ def leace(moments: Mapping[str, Tensor], *, tolerance: float = 1e-8) -> dict[str
     # In the eigenbasis: W = V·inverse·Vᵀ, and its pseudoinverse V·half·Vᵀ.
     whitened = inverse[:, None] * (vectors.mT @ (pooled["cross_scatter"] / n))
     u, s, _ = torch.linalg.svd(whitened, full_matrices=False)
-    u = u[:, s > s[0] * tolerance] if float(s[0]) > 0 else u[:, :0]
+    u = u[:, (s > s[0] * tolerance) & (s > 0)]
     return {
         "left": vectors @ (half[:, None] * u),
         "right": vectors @ (inverse[:, None] * u),
@@ -112,7 +112,8 @@ class Erase(Stage):
             state (not trained).
 
     Reads ``"tokens"`` (..., D), and without an eraser ``("erasure", "left" | "right" | "mean")``; writes ``"tokens"``, or
-    what ``out_keys`` names, in the dtype of what it read. A single key for ``in_keys`` is also what it writes.
+    what ``out_keys`` names, in the dtype of what it read. The first of ``in_keys`` is also what it
+    writes. ``tg.Intervene(model, {site: Erase(eraser, in_keys="activation")})`` erases inside a model.
 
         >>> import torch, tdgeom as tg
         >>> x, y = torch.randn(200, 4), torch.arange(200) % 2
@@ -136,14 +137,7 @@ class Erase(Stage):
         if eraser is None:
             reads |= {("erasure", "left"): "D r", ("erasure", "right"): "D r", ("erasure", "mean"): "D"}
         if out_keys is None and in_keys is not None:
-            out_keys = [resolve_keys(in_keys, list(reads), what="in_keys", owner="Erase")[0]]
-        if (
-            eraser is None
-            and in_keys is not None
-            and not (isinstance(in_keys, list) and len(in_keys) == len(reads))
-        ):
-            first = in_keys[0] if isinstance(in_keys, list) else in_keys
-            in_keys = [first, *list(reads)[1:]]
+            out_keys = resolve_keys(in_keys, list(reads), what="in_keys", owner="Erase")[:1]
         super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads)
         for name in ("left", "right", "mean"):
             self.register_buffer(name, None if eraser is None else eraser[name].detach().clone())
