@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import models
 import pytest
 import torch
 
+import models
 import tdgeom as tg
 
 README = Path(__file__).parents[1] / "README.md"

@@ -173,12 +173,11 @@ class NormalizationAblation(Stage):
 
     def _placed(self, out_keys: Key | list[Key] | None, paths: list[tuple[str, str]]) -> list[Key]:
         # A root takes (variant, metric) under it, two levels: one name alone would clash between variants.
-        if isinstance(out_keys, list):
-            if len(out_keys) != len(paths):
-                raise ValueError(
-                    f"NormalizationAblation writes {len(paths)} leaves, (variant, metric) in this order: {paths[:4]} ...; "
-                    f"out_keys has {len(out_keys)}."
-                )
+        if isinstance(out_keys, list) and len(out_keys) != len(paths):
+            raise ValueError(
+                f"NormalizationAblation writes {len(paths)} leaves, (variant, metric) in this order: {paths[:4]} ...; "
+                f"out_keys has {len(out_keys)}."
+            )
         if out_keys is not None and not isinstance(out_keys, str | tuple):
             return resolve_keys(out_keys, paths, what="out_keys", owner=type(self).__name__)
         root = ("ablation",) if out_keys is None else key_tuple(out_keys)

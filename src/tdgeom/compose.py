@@ -63,10 +63,6 @@ def at_site(key: Key, site: str) -> Key:
     return (first, str(site), *rest)
 
 
-def _plain(keys: Iterable[Key]) -> set[Key]:
-    return {as_key(key_tuple(key)) for key in keys}
-
-
 def _has_state(module: nn.Module) -> bool:
     return any(True for _ in module.buffers()) or any(True for _ in module.parameters())
 
@@ -165,7 +161,7 @@ def _check(stage: object, owner: str) -> None:
         )
 
 
-def _check_shared_outputs(stage: TensorDictModuleBase, shared: set[Key], owner: str) -> None:
+def _check_shared_outputs(stage: TensorDictModuleBase, shared: Mapping[Key, Key], owner: str) -> None:
     clash = [key for key in stage.out_keys if as_key(key_tuple(key)) in shared]
     if clash:
         raise ValueError(
@@ -214,7 +210,7 @@ class ForEach(TensorDictSequential):
                 raise TypeError(
                     "ForEach takes a stage of one site; ForEachPair already runs over pairs of sites."
                 )
-            keep = _plain(shared) | _plain(getattr(part, "shared", ()))
+            keep = _shared_keys(shared, part)
             _check_shared_outputs(part, keep, "ForEach")
             kind = RenamedStream if isinstance(part, StreamingStage) else Renamed
             for name in names:
@@ -225,9 +221,16 @@ class ForEach(TensorDictSequential):
         return TensorDictSequential(*units)
 
 
-def _unless(keep: set[Key], rename: Callable[..., Key], key: Key, *names: str) -> Key:
+def _shared_keys(shared: Iterable[Key], stage: object) -> dict[Key, Key]:
+    """A stage's own name of every shared key -> the key that all sites read (the same, unless the stage maps it)."""
+    declared = getattr(stage, "shared", ())
+    own = {key: declared[key] for key in declared} if isinstance(declared, Mapping) else {key: key for key in declared}
+    return {as_key(key_tuple(a)): as_key(key_tuple(b)) for a, b in ({key: key for key in shared} | own).items()}
+
+
+def _unless(keep: Mapping[Key, Key], rename: Callable[..., Key], key: Key, *names: str) -> Key:
     key = as_key(key_tuple(key))
-    return key if key in keep else rename(key, *names)
+    return keep[key] if key in keep else rename(key, *names)
 
 
 def at_pair(key: Key, a: str, b: str) -> Key:
@@ -292,7 +295,7 @@ class ForEachPair(TensorDictModuleBase):
             )
         if len(set(self.pairs)) != len(self.pairs):
             raise ValueError(f"ForEachPair: pairs= names a pair twice: {self.pairs}.")
-        self._keep = _plain(shared) | _plain(getattr(stage, "shared", ()))
+        self._keep = _shared_keys(shared, stage)
         _check_shared_outputs(stage, self._keep, "ForEachPair")
         self._shares_prepare = isinstance(stage, PairStage) and not _has_state(stage)
         self.module = stage if self._shares_prepare else None

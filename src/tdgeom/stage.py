@@ -76,7 +76,8 @@ class Stage(TensorDictModuleBase):
             batch dimensions; a letter that comes twice must have one size) or a plain list of keys.
         writes: default out_keys, a list; the last part of a key is the output's documented name.
         optional: names among ``reads`` that may be absent; ``compute`` then receives None.
-        shared: keys that stay as they are under ``ForEach`` (one value for all sites), beside its own ``shared=``.
+        shared: keys that stay as they are under ``ForEach`` (one value for all sites), beside its own ``shared=``; a
+            mapping reads the stage's own key from another shared one.
         one_thread_a_site: ``compute`` may run at several sites at once at the end of a run, each on one thread. Only for
             a ``compute`` that keeps nothing on ``self``; pays where it is one matrix decomposition a site.
 
@@ -92,7 +93,7 @@ class Stage(TensorDictModuleBase):
     reads: ClassVar[Mapping[Key, str] | Sequence[Key]] = ()
     writes: ClassVar[Sequence[Key]] = ()
     optional: ClassVar[frozenset[str]] = frozenset()
-    shared: ClassVar[frozenset[Key]] = frozenset()
+    shared: ClassVar[frozenset[Key] | Mapping[Key, Key]] = frozenset()
     one_thread_a_site: ClassVar[bool] = False
 
     def __init__(
