@@ -79,7 +79,7 @@ def moments_about(moments: Moments, shift: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merge_moments(state: Moments, block: Moments) -> None:
-    """Add a block (from ``block_moments``, or another state) to ``state`` in place.
+    """Add a block (from ``block_moments``, or another state) to ``state``, in place but for ``norm4``.
 
     ``state`` holds count, mean, scatter, norm2_x, norm4 and may be empty (count 0, zeros).
     """
@@ -106,6 +106,8 @@ def merge_moments(state: Moments, block: Moments) -> None:
         right = torch.stack((delta, block["rest"]))
         state["scatter"].add_(block["product"]).addmm_(left, right)
     state["norm2_x"].copy_(norm2_x_a + norm2_x_b)
-    state["norm4"].copy_(norm4_a + norm4_b)
+    state["norm4"] = (
+        norm4_a + norm4_b
+    )  # a new tensor: compiled code drops in-place updates of 0-dim float64 buffers
     state["mean"].add_(delta * (n_b / total))
     state["count"].add_(block["count"])

@@ -75,13 +75,16 @@ class StreamingCovariance(StreamingStage):
                 f"StreamingCovariance has seen rows of width {self.mean.shape[0]} and now gets {self.in_keys[0]!r} of "
                 f"shape {tuple(tokens.shape)}. Use one stage a width, or reset()."
             )
-        merge_moments(self._moments(), block_moments(tokens))
+        self._merge(block_moments(tokens))
 
     def combine(self, other: StreamingCovariance) -> None:
         """Add another's moments."""
-        merge_moments(
-            self._moments(), {name: value.to(self.mean.device) for name, value in other._moments().items()}
-        )
+        self._merge({name: value.to(self.mean.device) for name, value in other._moments().items()})
+
+    def _merge(self, block: dict[str, Tensor]) -> None:
+        state = self._moments()
+        merge_moments(state, block)
+        self.norm4 = state["norm4"]
 
     def result(self) -> Mapping[str, Tensor]:
         """The moments of all rows so far."""

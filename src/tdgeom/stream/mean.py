@@ -61,8 +61,9 @@ class StreamingMean(StreamingStage):
     def _merge(self, count: Tensor, centre: Tensor, scatter: Tensor) -> None:
         n_a, n_b = self.count.double(), count.double()
         delta = centre - self.centre
-        self.scatter.add_(scatter + delta.square() * (n_a * n_b / (n_a + n_b)))
-        self.centre.add_(delta * (n_b / (n_a + n_b)))
+        # New tensors: compiled code drops in-place updates of 0-dim float64 buffers, which rows (N,) make.
+        self.scatter = self.scatter + scatter + delta.square() * (n_a * n_b / (n_a + n_b))
+        self.centre = self.centre + delta * (n_b / (n_a + n_b))
         self.count.add_(count)
 
     def result(self) -> Mapping[str, Tensor]:

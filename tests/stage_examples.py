@@ -1,0 +1,355 @@
+"""One example of every public stage: how to make it and what it reads. ``test_contract.py`` runs them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from sklearn.linear_model import LogisticRegression
+from tensordict import TensorDict
+
+import tdgeom as tg
+from tdgeom import functional as F
+from tdgeom.stage import StreamingStage
+
+# Not stages with keys of their own; each is tested where the reason says.
+NOT_STAGES = {
+    "Stage": "base class, tests/test_stage.py",
+    "PairStage": "base class, tests/test_stage.py",
+    "StreamingStage": "base class, tests/test_stage.py",
+    "Probe": "base class of the probes, tests/probing",
+    "ForEach": "takes its keys from the stage it repeats, tests/test_compose.py",
+    "ForEachPair": "takes its keys from the stage it repeats, tests/test_compose.py",
+    "Intervene": "runs a model under edits, tests/hooks/test_intervene.py",
+    **{
+        name: "an edit of one activation inside a model's forward pass, tests/hooks/test_intervene.py"
+        for name in (
+            "Edit",
+            "Steer",
+            "ActivationAddition",
+            "Patch",
+            "Ablate",
+            "ProjectOut",
+            "ProjectOnto",
+            "Scale",
+            "BlockAttention",
+        )
+    },
+    "LogitLens": "reads activations out through a model, tests/test_lens.py",
+    "TunedLens": "reads activations out through a model, tests/test_lens.py",
+    "Capture": "runs a model and names its outputs after sites, tests/hooks/test_capture.py",
+}
+
+N, D = 60, 5
+
+
+@dataclass
+class Example:
+    """A stage, tensors for its default in_keys in their order, and the checks that mean nothing for it (with why)."""
+
+    make: Callable[..., torch.nn.Module]
+    inputs: Callable[[], list[torch.Tensor]]
+    free_of_scale: tuple[int, ...] = ()  # which inputs may be scaled together without changing any output
+    free_of_offset: tuple[int, ...] = ()
+    batched: tuple[int, ...] = ()  # which inputs take leading dimensions
+    exempt: Mapping[str, str] = field(default_factory=dict)
+
+    def td(self, stage: torch.nn.Module | None = None) -> TensorDict:
+        """The inputs under the stage's in_keys."""
+        td = TensorDict({}, batch_size=[])
+        for key, value in zip((stage or self.make()).in_keys, self.inputs()):
+            td.set(key, value)
+        return td
+
+
+def rows(seed: int = 0, n: int = N, d: int = D) -> torch.Tensor:
+    """(n, d) correlated float64 rows with an offset."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(d, d, generator=generator, dtype=torch.float64)
+    return torch.randn(n, d, generator=generator, dtype=torch.float64) @ mix + 0.5
+
+
+def ids(n: int = N) -> torch.Tensor:
+    """Row ids of n sequences of one token."""
+    return torch.arange(n) << 20
+
+
+def labels(n: int = N) -> torch.Tensor:
+    """Two classes that the rows tell apart, with exceptions."""
+    x = rows()[:n]
+    return ((x[:, 0] > x[:, 0].median()).long() + (torch.arange(n) % 7 == 0).long()) % 2
+
+
+def moments(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The five leaves of StreamingCovariance."""
+    stage = tg.StreamingCovariance()
+    td = stage(TensorDict(tokens=x))
+    return {key[-1]: td[key] for key in stage.out_keys}
+
+
+def vectors(seed: int) -> torch.Tensor:
+    """(D, 3) leading eigenvectors."""
+    return F.eigen_spectrum(torch.cov(rows(seed).T), k=3)[1]
+
+
+def label_moments() -> list[torch.Tensor]:
+    """What StreamingLabelMoments writes on the example rows."""
+    stage = tg.StreamingLabelMoments(classes=2, in_keys=["x", "label", "row_id"])
+    td = TensorDict({})
+    for key, value in zip(stage.in_keys, (rows(), labels(), ids())):
+        td.set(key, value)
+    stage(td)
+    return [td[key] for key in stage.out_keys]
+
+
+def basis() -> dict[str, torch.Tensor]:
+    """What ConceptBasis writes on the example rows."""
+    found = moments(rows())
+    stage = tg.ConceptBasis(3)
+    out = stage(*(found[key[-1]] for key in stage.in_keys))
+    return {key[-1]: value for key, value in zip(stage.out_keys, out)}
+
+
+def eraser() -> list[torch.Tensor]:
+    """What LEACE writes on the example rows."""
+    return list(tg.LEACE()(*label_moments()))
+
+
+def two_acts() -> list[torch.Tensor]:
+    """Activations of two sites, and a label a sequence."""
+    return [rows(0, 12).reshape(3, 4, D), rows(1, 12).reshape(3, 4, D), torch.arange(3)]
+
+
+STREAMS = {
+    "batched": "rows are the leading dimension of a stream",
+    "scale": "holds the rows' own units",
+    "offset": "holds the rows' own units",
+}
+BATCH = {
+    "batched": "sequences are its leading dimension",
+    "dispatch": "optional entries (mask, ids) come by name in a TensorDict",
+    "compile": "the selection depends on the mask",
+    "shapes": "its first dimension may be the batch",
+}
+UNITS = {"scale": "in the units of its input", "offset": "in the units of its input"}
+FIT = {
+    "batched": "fits one problem",
+    "compile": "fits by branching on values (splits, folds, solvers)",
+    "scale": "regularised in the units of the rows",
+    "offset": "regularised in the units of the rows",
+}
+SEARCH = {"compile": "the search branches on its own proof of exactness"}
+
+
+def streaming(
+    make: Callable[..., torch.nn.Module], *inputs: Callable[[], torch.Tensor], **exempt: str
+) -> Example:
+    """An example of a streaming stage."""
+    return Example(make, lambda: [value() for value in inputs], exempt={**STREAMS, **exempt})
+
+
+def pair(make: Callable[..., torch.nn.Module], **changes: object) -> Example:
+    """An example of a measure between two samples of rows, free of offsets and of the scale of either side."""
+    settings = {"free_of_scale": (0,), "free_of_offset": (1,), "batched": (0, 1), **changes}
+    return Example(make, lambda: [rows(0), rows(1)], **settings)
+
+
+def dimension(make: Callable[..., torch.nn.Module], **changes: object) -> Example:
+    """An example of an intrinsic dimension estimator."""
+    return Example(
+        make,
+        lambda: [rows(0)],
+        **{
+            "exempt": {**SEARCH, **UNITS, "batched": "searches one cloud at a time"},
+            **changes,
+        },
+    )
+
+
+LABEL_MOMENTS = {
+    **UNITS,
+    "batched": "label moments hold one data set",
+    "shapes": "its inputs share no first dimension",
+    "compile": "finds ranks from values",
+}
+
+
+def labelled(make: Callable[..., torch.nn.Module], first: Callable[[], torch.Tensor] = rows) -> Example:
+    """An example of a streaming stage that reads labels; its default keys nest them under the rows' own key."""
+    return streaming(
+        lambda in_keys=None, **keys: make(in_keys=in_keys or ["x", "label", "row_id"], **keys), first, labels, ids,
+        shapes="takes labels of any kind", compile="finds out what kind of labels there are from their values",
+    )  # fmt: skip
+
+
+def neighbours(make: Callable[..., torch.nn.Module]) -> Example:
+    """An example of a measure between two clouds' neighbour tables."""
+    return pair(make, batched=(), exempt={**SEARCH, "batched": "searches one cloud at a time"})
+
+
+def linear_head(features: int, outputs: int) -> torch.nn.Module:
+    """A probe's own module."""
+    return torch.nn.Linear(features, outputs)
+
+
+LINEAR = {"compile": "chooses the smaller of two factorisations by rank, from values"}
+
+EXAMPLES: dict[str, Example] = {
+    "SelectTokens": Example(
+        lambda **keys: tg.SelectTokens(["x", "y"], also=["label"], **keys),
+        two_acts,
+        exempt={
+            **UNITS,
+            "batched": "sequences are its leading dimension",
+            "dispatch": "optional entries (mask, ids) come by name in a TensorDict",
+            "compile": "the number of rows depends on the mask",
+            "shapes": "reads (B, T, D) and (B, D) alike",
+        },
+    ),
+    "AggregateActs": Example(
+        lambda **keys: tg.AggregateActs(["x"], reduce="mean", **keys),
+        lambda: [rows(0, 12).reshape(3, 4, D)],
+        exempt={**UNITS, **BATCH},
+    ),
+    "GroupAttention": Example(
+        lambda **keys: tg.GroupAttention(["x"], {"last": "last"}, {"first": "first"}, **keys),
+        lambda: [rows(0, 24, 4).reshape(3, 2, 4, 4)],
+        exempt={**UNITS, **BATCH},
+    ),
+    "ContextWindow": Example(
+        lambda **keys: tg.ContextWindow(before=1, after=1, **keys),
+        lambda: [torch.arange(12).reshape(3, 4), torch.ones(3, 4, dtype=torch.long)],
+        exempt={**UNITS, **BATCH},
+    ),
+    "MaxActivating": streaming(
+        lambda **keys: tg.MaxActivating("x", k=4, **keys), rows, lambda: labels()[:, None], ids,
+        compile="picks rows by value", shapes="its context has a width of its own",
+    ),
+    "StreamingCovariance": streaming(tg.StreamingCovariance, rows),
+    "StreamingMean": streaming(tg.StreamingMean, rows, shapes="takes rows of any shape"),
+    "RowSample": streaming(
+        lambda **keys: tg.RowSample(["x"], size=9, **keys), rows, ids, shapes="takes rows of any shape"
+    ),
+    "Collect": streaming(
+        lambda **keys: tg.Collect(["x"], **keys), rows, ids,
+        shapes="takes rows of any shape", compile="grows with the rows it holds",
+    ),
+    "RouterLoad": streaming(tg.RouterLoad, rows),
+    "StreamingCrossMoments": streaming(
+        lambda **keys: tg.StreamingCrossMoments(["x", "y"], **keys), rows, lambda: rows(1)
+    ),
+    "StreamingLabelMoments": labelled(lambda **keys: tg.StreamingLabelMoments(classes=2, **keys)),
+    "LinearProbe": labelled(tg.LinearProbe),
+    "MeanDifferenceProbe": labelled(tg.MeanDifferenceProbe),
+    "SklearnProbe": labelled(lambda **keys: tg.SklearnProbe(LogisticRegression(), **keys)),
+    "TorchProbe": labelled(lambda **keys: tg.TorchProbe(linear_head, epochs=2, **keys)),
+    "ProbeScore": labelled(tg.ProbeScore, lambda: rows()[:, :2]),
+    "BilinearProbe": Example(tg.BilinearProbe, lambda: [rows(0), rows(1), labels(), ids()], exempt=FIT),
+    "LowRankBilinearProbe": Example(
+        lambda **keys: tg.LowRankBilinearProbe(rank=1, steps=3, **keys),
+        lambda: [rows(0), rows(1), labels(), ids()], exempt=FIT,
+    ),
+    "ProbePredict": Example(
+        tg.ProbePredict, lambda: [rows(), rows(1, 2), rows(2, 1, 2)[0]],
+        exempt={**UNITS, "batched": "one probe for all rows", "shapes": "its inputs share no first dimension"},
+    ),
+    "ConceptBasis": Example(
+        lambda **keys: tg.ConceptBasis(3, **keys), lambda: [moments(rows())[name] for name in ("covariance", "mean")],
+        batched=(0, 1), exempt=UNITS,
+    ),
+    "FisherBasis": Example(tg.FisherBasis, label_moments, exempt=LABEL_MOMENTS),
+    "LEACE": Example(tg.LEACE, label_moments, exempt=LABEL_MOMENTS),
+    "Erase": Example(
+        tg.Erase, lambda: [rows(), *eraser()],
+        exempt={**UNITS, "batched": "one eraser for all rows", "shapes": "its inputs share no first dimension"},
+    ),
+    "Project": Example(
+        tg.Project, lambda: [rows(), basis()["basis"], basis()["mean"]],
+        exempt={**UNITS, "batched": "one basis for all rows", "shapes": "its inputs share no first dimension"},
+    ),
+    "Reconstruct": Example(
+        tg.Reconstruct, lambda: [rows(2, N, 3), basis()["dual"], basis()["mean"]],
+        exempt={**UNITS, "batched": "one basis for all rows", "shapes": "its inputs share no first dimension"},
+    ),
+    "Interpolate": Example(
+        lambda **keys: tg.Interpolate(0.3, **keys), lambda: [rows()[0], rows()[1]],
+        batched=(0, 1), exempt=UNITS,
+    ),
+    "EigenSpectrum": Example(
+        lambda **keys: tg.EigenSpectrum(k=2, **keys), lambda: [torch.cov(rows().T)], batched=(0,), exempt=UNITS
+    ),
+    "SpectrumMetrics": Example(
+        tg.SpectrumMetrics, lambda: [torch.linspace(3, 0.1, 30, dtype=torch.float64) ** 2], free_of_scale=(0,), batched=(0,),
+        exempt={"offset": "eigenvalues have no offset"},
+    ),
+    "RankMe": Example(
+        tg.RankMe,
+        lambda: [moments(rows())[name] for name in ("count", "mean", "covariance")],
+        batched=(1, 2),
+        exempt={"scale": "two of its inputs scale differently, tests/test_spectrum.py", "offset": "uncentred by definition",
+                "shapes": "its count has no dimension"},
+    ),
+    "SampleMetrics": Example(
+        tg.SampleMetrics, lambda: [rows()], batched=(0,),
+        exempt={"scale": "also gives row norms, in their own units", "offset": "also gives cosines, which are uncentred"},
+    ),
+    "SampleSpectrum": Example(tg.SampleSpectrum, lambda: [rows()], free_of_offset=(0,), batched=(0,),
+                              exempt={"scale": "eigenvalues in the rows' own units"}),
+    "NormalizationAblation": Example(
+        tg.NormalizationAblation, lambda: [rows()], free_of_scale=(0,), batched=(0,),
+        exempt={"offset": "rows are normalised about the origin"},
+    ),
+    "SubspaceNovelty": Example(
+        tg.SubspaceNovelty, lambda: [vectors(0), vectors(1)], batched=(0, 1),
+        exempt={"scale": "reads unit vectors", "offset": "reads unit vectors"},
+    ),
+    "LayerCosine": pair(tg.LayerCosine, free_of_offset=(), exempt={"offset": "uncentred by definition"}),
+    "LinearCKA": pair(lambda **keys: tg.LinearCKA(estimator="both", **keys)),
+    "RV": pair(tg.RV),
+    "CCA": pair(tg.CCA, exempt=LINEAR),
+    "SVCCA": pair(tg.SVCCA, exempt=LINEAR),
+    "PWCCA": pair(tg.PWCCA, exempt=LINEAR),
+    "Procrustes": pair(tg.Procrustes),
+    "LinearR2": pair(tg.LinearR2, exempt=LINEAR),
+    "RBFCKA": pair(tg.RBFCKA),
+    "RSA": pair(tg.RSA, free_of_offset=(), exempt={"offset": "correlates features within a row, which are not centred first"}),
+    "CKNNA": pair(
+        lambda **keys: tg.CKNNA(k=5, **keys), free_of_offset=(),
+        exempt={"offset": "neighbours by inner product, uncentred", "compile": "counts the mutual neighbours there are"},
+    ),
+    "DistanceCorrelation": pair(tg.DistanceCorrelation),
+    "SoftMatching": pair(tg.SoftMatching, exempt={"compile": "solves an assignment in SciPy"}),
+    "NearestNeighbors": dimension(lambda **keys: tg.NearestNeighbors(4, **keys)),
+    "NeighborhoodOverlap": neighbours(lambda **keys: tg.NeighborhoodOverlap(k=5, **keys)),
+    "JaccardKNN": neighbours(lambda **keys: tg.JaccardKNN(k=5, **keys)),
+    "InformationImbalance": neighbours(tg.InformationImbalance),
+    "LabelOverlap": Example(
+        lambda **keys: tg.LabelOverlap(k=5, **keys), lambda: [rows(), labels()], free_of_scale=(0,), free_of_offset=(0,),
+        exempt={**SEARCH, "batched": "searches one cloud at a time", "shapes": "takes labels of any kind"},
+    ),
+    "StreamingSketch": streaming(lambda **keys: tg.StreamingSketch(size=3, **keys), rows),
+    "TwoNN": dimension(tg.TwoNN),
+    "Gride": dimension(lambda **keys: tg.Gride(range_max=8, **keys)),
+    "LevinaBickel": dimension(lambda **keys: tg.LevinaBickel(k=8, **keys)),
+    "MOM": dimension(lambda **keys: tg.MOM(k=8, **keys)),
+    "TLE": dimension(lambda **keys: tg.TLE(k=8, **keys)),
+    "LocalKNN": dimension(tg.LocalKNN),
+    "LocalPCA": dimension(lambda **keys: tg.LocalPCA(k=20, **keys)),
+    "GlobalPCA": dimension(tg.GlobalPCA),
+    "CAPCA": dimension(tg.CAPCA),
+    "Decimation": dimension(lambda **keys: tg.Decimation(min_rows=20, **keys)),
+    "ParticipationRatio": Example(
+        tg.ParticipationRatio,
+        lambda: [moments(rows())[name] for name in ("count", "covariance", "norm4")],
+        exempt={
+            **UNITS, "batched": "the count is one for all", "compile": "warns by value",
+            "shapes": "its count has no dimension",
+        },
+    ),
+}  # fmt: skip
+
+
+def is_streaming(stage: torch.nn.Module) -> bool:
+    """True for a stage that accumulates rows."""
+    return isinstance(stage, StreamingStage)
