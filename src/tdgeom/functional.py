@@ -32,6 +32,10 @@ from tdgeom.dimension import (
     twonn_from_distances,
 )
 from tdgeom.erasure import erase, leace
+from tdgeom.exemplars import top_rows
+from tdgeom.hooks.aggregate import aggregate_positions, group_attention
+from tdgeom.hooks.positions import position_mask
+from tdgeom.lens import lens_measures
 from tdgeom.neighbors import (
     approximate_neighbors,
     common_neighbors,
@@ -97,6 +101,7 @@ from tdgeom.stream.sample import hash_ids
 from tdgeom.tokens import selection_mask
 
 __all__ = [
+    "aggregate_positions",
     "alpha_req",
     "angular_shape",
     "approximate_neighbors",
@@ -126,6 +131,7 @@ __all__ = [
     "global_pca",
     "gride",
     "gride_from_distances",
+    "group_attention",
     "hash_ids",
     "holdout_mask",
     "information_imbalance",
@@ -137,6 +143,7 @@ __all__ = [
     "layer_cosine_sim",
     "lda_probe",
     "leace",
+    "lens_measures",
     "levina_bickel",
     "levina_bickel_from_distances",
     "linear_cka",
@@ -159,6 +166,7 @@ __all__ = [
     "pca_dimension",
     "permutation_null",
     "pool_folds",
+    "position_mask",
     "probe_scores",
     "procrustes",
     "project",
@@ -184,6 +192,7 @@ __all__ = [
     "tle_from_neighbors",
     "token_context",
     "top_activating",
+    "top_rows",
     "twonn",
     "twonn_curve",
     "twonn_from_distances",
