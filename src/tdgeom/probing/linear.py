@@ -90,6 +90,7 @@ class MomentProbe(Probe):
     needs_rows = False
     parameters_out = ("weight", "bias")
     _fixed_folds = 1
+    _scatter = True  # False for what needs no more than means
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -134,7 +135,8 @@ class MomentProbe(Probe):
             return state
         targets = state["test_label"].shape[1] if state["test_label"].ndim == 2 else 1
         features = state["test_x"].shape[1]
-        moments = zero_moments(self.folds_used, features, self._extra + targets, tokens.device)
+        width = self._extra + targets
+        moments = zero_moments(self.folds_used, features, width, tokens.device, scatter=self._scatter)
         return {**state, **{"moment_" + name: value for name, value in moments.items()}}
 
     def learn(self, rows: Mapping[str, Tensor]) -> None:

@@ -32,6 +32,8 @@ class MeanDifferenceProbe(MomentProbe):
         (tensor([1., 0.], dtype=torch.float64), -2.0)
     """
 
+    _scatter = False
+
     def __init__(self, *, normalize: bool = True, **settings: Any) -> None:
         super().__init__(**settings)
         self.normalize = normalize

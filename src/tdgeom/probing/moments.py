@@ -27,11 +27,16 @@ LEAVES = ("count", "mean", "scatter", "target_mean", "cross_scatter", "target_sc
 LabelMoments = dict[str, Tensor]
 
 
-def zero_moments(folds: int, features: int, targets: int, device: torch.device) -> LabelMoments:
-    """Moments of no rows, a fold first: count (G,), mean (G, D), scatter (G, D, D), target_mean (G, K), and so on."""
+def zero_moments(
+    folds: int, features: int, targets: int, device: torch.device, *, scatter: bool = True
+) -> LabelMoments:
+    """Moments of no rows, a fold first: count (G,), mean (G, D), scatter (G, D, D), target_mean (G, K), and so on.
+
+    With ``scatter=False`` that leaf is (G, 0, 0), and stays so: for what needs no more than means.
+    """
     shapes: dict[str, tuple[int, ...]] = {
         "mean": (features,),
-        "scatter": (features, features),
+        "scatter": (features, features) if scatter else (0, 0),
         "target_mean": (targets,),
         "cross_scatter": (features, targets),
         "target_scatter": (targets, targets),
@@ -52,10 +57,11 @@ def widen(moments: Mapping[str, Tensor], targets: int) -> LabelMoments:
     }
 
 
-def label_moments(rows: Tensor, targets: Tensor) -> LabelMoments:
+def label_moments(rows: Tensor, targets: Tensor, *, scatter: bool = True) -> LabelMoments:
     """The moments of one set of rows, (N, D) and (N, K), N >= 1, in float64 about the means.
 
-    ``scatter`` = Σ(x-x̄)(x-x̄)ᵀ, ``cross_scatter`` = Σ(x-x̄)(t-t̄)ᵀ, ``target_scatter`` = Σ(t-t̄)(t-t̄)ᵀ.
+    ``scatter`` = Σ(x-x̄)(x-x̄)ᵀ, ``cross_scatter`` = Σ(x-x̄)(t-t̄)ᵀ, ``target_scatter`` = Σ(t-t̄)(t-t̄)ᵀ;
+    ``scatter=False`` leaves the first out, as (0, 0).
 
     >>> label_moments(torch.tensor([[0.0], [2.0]]), torch.tensor([[0.0], [1.0]]))["cross_scatter"]
     tensor([[1.]], dtype=torch.float64)
@@ -66,7 +72,7 @@ def label_moments(rows: Tensor, targets: Tensor) -> LabelMoments:
     return {
         "count": torch.full((), x.shape[0], dtype=torch.int64, device=x.device),
         "mean": mean,
-        "scatter": x.mT @ x,
+        "scatter": x.mT @ x if scatter else x.new_zeros(0, 0),
         "target_mean": target_mean,
         "cross_scatter": x.mT @ t,
         "target_scatter": t.mT @ t,
@@ -84,7 +90,8 @@ def merge_into(state: Mapping[str, Tensor], fold: int, block: Mapping[str, Tenso
         ("cross_scatter", delta, shift),
         ("target_scatter", shift, shift),
     ):
-        state[name][fold].add_(block[name]).addr_(left * weight, right)
+        if state[name].numel():
+            state[name][fold].add_(block[name]).addr_(left * weight, right)
     state["mean"][fold].add_(delta * (more / total))
     state["target_mean"][fold].add_(shift * (more / total))
     state["count"][fold].add_(block["count"])
@@ -95,7 +102,8 @@ def add_rows(state: Mapping[str, Tensor], rows: Tensor, targets: Tensor, fold: T
     for index in range(state["count"].shape[0]):
         chosen = fold == index
         if bool(chosen.any()):
-            merge_into(state, index, label_moments(rows[chosen], targets[chosen]))
+            whole = state["scatter"].numel() > 0
+            merge_into(state, index, label_moments(rows[chosen], targets[chosen], scatter=whole))
 
 
 def pool_folds(moments: Mapping[str, Tensor], keep: Tensor | None = None) -> LabelMoments:
@@ -125,7 +133,7 @@ def pool_folds(moments: Mapping[str, Tensor], keep: Tensor | None = None) -> Lab
     return {
         "count": total,
         "mean": mean,
-        "scatter": summed["scatter"] + apart.mT @ apart,
+        "scatter": summed["scatter"] + apart.mT @ apart if moments["scatter"].numel() else summed["scatter"],
         "target_mean": target_mean,
         "cross_scatter": summed["cross_scatter"] + apart.mT @ shift,
         "target_scatter": summed["target_scatter"] + shift.mT @ shift,
