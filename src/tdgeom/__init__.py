@@ -4,6 +4,7 @@ from tdgeom import functional, plot
 from tdgeom._warnings import UndefinedMeasureWarning
 from tdgeom.ablation import NormalizationAblation
 from tdgeom.analyze import analysis_pipeline, analyze_model
+from tdgeom.attention_view import AttentionView, attention_view
 from tdgeom.compose import ForEach, ForEachPair
 from tdgeom.concepts import ConceptBasis, FisherBasis, Interpolate, Project, Reconstruct
 from tdgeom.dimension import (
@@ -20,14 +21,18 @@ from tdgeom.dimension import (
     TwoNN,
 )
 from tdgeom.erasure import LEACE, Erase
+from tdgeom.exemplars import ContextWindow, MaxActivating, describe_exemplars
 from tdgeom.frames import to_frame
 from tdgeom.hooks import (
     Ablate,
     ActivationAddition,
+    AggregateActs,
     Between,
     BlockAttention,
     Capture,
+    CaptureSpec,
     Edit,
+    GroupAttention,
     Intervene,
     Patch,
     ProjectOnto,
@@ -39,6 +44,7 @@ from tdgeom.hooks import (
     Steer,
     available_sites,
 )
+from tdgeom.lens import LogitLens, TunedLens, logit_lens
 from tdgeom.neighbors import (
     InformationImbalance,
     JaccardKNN,
@@ -46,6 +52,7 @@ from tdgeom.neighbors import (
     NearestNeighbors,
     NeighborhoodOverlap,
 )
+from tdgeom.patching import activation_patching
 from tdgeom.probing import (
     BilinearProbe,
     LinearProbe,
@@ -86,6 +93,7 @@ from tdgeom.stream.covariance import StreamingCovariance
 from tdgeom.stream.cross import StreamingCrossMoments
 from tdgeom.stream.mean import StreamingMean
 from tdgeom.stream.sample import RowSample
+from tdgeom.stream.sketch import StreamingSketch
 from tdgeom.tokens import SelectTokens
 
 __version__ = "0.1.0"
@@ -119,6 +127,20 @@ __all__ = [
     "ProjectOnto",
     "Scale",
     "BlockAttention",
+    "activation_patching",
+    # captures kept small
+    "CaptureSpec",
+    "AggregateActs",
+    "GroupAttention",
+    # readings of the stream
+    "LogitLens",
+    "TunedLens",
+    "logit_lens",
+    "ContextWindow",
+    "MaxActivating",
+    "describe_exemplars",
+    "AttentionView",
+    "attention_view",
     # positions
     "Between",
     "SpecialTokens",
@@ -126,6 +148,7 @@ __all__ = [
     # streams
     "StreamingCovariance",
     "StreamingCrossMoments",
+    "StreamingSketch",
     "StreamingMean",
     "RowSample",
     "Collect",
