@@ -328,7 +328,7 @@ EXAMPLES: dict[str, Example] = {
         lambda **keys: tg.LabelOverlap(k=5, **keys), lambda: [rows(), labels()], free_of_scale=(0,), free_of_offset=(0,),
         exempt={**SEARCH, "batched": "searches one cloud at a time", "shapes": "takes labels of any kind"},
     ),
-    "StreamingSketch": streaming(lambda **keys: tg.StreamingSketch(size=3, **keys), rows),
+    "StreamingSketch": streaming(lambda **keys: tg.StreamingSketch(k=2, size=4, probes=8, **keys), rows),
     "TwoNN": dimension(tg.TwoNN),
     "Gride": dimension(lambda **keys: tg.Gride(range_max=8, **keys)),
     "LevinaBickel": dimension(lambda **keys: tg.LevinaBickel(k=8, **keys)),

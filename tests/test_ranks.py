@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 import rank_programs
 from tdgeom._ranks import Repeats
@@ -23,7 +24,16 @@ def one():
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two_ranks"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):  # the workers of one run share the result
+        if not (folder / "out.pt").exists():
+            _run_two(folder)
+    return torch.load(folder / "out.pt", weights_only=True)
+
+
+def _run_two(folder):
     paths = [str(TESTS), str(TESTS.parent / "src"), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
@@ -31,10 +41,10 @@ def two(tmp_path_factory):
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
     }
-    command = [sys.executable, str(TESTS / "rank_programs.py")]
+    program = [sys.executable, str(TESTS / "rank_programs.py")]
     workers = [
         subprocess.Popen(
-            [*command, str(rank), str(folder / "store"), str(folder / "out.pt")],
+            [*program, str(rank), str(folder / "store"), str(folder / "out.pt")],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(2)
@@ -45,7 +55,6 @@ def two(tmp_path_factory):
         for worker in workers:
             worker.kill()
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
-    return torch.load(folder / "out.pt", weights_only=True)
 
 
 @pytest.mark.parametrize("case", list(rank_programs.CASES))
