@@ -43,7 +43,9 @@ def run_end(
         for unit in group:
             missing = [key for key in unit.out_keys if td.get(key, None) is None]
             if missing:
-                raise ValueError(f"{describe(unit)} declares {missing} in its out_keys but did not write them.")
+                raise ValueError(
+                    f"{describe(unit)} declares {missing} in its out_keys but did not write them."
+                )
             for key in unit.in_keys if keep is not None else ():
                 parts = key_tuple(key)
                 done = parts[0] not in keep and last_reader[parts] is unit
@@ -71,7 +73,12 @@ def _may_share(unit: Renamed) -> bool:
 def _side_by_side(group: Sequence[Renamed], td: TensorDict) -> None:
     """One site a thread: LAPACK's eigensolvers gain little from two threads on one matrix, and all from two matrices."""
     threads = torch.get_num_threads()
-    on_cpu = all(td.get(key).device.type == "cpu" for unit in group for key in unit.in_keys if td.get(key, None) is not None)
+    on_cpu = all(
+        td.get(key).device.type == "cpu"
+        for unit in group
+        for key in unit.in_keys
+        if td.get(key, None) is not None
+    )
     if threads == 1 or not on_cpu:
         for unit in group:
             call(unit, td)
@@ -83,7 +90,9 @@ def _side_by_side(group: Sequence[Renamed], td: TensorDict) -> None:
             return unit.inner(td)
 
     try:
-        with ThreadPoolExecutor(min(threads, len(group)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(
+            min(threads, len(group)), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
             for unit, inner in zip(group, pool.map(one, group)):
                 unit.outward(inner, td)
     finally:

@@ -224,8 +224,14 @@ class ForEach(TensorDictSequential):
 def _shared_keys(shared: Iterable[Key], stage: object) -> dict[Key, Key]:
     """A stage's own name of every shared key -> the key that all sites read (the same, unless the stage maps it)."""
     declared = getattr(stage, "shared", ())
-    own = {key: declared[key] for key in declared} if isinstance(declared, Mapping) else {key: key for key in declared}
-    return {as_key(key_tuple(a)): as_key(key_tuple(b)) for a, b in ({key: key for key in shared} | own).items()}
+    own = (
+        {key: declared[key] for key in declared}
+        if isinstance(declared, Mapping)
+        else {key: key for key in declared}
+    )
+    return {
+        as_key(key_tuple(a)): as_key(key_tuple(b)) for a, b in ({key: key for key in shared} | own).items()
+    }
 
 
 def _unless(keep: Mapping[Key, Key], rename: Callable[..., Key], key: Key, *names: str) -> Key:

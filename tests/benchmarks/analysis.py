@@ -84,7 +84,9 @@ def times(rounds: int, batches: int, contestants: dict[str, Callable[..., None]]
         for name, function in contestants.items():
             rows[name].append(seconds(function, model, data))
     first = rows["bare forward pass"]
-    print(f"{batches * BATCH * LENGTH:,} tokens, {rounds} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(
+        f"{batches * BATCH * LENGTH:,} tokens, {rounds} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     print("| | seconds (median) | min - max | x bare forward | x representation-geometry |")
     print("|---|---|---|---|---|")
     for name, values in rows.items():

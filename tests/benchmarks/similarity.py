@@ -316,7 +316,9 @@ def sketch_table(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Parse and measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peers-python", help="a Python that has pytorch-cka and tdhook")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=4096)

@@ -97,7 +97,9 @@ def test_regression_ignores_invertible_maps_of_the_predictor_only(seed):
     torch.testing.assert_close(sim.linear_r2_ba(y, CHANGES["linear"](x, seed)), value, rtol=0, atol=1e-9)
     ridged = sim.linear_r2_ab(x, y, ridge=0.5)
     for change in ("rotation", "scale", "offset"):
-        torch.testing.assert_close(sim.linear_r2_ab(CHANGES[change](x, seed), y, ridge=0.5), ridged, rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            sim.linear_r2_ab(CHANGES[change](x, seed), y, ridge=0.5), ridged, rtol=0, atol=1e-9
+        )
 
 
 @settings(max_examples=30)
@@ -201,13 +203,24 @@ def test_half_precision_and_integers_are_upcast(name):
     for dtype in (torch.float16, torch.bfloat16):
         value = measure(name, x.to(dtype), y.to(dtype))
         assert value.dtype == torch.float64
-        torch.testing.assert_close(value, measure(name, x.to(dtype).double(), y.to(dtype).double()), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            value, measure(name, x.to(dtype).double(), y.to(dtype).double()), rtol=0, atol=1e-5
+        )
     integers = (x * 10).long()
     torch.testing.assert_close(measure(name, integers, y), measure(name, integers.double(), y))
 
 
 @pytest.mark.parametrize(
-    "name", ["linear_cka", "linear_cka_debiased", "rbf_cka", "distance_correlation", "procrustes", "cca_r2", "linear_r2_ab"]
+    "name",
+    [
+        "linear_cka",
+        "linear_cka_debiased",
+        "rbf_cka",
+        "distance_correlation",
+        "procrustes",
+        "cca_r2",
+        "linear_r2_ab",
+    ],
 )
 def test_gradients(name):
     x, y = rows(0, n=9, d=3).requires_grad_(), rows(1, n=9, d=2) + rows(0, n=9, d=3)[:, :2]

@@ -65,7 +65,12 @@ def leaves(x, y):
     site = lambda x, u, a: {
         "count": n, "mean": x.mean(0), "covariance": u.T @ u / (n - 1), "norm4": (a**2).sum(), "norm2_x": a @ u,
     }  # fmt: skip
-    pair = {"cross_covariance": u.T @ w / (n - 1), "norm2_product": a @ b, "x_norm2y": b @ u, "y_norm2x": a @ w}
+    pair = {
+        "cross_covariance": u.T @ w / (n - 1),
+        "norm2_product": a @ b,
+        "x_norm2y": b @ u,
+        "y_norm2x": a @ w,
+    }
     return {"s.0": site(x, u, a), "s.1": site(y, w, b), "s.0->s.1": pair}
 
 
@@ -74,9 +79,9 @@ def leaves(x, y):
 @pytest.mark.parametrize("size", [1, 3, 64, 256, 257])  # 256: a last batch of one row
 def test_debiased_cka_over_all_rows_equals_the_full_computation(offset, dtype, size):
     x, y = rows(offset=offset, dtype=dtype)
-    found = measured(
-        published(streamed((x, y), size)), LinearCKA(estimator="debiased", source="moments")
-    )["s.0->s.1", "linear_cka_debiased"]
+    found = measured(published(streamed((x, y), size)), LinearCKA(estimator="debiased", source="moments"))[
+        "s.0->s.1", "linear_cka_debiased"
+    ]
     assert found.item() == pytest.approx(full_debiased(x, y), abs=1e-7 if dtype == torch.float32 else 1e-12)
 
 
@@ -99,11 +104,15 @@ def test_every_leaf_is_what_it_is_documented_to_be(size, offset):
             scale = np.abs(value).max()
             # sums that cancel, of rows that have lost the offset's digits already
             tolerance = (1e-9 if offset else 1e-12) * scale
-            np.testing.assert_allclose(td[where, name], value, rtol=0, atol=tolerance, err_msg=f"{where} {name}")
+            np.testing.assert_allclose(
+                td[where, name], value, rtol=0, atol=tolerance, err_msg=f"{where} {name}"
+            )
 
 
 @settings(max_examples=25)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(0, 5), st.sampled_from([0.0, 1000.0]))
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(0, 5), st.sampled_from([0.0, 1000.0])
+)
 def test_any_split_order_and_merge_gives_the_same_leaves(sizes, cut, offset):
     x, y = rows(sum(sizes), 6, 4, offset)
     whole = published(streamed((x, y), len(x)))
@@ -173,7 +182,9 @@ def test_debiased_cka_with_massive_features_in_float32(far):
 def test_half_precision_is_upcast_once(dtype):
     x, y = (side.to(dtype) for side in rows())
     found = measured(published(streamed((x, y), 100)), LinearCKA(estimator="debiased", source="moments"))
-    assert found["s.0->s.1", "linear_cka_debiased"].item() == pytest.approx(full_debiased(x.double(), y.double()), abs=1e-7)
+    assert found["s.0->s.1", "linear_cka_debiased"].item() == pytest.approx(
+        full_debiased(x.double(), y.double()), abs=1e-7
+    )
 
 
 @pytest.mark.parametrize(

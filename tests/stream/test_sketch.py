@@ -63,11 +63,15 @@ def test_the_bound_tells_a_good_sketch_from_a_bad_one():
 @pytest.mark.parametrize("offset", [0, 10, 1000])
 def test_covariance_of_low_rank_is_found_exactly(dtype, offset):
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(500, 12, generator=g, dtype=torch.float64) @ torch.randn(12, 200, generator=g, dtype=torch.float64)
+    x = torch.randn(500, 12, generator=g, dtype=torch.float64) @ torch.randn(
+        12, 200, generator=g, dtype=torch.float64
+    )
     x = (x + offset).to(dtype)
     truth, _ = spectrum(x)
     out = published(sketched(x, k=12))
-    torch.testing.assert_close(out["eigenvalues"], truth[:12], rtol=1e-6 if dtype == torch.float32 else 1e-9, atol=0)
+    torch.testing.assert_close(
+        out["eigenvalues"], truth[:12], rtol=1e-6 if dtype == torch.float32 else 1e-9, atol=0
+    )
     assert out["error_bound"] < 1e-4 * truth[0]
 
 
@@ -97,7 +101,9 @@ def test_batches_order_and_merging_change_nothing(dtype):
     x = rows(offset=100, dtype=dtype)
     whole = published(sketched(x, batch=600))
     turned = x[torch.randperm(600)]
-    merged = sketched(turned[:1]).merge_(sketched(turned[1:130], batch=7)).merge_(sketched(turned[130:], batch=64))
+    merged = (
+        sketched(turned[:1]).merge_(sketched(turned[1:130], batch=7)).merge_(sketched(turned[130:], batch=64))
+    )
     found = published(merged)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-9
     for name in ("mean", "eigenvalues", "total_variance", "d_pr", "error_bound"):

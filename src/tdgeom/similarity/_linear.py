@@ -32,7 +32,11 @@ def factor_rows(x: Tensor, measure: str, *, standardise: bool, share: float | No
     linear maps then finds the rank even beside a feature a thousand times larger.
     """
     rows = centre(as_rows(x, measure).double()).rows
-    norms = torch.linalg.vector_norm(rows, dim=-2) if standardise else rows.new_ones(rows.shape[:-2] + rows.shape[-1:])
+    norms = (
+        torch.linalg.vector_norm(rows, dim=-2)
+        if standardise
+        else rows.new_ones(rows.shape[:-2] + rows.shape[-1:])
+    )
     # NaN stays NaN (a side without variance), but LAPACK refuses it.
     undefined = torch.isnan(rows).any(-1).any(-1)
     scaled = torch.nan_to_num(rows) / torch.where(norms > 0, norms, 1).unsqueeze(-2)
@@ -52,7 +56,9 @@ def factor_moments(
     """
     covariance = covariance.to(torch.float64)
     variance = torch.diagonal(covariance, dim1=-2, dim2=-1)
-    noise = (64 * torch.finfo(torch.float64).eps * mean).square()  # a constant feature keeps this much of its mean
+    noise = (
+        64 * torch.finfo(torch.float64).eps * mean
+    ).square()  # a constant feature keeps this much of its mean
     constant = variance <= noise
     norms = torch.where(constant, 0, variance).sqrt()
     used = norms if standardise else torch.ones_like(norms)
@@ -77,7 +83,9 @@ def _leading(variances: Tensor, share: float | None) -> Tensor:
     if share is None:
         return torch.ones_like(variances, dtype=torch.bool)
     cumulative = variances.cumsum(-1) / variances.sum(-1, keepdim=True)
-    return torch.cat([torch.ones_like(cumulative[..., :1], dtype=torch.bool), cumulative[..., :-1] < share], -1)
+    return torch.cat(
+        [torch.ones_like(cumulative[..., :1], dtype=torch.bool), cumulative[..., :-1] < share], -1
+    )
 
 
 def overlap(a: Factor, b: Factor, cross_covariance: Tensor | None = None) -> Tensor:

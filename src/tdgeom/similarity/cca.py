@@ -125,9 +125,9 @@ def pwcca_ab(x: Tensor, y: Tensor) -> Tensor:
 def pwcca_ba(x: Tensor, y: Tensor) -> Tensor:
     """``pwcca_ab`` with the sides exchanged: weighted by y.
 
-        >>> x, y = torch.randn(50, 3), torch.randn(50, 2)
-        >>> bool((pwcca_ba(x, y) - pwcca_ab(y, x)).abs() < 1e-12)
-        True
+    >>> x, y = torch.randn(50, 3), torch.randn(50, 2)
+    >>> bool((pwcca_ba(x, y) - pwcca_ab(y, x)).abs() < 1e-12)
+    True
     """
     a, b = _factors(x, y, "pwcca_ba")
     return warn_undefined(_weighted(overlap(b, a), b, a), "pwcca_ba", _REASON)
@@ -171,9 +171,9 @@ class CCA(LinearPairStage):
 class SVCCA(LinearPairStage):
     """``svcca`` between two sites, from rows or moments (``source``, as ``CCA``); ``variance``: the share kept.
 
-        >>> x = torch.randn(50, 3)
-        >>> round(float(SVCCA()(sample_a=x, sample_b=-x)), 6)
-        1.0
+    >>> x = torch.randn(50, 3)
+    >>> round(float(SVCCA()(sample_a=x, sample_b=-x)), 6)
+    1.0
     """
 
     measures = ("svcca",)

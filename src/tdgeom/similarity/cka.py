@@ -267,7 +267,9 @@ def _sketched(
     a: _Moments, b: _Moments, cross_covariance: Tensor, norm2_product: Tensor, *, debiased: bool
 ) -> tuple[Tensor, ...]:
     groups = norm2_product.shape[-1]
-    cross = block_squares(cross_covariance.to(torch.float64), groups) * (a.count - 1).square()[..., None, None]
+    cross = (
+        block_squares(cross_covariance.to(torch.float64), groups) * (a.count - 1).square()[..., None, None]
+    )
     pairs = ((cross, norm2_product, a, b), (a.square, a.norm4, a, a), (b.square, b.norm4, b, b))
     if not debiased:
         return ratio_over_groups(*(square for square, *_ in pairs))

@@ -13,7 +13,9 @@ from tdgeom.stage import Key, PairStage
 __all__ = ["CKNNA", "cknna"]
 
 _BLOCK = 2048
-_REASON = "one side's HSIC with itself over its own neighbours is not above 0, or there are fewer than 4 rows."
+_REASON = (
+    "one side's HSIC with itself over its own neighbours is not above 0, or there are fewer than 4 rows."
+)
 
 
 class _Neighbours(NamedTuple):
@@ -114,9 +116,9 @@ def cknna(x: Tensor, y: Tensor, k: int = 10) -> Tensor:
 class CKNNA(PairStage):
     """``cknna`` between two sites, k neighbours a row.
 
-        >>> x = torch.randn(30, 5)
-        >>> round(float(CKNNA()(sample_a=x, sample_b=-x)), 6)
-        1.0
+    >>> x = torch.randn(30, 5)
+    >>> round(float(CKNNA()(sample_a=x, sample_b=-x)), 6)
+    1.0
     """
 
     reads: ClassVar = {("sample", "a"): "N D", ("sample", "b"): "N E"}

@@ -47,7 +47,9 @@ def _alignment(a: _Kernel, b: _Kernel) -> Tensor:
 
 def _rbf_kernel(x: Tensor, measure: str, fraction: float) -> _Kernel:
     if not fraction > 0:
-        raise ValueError(f"{measure}: the kernel's width is a positive fraction of the median distance, got {fraction}.")
+        raise ValueError(
+            f"{measure}: the kernel's width is a positive fraction of the median distance, got {fraction}."
+        )
     rows, dtype = _rows(x, measure)
     if rows.shape[-2] < 2:
         return _unit(rows.new_full((*rows.shape[:-1], rows.shape[-2]), torch.nan), dtype)
@@ -84,9 +86,9 @@ def rbf_cka(x: Tensor, y: Tensor, fraction: float = 1.0) -> Tensor:
 class RBFCKA(PairStage):
     """``rbf_cka`` between two sites; ``fraction``: the kernel's width in median distances.
 
-        >>> x = torch.randn(20, 3)
-        >>> round(float(RBFCKA()(sample_a=x, sample_b=-x)), 6)
-        1.0
+    >>> x = torch.randn(20, 3)
+    >>> round(float(RBFCKA()(sample_a=x, sample_b=-x)), 6)
+    1.0
     """
 
     reads: ClassVar = {("sample", "a"): "N D", ("sample", "b"): "N E"}
@@ -143,9 +145,9 @@ def distance_correlation(x: Tensor, y: Tensor) -> Tensor:
 class DistanceCorrelation(PairStage):
     """``distance_correlation`` between two sites.
 
-        >>> x = torch.randn(20, 3)
-        >>> round(float(DistanceCorrelation()(sample_a=x, sample_b=-x)), 6)
-        1.0
+    >>> x = torch.randn(20, 3)
+    >>> round(float(DistanceCorrelation()(sample_a=x, sample_b=-x)), 6)
+    1.0
     """
 
     reads: ClassVar = {("sample", "a"): "N D", ("sample", "b"): "N E"}

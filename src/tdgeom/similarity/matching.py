@@ -43,7 +43,9 @@ def _plan_value(correlation: np.ndarray) -> float:
     weights = np.concatenate([np.full(d, 1 / d), np.full(e, 1 / e)])
     result = linprog(-correlation.ravel(), A_eq=marginals, b_eq=weights, method="highs")
     if result.x is None:
-        raise RuntimeError(f"soft_matching: the transport problem of {d} x {e} features failed: {result.message}")
+        raise RuntimeError(
+            f"soft_matching: the transport problem of {d} x {e} features failed: {result.message}"
+        )
     return -float(result.fun)
 
 
@@ -88,9 +90,9 @@ def soft_matching(x: Tensor, y: Tensor) -> Tensor:
 class SoftMatching(PairStage):
     """``soft_matching`` between two sites (permutation matching where they are equally wide).
 
-        >>> x = torch.randn(30, 5)
-        >>> round(float(SoftMatching()(sample_a=x, sample_b=x.flip(-1))), 6)
-        1.0
+    >>> x = torch.randn(30, 5)
+    >>> round(float(SoftMatching()(sample_a=x, sample_b=x.flip(-1))), 6)
+    1.0
     """
 
     reads: ClassVar = {("sample", "a"): "N D", ("sample", "b"): "N E"}

@@ -46,9 +46,9 @@ def linear_r2_ab(x: Tensor, y: Tensor, ridge: float = 0.0) -> Tensor:
 def linear_r2_ba(x: Tensor, y: Tensor, ridge: float = 0.0) -> Tensor:
     """``linear_r2_ab`` with the sides exchanged: R² of x predicted from y.
 
-        >>> x, y = torch.randn(50, 3), torch.randn(50, 2)
-        >>> bool((linear_r2_ba(x, y) - linear_r2_ab(y, x)).abs() < 1e-12)
-        True
+    >>> x, y = torch.randn(50, 3), torch.randn(50, 2)
+    >>> bool((linear_r2_ba(x, y) - linear_r2_ab(y, x)).abs() < 1e-12)
+    True
     """
     check_matched(x, y, "linear_r2_ba")
     a = factor_rows(x, "linear_r2_ba", standardise=True)

@@ -86,7 +86,11 @@ def _prepare(x: Tensor, kind: str, comparison: str) -> Tensor:
         raise ValueError(f"rsa: comparison is one of {list(COMPARISONS)}, got {comparison!r}.")
     values = rdm(x, kind)
     if values.shape[-1] < 2:
-        return torch.full_like(values, torch.nan) if values.shape[-1] else values.new_full((*values.shape[:-1], 1), torch.nan)
+        return (
+            torch.full_like(values, torch.nan)
+            if values.shape[-1]
+            else values.new_full((*values.shape[:-1], 1), torch.nan)
+        )
     if comparison == "kendall_a":
         return values
     if comparison == "spearman":

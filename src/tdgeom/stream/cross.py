@@ -305,7 +305,9 @@ class StreamingCrossMoments(StreamingStage):
         edges = self._edges()
         parts = [
             [
-                torch.linalg.vector_norm(x[:, a:b].unflatten(1, (self.groups, -1)), dim=-1, dtype=torch.float64)
+                torch.linalg.vector_norm(
+                    x[:, a:b].unflatten(1, (self.groups, -1)), dim=-1, dtype=torch.float64
+                )
                 for a, b in pairwise(edges)
             ]
             for x in y.split(256)  # the float64 copy inside stays in the cache

@@ -132,7 +132,9 @@ class StreamingSketch(StreamingStage):
         """Zeros of the rows' width."""
         d, device = tokens.shape[-1], tokens.device
         shapes = {"mean": (d,), "total": (), "product": (d, self.size + self.probes)}
-        state = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
+        state = {
+            name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()
+        }
         return {"count": torch.zeros((), dtype=torch.int64, device=device), **state}
 
     def accumulate(self, tokens: Tensor) -> None:
@@ -167,7 +169,9 @@ class StreamingSketch(StreamingStage):
         n, m = self.count.double(), count.double()
         delta = mean - self.mean
         weight = n * m / (n + m)
-        self.product.add_(other.product.to(self.mean.device)).addr_(delta * weight, self._test(torch.float64).mT @ delta)
+        self.product.add_(other.product.to(self.mean.device)).addr_(
+            delta * weight, self._test(torch.float64).mT @ delta
+        )
         self.total = self.total + other.total.to(self.mean.device) + weight * delta.square().sum()
         self.mean = self.mean + delta * (m / (n + m))
         self.count = self.count + count
