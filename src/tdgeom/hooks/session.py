@@ -98,8 +98,9 @@ class Session:
                 hook = partial(self._on_input, (path, side), entries)
                 self.handles.append(modules[path].register_forward_pre_hook(hook, with_kwargs=True))
             else:
-                hook = partial(self._on_output, (path, side), entries)
-                self.handles.append(modules[path].register_forward_hook(hook, with_kwargs=True))
+                hook = self._output_hook((path, side), entries)
+                kwargs = isinstance(hook, partial)
+                self.handles.append(modules[path].register_forward_hook(hook, with_kwargs=kwargs))
         if watch:
             self._watch(modules)
 
@@ -143,6 +144,34 @@ class Session:
         self, place: tuple, entries: list, module: nn.Module, args: tuple, kwargs: dict, output: Any
     ) -> None:
         self._store(place, entries, args, kwargs, output)
+
+    def _output_hook(self, place: tuple[str, str], entries: list[ResolvedSite]) -> Callable:
+        """A hook on a module's output: the common case, one site that is the output itself, has a short way."""
+        slow, entry = partial(self._on_output, place, entries), entries[0]
+        plain = len(entries) == 1 and entry.view is None and entry.scale == 1.0 and entry.calls == 1
+        plain = plain and not (self.backward or self.clone or self.stop or self.callback)
+        if not plain or entry.site.kind in ADDED_KINDS:
+            return slow
+        site, inner = entry.site, entry.block_path != entry.module_path
+
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            step = self.current
+            if (
+                step is None
+                or self.disabled
+                or not isinstance(output, Tensor)
+                or place in step.fired
+                or (inner and output.ndim == 2)
+            ):
+                slow(module, args, {}, output)
+                return
+            step.fired[place] = 1
+            value = output.detach() if output.requires_grad and not self.keep_graph else output
+            if not value.is_inference():
+                step.versions[site] = value._version
+            step.acts[site] = value
+
+        return hook
 
     def _on_softmax(self, place: tuple, entries: list, side: str, value: Tensor) -> Tensor:
         if side == place[1]:
