@@ -1,7 +1,7 @@
 """Hooking contexts beside tdhook 0.3.0: the same numbers on the same models, and what a capture costs.
 
-Parity is checked on tiny random GPT-2 and Llama models: caching, steering, activation addition, patching. Costs are CPU time taken in
-turn in one process, round after round; the table gives medians. `added` is the time over the bare call.
+Parity is checked on tiny random GPT-2 and Llama models: caching, steering, activation addition, patching. Costs are CPU time
+of one thread, taken in turn in one process, round after round; the table gives medians. `added` is over the bare call.
 
     python -m pip install -e ".[bench]" -c tests/constraints.txt
     python tests/benchmarks/hooks.py             # parity, toy stack, GPT-2 small
@@ -56,7 +56,7 @@ def parity() -> None:
             worst["caching"] = max(gap(cache[p], ours[f"module_output:{p}"]) for p in cache.keys())
 
             vector = torch.linspace(-1, 1, models.WIDTH)
-            add = lambda module_key, output: output + vector
+            add = lambda module_key, output, v=vector: output + v
             with SteeringVectors([where], add).prepare(model, **keys) as hooked:
                 theirs = hooked(td_of(input_ids=ids))["logits"]
             with tg.Intervene(model, {f"module_output:{where}": tg.Steer(vector)}):
@@ -92,7 +92,7 @@ def gap(a: torch.Tensor, b: torch.Tensor) -> float:
 def interleaved(
     contestants: dict[str, Callable[[], object]], rounds: int, repeat: int
 ) -> dict[str, list[float]]:
-    """CPU seconds of this (single) thread a call of each contestant in each round, in turn: neighbours on the machine count less."""
+    """CPU seconds of this thread a call of each contestant in each round, in turn: other processes count less."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for call in contestants.values():
         call()
