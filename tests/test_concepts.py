@@ -11,7 +11,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from tensordict.nn import TensorDictSequential
 
 import tdgeom as tg
-from models import VOCAB, bert
+from models import VOCAB, bert, gpt2, text_batch
 from tdgeom import functional as F
 from tdgeom.probing.moments import LEAVES
 
@@ -217,3 +217,43 @@ def test_interpolate_stage_between_two_columns_of_a_basis(rows):
     basis = basis_of(rows, 2)["basis"]
     out = tg.Interpolate([0.0, 0.5, 1.0], spherical=True)(basis[:, 0], basis[:, 1])
     torch.testing.assert_close(out[1], (basis[:, 0] + basis[:, 1]) / 2**0.5)
+
+
+def test_the_most_activating_tokens_of_each_concept_with_their_text() -> None:
+    model = gpt2()
+    batch = {key: value.repeat(2, 1) for key, value in text_batch().items()}
+    batch["input_ids"][3:] = batch["input_ids"][3:].flip(1)
+    capture = tg.Capture(model, "residual_output.-1")
+    (site,) = capture.sites
+    first = tg.run(
+        TensorDictSequential(
+            capture,
+            tg.SelectTokens([site]),
+            tg.ForEach(tg.StreamingCovariance(), [site]),
+            tg.ForEach(tg.ConceptBasis(n=3), [site]),
+        ),
+        [batch],
+    )
+    keys = [("coordinates", site), ("tokens", "context"), "row_id"]
+    second = tg.run(
+        TensorDictSequential(
+            tg.ContextWindow(before=2, after=1),
+            capture,
+            tg.SelectTokens([site], also=["context"]),
+            tg.ForEach(tg.Project(), [site]),
+            tg.MaxActivating(site, k=4, in_keys=keys),
+        ),
+        [batch],
+        inputs=first,
+    )
+    with capture as calls, torch.no_grad():
+        model(**batch)
+    rows = calls[0]["acts", site].double().flatten(0, 1)
+    along = (rows - first["concepts", site, "mean"]) @ first["concepts", site, "basis"]
+    found = second["exemplars", site]
+    torch.testing.assert_close(found["values"].double(), along.topk(4, 0).values.T, rtol=1e-5, atol=1e-6)
+    ids = batch["input_ids"].flatten()
+    length = batch["input_ids"].shape[1]
+    best = along.argmax(0)
+    assert found["context"][:, 0, 2].tolist() == ids[best].tolist()
+    assert (found["row_id"][:, 0] >> 20).tolist() == (best // length).tolist()

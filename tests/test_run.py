@@ -687,3 +687,19 @@ def test_state_holds_no_graph_and_no_batch():
     del rows
     gc.collect()
     assert held() is None
+
+
+def test_padding_ids_without_a_mask_are_warned_about() -> None:
+    model = models.gpt2()
+    model.config.pad_token_id = 0
+    capture = tg.Capture(model)
+    pipeline = TensorDictSequential(
+        capture, tg.SelectTokens(capture.sites), tg.ForEach(tg.StreamingMean(), capture.sites)
+    )
+    ids = models.text_batch()["input_ids"].clone()
+    tg.run(pipeline, [{"input_ids": ids}])  # no padding id among them: no warning
+    ids[0, -2:] = 0
+    with pytest.warns(UserWarning, match="input_ids hold the padding id 0: every position counts as a row"):
+        result = tg.run(pipeline, [{"input_ids": ids}])
+    assert int(result["run", "rows"]) == ids.numel()
+    tg.run(pipeline, [{"input_ids": ids, "attention_mask": ids != 0}])

@@ -18,6 +18,7 @@ from tdgeom._batches import Buffer, as_batch, batch_length, iterate
 from tdgeom._finish import call, run_end
 from tdgeom._plan import Plan, make_plan
 from tdgeom._ranks import Repeats, rank_and_world, sum_over_ranks
+from tdgeom.hooks import Capture
 from tdgeom.stage import Key, as_key, key_tuple, rows_finite
 from tdgeom.tokens import POSITION_BITS, SelectTokens
 
@@ -136,6 +137,8 @@ class _Stream:
             sharded,
         )
         self.selects = [unit for unit in plan.batch if isinstance(unit, SelectTokens)]
+        for select in self.selects:
+            select.pad_id = _pad_id(plan) if select.pad_id is None else select.pad_id
         places = [place for unit in plan.batch if (place := _device_of(unit)) is not None]
         self.device = torch.device(device) if device is not None else places[0] if places else None
         self.in_keys = in_keys if in_keys is not None else self._wanted()
@@ -385,6 +388,14 @@ class _Stream:
             result.set(("run", "seconds", name), torch.tensor(value, dtype=torch.float64))
         result.set(("run", "stopped"), NonTensorData(self.stopped))
         return result
+
+
+def _pad_id(plan: Plan) -> int | None:
+    """The padding id that a captured model's configuration names."""
+    configs = [getattr(unit.model, "config", None) for unit in plan.batch if isinstance(unit, Capture)]
+    return next(
+        (pad for config in configs if isinstance(pad := getattr(config, "pad_token_id", None), int)), None
+    )
 
 
 def _selected(pipeline: TensorDictModuleBase) -> set[Key] | None:
