@@ -233,6 +233,8 @@ def test_interrupt_is_one_line_and_exit_code_130(folder, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        # a shell that started the tests in the background has them ignore Ctrl-C, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     handle = None
     while handle is None and process.poll() is None:  # until it reads, the model being loaded by then
