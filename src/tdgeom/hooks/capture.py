@@ -18,6 +18,7 @@ from tdgeom.hooks.inputs import bound_tensors, input_keys, model_inputs, needs_d
 from tdgeom.hooks.resolve import ResolvedSite, resolve_sites
 from tdgeom.hooks.session import Pass, Session, StopForward, read_named_outputs
 from tdgeom.hooks.sites import LayerSpec, Site
+from tdgeom.hooks.verify import verify
 
 
 class Capture(TensorDictModuleBase):
@@ -151,7 +152,9 @@ class Capture(TensorDictModuleBase):
         if not isinstance(model, nn.Module):
             raise TypeError(f"Capture expects an nn.Module, got {type(model).__name__}.")
         refuse_compiled(model, ())
-        return Bound(model, resolve_sites(model, **self._asked))
+        entries = resolve_sites(model, **self._asked)
+        verify(model, entries)
+        return Bound(model, entries)
 
     @property
     def model(self) -> nn.Module:

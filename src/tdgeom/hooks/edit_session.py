@@ -106,7 +106,7 @@ class EditSession:
             module = model.get_submodule(path)
             if side in ("scores", "pattern"):
                 watcher = partial(self._on_softmax, (path, side), entries)
-                self.undo.enter_context(watch_softmax(module, watcher))
+                self.undo.enter_context(watch_softmax(module, watcher, entries[0][0].view.heads))
             elif side == "input":
                 hook = partial(self._on_input, (path, side), entries)
                 self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
@@ -151,6 +152,35 @@ def needs_decoder_ids(signature: Signature, given: Mapping[str, Any]) -> bool:
         "decoder_input_ids",
         "decoder_inputs_embeds",
     } & set(given)
+
+
+def made_up_inputs(
+    model: nn.Module, signature: Signature, batch: int, length: int
+) -> dict[str, Tensor | bool] | None:
+    """Inputs of the right form for a model of token ids or pixels; ``None`` for any other model."""
+    first = next(model.parameters(), None)
+    device = None if first is None else first.device
+    given: dict[str, Tensor | bool] = {}
+    if "input_ids" in signature.names:
+        ids = torch.arange(batch * length, device=device).reshape(batch, length)
+        size = getattr(getattr(model, "config", None), "vocab_size", None)
+        given["input_ids"] = ids % size if isinstance(size, int) and size > 0 else torch.zeros_like(ids)
+        if "attention_mask" in signature.names:
+            given["attention_mask"] = torch.ones_like(ids)
+        if "decoder_input_ids" in signature.names:
+            given["decoder_input_ids"] = given["input_ids"]
+    elif "pixel_values" in signature.names and isinstance(
+        getattr(model.config, "image_size", None), int | list | tuple
+    ):
+        size = model.config.image_size
+        size = tuple(size) if isinstance(size, list | tuple) else (size, size)
+        given["pixel_values"] = torch.linspace(-1, 1, size[0] * size[1], device=device).reshape(1, 1, *size)
+        given["pixel_values"] = given["pixel_values"].expand(batch, model.config.num_channels, *size)
+    else:
+        return None
+    if "use_cache" in signature.names:
+        given["use_cache"] = False
+    return given
 
 
 def is_target(name: str) -> bool:

@@ -20,6 +20,7 @@ from tdgeom.hooks.inputs import input_keys, model_inputs
 from tdgeom.hooks.resolve import resolve_sites
 from tdgeom.hooks.session import read_named_outputs
 from tdgeom.hooks.sites import LayerSpec, Site
+from tdgeom.hooks.verify import verify
 
 EditLike = nn.Module | Callable[[torch.Tensor], torch.Tensor]
 
@@ -91,6 +92,7 @@ class Intervene(TensorDictModuleBase):
         self.sites: list[Site] = unique(entry.site for entry in found)
         self.model_outputs = [model_outputs] if isinstance(model_outputs, str) else list(model_outputs)
         self.keep_graph, self.withhold = keep_graph, tuple(withhold)
+        verify(model, found)
         self._bound = Bound(model, found)
         self._session: EditSession | None = None
         self._input_keys = input_keys(model, self._bound.signature, in_keys)

@@ -1,7 +1,7 @@
 """Attention kernels: the eager one while a context is entered, and a look at its softmax.
 
 ``attn_scores`` is exactly what the softmax receives: scaled, soft-capped and with the mask added. ``attn_pattern`` is
-what it gives, before dropout. Both are found by watching the softmax that an attention module calls, so no attention is
+what it gives, before dropout (in models with attention sinks its last column is the sink). Both are found by watching the softmax that an attention module calls, so no attention is
 written a second time here.
 """
 
@@ -53,10 +53,11 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def watch_softmax(module: nn.Module, watcher: Watcher) -> Iterator[None]:
+def watch_softmax(module: nn.Module, watcher: Watcher, heads: int | None = None) -> Iterator[None]:
     """Inside, ``watcher`` sees and may replace what the softmax in ``module.forward`` receives and gives.
 
-    Watchers of one module see scores and patterns in the order in which they came.
+    Watchers of one module see scores and patterns in the order in which they came, as (B, H, Tq, Tk) also where the module
+    has (B * H, Tq, Tk), of ``heads`` heads.
     """
     watchers = _WATCHED.setdefault(module, [])
     watchers.append(watcher)
@@ -65,7 +66,7 @@ def watch_softmax(module: nn.Module, watcher: Watcher) -> Iterator[None]:
         forward = module.forward
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            with _Softmax(watchers):
+            with _Softmax(watchers, heads):
                 return forward(*args, **kwargs)
 
         watched._own = own
@@ -84,9 +85,9 @@ def watch_softmax(module: nn.Module, watcher: Watcher) -> Iterator[None]:
 class _Softmax(TorchFunctionMode):
     """Shows the first softmax over (B, H, Tq, Tk) to the watchers; SDPA calls are taken apart into one."""
 
-    def __init__(self, watchers: list[Watcher]) -> None:
+    def __init__(self, watchers: list[Watcher], heads: int | None) -> None:
         super().__init__()
-        self.watchers = watchers
+        self.watchers, self.heads = watchers, heads
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -97,6 +98,12 @@ class _Softmax(TorchFunctionMode):
             if scores.ndim == 4:
                 rest = {k: v for k, v in kwargs.items() if k != "input"}
                 return self.softmax(scores, lambda x: func(x, *args[1:], **rest))
+            if scores.ndim == 3 and self.heads and scores.shape[0] % self.heads == 0:
+                rest = {k: v for k, v in kwargs.items() if k != "input"}
+                split = scores.unflatten(0, (-1, self.heads))
+                return self.softmax(
+                    split, lambda x: func(x.flatten(0, 1), *args[1:], **rest).unflatten(0, split.shape[:2])
+                ).flatten(0, 1)
         elif func is functional.scaled_dot_product_attention:
             return self.attend(*args, **kwargs)
         return func(*args, **kwargs)

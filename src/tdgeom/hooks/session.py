@@ -92,7 +92,9 @@ class Session:
         for (path, side), entries in places.items():
             if side in ("scores", "pattern"):
                 self.undo.enter_context(
-                    watch_softmax(modules[path], partial(self._on_softmax, (path, side), entries))
+                    watch_softmax(
+                        modules[path], partial(self._on_softmax, (path, side), entries), entries[0].view.heads
+                    )
                 )
             elif side == "input":
                 hook = partial(self._on_input, (path, side), entries)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tdgeom.hooks.blocks import find_final_norm, find_stacks
-from tdgeom.hooks.bound import eval_mode, may_stop, refuse_compiled
-from tdgeom.hooks.inputs import read_signature
+from tdgeom.hooks.bound import eval_mode, refuse_compiled
+from tdgeom.hooks.inputs import made_up_inputs, read_signature
+from tdgeom.hooks.quiet import replaced_forwards, without_hooks
 from tdgeom.hooks.readers import read_input, write_output
 
 
@@ -108,7 +107,7 @@ class Tail:
         forwards.update({block: self._stand_in(block, acts) for block in self.blocks})
         if not apply_norm:
             forwards[self.norm] = lambda x, *args, **kwargs: x
-        with eval_mode(list(model.modules())), _replaced(forwards), _without_hooks(model):
+        with eval_mode(list(model.modules())), replaced_forwards(forwards), without_hooks(model):
             return self._logits(model(**self._dummy(*acts.shape[:2])))
 
     def _stand_in(self, block: nn.Module, acts: Tensor | None) -> Any:
@@ -123,26 +122,12 @@ class Tail:
     def _dummy(self, batch: int, length: int) -> dict[str, Tensor | bool]:
         if self.example is not None:
             return {k: v[:1].expand(batch, *v.shape[1:]) for k, v in self.example.items()}
-        names = self.signature.names
-        device = next(self.model.parameters()).device
-        given: dict[str, Tensor | bool] = {}
-        if "input_ids" in names:
-            given["input_ids"] = torch.zeros(batch, length, dtype=torch.long, device=device)
-            if "attention_mask" in names:
-                given["attention_mask"] = torch.ones(batch, length, dtype=torch.long, device=device)
-            if "decoder_input_ids" in names:
-                given["decoder_input_ids"] = given["input_ids"]
-        elif "pixel_values" in names:
-            config = self.model.config
-            size = config.image_size
-            size = tuple(size) if isinstance(size, list | tuple) else (size, size)
-            given["pixel_values"] = torch.zeros(batch, config.num_channels, *size, device=device)
-        else:
+        given = made_up_inputs(self.require(), self.signature, batch, length)
+        if given is None:
             raise ValueError(
-                f"{self.name} takes {names}: the lens cannot make up inputs for it. Remedy: example={{name: tensor}}."
+                f"{self.name} takes {self.signature.names}: the lens cannot make up inputs for it. Remedy: example={{name: "
+                "tensor}."
             )
-        if "use_cache" in names:
-            given["use_cache"] = False
         return given
 
     def _logits(self, output: Any) -> Tensor:
@@ -159,37 +144,3 @@ def _lost(name: str) -> Tail:
     tail = Tail.__new__(Tail)
     tail.model, tail.name = None, name
     return tail
-
-
-@contextmanager
-def _replaced(forwards: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Other forwards inside; afterwards the ones before, also those that other libraries have put there."""
-    own = {module: module.__dict__.get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module, forward in own.items():
-            module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.forward = forward
-
-
-@contextmanager
-def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """No hook fires inside: contexts around the caller neither read nor edit what the lens computes."""
-    modules = list(model.modules())
-    names = ("_forward_hooks", "_forward_pre_hooks")
-    kept = (
-        []
-        if not may_stop(modules)
-        else [(m, n, getattr(m, n)) for m in modules for n in names if getattr(m, n)]
-    )
-    try:
-        for module, name, _ in kept:
-            setattr(module, name, OrderedDict())
-        yield
-    finally:
-        for module, name, hooks in kept:
-            setattr(module, name, hooks)
