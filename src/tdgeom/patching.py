@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from tdgeom.hooks.bound import eval_mode
 from tdgeom.hooks.capture import Capture
-from tdgeom.hooks.edits import Edit, Patch, canonical
+from tdgeom.hooks.edits import Edit, canonical
 from tdgeom.hooks.intervene import Intervene
+from tdgeom.hooks.other_runs import Patch
 from tdgeom.hooks.positions import Positions, position_mask
 from tdgeom.hooks.sites import HEAD_KINDS, LayerSpec, Site
 

@@ -4,8 +4,9 @@ from tdgeom.hooks.aggregate import AggregateActs, GroupAttention
 from tdgeom.hooks.attention_edits import BlockAttention
 from tdgeom.hooks.blocks import find_stacks
 from tdgeom.hooks.capture import Capture
-from tdgeom.hooks.edits import Ablate, ActivationAddition, Edit, Patch, ProjectOnto, ProjectOut, Scale, Steer
+from tdgeom.hooks.edits import Ablate, Edit, ProjectOnto, ProjectOut, Scale, Steer
 from tdgeom.hooks.intervene import Intervene
+from tdgeom.hooks.other_runs import ActivationAddition, Patch
 from tdgeom.hooks.positions import Between, RandomPositions, SpecialTokens, partition, position_mask
 from tdgeom.hooks.resolve import ResolvedSite, available_sites, resolve_sites
 from tdgeom.hooks.sites import KINDS, Site, select_layers

@@ -1,8 +1,8 @@
 """Attention kernels: the eager one while a context is entered, and a look at its softmax.
 
 ``attn_scores`` is exactly what the softmax receives: scaled, soft-capped and with the mask added. ``attn_pattern`` is
-what it gives, before dropout (in models with attention sinks its last column is the sink). Both are found by watching the softmax that an attention module calls, so no attention is
-written a second time here.
+what it gives, before dropout; in models with attention sinks its last column is the sink. Both are found by watching the
+softmax that an attention module calls, so no attention is written a second time here.
 """
 
 from __future__ import annotations
