@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from tdgeom.sample_metrics import covariance_of, sample_eigenvalues, working
+from tdgeom.sample_metrics import covariance_of, sample_eigenvalues, unit_rows, working
 from tdgeom.spectrum import SpectrumMetrics, covariance_eigenvalues
 from tdgeom.stage import Key, Stage, key_tuple, resolve_keys
 from tdgeom.tokens import POSITION_BITS
@@ -22,10 +22,7 @@ Variant = Callable[..., Tensor]
 
 def token_l2(sample: Tensor) -> Tensor:
     """Rows to unit L2 norm; rows of zeros stay zero."""
-    scale = sample.abs().amax(-1, keepdim=True)
-    sample = sample / torch.where(scale > 0, scale, torch.ones_like(scale))
-    norm = torch.linalg.vector_norm(sample, dim=-1, keepdim=True)
-    return sample / torch.where(norm > 0, norm, torch.ones_like(norm))
+    return unit_rows(sample)[0]
 
 
 def token_rms(sample: Tensor) -> Tensor:
@@ -119,7 +116,7 @@ class NormalizationAblation(Stage):
         metrics: the stage that measures each variant's ``"eigenvalues"`` (or its ``"sample"``); its outputs' last key
             parts are the metric names. Default ``SpectrumMetrics()``.
 
-    Reads ``"sample"`` (*B, N, D), and where present ``"sample_row_id"`` (N,) and ``"sample_eigenvalues"``; writes
+    Reads ``"sample"`` (*B, N, D), and where present ``"sample_row_id"`` (N,) and what ``SampleSpectrum`` writes; writes
     ``("ablation", variant, metric)`` (*B,). Covariances are unbiased and centred after normalisation.
 
     Raises:
@@ -133,8 +130,16 @@ class NormalizationAblation(Stage):
         2.0
     """
 
-    reads = {"sample": "N D", "sample_row_id": "N", "sample_eigenvalues": "D"}
-    optional = frozenset({"sample_row_id", "sample_eigenvalues"})
+    reads = {
+        "sample": "N D",
+        "sample_row_id": "N",
+        "sample_eigenvalues": "D",
+        "sample_covariance": "D D",
+        "sample_unit_covariance": "D D",
+    }
+    optional = frozenset(
+        {"sample_row_id", "sample_eigenvalues", "sample_covariance", "sample_unit_covariance"}
+    )
     shared = frozenset({"sample_row_id"})
     one_thread_a_site = True
 
@@ -183,7 +188,14 @@ class NormalizationAblation(Stage):
         root = ("ablation",) if out_keys is None else key_tuple(out_keys)
         return [(*root, *path) for path in paths]
 
-    def compute(self, sample: Tensor, row_id: Tensor | None, eigenvalues: Tensor | None) -> list[Tensor]:
+    def compute(
+        self,
+        sample: Tensor,
+        row_id: Tensor | None = None,
+        eigenvalues: Tensor | None = None,
+        covariance: Tensor | None = None,
+        unit_covariance: Tensor | None = None,
+    ) -> list[Tensor]:
         """Measure every variant, sharing what variants share."""
         if sample.shape[-2] < 2:
             raise ValueError(
@@ -192,7 +204,8 @@ class NormalizationAblation(Stage):
             )
         sample = working(sample)
         position = None if row_id is None else row_id & ((1 << POSITION_BITS) - 1)
-        shared: dict[str, Tensor] = {} if eigenvalues is None else {"raw": eigenvalues}
+        known = {"raw": eigenvalues, "covariance": covariance, "unit_covariance": unit_covariance}
+        shared = {name: value for name, value in known.items() if value is not None}
         outputs: list[Tensor] = []
         for name, what in self.variants.items():
             td = TensorDict({}, batch_size=[])
@@ -218,6 +231,8 @@ class NormalizationAblation(Stage):
                 shared[family] = _correlation_eigenvalues(sample, shared)
             elif family == "raw":
                 shared[family] = covariance_eigenvalues(_covariance(sample, shared), sample.shape[-2] - 1)
+            elif family == "token_l2" and "unit_covariance" in shared:
+                shared[family] = covariance_eigenvalues(shared["unit_covariance"], sample.shape[-2] - 1)
             else:
                 shared[family] = sample_eigenvalues(_apply(VARIANTS[family], sample, position, family))
         return shared[family] * (sample.shape[-1] if what == "token_rms" else 1)

@@ -40,7 +40,8 @@ __all__ = ["FAMILIES", "analysis_pipeline", "analyze_model"]
 
 FAMILIES = ("spectrum", "sample", "novelty", "router")
 DIAGNOSTICS = ("normalization_ablation",)
-HELD = ("moments", "eigenvectors", "sample", "sample_row_id", "sample_eigenvalues")
+SHARED_PRODUCTS = ("sample_eigenvalues", "sample_covariance", "sample_unit_covariance")
+HELD = ("moments", "eigenvectors", "sample", "sample_row_id", *SHARED_PRODUCTS)
 
 
 def analysis_pipeline(

@@ -68,39 +68,56 @@ def sample_eigenvalues(sample: Tensor) -> Tensor:
     return covariance_eigenvalues(covariance_of(sample), rank=sample.shape[-2] - 1)
 
 
-def cosine_similarity(sample: Tensor) -> tuple[Tensor, Tensor]:
+def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows at unit L2 norm (*B, N, D), rows of zeros stay zero; and which have a direction, bool (*B, N)."""
+    # The largest magnitude is divided out first, so that the squares of rows of any scale are numbers.
+    scale = rows.abs().amax(-1, keepdim=True)
+    rows = rows / torch.where(scale > 0, scale, torch.ones_like(scale))
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows / torch.where(norm > 0, norm, torch.ones_like(norm)), norm[..., 0] > 0
+
+
+def cosine_similarity(sample: Tensor, unit_covariance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and unbiased standard deviation of the cosine over ordered pairs of different rows, uncentred.
 
     (*B, N, D) -> two (*B,), in [-1, 1] and >= 0. Both follow from the mean of the unit rows and the D x D products of
     what is left, so no N x N matrix is made; where N < D the Gram matrix of rows is the smaller one. Rows of zeros have
-    no direction and are left out.
+    no direction and are left out. The unbiased covariance of the unit rows may be given, (*B, D, D).
 
     >>> mean, std = cosine_similarity(torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]]))
     >>> round(float(mean), 4), round(float(std), 4)
     (-0.3333, 0.5164)
     """
-    rows = working(sample)
-    scale = rows.abs().amax(-1, keepdim=True)
-    rows = rows / torch.where(scale > 0, scale, torch.ones_like(scale))
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    unit = rows / torch.where(norm > 0, norm, torch.ones_like(norm))
-    n = (norm[..., 0] > 0).sum(-1).double()
+    unit, directed = unit_rows(working(sample))
+    n = directed.sum(-1).double()
     # With u = m + e, a cosine is |m|² plus a_i + a_j + e_i·e_j, a = m·e: small where rows are nearly parallel, so that
-    # the spread is not the difference of two large sums.
-    m = (unit.sum(-2, dtype=torch.float64) / n.unsqueeze(-1)).to(unit.dtype).unsqueeze(-2)
-    e = torch.where(norm > 0, unit - m, torch.zeros_like(unit))
+    # the spread is not the difference of two large sums. m is the mean to rounding; rest is what that leaves.
+    m = (unit.sum(-2).double() / n.unsqueeze(-1)).to(unit.dtype).unsqueeze(-2)
+    e = (unit - m) * directed.unsqueeze(-1)
     a = (e @ m.mT)[..., 0]
-    products = gram(e) if e.shape[-2] > e.shape[-1] else e @ e.mT
-    rest = e.sum(-2, dtype=torch.float64)
-    own = 2 * a.double() + e.square().sum(-1, dtype=torch.float64)
+    rest = e.sum(-2).double()
+    own = 2 * a.double() + torch.linalg.vector_norm(e, dim=-1).double().square()
     a_sum, turned = a.sum(-1, dtype=torch.float64), (a.unsqueeze(-2) @ e)[..., 0, :].double()
     first = 2 * n * a_sum + rest.square().sum(-1) - own.sum(-1)
     second = 2 * n * a.double().square().sum(-1) + 2 * a_sum.square() + 4 * (turned * rest).sum(-1)
-    second = second + products.double().square().sum((-2, -1)) - own.square().sum(-1)
+    second = second + _products_squared(e, rest, directed, unit_covariance) - own.square().sum(-1)
     pairs = n * (n - 1)
     mean = first / pairs
     variance = (second - pairs * mean.square()) / (pairs - 1)
     return m.double().square().sum((-2, -1)) + mean, variance.clamp(min=0).sqrt()
+
+
+def _products_squared(e: Tensor, rest: Tensor, directed: Tensor, covariance: Tensor | None) -> Tensor:
+    """Σ_ij (e_i·e_j)² = ||EᵀE||²_F, from the covariance where that is of these very rows."""
+    rows = e.shape[-2]
+    if covariance is not None and bool(directed.all()):
+        # EᵀE is taken about m, the covariance about the mean: they differ by rest·restᵀ/N.
+        products = covariance.double() * (rows - 1)
+        turned = (products @ rest.unsqueeze(-1))[..., 0]
+        off_centre = 2 / rows * (rest * turned).sum(-1) + (rest.square().sum(-1) / rows).square()
+        return products.square().sum((-2, -1)) + off_centre
+    products = gram(e) if rows > e.shape[-1] else e @ e.mT
+    return products.double().square().sum((-2, -1))
 
 
 def _variances(sample: Tensor) -> Tensor:
@@ -112,21 +129,28 @@ def _variances(sample: Tensor) -> Tensor:
     return y.square().sum(-2, dtype=torch.float64)
 
 
-def sample_metrics(sample: Tensor, eigenvalues: Tensor | None = None) -> dict[str, Tensor]:
-    """Every measure of ``SampleMetrics`` by name: (*B, N, D) -> (*B,) each; eigenvalues may be given.
+def sample_metrics(
+    sample: Tensor,
+    eigenvalues: Tensor | None = None,
+    covariance: Tensor | None = None,
+    unit_covariance: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Every measure of ``SampleMetrics`` by name: (*B, N, D) -> (*B,) each.
+
+    What ``SampleSpectrum`` writes may be given and is then not computed again.
 
     >>> round(float(sample_metrics(torch.eye(3))["sv_stable_rank"]), 6)
     2.0
     """
     values = sample_eigenvalues(sample) if eigenvalues is None else eigenvalues.double()
     p = values / values.sum(-1, keepdim=True)
-    mean, std = cosine_similarity(sample)
+    mean, std = cosine_similarity(sample, unit_covariance)
     norms = torch.linalg.vector_norm(working(sample), dim=-1).double()
     quantiles = torch.quantile(
         norms, torch.tensor([0.05, 0.5, 0.95], dtype=norms.dtype, device=norms.device), dim=-1
     )
-    spread = _variances(sample)
-    metrics = {
+    spread = _variances(sample) if covariance is None else covariance.diagonal(dim1=-2, dim2=-1).double()
+    return {
         "sv_effective_rank": entropy_dimension(values.sqrt()),
         "sv_stable_rank": 1 / p[..., 0],
         "sv_participation_ratio": 1 / p.square().sum(-1),
@@ -140,28 +164,31 @@ def sample_metrics(sample: Tensor, eigenvalues: Tensor | None = None) -> dict[st
         "norm_max": norms.amax(-1),
         "top_feature_share": spread.amax(-1) / spread.sum(-1),
     }
-    return metrics
 
 
 class SampleSpectrum(Stage):
-    """Eigenvalues of a sample's covariance, for the stages that share them.
+    """What several stages need of one sample, computed once: its covariance, that of its unit rows, its eigenvalues.
 
-    Reads ``"sample"`` (*B, N, D); writes ``"sample_eigenvalues"`` (*B, D), descending, unbiased and centred, float64.
-    ``SampleMetrics`` and ``NormalizationAblation`` use them when they are there and compute them when not.
+    Reads ``"sample"`` (*B, N, D); writes, unbiased, centred and in float64, ``"sample_eigenvalues"`` (*B, D) descending,
+    ``"sample_covariance"`` (*B, D, D), and ``"sample_unit_covariance"`` (*B, D, D) of the rows at unit L2 norm.
+    ``SampleMetrics``, ``NormalizationAblation`` and ``LinearCKA`` use them where they are, and compute them where not.
 
         >>> import torch, tdgeom as tg
-        >>> tg.SampleSpectrum()(sample=torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
-        tensor([2., 0.], dtype=torch.float64)
+        >>> values, covariance, _ = tg.SampleSpectrum()(sample=torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
+        >>> values.tolist(), covariance.tolist()
+        ([2.0, 0.0], [[2.0, 0.0], [0.0, 0.0]])
     """
 
     reads = {"sample": "N D"}
-    writes = ["sample_eigenvalues"]
+    writes = ["sample_eigenvalues", "sample_covariance", "sample_unit_covariance"]
     one_thread_a_site = True
 
-    def compute(self, sample: Tensor) -> Tensor:
+    def compute(self, sample: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See ``sample_eigenvalues``."""
         _check_rows(sample, self)
-        return sample_eigenvalues(sample)
+        covariance = covariance_of(sample)
+        values = covariance_eigenvalues(covariance, rank=sample.shape[-2] - 1)
+        return values, covariance, covariance_of(unit_rows(working(sample))[0])
 
 
 def _check_rows(sample: Tensor, stage: Stage) -> None:
@@ -182,7 +209,7 @@ class SampleMetrics(Stage):
     ``norm_q05``, ``norm_q50``, ``norm_q95``, ``norm_max``) and ``top_feature_share``, the share of variance in the single
     largest feature (near 1: massive activations).
 
-    Reads ``"sample"`` (*B, N, D), and ``"sample_eigenvalues"`` when there; writes ``("sample_metrics", name)`` (*B,).
+    Reads ``"sample"`` (*B, N, D), and where present what ``SampleSpectrum`` writes; writes ``("sample_metrics", name)`` (*B,).
     Raises ValueError below 2 rows; identical rows give NaN with one ``UndefinedMeasureWarning``.
 
         >>> import torch, tdgeom as tg
@@ -192,15 +219,20 @@ class SampleMetrics(Stage):
         0.0
     """
 
-    reads = {"sample": "N D", "sample_eigenvalues": "D"}
-    optional = frozenset({"sample_eigenvalues"})
+    reads = {
+        "sample": "N D",
+        "sample_eigenvalues": "D",
+        "sample_covariance": "D D",
+        "sample_unit_covariance": "D D",
+    }
+    optional = frozenset({"sample_eigenvalues", "sample_covariance", "sample_unit_covariance"})
     writes = [("sample_metrics", name) for name in SAMPLE_METRICS]
     one_thread_a_site = True
 
-    def compute(self, sample: Tensor, eigenvalues: Tensor | None) -> Mapping[str, Tensor]:
+    def compute(self, sample: Tensor, *known: Tensor | None) -> Mapping[str, Tensor]:
         """See ``sample_metrics``."""
         _check_rows(sample, self)
-        metrics = sample_metrics(sample, eigenvalues)
+        metrics = sample_metrics(sample, *known)
         if not torch.compiler.is_compiling() and bool(metrics["sv_stable_rank"].isnan().any()):
             warnings.warn(
                 f"SampleMetrics: all rows of {self.in_keys[0]!r} are the same, so its spectral measures are NaN",

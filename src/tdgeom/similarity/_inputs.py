@@ -56,7 +56,7 @@ def centre(x: Tensor) -> Centred:
     has scale 0 and rows NaN. With every value in [-1, 1], squares and fourth powers neither overflow nor
     vanish in float32 whatever the unit of the data, so that no measure needs an absolute epsilon.
     """
-    low, high = torch.aminmax(x.detach(), dim=-2)
+    low, high = x.detach().amin(-2), x.detach().amax(-2)  # aminmax is ten times slower than both
     mean = torch.where(low == high, low.double(), x.mean(-2, dtype=torch.float64))
     scale = torch.maximum(high.double() - mean, mean - low.double()).amax(-1).detach()
     rows = (x - mean.to(x.dtype).unsqueeze(-2)) / scale.to(x.dtype)[..., None, None]

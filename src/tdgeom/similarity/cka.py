@@ -32,7 +32,7 @@ class _Side(NamedTuple):
 
 def _prepare(x: Tensor, measure: str) -> _Side:
     rows = centre(as_rows(x, measure)).rows
-    norm2 = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).square()
+    norm2 = torch.linalg.vector_norm(rows, dim=-1).double().square()
     if rows.shape[-2] < rows.shape[-1]:
         # The diagonal is the largest part of K when N < D: left out here, never subtracted later.
         product = rows @ rows.mT
