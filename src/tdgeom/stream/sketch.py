@@ -6,7 +6,7 @@ import warnings
 from functools import lru_cache
 
 import torch
-from scipy.stats import chi2
+from scipy.special import gammaincinv
 from torch import Tensor
 
 from tdgeom._warnings import UndefinedMeasureWarning
@@ -191,7 +191,7 @@ class StreamingSketch(StreamingStage):
         square = values.square().sum() + gains.mean()
         total = self.total / degrees
         d_pr = total.square() / square
-        quantile = float(chi2.ppf(_FAILURE, self.probes))
+        quantile = 2 * float(gammaincinv(self.probes / 2, _FAILURE))  # of chi-squared
         largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
         vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
         k = min(self.k, values.shape[0])
