@@ -183,6 +183,24 @@ def test_tiny_negative_eigenvalues_count_as_zero():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0.0, 10.0])
+def test_with_fewer_rows_than_features_no_rounding_is_counted(offset):
+    rows = torch.randn(40, 120) + offset
+    td = tg.StreamingCovariance()(TensorDict(tokens=rows))
+    tg.SpectrumMetrics()(tg.EigenSpectrum()(td))
+    singular = np.linalg.svd((rows - rows.mean(0)).double().numpy(), compute_uv=False)[:39]
+    share = singular / singular.sum()
+    expected = np.exp(-(share * np.log(share)).sum())
+    assert float(td["spectrum", "effective_rank"]) == pytest.approx(expected, rel=1e-5)
+    assert (td["eigenvalues"][39:] == 0).all() and (td["eigenvalues"][:39] > 0).all()
+
+
+def test_the_count_of_each_of_a_batch():
+    covariance = torch.eye(4).expand(2, 4, 4)
+    values, _ = tg.EigenSpectrum()(moments_covariance=covariance, moments_count=torch.tensor([3, 9]))
+    assert values.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+
+
 def test_eigen_spectrum_against_numpy(dtype):
     rows = torch.randn(200, 12, dtype=torch.float64) * torch.linspace(0.1, 3, 12).double()
     covariance = torch.from_numpy(np.cov(rows.numpy().T)).to(dtype)

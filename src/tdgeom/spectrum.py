@@ -44,11 +44,14 @@ SPECTRUM_METRICS = (
 )
 
 
-def eigen_spectrum(covariance: Tensor, k: int = 32) -> tuple[Tensor, Tensor]:
+def eigen_spectrum(
+    covariance: Tensor, k: int = 32, rank: int | Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Eigenvalues, descending and clipped at 0, and the first k eigenvectors as columns, of (*B, D, D).
 
     float64 throughout. Returns (*B, D) and (*B, D, min(k, D)); the sign of each vector is fixed (its largest-magnitude
-    entry is positive). A covariance that is not finite gives NaN.
+    entry is positive). Eigenvalues beyond ``rank`` (rows less 1; an int or (*B,)) are exactly 0. A covariance that is not
+    finite gives NaN.
 
     >>> eigen_spectrum(torch.diag(torch.tensor([1.0, 4.0])), k=1)[0]
     tensor([4., 1.], dtype=torch.float64)
@@ -61,19 +64,26 @@ def eigen_spectrum(covariance: Tensor, k: int = 32) -> tuple[Tensor, Tensor]:
     vectors = vectors.flip(-1)[..., :k]
     largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
     vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
-    values = torch.where(finite, values.flip(-1).clamp(min=0), torch.nan)
+    values = torch.where(finite, _zero_beyond(values.flip(-1).clamp(min=0), rank), torch.nan)
     return values, torch.where(finite[..., None], vectors, torch.nan)
 
 
-def covariance_eigenvalues(covariance: Tensor, rank: int | None = None) -> Tensor:
+def _zero_beyond(values: Tensor, rank: int | Tensor | None) -> Tensor:
+    """What is left beyond the rank is rounding, and measures of √λ would count it."""
+    if rank is None:
+        return values
+    if isinstance(rank, Tensor):
+        rank = rank.to(values.device).unsqueeze(-1)
+    within = torch.arange(values.shape[-1], device=values.device) < rank
+    return torch.where(within, values, torch.zeros_like(values))
+
+
+def covariance_eigenvalues(covariance: Tensor, rank: int | Tensor | None = None) -> Tensor:
     """Eigenvalues of (*B, D, D), descending, clipped at 0, and exactly 0 beyond ``rank``; NaN where it is not finite."""
     covariance = covariance.double()
     finite = torch.isfinite(covariance).all(-1).all(-1)[..., None]
     values = torch.linalg.eigvalsh(torch.where(finite[..., None], covariance, 0.0)).flip(-1).clamp(min=0)
-    if rank is not None:
-        # What is left beyond the rank is rounding, and measures of √λ would count it.
-        values = torch.where(torch.arange(values.shape[-1], device=values.device) < rank, values, 0.0)
-    return torch.where(finite, values, torch.nan)
+    return torch.where(finite, _zero_beyond(values, rank), torch.nan)
 
 
 class EigenSpectrum(Stage):
@@ -82,7 +92,8 @@ class EigenSpectrum(Stage):
     λ descending, clipped at 0; eigenvectors as columns with a fixed sign. The covariance is taken as it is (unbiased and
     centred when it comes from ``StreamingCovariance``).
 
-    Reads ``("moments", "covariance")`` (*B, D, D); writes ``"eigenvalues"`` (*B, D) and ``"eigenvectors"``
+    Reads ``("moments", "covariance")`` (*B, D, D) and where present ``("moments", "count")`` (*B,): with fewer rows than
+    features the eigenvalues beyond count-1 are 0, not rounding. Writes ``"eigenvalues"`` (*B, D) and ``"eigenvectors"``
     (*B, D, min(k, D)), float64.
 
         >>> import torch, tdgeom as tg
@@ -91,7 +102,8 @@ class EigenSpectrum(Stage):
         ([3.0, 1.0], [0.0, 1.0])
     """
 
-    reads = {("moments", "covariance"): "D D"}
+    reads = {("moments", "covariance"): "D D", ("moments", "count"): ""}
+    optional = frozenset({"count"})
     writes = ["eigenvalues", "eigenvectors"]
     one_thread_a_site = True
 
@@ -103,9 +115,9 @@ class EigenSpectrum(Stage):
         super().__init__(in_keys=in_keys, out_keys=out_keys)
         self.k = k
 
-    def compute(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    def compute(self, covariance: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See ``eigen_spectrum``."""
-        return eigen_spectrum(covariance, self.k)
+        return eigen_spectrum(covariance, self.k, None if count is None else count - 1)
 
 
 def entropy_dimension(weights: Tensor) -> Tensor:
