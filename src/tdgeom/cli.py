@@ -238,8 +238,9 @@ def sites(
     _quiet_transformers()
     from tdgeom._terminal import print_sites
     from tdgeom.hooks import available_sites
+    from tdgeom.models import model_structure
 
-    net = _structure(model, trust_remote_code)
+    net = model_structure(model, trust_remote_code=trust_remote_code)
     print_sites(net, available_sites(net), _console(), every=every)
 
 
@@ -336,36 +337,6 @@ def _length(asked: int | None, model: Any, tokenizer: Any) -> int:
             f"--seq-len {asked} is longer than the {most} positions that the model takes"
         )
     return asked
-
-
-def _structure(name: str, trust_remote_code: bool) -> Any:
-    """A model without weights, from its configuration: on the meta device, or with random weights if that fails."""
-    import torch
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(
-            f"could not read the configuration of {name!r}: {said} Give a Hugging Face id that is in the cache or reachable, "
-            f"or a local directory with config.json."
-        ) from error
-    own = [getattr(transformers, one, None) for one in config.architectures or []]
-    kind = next((one for one in own if one is not None), None)
-    if getattr(config, "auto_map", None) and trust_remote_code:
-        kind = None
-
-    def build() -> Any:
-        if kind is not None:
-            return kind(config)
-        return transformers.AutoModel.from_config(config, trust_remote_code=trust_remote_code)
-
-    try:
-        with torch.device("meta"):
-            return build()
-    except (RuntimeError, NotImplementedError):
-        return build()
 
 
 if __name__ == "__main__":

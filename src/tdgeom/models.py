@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["config_summary", "load_model", "model_identity", "software_versions"]
+__all__ = ["config_summary", "load_model", "model_identity", "model_structure", "software_versions"]
 
 CONFIG_FIELDS = (
     "model_type",
@@ -42,22 +42,54 @@ def load_model(
     Raises:
         ValueError: no such model (the message repeats what transformers said in one line).
     """
-    import transformers
-
     options = {"trust_remote_code": trust_remote_code, **dict(model_kwargs or {})}
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        named = [getattr(transformers, one, None) for one in config.architectures or []]
-        native = next((one for one in named if one is not None), None)
-        has_own_code = bool(getattr(config, "auto_map", None)) and trust_remote_code
-        loader = transformers.AutoModel if native is None or has_own_code else native
+        _, loader = _configured(name, trust_remote_code)
         return loader.from_pretrained(name, **options).eval()
     except (OSError, ValueError) as error:
-        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"could not load the model {name!r}: {said} Give a Hugging Face id that is in the cache or reachable, or a local "
-            f"directory with config.json and weights."
-        ) from error
+        raise _unreadable("load the model", name, error, "config.json and weights") from error
+
+
+def model_structure(name: str, *, trust_remote_code: bool = False) -> nn.Module:
+    """The module that ``load_model`` would fill, from its configuration alone: on the meta device where that works.
+
+    Raises:
+        ValueError: no such configuration.
+    """
+    try:
+        config, kind = _configured(name, trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _unreadable("read the configuration of", name, error, "config.json") from error
+
+    def build() -> nn.Module:
+        if hasattr(kind, "from_config"):
+            return kind.from_config(config, trust_remote_code=trust_remote_code)
+        return kind(config)
+
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, NotImplementedError):  # a constructor that computes with its weights
+        return build()
+
+
+def _configured(name: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """A configuration, and the class that it names (``AutoModel`` where transformers has none of that name)."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    named = [getattr(transformers, one, None) for one in config.architectures or []]
+    native = next((one for one in named if one is not None), None)
+    has_own_code = bool(getattr(config, "auto_map", None)) and trust_remote_code
+    return config, transformers.AutoModel if native is None or has_own_code else native
+
+
+def _unreadable(doing: str, name: str, error: Exception, files: str) -> ValueError:
+    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ValueError(
+        f"could not {doing} {name!r}: {said} Give a Hugging Face id that is in the cache or reachable, or a local directory "
+        f"with {files}."
+    )
 
 
 def model_identity(model: nn.Module, name: str | None = None) -> tuple[str, str]:
