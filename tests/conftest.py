@@ -24,3 +24,51 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random BERT of three layers with a real tokenizer, as ``from_pretrained`` reads it."""
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+    from tdgeom.demo import demo_model_path
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
+    config = BertConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A file of twelve documents."""
+    from tdgeom.demo import demo_texts
+
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
+    flat = (" ".join(document.split()) for document in demo_texts()[:12])
+    path.write_text("\n\n".join(flat), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+    from tdgeom import cli
+
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*arguments):
+        code = cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

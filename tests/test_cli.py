@@ -15,63 +15,15 @@ import warnings
 import pandas as pd
 import pytest
 from rich.console import Console
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import AutoTokenizer
 
 import models
 import tdgeom as tg
 from tdgeom import cli
 from tdgeom._terminal import print_results
-from tdgeom.demo import demo_model_path, demo_texts
+from tdgeom.demo import demo_texts
 from tdgeom.text import TextBatches, read_text
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A random BERT of three layers with a real tokenizer, as ``from_pretrained`` reads it."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
-    tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
-    config = BertConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    )
-    BertForMaskedLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "topics.txt"
-    flat = (" ".join(document.split()) for document in demo_texts()[:12])
-    path.write_text("\n\n".join(flat), encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture
-def command(capsys, monkeypatch):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def run(*arguments):
-        code = cli.main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
-def refused(result, *parts):
-    """Exit code 2, one line on stderr that holds every part, nothing on stdout."""
-    code, out, err = result
-    assert code == 2 and out == ""
-    assert err.startswith("tdgeom: error: ") and err.count("\n") == 1
-    for part in parts:
-        assert part in err
-    return True
+from terminal import refused
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ THEMES = {
     "Neighbours": ("neighbors",),
     "Intrinsic dimension": ("dimension",),
     "Probing and lenses": ("probing", "lens"),
-    "Analyses, results, reports": ("analyze", "results", "frames", "plot", "store", "report"),
+    "Analyses, results, reports": ("analyze", "results", "frames", "profiles", "untrained", "plot", "store", "report"),
 }
 FUNCTIONAL = "functional"
 logger = logging.getLogger(__name__)

@@ -43,6 +43,7 @@ from tdgeom.hooks import (
     SpecialTokens,
     Steer,
     available_sites,
+    hidden_state_sites,
 )
 from tdgeom.lens import LogitLens, TunedLens, logit_lens
 from tdgeom.neighbors import (
@@ -66,6 +67,7 @@ from tdgeom.probing import (
     StreamingLabelMoments,
     TorchProbe,
 )
+from tdgeom.profiles import intrinsic_dimension_profile, overlap_profile
 from tdgeom.results import AnalysisResults
 from tdgeom.router import RouterLoad
 from tdgeom.run import run
@@ -95,6 +97,7 @@ from tdgeom.stream.mean import StreamingMean
 from tdgeom.stream.sample import RowSample
 from tdgeom.stream.sketch import StreamingSketch
 from tdgeom.tokens import SelectTokens
+from tdgeom.untrained import untrained_copy
 
 __version__ = "0.1.0"
 
@@ -115,6 +118,7 @@ __all__ = [
     "Capture",
     "Site",
     "available_sites",
+    "hidden_state_sites",
     "SelectTokens",
     # edits of the model
     "Intervene",
@@ -193,6 +197,10 @@ __all__ = [
     "CAPCA",
     "ParticipationRatio",
     "Decimation",
+    # profiles over layers, and what they are compared with
+    "intrinsic_dimension_profile",
+    "overlap_profile",
+    "untrained_copy",
     # probes
     "Probing",
     "Probe",

@@ -49,7 +49,7 @@ UNIT = {"feature_subspace_novelty", "linear_cka", "layer_cosine_sim", "router_en
 
 def print_results(results: Any, console: Console) -> None:
     """The tables of an analysis, as wide as the console, each with a line on how to read it."""
-    console.print(_headline(results))
+    console.print(headline(results))
     if not results.metrics.empty:
         width = (
             int(results.metrics["hidden_dim"].max()) if results.metrics["hidden_dim"].notna().any() else None
@@ -90,12 +90,13 @@ def print_results(results: Any, console: Console) -> None:
         )
 
 
-def _headline(results: Any) -> Text:
+def headline(results: Any, unit: str = "tokens") -> Text:
+    """The model, and how much of what was measured."""
     data = results.metadata
     label = next(iter(results.metrics.get("model_label", [])), None) or data.get("model_id") or "model"
     facts = [str(data["model_class"])] if data.get("model_class") else []
     if data.get("rows_observed") is not None:
-        facts.append(f"{int(data['rows_observed']):,} tokens")
+        facts.append(f"{int(data['rows_observed']):,} {unit}")
     if data.get("dataset"):
         facts.append(f"of {data['dataset']}")
     if data.get("stopped") == "max_rows":
@@ -112,6 +113,9 @@ def _explain(console: Console, table: pd.DataFrame, notes: Mapping[str, str]) ->
 def _label(table: pd.DataFrame) -> tuple[str, list[str]]:
     """The shortest column that tells the rows apart."""
     several = any(column in table and table[column].nunique(dropna=False) > 1 for column in ("kind", "stack"))
+    if "weights" in table:
+        own, labels = _label(table.drop(columns="weights"))
+        return own, [f"{label} {weights}" for label, weights in zip(labels, table["weights"])]
     if "transition" in table:
         if several:
             return "sites", [f"{a}->{b}" for a, b in zip(table["a"], table["b"])]
@@ -129,7 +133,7 @@ def _print(console: Console, title: str, table: pd.DataFrame, wanted: Sequence[s
     shown: list[str] = []
     cells: list[list[str]] = []
     for column in columns:
-        made = _cells(table[column], column)
+        made = cells_of(table[column], column)
         needed = 2 + max(map(len, [*made, *_broken(column).split("\n")]))
         if shown and needed > room:
             break
@@ -137,7 +141,7 @@ def _print(console: Console, title: str, table: pd.DataFrame, wanted: Sequence[s
         shown.append(column)
         cells.append(made)
     bar_width = min(30, LEAST_BAR + max(room, 0))
-    drawn = _table()
+    drawn = plain_table()
     drawn.add_column(name, justify="right", no_wrap=True, overflow="fold")
     if shown:
         values = [float(value) for value in table[shown[0]]]
@@ -150,12 +154,12 @@ def _print(console: Console, title: str, table: pd.DataFrame, wanted: Sequence[s
         for row, label in enumerate(labels):
             bar = _bar(values[row], top, bar_width, console)
             drawn.add_row(label, cells[0][row], bar, *(made[row] for made in cells[1:]))
-    _titled(console, title, drawn)
+    titled(console, title, drawn)
 
 
 def _print_ablation(console: Console, name: str, table: pd.DataFrame) -> None:
     variants = list(dict.fromkeys(table["variant"]))
-    drawn = _table()
+    drawn = plain_table()
     first = table[table["variant"] == variants[0]]
     heading, labels = _label(first)
     drawn.add_column(heading, justify="right", overflow="fold")
@@ -165,14 +169,16 @@ def _print_ablation(console: Console, name: str, table: pd.DataFrame) -> None:
     by_site = {key: rows.set_index("variant")["d_pr"] for key, rows in table.groupby("site", sort=False)}
     for label, site in zip(labels, first["site"]):
         drawn.add_row(label, *(_cell(by_site[site].get(variant), "d_pr", decimals) for variant in variants))
-    _titled(console, f"{name.replace('_', ' ').capitalize()}: d_pr", drawn)
+    titled(console, f"{name.replace('_', ' ').capitalize()}: d_pr", drawn)
 
 
-def _table() -> Table:
+def plain_table() -> Table:
+    """An empty table in the look of all."""
     return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
 
 
-def _titled(console: Console, title: str, table: Table) -> None:
+def titled(console: Console, title: str, table: Table) -> None:
+    """A table under its title."""
     console.print()
     console.print(Text(title, style="bold"))
     console.print(table)
@@ -187,7 +193,8 @@ def _broken(column: str) -> str:
     return "_".join(words[:cut]) + "_\n" + "_".join(words[cut:])
 
 
-def _cells(values: Iterable[Any], column: str) -> list[str]:
+def cells_of(values: Iterable[Any], column: str) -> list[str]:
+    """A column's values as text, in one precision."""
     values = list(values)
     return [_cell(value, column, _decimals(values)) for value in values]
 
@@ -240,7 +247,7 @@ def print_sites(model: Any, entries: Iterable[Any], console: Console, *, every: 
     width = getattr(config, "hidden_size", None)
     facts = [layers or "no repeated blocks", f"{width} features" if width else "", f"{size} parameters"]
     console.print(Text.assemble((type(model).__name__, "bold"), ": ", ", ".join(filter(None, facts))))
-    table = _table()
+    table = plain_table()
     for heading in ("site", "layers", "module", "read at"):
         table.add_column(heading, no_wrap=heading != "module", overflow="fold")
     rows = [[e] for e in entries] if every else _by(entries, lambda e: (e.site.stack, e.site.kind))

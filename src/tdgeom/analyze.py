@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import nn
 
+from tdgeom._analysis_metadata import run_metadata as recorded
 from tdgeom._plan import make_plan
 from tdgeom._tables import (
     Identity,
@@ -21,10 +22,10 @@ from tdgeom._tables import (
     router_table,
 )
 from tdgeom.ablation import NormalizationAblation
-from tdgeom.bundle import SCHEMA_VERSION
 from tdgeom.compose import ForEach, ForEachPair, pair_list
 from tdgeom.hooks import Capture, available_sites
-from tdgeom.models import config_summary, load_model, model_identity, software_versions
+from tdgeom.models import load_model, model_identity
+from tdgeom.neighbors import NearestNeighbors
 from tdgeom.results import AnalysisResults
 from tdgeom.router import RouterLoad
 from tdgeom.run import run
@@ -35,6 +36,7 @@ from tdgeom.stage import PairStage, StreamingStage, key_tuple
 from tdgeom.stream.covariance import StreamingCovariance
 from tdgeom.stream.sample import RowSample
 from tdgeom.tokens import SelectTokens
+from tdgeom.untrained import untrained_copy, with_baseline
 
 __all__ = ["FAMILIES", "analysis_pipeline", "analyze_model"]
 
@@ -55,6 +57,7 @@ def analysis_pipeline(
     router_top_k: int = 2,
     sample_limit: int = 4096,
     novelty_k: int = 32,
+    neighbors: int | None = None,
     seed: int = 0,
     select: Mapping[str, Any] | None = None,
 ) -> TensorDictSequential:
@@ -64,17 +67,23 @@ def analysis_pipeline(
         capture: the hooking context that reads ``sites`` and ``routers``.
         sites: sites whose geometry is measured.
         families: any of "spectrum", "sample", "novelty", "router".
-        extra: stages of one's own; each runs at every site (a pair stage at every consecutive pair).
+        extra: stages of one's own; each runs at every site (a pair stage at every consecutive pair, a ``ForEachPair`` at its
+            own pairs).
         diagnostics: any of "normalization_ablation".
         routers: sites of router logits, for the family "router".
         router_top_k: experts a token is routed to.
         sample_limit: rows of the uniform sample.
         novelty_k: leading eigenvectors compared between sites.
+        neighbors: nearest neighbours in a table of the sample's rows, for stages with ``source="neighbors"``; None: no table.
         seed: seed of the sample.
-        select: further settings of ``SelectTokens`` (positions, skip_first, pool, ...).
+        select: further settings of ``SelectTokens`` (positions, skip_first, pool, ...); what its ``also=`` carries the
+            sample holds too.
     """
     pairs = pair_list(sites)
+    also = [str(name) for name in dict(select or {}).get("also", ())]
     ends: list[nn.Module] = []
+    if neighbors is not None:
+        ends.append(ForEach(NearestNeighbors(neighbors), sites))
     if "spectrum" in families:
         ends.append(ForEach(SpectrumMetrics(), sites))
     if "sample" in families:
@@ -87,7 +96,9 @@ def analysis_pipeline(
         ]
     streams: list[nn.Module] = []
     for stage in extra:
-        if isinstance(stage, PairStage):
+        if isinstance(stage, ForEachPair):
+            ends.append(stage)
+        elif isinstance(stage, PairStage):
             ends.append(ForEachPair(stage, sites))
         else:
             (streams if isinstance(stage, StreamingStage) else ends).append(ForEach(stage, sites))
@@ -100,7 +111,7 @@ def analysis_pipeline(
     if needed & {"moments", "eigenvalues", "eigenvectors"}:
         streams.append(ForEach(StreamingCovariance(), sites))
     if "sample" in needed:
-        streams.append(RowSample(sites, size=sample_limit, seed=seed))
+        streams.append(RowSample(sites, size=sample_limit, seed=seed, also=also))
     if routers and "router" in families:
         streams.append(ForEach(RouterLoad(top_k=router_top_k), routers))
     return TensorDictSequential(
@@ -134,6 +145,8 @@ def analyze_model(
     progress: bool | None = True,
     seed: int = 0,
     select: Mapping[str, Any] | None = None,
+    neighbors: bool | int = False,
+    untrained: bool | nn.Module = False,
     overwrite: bool = False,
 ) -> AnalysisResults | None:
     """Measure the representation geometry of a model over a dataloader.
@@ -163,6 +176,10 @@ def analyze_model(
         progress: a progress bar on a terminal; False for none.
         seed: seed of the row sample.
         select: further settings of ``SelectTokens``, such as {"skip_first": 1}.
+        neighbors: keep a neighbour table of the sample at every site (100 neighbours, or this many), with what
+            ``select={"also": [...]}`` carries: in ``results.neighbors`` and in the bundle.
+        untrained: measure the same model with re-initialised weights too (or the module given here), in the same tables:
+            column ``weights`` says which. The loader must be one that can be read twice.
         overwrite: replace an earlier bundle in ``save_dir``.
 
     Returns:
@@ -192,9 +209,57 @@ def analyze_model(
         "seed": seed,
         "select": dict(select or {}),
     }
-    asked = Capture(net, hook_point if sites is None else sites, layers=layers)
-    routers = _router_sites(net, asked, layers, output_router_logits) if "router" in families else []
-    identity = Identity(*model_identity(net, label), novelty_k=novelty_k, depth=_stack_depths(net))
+    settings["neighbors"] = 100 if neighbors is True else (neighbors or None)
+    place = {
+        "layers": layers,
+        "sites": hook_point if sites is None else sites,
+        "routers": output_router_logits,
+    }
+    options = {"max_tokens": max_tokens, "metrics": metrics, "progress": progress}
+    if untrained is not False and isinstance(dataloader, Iterator):
+        raise ValueError(
+            "untrained= reads the data twice, but the dataloader is an iterator that can be read once. Give a list or a "
+            "DataLoader."
+        )
+    results = _measured(net, label, dataloader, settings, place, **options)
+    if untrained is not False:
+        other = untrained if isinstance(untrained, nn.Module) else untrained_copy(net, seed=seed)
+        baseline = _measured(other, label, dataloader, settings, place, **options)
+        results = None if results is None or baseline is None else with_baseline(results, baseline)
+    if results is None:
+        return None  # the result is on rank 0
+    results.metadata |= {
+        "hook_point": hook_point if sites is None else None,
+        "output_router_logits": output_router_logits,
+        "run_name": run_name,
+        "tokenizer": tokenizer_name,
+        "dataset": dataset_name,
+        **({"run_metadata": dict(run_metadata)} if run_metadata else {}),
+    }
+    if save_mode is not None:
+        results.save(save_dir, save_mode, overwrite=overwrite)
+    return results
+
+
+def _measured(
+    net: nn.Module,
+    label: str | None,
+    dataloader: Iterable[Any],
+    settings: Mapping[str, Any],
+    place: Mapping[str, Any],
+    *,
+    max_tokens: int | None,
+    metrics: Any,
+    progress: bool | None,
+) -> AnalysisResults | None:
+    """One model's analysis: a pass for each stack, and the tables of all."""
+    asked = Capture(net, place["sites"], layers=place["layers"])
+    routers: list[Any] = []
+    if "router" in settings["families"]:
+        routers = _router_sites(net, asked, place["layers"], place["routers"])
+    identity = Identity(
+        *model_identity(net, label), novelty_k=settings["novelty_k"], depth=_stack_depths(net)
+    )
     frames = []
     for stack, group in _by_stack(asked.sites, dataloader).items():
         own_routers = [site for site in routers if site.stack == stack]
@@ -202,14 +267,17 @@ def analyze_model(
             (_run_stack(net, group, own_routers, dataloader, settings, max_tokens, progress), group)
         )
     if any(result is None for result, _ in frames):
-        return None  # the result is on rank 0
-    results = AnalysisResults(
+        return None
+    extra = settings["extra"]
+    tables = [_taken_out(result, group) for result, group in frames] if settings["neighbors"] else []
+    stacks = {str(group[0].stack): result for result, group in frames}
+    return AnalysisResults(
         metrics=_joined(metrics_table(result, group, identity, extra) for result, group in frames),
         novelty=_joined(novelty_table(result, group, identity) for result, group in frames),
         router=_joined(router_table(result, identity) for result, _ in frames),
         diagnostics={
             name: _joined(diagnostics_table(result, group, identity) for result, group in frames)
-            for name in wanted
+            for name in settings["diagnostics"]
         },
         eigenvalues={
             name: values
@@ -217,22 +285,30 @@ def analyze_model(
             for name, values in eigenvalue_arrays(result, group, len(frames) > 1).items()
         },
         metadata={
-            **_metadata(net, label, asked, frames, settings, max_tokens, metrics),
-            "hook_point": hook_point if sites is None else None,
-            "output_router_logits": output_router_logits,
+            **recorded(net, label, asked, frames, settings, max_tokens, metrics),
             "router_sites": [str(site) for site in routers],
-            "run_name": run_name,
-            "tokenizer": tokenizer_name,
-            "dataset": dataset_name,
-            **({"run_metadata": dict(run_metadata)} if run_metadata else {}),
         },
-        result=frames[0][0]
-        if len(frames) == 1
-        else TensorDict({str(g[0].stack): r for r, g in frames}, batch_size=[]),
+        neighbors=_one_or_by_stack(dict(zip(stacks, tables))),
+        result=_one_or_by_stack(stacks),
     )
-    if save_mode is not None:
-        results.save(save_dir, save_mode, overwrite=overwrite)
-    return results
+
+
+def _one_or_by_stack(results: Mapping[str, TensorDict]) -> TensorDict | None:
+    if len(results) <= 1:
+        return next(iter(results.values()), None)
+    return TensorDict(dict(results), batch_size=[])
+
+
+def _taken_out(result: TensorDict, sites: Sequence[str]) -> TensorDict:
+    """The neighbour tables of a result, with the sample's labels and row ids but without its rows."""
+    tables = TensorDict({"neighbors": result.get("neighbors")}, batch_size=[])
+    for name, value in result.get("sample").items():
+        if name not in sites:
+            tables.set(("sample", name), value)
+    tables.set("sample_row_id", result.get("sample_row_id"))
+    for root in ("neighbors", "sample", "sample_row_id"):
+        result.del_(root)
+    return tables
 
 
 def _families(metrics: Any) -> tuple[list[str], list[TensorDictModuleBase]]:
@@ -332,6 +408,8 @@ def _run_stack(
     )
     plan = make_plan(pipeline)
     roots = {key_tuple(key)[0] for unit in (*plan.stream, *plan.end) for key in unit.out_keys} - set(HELD)
+    if settings["neighbors"]:
+        roots |= {"sample", "sample_row_id"}
     result = run(
         pipeline, dataloader, max_rows=max_tokens, keep=sorted(roots), progress=None if progress else False
     )
@@ -358,70 +436,3 @@ def _widths(pipeline: TensorDictSequential, sites: Sequence[str]) -> dict[str, i
 def _joined(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
     tables = [table for table in tables if not table.empty]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-
-
-def _stage_settings(stage: TensorDictModuleBase) -> dict[str, Any]:
-    """A stage's public settings, which may change its numbers."""
-    plain = (str, int, float, bool, tuple, list)
-    values = {
-        name: value
-        for name, value in vars(stage).items()
-        if not name.startswith("_") and isinstance(value, plain)
-    }
-    values.pop("training", None)
-    return {
-        "stage": type(stage).__name__,
-        **values,
-        "in_keys": list(stage.in_keys),
-        "out_keys": list(stage.out_keys),
-    }
-
-
-def _metadata(
-    model: nn.Module,
-    label: str | None,
-    capture: Capture,
-    frames: Sequence[tuple[TensorDict, list[Any]]],
-    settings: Mapping[str, Any],
-    max_tokens: int | None,
-    metrics: Any,
-) -> dict[str, Any]:
-    first = next(model.parameters(), None)
-    counts = {
-        name: sum(int(result["run", name]) for result, _ in frames) for name in ("rows", "tokens", "batches")
-    }
-    seconds = {
-        phase: sum(float(result["run", "seconds", phase]) for result, _ in frames)
-        for phase in frames[0][0]["run", "seconds"].keys()
-    }
-    return {
-        "artifact_schema_version": SCHEMA_VERSION,
-        "model_id": model_identity(model, label)[1],
-        "model_class": type(model).__name__,
-        "model_config": config_summary(model),
-        "parameter_count": sum(parameter.numel() for parameter in model.parameters()),
-        "dtype": None if first is None else str(first.dtype).removeprefix("torch."),
-        "input_device": None if first is None else str(first.device),
-        "sites": [str(site) for site in capture.sites],
-        "hook_targets": {str(site): path for site, path in capture.module_paths.items()},
-        "layers": sorted({site.layer for site in capture.sites if site.layer is not None}),
-        "max_tokens": max_tokens,
-        "rows_observed": counts["rows"],
-        "tokens_observed": counts["tokens"],
-        "batches_observed": counts["batches"],
-        "padding_rows": sum(int(result["run", "padding_rows"]) for result, _ in frames),
-        "dropped_rows": sum(int(result["run", "dropped_rows"]) for result, _ in frames),
-        "stopped": frames[0][0]["run", "stopped"],
-        "settings": {
-            "metrics": list(settings["families"]) + [type(stage).__name__ for stage in settings["extra"]],
-            "extra_stages": [_stage_settings(stage) for stage in settings["extra"]],
-            "diagnostics": settings["diagnostics"],
-            "sample_limit": settings["sample_limit"],
-            "novelty_k": settings["novelty_k"],
-            "seed": settings["seed"],
-            "select": {name: str(value) for name, value in settings["select"].items()},
-            "ablation_variants": list(NormalizationAblation().variants) if settings["diagnostics"] else [],
-        },
-        "software": software_versions(),
-        "runtime_seconds": seconds,
-    }

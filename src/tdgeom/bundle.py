@@ -20,7 +20,7 @@ __all__ = ["SCHEMA_VERSION", "plain", "read", "safe_name", "write"]
 
 SCHEMA_VERSION = "1.0"
 METADATA = "metadata.json"
-EIGENVALUES = "eigenvalues.npz"
+ARRAYS = ("eigenvalues", "neighbors")
 _LARGEST_JSON = 64 * 2**20
 
 
@@ -53,12 +53,15 @@ def plain(value: Any) -> Any:
 def write(
     folder: Path,
     tables: Mapping[str, pd.DataFrame],
-    eigenvalues: Mapping[str, np.ndarray],
+    arrays: Mapping[str, Mapping[str, np.ndarray]],
     metadata: Mapping[str, Any],
     mode: str,
     overwrite: bool,
 ) -> Path:
-    """Write a bundle into a temporary folder beside ``folder``, then rename it into place."""
+    """Write a bundle into a temporary folder beside ``folder``, then rename it into place.
+
+    ``arrays`` are NumPy archives by name (one of ``ARRAYS``), each a mapping from a name inside it; empty ones are left out.
+    """
     if mode not in ("bundle", "csv", "json"):
         raise ValueError(f"save_mode takes 'bundle', 'csv' or 'json', got {mode!r}.")
     folder = folder.absolute()
@@ -68,8 +71,9 @@ def write(
     try:
         for name, table in tables.items():
             _write_table(draft / f"{name}.{'json' if mode == 'json' else 'csv'}", table, mode)
-        if eigenvalues:
-            np.savez_compressed(draft / EIGENVALUES, **dict(eigenvalues))
+        for name, members in arrays.items():
+            if members:
+                np.savez_compressed(draft / f"{name}.npz", **dict(members))
         files = {
             path.relative_to(draft).as_posix(): _sha256(path)
             for path in sorted(draft.rglob("*"))
@@ -151,8 +155,8 @@ def _write_table(path: Path, table: pd.DataFrame, mode: str) -> None:
         flat.to_csv(path, index=False)
 
 
-def read(folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, np.ndarray], dict[str, Any]]:
-    """Tables, eigenvalues and metadata of a bundle whose files are all as they were written."""
+def read(folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, np.ndarray]], dict[str, Any]]:
+    """Tables, arrays and metadata of a bundle whose files are all as they were written."""
     path = folder / METADATA
     if not path.is_file():
         raise FileNotFoundError(
@@ -174,22 +178,23 @@ def read(folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, np.ndarray], 
             f"{folder} has schema {version}; this version reads {SCHEMA_VERSION}. Use a matching tdgeom."
         )
     tables: dict[str, pd.DataFrame] = {}
-    eigenvalues: dict[str, np.ndarray] = {}
+    arrays: dict[str, dict[str, np.ndarray]] = {name: {} for name in ARRAYS}
     for name, digest in metadata["files"].items():
         file = _inside(folder, name)
         if _sha256(file) != digest:
             raise ValueError(
                 f"{file} has changed since the bundle was written: its SHA-256 differs from {METADATA}."
             )
-        if name == EIGENVALUES:
+        stem, _, ending = name.rpartition(".")
+        if ending == "npz" and stem in ARRAYS:
             with np.load(file, allow_pickle=False) as stored:
-                eigenvalues = {key: stored[key] for key in stored.files}
+                arrays[stem] = {key: stored[key] for key in stored.files}
         elif name.endswith((".csv", ".json")):
             tables[name.rsplit(".", 1)[0]] = _read_table(file)
     missing = {"metrics", "novelty"} - set(tables)
     if missing:
         raise ValueError(f"{folder} lacks the tables {sorted(missing)}: the bundle is incomplete.")
-    return tables, eigenvalues, metadata
+    return tables, arrays, metadata
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 
 from tdgeom._grids import pair_grid, short_names, side_name
+from tdgeom._profile_plots import intrinsic_dimension, overlap
 from tdgeom.frames import to_frame
 
-__all__ = ["matrix", "profile", "spectrum", "write_plots"]
+__all__ = ["intrinsic_dimension", "matrix", "overlap", "profile", "spectrum", "write_plots"]
 
 # Okabe and Ito's colours, told apart by readers with any colour vision; black is kept for text
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#F0E442")
@@ -258,7 +259,7 @@ def _one_row_each(
         return
     apart = [
         column
-        for column in ("variant", "kind", "stack", "estimator", "model_label", "site")
+        for column in ("weights", "variant", "kind", "stack", "estimator", "model_label", "site")
         if column in table and not table.duplicated([x, *([hue] if hue else []), column]).any()
     ]
     raise ValueError(
@@ -414,11 +415,17 @@ def _pictures(results: Any) -> dict[str, tuple[tuple[float, float], Any]]:
         if shown and table[x].notna().all():
             pictures[name] = _panels(table, shown, x, hue)
     ablation = results.diagnostics.get("normalization_ablation")
-    if ablation is not None and hue is None:
+    if ablation is not None and hue is None and ablation["layer"].notna().all():
         pictures["ablation"] = (
             (6.4, 4.4),
             lambda figure: profile(ablation, "d_pr", hue="variant", ax=figure.subplots()),
         )
+    for name, draw in (("intrinsic_dimension", intrinsic_dimension), ("overlap", overlap)):
+        if name in results.diagnostics:
+            table = results.diagnostics[name]
+            pictures[name] = ((6.4, 4.4), _drawing(draw, table))
+            if "step" in table and table["step"].max() > 0:
+                pictures[f"{name}_over_scales"] = ((6.4, 4.4), _drawing(draw, table, x="scale"))
     if "load" in results.router:
         pictures["router"] = ((7.0, 4.4), lambda figure: _router(results.router, figure.subplots()))
     return pictures
@@ -434,7 +441,9 @@ def _title(metadata: Mapping[str, Any]) -> str:
 def _kinds(table: pd.DataFrame) -> str | None:
     """The column that tells sites of one layer apart."""
     several = [
-        column for column in ("kind", "stack") if column in table and table[column].nunique(dropna=False) > 1
+        column
+        for column in ("weights", "kind", "stack")
+        if column in table and table[column].nunique(dropna=False) > 1
     ]
     return several[0] if several else None
 
@@ -450,6 +459,10 @@ def _panels(
             profile(table, column, x, hue=hue, ax=ax, legend=index == 0)
 
     return (4.2 * across, 3.2 * down), draw
+
+
+def _drawing(draw: Any, table: pd.DataFrame, **how: Any) -> Any:
+    return lambda figure: draw(table, figure.subplots(), **how)
 
 
 def _router(table: pd.DataFrame, ax: Any) -> Any:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from tensordict import TensorDictBase
+import torch
+from tensordict import TensorDict, TensorDictBase
 
 from tdgeom import bundle
 
@@ -27,7 +29,11 @@ class AnalysisResults:
         eigenvalues: covariance eigenvalues, descending, by ``layer_00`` (or by site where kinds or stacks are several).
         metadata: model, data, settings, versions, counts, times; in a loaded bundle also file hashes.
         artifact_dir: where the bundle is, once saved or loaded.
+        neighbors: neighbour tables of the sample's rows (with ``neighbors=True``): a TensorDict with ``("neighbors", site,
+            leaf)``, ``"sample_row_id"`` and the labels that the sample carried, for stages with ``source="neighbors"``.
         result: the TensorDict that the tables were made from (None after ``load``).
+        baseline: the analysis of the untrained model (with ``untrained=True``; None after ``load``, its rows are in the
+            tables).
     """
 
     metrics: pd.DataFrame
@@ -37,7 +43,9 @@ class AnalysisResults:
     eigenvalues: dict[str, np.ndarray] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     artifact_dir: Path | None = None
+    neighbors: TensorDictBase | None = field(default=None, repr=False)
     result: TensorDictBase | None = field(default=None, repr=False)
+    baseline: AnalysisResults | None = field(default=None, repr=False)
 
     def save(
         self, save_dir: str | Path | None = None, save_mode: str = "bundle", *, overwrite: bool = False
@@ -59,9 +67,8 @@ class AnalysisResults:
             tables["router"] = self.router
         tables |= {f"diagnostics/{bundle.safe_name(name)}": table for name, table in self.diagnostics.items()}
         metadata = {**self.metadata, "save_mode": save_mode}
-        self.artifact_dir = bundle.write(
-            Path(save_dir), tables, self.eigenvalues, metadata, save_mode, overwrite
-        )
+        arrays = {"eigenvalues": self.eigenvalues, "neighbors": _packed(self.neighbors)}
+        self.artifact_dir = bundle.write(Path(save_dir), tables, arrays, metadata, save_mode, overwrite)
         self.metadata = metadata
         return self.artifact_dir
 
@@ -72,7 +79,7 @@ class AnalysisResults:
         Raises:
             FileNotFoundError: no bundle there. ValueError: a file is missing, added to or changed, or the schema is newer.
         """
-        tables, eigenvalues, metadata = bundle.read(Path(path))
+        tables, arrays, metadata = bundle.read(Path(path))
         diagnostics = {
             name.split("/", 1)[1]: table for name, table in tables.items() if name.startswith("diagnostics/")
         }
@@ -81,7 +88,8 @@ class AnalysisResults:
             novelty=tables["novelty"],
             router=tables.get("router", pd.DataFrame()),
             diagnostics=diagnostics,
-            eigenvalues=eigenvalues,
+            eigenvalues=arrays["eigenvalues"],
+            neighbors=_unpacked(arrays["neighbors"]),
             metadata=metadata,
             artifact_dir=Path(path).resolve(),
         )
@@ -100,3 +108,32 @@ class AnalysisResults:
                 "metadata": self.metadata,
             }
         )
+
+
+def _packed(tables: TensorDictBase | None) -> dict[str, np.ndarray]:
+    """A TensorDict as arrays by key; a key is a JSON list, for site names may hold any character."""
+    if tables is None:
+        return {}
+    packed = {}
+    for key in tables.keys(True, True):
+        value = tables.get(key).detach().cpu()
+        # row numbers of a sample fit 32 bits, half the room
+        packed[json.dumps(key)] = (value.int() if key[-1] == "index" else value).numpy()
+    return packed
+
+
+def _unpacked(arrays: dict[str, np.ndarray]) -> TensorDictBase | None:
+    if not arrays:
+        return None
+    tables = TensorDict({}, batch_size=[])
+    for name, values in arrays.items():
+        try:
+            key = json.loads(name)
+            tables.set(tuple(key) if isinstance(key, list) else key, torch.from_numpy(values))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(
+                f"the neighbour tables hold an entry {name[:80]!r} that is no key: {error}"
+            ) from error
+        if key[-1] == "index":
+            tables.set(tuple(key), tables.get(tuple(key)).long())
+    return tables

@@ -5,6 +5,7 @@ from tdgeom.hooks.attention_edits import BlockAttention
 from tdgeom.hooks.blocks import find_stacks
 from tdgeom.hooks.capture import Capture
 from tdgeom.hooks.edits import Ablate, Edit, ProjectOnto, ProjectOut, Scale, Steer
+from tdgeom.hooks.hidden import hidden_state_sites
 from tdgeom.hooks.intervene import Intervene
 from tdgeom.hooks.other_runs import ActivationAddition, Patch
 from tdgeom.hooks.positions import Between, RandomPositions, SpecialTokens, partition, position_mask
@@ -35,6 +36,7 @@ __all__ = [
     "Steer",
     "available_sites",
     "find_stacks",
+    "hidden_state_sites",
     "partition",
     "position_mask",
     "resolve_sites",

@@ -1,0 +1,110 @@
+"""Pictures of profiles: intrinsic dimension and neighbourhood overlap against relative depth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from tdgeom.profiles import intrinsic_dimension_profile, overlap_profile
+
+__all__ = ["intrinsic_dimension", "overlap"]
+
+
+def intrinsic_dimension(result: Any, ax: Any = None, *, x: str = "relative_depth", **style: Any) -> Any:
+    """Intrinsic dimension against depth, a line for each estimator, bars of ± one standard error.
+
+    Estimators with several scales (Gride) are drawn where they are alone, a line for each scale.
+
+    Args:
+        result: what ``run`` returned, ``AnalysisResults``, or the table of ``intrinsic_dimension_profile``.
+        ax: matplotlib axes; made if None.
+        x: "relative_depth", "layer", or "scale": then a line for each site of the trained model, against the distance the
+            estimate looks at, on a logarithmic axis.
+        style: passed to ``ax.errorbar``.
+
+    Returns:
+        The axes.
+
+        >>> import torch, tdgeom as tg
+        >>> from tensordict import TensorDict
+        >>> rows = TensorDict({("sample", f"attn_input.{i}"): torch.rand(200, 3 + i) for i in range(2)})
+        >>> sites = ["attn_input.0", "attn_input.1"]
+        >>> ax = tg.plot.intrinsic_dimension(tg.ForEach(tg.TwoNN(), sites)(rows))
+        >>> ax.get_ylabel()
+        'intrinsic dimension'
+    """
+    from tdgeom.plot import profile
+
+    table = result if isinstance(result, pd.DataFrame) else intrinsic_dimension_profile(result)
+    several = table.groupby("estimator")["step"].transform("max") > 0
+    if x == "scale":
+        table = table[several] if several.any() else table
+        if "weights" in table:
+            table = table[table["weights"] == "trained"]
+        ax = profile(table, "estimate", "scale", yerr="standard_error", hue="site", ax=ax, **style)
+        ax.set(xscale="log", xlabel="scale (distance)")
+    else:
+        # a line for each scale beside other estimators would bury them
+        table = table if several.all() else table[~several]
+        table = table.assign(line=[_line(row, table) for row in table.to_dict("records")])
+        ax = profile(table, "estimate", x, yerr="standard_error", hue="line", ax=ax, **style)
+    ax.set_ylabel("intrinsic dimension")
+    return _untitled(ax)
+
+
+def overlap(result: Any, ax: Any = None, *, x: str = "relative_depth", **style: Any) -> Any:
+    """Neighbourhood overlap against depth: of consecutive sites, and with labels where they were measured.
+
+    Args:
+        result: what ``run`` returned, ``AnalysisResults``, or the table of ``overlap_profile``.
+        ax: matplotlib axes; made if None.
+        x: "relative_depth" or "layer"; a pair of sites stands at its first.
+        style: passed to ``ax.errorbar``.
+
+    Returns:
+        The axes, from 0 to 1.
+
+        >>> import torch, tdgeom as tg
+        >>> from tensordict import TensorDict
+        >>> sites = ["attn_input.0", "attn_input.1"]
+        >>> rows = TensorDict({("sample", site): torch.rand(50, 4) for site in sites})
+        >>> ax = tg.plot.overlap(tg.ForEachPair(tg.NeighborhoodOverlap(k=5), sites)(rows))
+        >>> ax.get_ylabel()
+        'overlap'
+    """
+    from tdgeom.plot import profile
+
+    table = result if isinstance(result, pd.DataFrame) else overlap_profile(result)
+    # Of all pairs those with the next site: tg.plot.matrix draws the others.
+    from_here = ["measure", "site", *(["weights"] if "weights" in table else [])]
+    nearest = table.groupby(from_here, sort=False)["other_relative_depth"].transform("min")
+    table = table[table["other"].isna() | (table["other_relative_depth"] == nearest)]
+    table = table.assign(line=[_line(row, table) for row in table.to_dict("records")])
+    ax = profile(table, "value", x, hue="line", ax=ax, **style)
+    ax.set(ylabel="overlap", ylim=(0, 1.02))
+    return _untitled(ax)
+
+
+def _line(row: dict[Any, Any], table: pd.DataFrame) -> str:
+    """What the legend calls the line that a row belongs to."""
+    name = str(row.get("estimator") or row["measure"]).replace("_", " ")
+    if "step" in table and table.loc[table["estimator"] == row.get("estimator"), "step"].max() > 0:
+        name += f", scale {row['step'] + 1}"
+    for column in ("weights", "kind", "stack"):
+        if column in table and len(_drawn_apart(table, column)) > 1:
+            name += f", {row[column]}"
+    return name
+
+
+def _drawn_apart(table: pd.DataFrame, column: str) -> list[Any]:
+    """The values of a column that make lines of their own: a kind with one site closes the line of the others."""
+    sites = table.groupby(column, dropna=False)["site"].nunique()
+    return list(sites[sites > 1].index if column == "kind" else sites.index)
+
+
+def _untitled(ax: Any) -> Any:
+    legend = ax.get_legend()
+    if legend is not None:
+        legend.set_title(None)
+    return ax
