@@ -68,7 +68,7 @@ def centred(x: Tensor) -> tuple[Tensor, Tensor]:
     power of two as the factor loses no digit.
     """
     rows = x - x.mean(1, keepdim=True)
-    low, high = torch.aminmax(rows.flatten(1), dim=1)
+    low, high = rows.amin((1, 2)), rows.amax((1, 2))  # aminmax is ten times slower than both
     scale = torch.maximum(high, -low).double()
     scale = torch.exp2(torch.where(scale > 0, scale, 1.0).log2().round())
     return rows.div_(scale[:, None, None].to(rows.dtype)).float(), scale
@@ -103,10 +103,12 @@ def blocks_of_keys(
 def keys_between(a: Tensor, b: Tensor, half_a: Tensor, half_b: Tensor, p: float, *, out: Tensor) -> None:
     """Keys of all rows of a against all rows of b; ``half`` are their |x|²/2 (Minkowski: 0)."""
     torch.add(half_a.unsqueeze(-1), half_b.unsqueeze(-2), out=out)
-    if p == 2:
-        out.baddbmm_(a, b.mT, alpha=-1)
-    else:
+    if p != 2:
         out.add_(torch.cdist(a, b, p=p))
+    elif len(a) == 1:  # the plain product is a little faster than a batch of one
+        out[0].addmm_(a[0], b[0].mT, alpha=-1)
+    else:
+        out.baddbmm_(a, b.mT, alpha=-1)
 
 
 def key_of(distance: Tensor, p: float) -> Tensor:
