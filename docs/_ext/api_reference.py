@@ -32,7 +32,8 @@ THEMES = {
     "Neighbours": ("neighbors",),
     "Intrinsic dimension": ("dimension",),
     "Probing and lenses": ("probing", "lens"),
-    "Analyses, results, reports": ("analyze", "results", "frames", "profiles", "untrained", "plot", "store", "report"),
+    "Analyses, results, reports": ("analyze", "results", "frames", "profiles", "untrained", "plot", "report"),
+    "Keeping activations and runs": ("store",),
 }
 FUNCTIONAL = "functional"
 logger = logging.getLogger(__name__)

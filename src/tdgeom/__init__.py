@@ -90,6 +90,7 @@ from tdgeom.similarity import (
 )
 from tdgeom.spectrum import EigenSpectrum, RankMe, SpectrumMetrics
 from tdgeom.stage import PairStage, Stage, StreamingStage
+from tdgeom.store import ActivationStore
 from tdgeom.stream.collect import Collect
 from tdgeom.stream.covariance import StreamingCovariance
 from tdgeom.stream.cross import StreamingCrossMoments
@@ -221,6 +222,8 @@ __all__ = [
     "Interpolate",
     "LEACE",
     "Erase",
+    # keeping activations and runs
+    "ActivationStore",
     # the rest
     "UndefinedMeasureWarning",
     "functional",

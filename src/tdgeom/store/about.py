@@ -1,0 +1,115 @@
+"""What a run says about itself: a few names and plain JSON values, checked on the way in and on the way out."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from tdgeom.bundle import plain
+from tdgeom.models import config_summary, model_identity
+from tdgeom.store.json_text import canonical, read_json
+
+__all__ = ["DETAILS", "About", "describe", "new_id", "valid_id"]
+
+DETAILS = ("config", "capture", "interventions", "positions", "metadata")
+_LONGEST_NAME = 4096
+
+
+def new_id() -> str:
+    """A run's id: ``r`` and 12 hexadecimal digits, drawn at random."""
+    return "r" + secrets.token_hex(6)
+
+
+def valid_id(text: object) -> bool:
+    """Whether this is an id: the only text of a catalogue that ever becomes part of a path."""
+    return isinstance(text, str) and re.fullmatch(r"r[0-9a-f]{12}", text) is not None
+
+
+@dataclass(frozen=True)
+class About:
+    """What a run says about itself; ``details`` holds those of ``DETAILS`` that were given, as JSON values."""
+
+    model: str | None = None
+    revision: str | None = None
+    dataset: str | None = None
+    experiment: str = "default"
+    tags: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def describe(
+    *,
+    model: str | nn.Module | None = None,
+    revision: str | None = None,
+    dataset: str | None = None,
+    experiment: str = "default",
+    tag: str | Sequence[str] | None = None,
+    config: Mapping[str, Any] | None = None,
+    capture: Any = None,
+    interventions: Any = None,
+    positions: Any = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> About:
+    """A description as plain JSON values.
+
+    Args:
+        model: a name, or a module, which gives its name, its revision and the summary of its configuration.
+        revision: the commit of the weights.
+        dataset: a name.
+        experiment: a name that several runs share.
+        tag: one label or several.
+        config: the model's configuration.
+        capture: JSON values, or a ``Capture``, which gives its sites and their module paths.
+        interventions, positions: JSON values; what is none is kept as its text.
+        metadata: anything else, JSON values.
+
+    Raises:
+        ValueError: a name that is empty, too long or no text; values nested too deep or too large.
+    """
+    if isinstance(model, nn.Module):
+        config = config_summary(model) if config is None else config
+        revision = revision or getattr(getattr(model, "config", None), "_commit_hash", None)
+        model = model_identity(model)[1]
+    if hasattr(capture, "module_paths"):
+        paths = {str(site): str(path) for site, path in capture.module_paths.items()}
+        capture = {"sites": [str(site) for site in capture.sites], "modules": paths}
+    given = {
+        "config": config,
+        "capture": capture,
+        "interventions": interventions,
+        "positions": positions,
+        "metadata": metadata,
+    }
+    tags = (tag,) if isinstance(tag, str) else tuple(tag or ())
+    return About(
+        model=_name(model, "model") if model is not None else None,
+        revision=_name(revision, "revision") if revision is not None else None,
+        dataset=_name(dataset, "dataset") if dataset is not None else None,
+        experiment=_name(experiment, "experiment"),
+        tags=tuple(dict.fromkeys(_name(one, "tag") for one in tags)),
+        details=_details({name: value for name, value in given.items() if value is not None}),
+    )
+
+
+def _details(given: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        details = plain(given)
+        read_json(canonical(details), "the description")  # what could not be read back is not written
+    except (RecursionError, UnicodeEncodeError, RuntimeError) as error:
+        raise ValueError(f"the run's description cannot be kept as JSON: {error}.") from error
+    return details
+
+
+def _name(text: object, what: str) -> str:
+    if not isinstance(text, str) or not text or len(text) > _LONGEST_NAME:
+        raise ValueError(f"{what}= takes a text of 1 to {_LONGEST_NAME} characters, got {str(text)[:80]!r}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what}={text[:80]!r} is no valid Unicode text: {error}.") from error
+    return text

@@ -1,0 +1,213 @@
+"""The catalogue: what runs there are, and which finished shards belong to each; every entry checked as it is read."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tdgeom.store.about import DETAILS, About, valid_id
+from tdgeom.store.database import Database
+from tdgeom.store.errors import StoreError, StoreLookupError
+from tdgeom.store.json_text import canonical, read_json
+from tdgeom.store.layout import Layout
+from tdgeom.store.locks import is_locked
+
+__all__ = ["KINDS", "STATES", "Catalogue", "Record", "ShardRecord", "relative_errors"]
+
+FILE = "catalogue.sqlite"
+STATES = ("writing", "complete", "failed", "removing")
+KINDS = ("activations", "capture", "analysis")
+_RECORD = """SELECT r.id, r.kind, r.state, r.reason, r.created, r.updated, r.model, r.revision, r.dataset, r.experiment,
+    r.details, (SELECT count(*) FROM shards s WHERE s.run = r.id), (SELECT total(rows) FROM shards s WHERE s.run = r.id),
+    (SELECT total(bytes) FROM shards s WHERE s.run = r.id) FROM runs r"""
+_ENDED_EARLY = "its writer ended before the run did: resume it or remove it"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as the catalogue has it.
+
+    ``kind``: "activations" (rows from a pipeline), "capture" (saved from memory) or "analysis". ``state``: "writing",
+    "complete", "failed" (``reason`` says why) or "removing". ``created``, ``updated``: seconds since 1970.
+    """
+
+    id: str
+    kind: str
+    state: str
+    reason: str | None
+    created: float
+    updated: float
+    about: About
+    shards: int
+    rows: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard of a run; ``rounding``: by tensor Σ|x-x̂|², Σ|x|² and max |x-x̂|/|x|, where rows were cast."""
+
+    rank: int
+    number: int
+    rows: int
+    bytes: int
+    sha256: str
+    rounding: Mapping[str, Sequence[float]]
+
+    @property
+    def name(self) -> str:
+        """The file's name, from numbers alone."""
+        return f"rank-{self.rank:05d}-{self.number:08d}.safetensors"
+
+
+class Catalogue(Database):
+    """The SQLite file of the store in ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / FILE)
+        self.folder = folder
+
+    def add_run(
+        self, run: str, kind: str, about: About, layout: Layout, created: float | None = None
+    ) -> bool:
+        """Enter a run in state ``writing``; False where it is there already."""
+        now = time.time()
+        names = (about.model, about.revision, about.dataset, about.experiment)
+        times = (now if created is None else created, now)
+        values = (run, kind, "writing", None, *times, *names, canonical(about.details), layout.to_json())
+        marks = ",".join("?" * len(values))
+        with self.writing() as connection:
+            is_new = connection.execute(f"INSERT OR IGNORE INTO runs VALUES ({marks})", values).rowcount > 0
+            if is_new:
+                connection.executemany("INSERT INTO tags VALUES (?, ?)", [(run, tag) for tag in about.tags])
+        return is_new
+
+    def add_shard(self, run: str, shard: ShardRecord) -> None:
+        """Enter a finished shard: from here on its rows belong to the run."""
+        values = (run, shard.rank, shard.number, shard.rows, shard.bytes, shard.sha256)
+        with self.writing() as connection:
+            connection.execute(
+                "INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?)", (*values, canonical(shard.rounding))
+            )
+            changed = connection.execute(
+                "UPDATE runs SET updated=? WHERE id=? AND state='writing'", (time.time(), run)
+            )
+            if not changed.rowcount:
+                raise StoreError(
+                    f"run {run} is no longer being written (it was removed or finished elsewhere)."
+                )
+
+    def set_state(self, run: str, state: str, reason: str | None = None) -> None:
+        """Move a run to another state."""
+        with self.writing() as connection:
+            changed = connection.execute(
+                "UPDATE runs SET state=?, reason=?, updated=? WHERE id=?", (state, reason, time.time(), run)
+            )
+            if not changed.rowcount:
+                raise StoreLookupError(f"run {run} is no longer in the store.")
+
+    def drop_run(self, run: str) -> None:
+        """Forget a run; its files are the caller's to remove."""
+        with self.writing() as connection:
+            for table, column in (("shards", "run"), ("tags", "run"), ("runs", "id")):
+                connection.execute(f"DELETE FROM {table} WHERE {column} = ?", (run,))
+
+    def records(self, condition: str = "1", values: Sequence[Any] = ()) -> list[Record]:
+        """The runs (``r``) that meet a condition in SQL, its values bound, oldest first."""
+        with self.reading() as connection:
+            rows = connection.execute(
+                f"{_RECORD} WHERE {condition} ORDER BY r.created, r.rowid", tuple(values)
+            ).fetchall()
+            tags: dict[Any, list[Any]] = {}
+            for run, tag in connection.execute("SELECT run, tag FROM tags ORDER BY rowid") if rows else ():
+                tags.setdefault(run, []).append(tag)
+        return [self._record(row, tags.get(row[0], [])) for row in rows]
+
+    def record(self, run: str) -> Record:
+        """One run by its whole id."""
+        found = self.records("r.id = ?", (run,))
+        if not found:
+            raise StoreLookupError(f"there is no run {str(run)[:40]!r} in {self.folder}.")
+        return found[0]
+
+    def layout(self, run: str) -> Layout:
+        """What the shards of a run hold."""
+        with self.reading() as connection:
+            row = connection.execute("SELECT layout FROM runs WHERE id = ?", (run,)).fetchone()
+        if row is None:
+            raise StoreLookupError(f"there is no run {str(run)[:40]!r} in {self.folder}.")
+        return Layout.from_json(self._text(row[0], run), f"{self.path}: the layout of run {run}")
+
+    def shards(self, run: str) -> list[ShardRecord]:
+        """The finished shards of a run, by rank and number."""
+        with self.reading() as connection:
+            rows = connection.execute(
+                "SELECT rank, number, rows, bytes, sha256, rounding FROM shards WHERE run = ? ORDER BY rank, number",
+                (run,),
+            ).fetchall()
+        return [self._shard(run, row) for row in rows]
+
+    def _shard(self, run: str, row: Sequence[Any]) -> ShardRecord:
+        *numbers, sha256, rounding = row
+        rounded = read_json(self._text(rounding, run), f"{self.path}: the rounding of run {run}")
+        if not all(type(one) is int and 0 <= one < 2**48 for one in numbers) or not _is_rounding(rounded):
+            raise self._tampered(run)
+        return ShardRecord(*numbers, self._text(sha256, run), rounded)
+
+    def _record(self, row: Sequence[Any], tags: Sequence[Any]) -> Record:
+        run, kind, state, reason, created, updated, *names, details, shards, rows, size = row
+        optional = (reason, *names[:3])
+        numbers = (created, updated, shards, rows, size)
+        if (
+            not valid_id(run)
+            or kind not in KINDS
+            or state not in STATES
+            or not all(one is None or isinstance(one, str) for one in optional)
+            or not all(isinstance(one, str) for one in (names[3], details, *tags))
+            or not all(isinstance(one, int | float) and 0 <= one < 2**60 for one in numbers)
+            or max(created, updated) > 1e11
+        ):
+            raise self._tampered(run)
+        parsed = read_json(details, f"{self.path}: the details of run {run}")
+        if not isinstance(parsed, dict) or not set(parsed) <= set(DETAILS):
+            raise self._tampered(run)
+        if state == "writing" and not self.is_being_written(run):
+            state, reason = "failed", _ENDED_EARLY
+        about = About(*names, tuple(tags), parsed)
+        return Record(run, kind, state, reason, created, updated, about, shards, int(rows), int(size))
+
+    def is_being_written(self, run: str) -> bool:
+        """Whether a process holds the right to write the run."""
+        return any(is_locked(path) for path in (self.folder / run).glob("rank-*.lock"))
+
+    def _text(self, value: Any, run: str) -> str:
+        if not isinstance(value, str):
+            raise self._tampered(run)
+        return value
+
+    def _tampered(self, run: Any) -> StoreError:
+        return StoreError(f"{self.path}: the entry of run {str(run)[:40]!r} is damaged or was tampered with.")
+
+
+def relative_errors(shards: Sequence[ShardRecord]) -> dict[str, dict[str, float]]:
+    """What casting cost, by tensor: ``relative`` = √(Σ|x-x̂|² / Σ|x|²) over all rows, ``worst_row`` = max |x-x̂|/|x|."""
+    found = {}
+    for name in dict.fromkeys(name for shard in shards for name in shard.rounding):
+        parts = [shard.rounding[name] for shard in shards if name in shard.rounding]
+        gap, size = (sum(part[i] for part in parts) for i in (0, 1))
+        worst = max(part[2] for part in parts)
+        found[name] = {"relative": math.sqrt(gap / size) if size else 0.0, "worst_row": worst}
+    return found
+
+
+def _is_rounding(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(part, list)
+        and len(part) == 3
+        and all(type(one) in (int, float) and math.isfinite(one) and one >= 0 for one in part)
+        for part in value.values()
+    )

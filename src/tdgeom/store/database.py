@@ -1,0 +1,171 @@
+"""The SQLite file: opened with care, its tables checked before they are believed, its errors in plain words."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+from tdgeom.store.errors import StoreError
+
+__all__ = ["Database"]
+
+FORMAT = 1
+_APPLICATION = 0x7464676D  # "tdgm"
+_TABLES = {
+    "runs": """CREATE TABLE runs (
+        id TEXT PRIMARY KEY, kind TEXT NOT NULL, state TEXT NOT NULL, reason TEXT, created REAL NOT NULL,
+        updated REAL NOT NULL, model TEXT, revision TEXT, dataset TEXT, experiment TEXT NOT NULL,
+        details TEXT NOT NULL, layout TEXT NOT NULL)""",
+    "tags": "CREATE TABLE tags (run TEXT NOT NULL, tag TEXT NOT NULL, PRIMARY KEY (run, tag))",
+    "shards": """CREATE TABLE shards (
+        run TEXT NOT NULL, rank INTEGER NOT NULL, number INTEGER NOT NULL, rows INTEGER NOT NULL,
+        bytes INTEGER NOT NULL, sha256 TEXT NOT NULL, rounding TEXT NOT NULL, PRIMARY KEY (run, rank, number))""",
+    "runs_created": "CREATE INDEX runs_created ON runs (created)",
+    "runs_experiment": "CREATE INDEX runs_experiment ON runs (experiment)",
+}
+_PATIENCE = 30.0  # seconds to wait for another process's transaction
+_LONGEST_QUERY = 60.0  # seconds: a damaged tree of pages must not hang a reader
+_LONGEST_VALUE = 32 * 2**20  # bytes of one value
+
+
+class Database:
+    """The file at ``path``: a connection an operation, so that forks, threads and copies are no matter."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self) -> None:
+        """Make the tables unless they are there."""
+        with self._explained("creating"), closing(self._connect("mode=rwc")) as connection:
+            if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
+                _use_write_ahead_log(connection)
+                connection.execute("BEGIN IMMEDIATE")
+                if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                    for statement in _TABLES.values():
+                        connection.execute(statement)
+                    connection.execute(f"PRAGMA application_id={_APPLICATION}")
+                    connection.execute(f"PRAGMA user_version={FORMAT}")
+                connection.execute("COMMIT")
+            self._check(connection)
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection that sees one state of the file."""
+        self._refuse_missing()
+        with self._explained("reading"), closing(self._connect(self._reading_mode())) as connection:
+            self._check(connection)
+            connection.execute("BEGIN")
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: all of it or nothing."""
+        self._refuse_missing()
+        with self._explained("writing"), closing(self._connect("mode=rw")) as connection:
+            self._check(connection)
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                with suppress(sqlite3.Error):  # the first error is the one to report
+                    connection.execute("ROLLBACK")
+                raise
+
+    def damage(self) -> list[str]:
+        """What SQLite's own check of the file finds."""
+        with self.reading() as connection:
+            found = [str(row[0]) for row in connection.execute("PRAGMA integrity_check(20)")]
+        return [] if found == ["ok"] else found
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        if self.path.is_symlink():
+            raise StoreError(
+                f"{self.path} is a symbolic link, which a store never holds: it was tampered with."
+            )
+        uri = f"{self.path.absolute().as_uri()}?{mode}"
+        connection = sqlite3.connect(uri, uri=True, timeout=_PATIENCE, isolation_level=None)
+        try:
+            until = time.monotonic() + _LONGEST_QUERY
+            connection.set_progress_handler(lambda: time.monotonic() > until, 1_000_000)
+            if hasattr(connection, "setlimit"):  # Python 3.11
+                connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_VALUE)
+            connection.execute("PRAGMA trusted_schema=OFF")
+            connection.execute("PRAGMA cell_size_check=ON")
+            connection.execute("PRAGMA synchronous=FULL")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _reading_mode(self) -> str:
+        # SQLite's readers write too (shared memory beside the file), which a read-only folder does not allow.
+        effective = {"effective_ids": True} if os.access in os.supports_effective_ids else {}
+        if all(os.access(path, os.W_OK, **effective) for path in (self.path, self.path.parent)):
+            return "mode=rw"
+        log = self.path.with_name(self.path.name + "-wal")
+        with suppress(OSError):
+            if log.stat().st_size:
+                return "mode=ro"
+        return "mode=ro&immutable=1"  # no log, so no writer either
+
+    def _refuse_missing(self) -> None:
+        if not self.path.exists():
+            raise StoreError(
+                f"{self.path} is gone: the store's folder was removed, moved or unmounted. Bring it back."
+            )
+
+    def _check(self, connection: sqlite3.Connection) -> None:
+        """Exactly our tables and nothing else: no trigger, no view, nothing that acts when it is read."""
+        if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION:
+            raise StoreError(f"{self.path} is a SQLite file, but no catalogue of tdgeom.")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version != FORMAT:
+            raise StoreError(
+                f"{self.path} has format {version}; this version reads {FORMAT}. Use a matching tdgeom."
+            )
+        found = dict(connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
+        odd = [str(name)[:80] for name in {**found, **_TABLES} if found.get(name) != _TABLES.get(name)]
+        if odd:
+            raise StoreError(
+                f"{self.path} has other tables than a catalogue of tdgeom: {odd[:12]}. It is refused."
+            )
+
+    @contextmanager
+    def _explained(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise StoreError(f"{doing} the catalogue {self.path}: {_remedy(str(error))}.") from error
+        except sqlite3.Error as error:
+            raise StoreError(
+                f"{doing} the catalogue {self.path}: {error}. The file is damaged or was not written by tdgeom; the shards "
+                f"beside it are safetensors files and can be read without it."
+            ) from error
+        except (UnicodeDecodeError, OverflowError) as error:
+            raise StoreError(f"{doing} the catalogue {self.path}: {error}; the file is damaged.") from error
+
+
+def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
+    for attempt in range(50):  # changing the mode is the one step that SQLite's own patience does not cover
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or attempt == 49:
+                raise
+            time.sleep(0.05)
+
+
+def _remedy(said: str) -> str:
+    if "full" in said or "disk I/O" in said:
+        return f"{said}: no space is left (or the disk refused); what was recorded before is safe. Free space and go on"
+    if "readonly" in said or "unable to open" in said:
+        return f"{said}: the folder is gone or cannot be written"
+    if "interrupted" in said:
+        return f"{said}: no answer within {_LONGEST_QUERY:.0f} s, so the file is probably damaged"
+    return said

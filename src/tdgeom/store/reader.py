@@ -1,0 +1,149 @@
+"""A stored run read again: row by row as a source of batches, or whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from tdgeom.stage import as_key
+from tdgeom.store.catalogue import Catalogue, ShardRecord
+from tdgeom.store.dtypes import decode
+from tdgeom.store.errors import StoreError
+from tdgeom.store.layout import Entry, Layout
+from tdgeom.store.shards import Shard
+from tdgeom.tokens import POSITION_BITS
+
+__all__ = ["RowSource", "read_tensors"]
+
+
+class RowSource:
+    """The rows of a stored run, a source of batches for ``run``.
+
+    Iterating gives TensorDicts of batch size [] with ``("tokens", site)``, ``("tokens", name)`` for what ``also=`` carried,
+    ``"row_id"``, and, following from these, ``"document_id"`` (the sequence, unless one was carried) and ``"position"``;
+    a batch never spans two shards, so the last of a shard may be smaller. ``source[rows]`` reads any rows by their
+    number in the run. ``len(source)`` is the number of batches, ``source.rows`` that of rows.
+
+    Raises:
+        StoreError: a shard is missing, damaged or not what the catalogue says.
+    """
+
+    def __init__(self, catalogue: Catalogue, run: str, entries: Sequence[Entry], batch_rows: int) -> None:
+        self.run, self.batch_rows = run, batch_rows
+        self._folder = catalogue.folder / run
+        self._entries = list(entries)
+        self._records = catalogue.shards(run)
+        self._starts = np.array([0, *accumulate(one.rows for one in self._records)], dtype=np.int64)
+        self._open: dict[int, Shard] = {}
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return int(self._starts[-1])
+
+    def __len__(self) -> int:
+        return sum(-(-one.rows // self.batch_rows) for one in self._records)
+
+    def __iter__(self) -> Iterator[TensorDict]:
+        for number, record in enumerate(self._records):
+            shard = self._shard(number)
+            for begin in range(0, record.rows, self.batch_rows):
+                end = min(record.rows, begin + self.batch_rows)
+                yield self._batch([_decoded_rows(shard, entry, begin, end) for entry in self._entries])
+
+    def __getitem__(self, rows: Tensor | np.ndarray | Sequence[int] | slice) -> TensorDict:
+        """Rows by number, in the order given."""
+        numbers = self._numbers(rows)
+        shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
+        columns = [torch.empty((len(numbers), *one.shape), dtype=one.dtype) for one in self._entries]
+        for number in np.unique(shard_of):
+            here = np.flatnonzero(shard_of == number)
+            local = numbers[here] - self._starts[number]
+            shard = self._shard(int(number))
+            for entry, column in zip(self._entries, columns):
+                scale = shard.take(entry.scale, local) if entry.scale is not None else None
+                column[torch.from_numpy(here)] = decode(shard.take(entry.name, local), scale, entry.dtype)
+        return self._batch(columns)
+
+    def _numbers(self, rows: Tensor | np.ndarray | Sequence[int] | slice) -> np.ndarray:
+        if isinstance(rows, slice):
+            return np.arange(*rows.indices(self.rows))
+        numbers = np.asarray(rows, dtype=np.int64)
+        if numbers.ndim != 1 or (
+            numbers.size and not -self.rows <= numbers.min() <= numbers.max() < self.rows
+        ):
+            raise IndexError(
+                f"rows are numbered 0 to {self.rows - 1} in run {self.run}, a list of them is asked for; got {rows}."
+            )
+        return np.where(numbers < 0, numbers + self.rows, numbers)
+
+    def _shard(self, number: int) -> Shard:
+        if number not in self._open:
+            self._open[number] = open_shard(self._folder, self._records[number], self._entries)
+        return self._open[number]
+
+    def _batch(self, columns: Sequence[Tensor]) -> TensorDict:
+        found = TensorDict({}, batch_size=[])
+        for entry, column in zip(self._entries, columns):
+            found.set(as_key(entry.key), column)
+        row_id = found.get("row_id")
+        carried = found.get(("tokens", "document_id"), None)
+        found.set("document_id", row_id >> POSITION_BITS if carried is None else carried)
+        found.set("position", row_id & ((1 << POSITION_BITS) - 1))
+        return found
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_open": {}}  # a mapped file does not travel to another process
+
+
+def open_shard(folder_of_run: Path, record: ShardRecord, entries: Sequence[Entry]) -> Shard:
+    """A shard with rows of every entry, as the layout says."""
+    shard = Shard(folder_of_run / record.name, size=record.bytes)
+    for entry in entries:
+        _check(shard, entry.name, entry.stored, (record.rows, *entry.shape))
+        if entry.scale is not None:
+            _check(shard, entry.scale, torch.float32, (record.rows,))
+    return shard
+
+
+def read_tensors(catalogue: Catalogue, run: str, layout: Layout) -> dict[str, Tensor]:
+    """Every tensor of a run by its name, whole and in memory."""
+    records = catalogue.shards(run)
+    folder = catalogue.folder / run
+    if layout.rows:
+        shards = [open_shard(folder, record, layout.entries) for record in records]
+        return {
+            entry.name: torch.cat(
+                [torch.empty((0, *entry.shape), dtype=entry.dtype)]
+                + [_decoded_rows(shard, entry, 0, record.rows) for shard, record in zip(shards, records)]
+            )
+            for entry in layout.entries
+        }
+    if len(records) != 1:
+        raise StoreError(
+            f"run {run} should lie in one file, the catalogue has {len(records)}: it is damaged."
+        )
+    shard = Shard(folder / records[0].name, size=records[0].bytes)
+    for entry in layout.entries:
+        _check(shard, entry.name, entry.stored, entry.shape)
+    return {entry.name: shard.whole(entry.name) for entry in layout.entries}
+
+
+def _decoded_rows(shard: Shard, entry: Entry, begin: int, end: int) -> Tensor:
+    scale = shard.rows(entry.scale, begin, end) if entry.scale is not None else None
+    return decode(shard.rows(entry.name, begin, end), scale, entry.dtype)
+
+
+def _check(shard: Shard, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    placed = shard.place(name)
+    if placed.dtype != dtype or placed.shape != shape:
+        raise StoreError(
+            f"{shard.path}: tensor {name!r} is {placed.dtype} of shape {placed.shape}, the catalogue says {dtype} of shape "
+            f"{shape}: the shard is damaged or was exchanged."
+        )

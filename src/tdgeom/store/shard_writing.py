@@ -1,0 +1,98 @@
+"""Writing a shard: named tensors in one safetensors file, whole or not at all, hashed on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from tdgeom.store.errors import StoreError
+from tdgeom.store.files import explain, open_regular, write_whole
+from tdgeom.store.shards import CODES, LARGEST_HEADER
+
+__all__ = ["file_sha256", "write_shard"]
+
+_LARGEST_STEP = 1 << 30  # one write() moves 2 GiB at most
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    """Write a safetensors file whole or not at all; (its bytes, its SHA-256).
+
+    Raises:
+        StoreError: a dtype that shards do not hold, too many names, or the disk refused.
+    """
+    # the widest first: every tensor then starts at a multiple of its own item size
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    chunks = [_header({name: tensors[name] for name in names}, path)]
+    chunks += [_bytes_of(tensors[name]) for name in names if tensors[name].numel()]
+    digest = hashlib.sha256()
+
+    def hash_chunks() -> None:
+        for chunk in chunks:
+            digest.update(chunk)
+
+    def write(handle: BinaryIO) -> None:
+        # hashlib and write() both let go of the interpreter lock: the hash costs no time of its own
+        hashing = threading.Thread(target=hash_chunks)
+        hashing.start()
+        try:
+            for chunk in chunks:
+                _write_all(handle, chunk)
+        finally:
+            hashing.join()
+
+    write_whole(path, write)
+    return sum(len(chunk) for chunk in chunks), digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    try:
+        with open_regular(path) as handle:
+            while chunk := handle.read(1 << 22):
+                digest.update(chunk)
+    except OSError as error:
+        raise explain(error, f"reading {path}") from error
+    return digest.hexdigest()
+
+
+def _header(tensors: Mapping[str, Tensor], path: Path) -> bytes:
+    header = {}
+    end = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in CODES:
+            raise StoreError(
+                f"{name!r} has dtype {tensor.dtype}, which shards do not hold; they hold {[str(one) for one in CODES]}."
+            )
+        begin, end = end, end + math.prod(tensor.shape) * tensor.element_size()
+        header[name] = {
+            "dtype": CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > LARGEST_HEADER:
+        raise StoreError(
+            f"{path.name}: {len(tensors)} tensors need a header of {len(text):,} bytes; {LARGEST_HEADER:,} are allowed."
+        )
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def _write_all(handle: BinaryIO, chunk: bytes | memoryview) -> None:
+    rest = memoryview(chunk)
+    while rest.nbytes:
+        rest = rest[handle.write(rest[:_LARGEST_STEP]) :]

@@ -1,0 +1,197 @@
+"""``ActivationStore``: a folder of runs and its catalogue."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from tensordict import TensorDict
+
+from tdgeom.store.about import describe, new_id
+from tdgeom.store.catalogue import Catalogue, Record, ShardRecord, relative_errors
+from tdgeom.store.errors import StoreBusyError, StoreError
+from tdgeom.store.files import explain
+from tdgeom.store.memory import Captured, pack, unpack
+from tdgeom.store.reader import RowSource, read_tensors
+from tdgeom.store.shard_writing import write_shard
+from tdgeom.store.verify import Damage, verify
+from tdgeom.store.writer import RunLock
+
+__all__ = ["ActivationStore"]
+
+VARIABLE = "TDGEOM_STORE"
+
+
+class ActivationStore:
+    """A folder that keeps activations and analyses, and finds them again.
+
+    Beside the runs' folders lies one SQLite file, the catalogue: what each run is, in which state, and which finished
+    shards belong to it. Shards are safetensors files, written whole or not at all and hashed. Nothing is pickled, and no
+    name or metadata ever becomes a path.
+
+    Args:
+        path: the folder; made if it is not there.
+
+    Attributes: ``path``, ``catalogue``.
+
+    Raises:
+        StoreError: the folder cannot be made, or holds a catalogue that is not one of tdgeom.
+
+        >>> import tempfile, torch, tdgeom as tg
+        >>> store = tg.ActivationStore(tempfile.mkdtemp())
+        >>> run = store.save({"acts": torch.ones(2, 3)}, model="gpt2", tag="first")
+        >>> activations, metadata = store.load(run)
+        >>> activations["acts"].shape, metadata["model"], metadata["tags"]
+        (torch.Size([2, 3]), 'gpt2', ['first'])
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        self.catalogue = Catalogue(self.path)
+        if not self.catalogue.path.exists():
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise explain(error, f"making the store {self.path}") from error
+            self.catalogue.create()
+
+    @classmethod
+    def from_env(cls) -> ActivationStore:
+        """The store in the folder that the environment variable TDGEOM_STORE names."""
+        path = os.environ.get(VARIABLE)
+        if not path:
+            raise StoreError(f"the environment variable {VARIABLE} is not set: put the store's folder there.")
+        return cls(path)
+
+    def save(self, activations: Captured, **about: Any) -> str:
+        """Keep what is in memory, in one file; the new run's id.
+
+        Args:
+            activations: a TensorDict, a (nested) mapping, a tensor (loaded back under "tensor"), or a list of TensorDicts,
+                such as the ``calls`` of a ``Capture``. Leaves that are no tensors must be JSON values.
+            about: what the run says of itself: ``model`` (a name or the module), ``revision``, ``dataset``, ``experiment``,
+                ``tag`` (one or several), ``config``, ``capture`` (JSON values or the ``Capture``), ``interventions``,
+                ``positions`` and ``metadata``.
+
+        Raises:
+            StoreError: the disk refused; the run is then marked as failed.
+        """
+        description = describe(**about)
+        layout, tensors = pack(activations)
+        lock = RunLock(self.catalogue, new_id())
+        try:
+            self.catalogue.add_run(lock.run, "capture", description, layout)
+            shard = ShardRecord(0, 0, 0, 0, "", {})
+            size, digest = write_shard(lock.folder / shard.name, tensors)
+            self.catalogue.add_shard(lock.run, ShardRecord(0, 0, 0, size, digest, {}))
+            self.catalogue.set_state(lock.run, "complete")
+        finally:
+            lock.release()
+        return lock.run
+
+    def load(
+        self, run: str, *, partial: bool = False
+    ) -> tuple[TensorDict | list[TensorDict], dict[str, Any]]:
+        """(activations, metadata) of a run, all in memory; for the rows of a large run see ``rows``.
+
+        Args:
+            run: its id.
+            partial: load the finished shards of a run that is not complete.
+
+        Raises:
+            StoreLookupError: no such run. StoreError: it is not complete, or its files are damaged.
+        """
+        record = self._readable(run, partial)
+        layout = self.catalogue.layout(run)
+        return unpack(layout, read_tensors(self.catalogue, run, layout)), self.metadata(record)
+
+    def rows(
+        self,
+        run: str,
+        *,
+        sites: Sequence[str] | None = None,
+        also: Sequence[str] = (),
+        batch_rows: int = 2048,
+        partial: bool = False,
+    ) -> RowSource:
+        """The rows of a stored run as a data source: ``tg.run(pipeline, store.rows(run))``.
+
+        Args:
+            run: its id.
+            sites: the sites to read; default all, with every carried value.
+            also: carried values to read beside the sites given.
+            batch_rows: rows a batch.
+            partial: read the finished shards of a run that is not complete.
+
+        Raises:
+            StoreLookupError: no such run, or no such site in it. StoreError: not complete, or it holds no rows.
+        """
+        self._readable(run, partial)
+        layout = self.catalogue.layout(run)
+        if not layout.rows or "row_id" not in layout.by_key:
+            raise StoreError(f"run {run} holds no rows: it was saved from memory, load it with store.load.")
+        if batch_rows < 1:
+            raise ValueError(f"batch_rows must be at least 1, got {batch_rows}.")
+        names = None if sites is None else [str(name) for name in (*sites, *also)]
+        return RowSource(self.catalogue, run, layout.of_rows(names), batch_rows)
+
+    def metadata(self, run: str | Record) -> dict[str, Any]:
+        """Everything the catalogue says of a run, as JSON values."""
+        record = self.catalogue.record(run) if isinstance(run, str) else run
+        about = record.about
+        return {
+            "id": record.id,
+            "kind": record.kind,
+            "state": record.state,
+            "reason": record.reason,
+            "created": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="seconds"),
+            "model": about.model,
+            "revision": about.revision,
+            "dataset": about.dataset,
+            "experiment": about.experiment,
+            "tags": list(about.tags),
+            "shards": record.shards,
+            "rows": record.rows,
+            "bytes": record.bytes,
+            "relative_error": relative_errors(self.catalogue.shards(record.id)),
+            **about.details,
+        }
+
+    def remove(self, run: str) -> None:
+        """Delete a run and its files; one that was being removed when the process died is removed for good.
+
+        Raises:
+            StoreBusyError: it is being written. StoreLookupError: no such run. StoreError: the disk refused.
+        """
+        self.catalogue.record(run)
+        if self.catalogue.is_being_written(run):
+            raise StoreBusyError(f"run {run} is being written: stop its writer, then remove it.")
+        self.catalogue.set_state(run, "removing")
+        try:
+            shutil.rmtree(self.path / run)
+        except FileNotFoundError:
+            pass  # an earlier removal got this far
+        except OSError as error:
+            raise explain(error, f"removing {self.path / run}") from error
+        self.catalogue.drop_run(run)
+
+    def verify(self, run: str | None = None) -> list[Damage]:
+        """Check every shard of a run (of all runs) against its hash, and the catalogue; an empty list: all is well."""
+        return verify(self.catalogue, run)
+
+    def _readable(self, run: str, partial: bool) -> Record:
+        record = self.catalogue.record(run)
+        if record.state != "complete" and not partial:
+            why = f" ({record.reason})" if record.reason else ""
+            raise StoreError(
+                f"run {run} is not complete: its state is {record.state}{why}. partial=True reads its "
+                f"{record.shards} finished shards."
+            )
+        return record
+
+    def __repr__(self) -> str:
+        return f"ActivationStore({str(self.path)!r})"

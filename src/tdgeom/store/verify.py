@@ -1,0 +1,67 @@
+"""Is every byte still what was written? Shards against their hashes, folders against the catalogue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tdgeom.store.about import valid_id
+from tdgeom.store.catalogue import Catalogue, ShardRecord
+from tdgeom.store.errors import StoreError
+from tdgeom.store.shard_writing import file_sha256
+from tdgeom.store.shards import Shard
+
+__all__ = ["Damage", "verify"]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong: with a shard of a run, with a run, or (both None) with the catalogue."""
+
+    problem: str
+    run: str | None = None
+    shard: str | None = None
+
+    def __str__(self) -> str:
+        where = "/".join(part for part in (self.run, self.shard) if part) or "the catalogue"
+        return f"{where}: {self.problem}"
+
+
+def verify(catalogue: Catalogue, run: str | None = None) -> list[Damage]:
+    """Everything that is wrong with a run; with all runs, their folders and the catalogue, where none is named.
+
+    Raises:
+        StoreLookupError: no such run. StoreError: the catalogue cannot be read at all.
+    """
+    if run is not None:
+        return _damage_of_run(catalogue, catalogue.record(run).id)
+    found = [Damage(problem) for problem in catalogue.damage()]
+    runs = [record.id for record in catalogue.records()]
+    for known in runs:
+        found += _damage_of_run(catalogue, known)
+    strays = [
+        path.name for path in catalogue.folder.iterdir() if valid_id(path.name) and path.name not in runs
+    ]
+    return found + [Damage("a folder of a run that the catalogue does not have", name) for name in strays]
+
+
+def _damage_of_run(catalogue: Catalogue, run: str) -> list[Damage]:
+    found = []
+    for shard in catalogue.shards(run):
+        problem = _damage_of_shard(catalogue, run, shard)
+        if problem is not None:
+            found.append(Damage(problem, run, shard.name))
+    return found
+
+
+def _damage_of_shard(catalogue: Catalogue, run: str, shard: ShardRecord) -> str | None:
+    path = catalogue.folder / run / shard.name
+    try:
+        Shard(path, size=shard.bytes)
+        digest = file_sha256(path)
+    except StoreError as error:
+        return str(error)
+    if digest != shard.sha256:
+        return (
+            f"its SHA-256 is {digest[:16]}..., it was written with {shard.sha256[:16]}...: a bit has changed."
+        )
+    return None
