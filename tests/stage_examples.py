@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -42,6 +43,7 @@ NOT_STAGES = {
 }
 
 N, D = 60, 5
+SCRATCH = tempfile.TemporaryDirectory()  # of the stages that write files
 
 
 @dataclass
@@ -234,6 +236,10 @@ EXAMPLES: dict[str, Example] = {
     "Collect": streaming(
         lambda **keys: tg.Collect(["x"], **keys), rows, ids,
         shapes="takes rows of any shape", compile="grows with the rows it holds",
+    ),
+    "StoreActivations": streaming(
+        lambda **keys: tg.StoreActivations(SCRATCH.name, **keys), rows, ids,
+        shapes="takes rows of any shape", compile="writes files",
     ),
     "RouterLoad": streaming(tg.RouterLoad, rows),
     "StreamingCrossMoments": streaming(

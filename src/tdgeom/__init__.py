@@ -90,7 +90,7 @@ from tdgeom.similarity import (
 )
 from tdgeom.spectrum import EigenSpectrum, RankMe, SpectrumMetrics
 from tdgeom.stage import PairStage, Stage, StreamingStage
-from tdgeom.store import ActivationStore
+from tdgeom.store import ActivationStore, StoreActivations
 from tdgeom.stream.collect import Collect
 from tdgeom.stream.covariance import StreamingCovariance
 from tdgeom.stream.cross import StreamingCrossMoments
@@ -224,6 +224,7 @@ __all__ = [
     "Erase",
     # keeping activations and runs
     "ActivationStore",
+    "StoreActivations",
     # the rest
     "UndefinedMeasureWarning",
     "functional",

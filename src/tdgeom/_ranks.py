@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Repeats", "rank_and_world", "sum_over_ranks"]
+__all__ = ["Repeats", "broadcast_number", "rank_and_world", "sum_over_ranks"]
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -31,6 +31,13 @@ def sum_over_ranks(values: dict[str, int]) -> dict[str, int]:
     total = torch.tensor(list(values.values()), dtype=torch.int64, device=_wire())
     dist.all_reduce(total)
     return dict(zip(values, total.tolist()))
+
+
+def broadcast_number(number: int) -> int:
+    """Rank 0's number, on every rank. Collective."""
+    shared = torch.tensor(number, dtype=torch.int64, device=_wire())
+    dist.broadcast(shared, src=0)
+    return int(shared)
 
 
 class Repeats:

@@ -14,7 +14,7 @@ from tdgeom.bundle import plain
 from tdgeom.models import config_summary, model_identity
 from tdgeom.store.json_text import canonical, read_json
 
-__all__ = ["DETAILS", "About", "describe", "new_id", "valid_id"]
+__all__ = ["DETAILS", "About", "describe", "id_of", "new_id", "number_of", "valid_id"]
 
 DETAILS = ("config", "capture", "interventions", "positions", "metadata")
 _LONGEST_NAME = 4096
@@ -23,6 +23,20 @@ _LONGEST_NAME = 4096
 def new_id() -> str:
     """A run's id: ``r`` and 12 hexadecimal digits, drawn at random."""
     return "r" + secrets.token_hex(6)
+
+
+def number_of(run: str) -> int:
+    """An id as a number, which a tensor can hold.
+
+    >>> id_of(number_of("r00000000ffff"))
+    'r00000000ffff'
+    """
+    return int(run[1:], 16)
+
+
+def id_of(number: int) -> str:
+    """The id of a number."""
+    return f"r{number:012x}"
 
 
 def valid_id(text: object) -> bool:

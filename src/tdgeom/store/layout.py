@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,11 @@ class Entry:
     shape: tuple[int, ...]
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in the shards."""
+        return math.prod(self.shape) * self.stored.itemsize + (4 if self.scale is not None else 0)
+
+    @property
     def scale(self) -> str | None:
         """The name of its per-row scales, where it was cast to float8."""
         return self.name + "#scale" if self.stored != self.dtype and self.stored in SCALED else None
@@ -58,6 +64,11 @@ class Layout:
     def by_key(self) -> dict[Key, Entry]:
         """Entries by key."""
         return {as_key(entry.key): entry for entry in self.entries}
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of all tensors."""
+        return sum(entry.row_bytes for entry in self.entries)
 
     def of_rows(self, names: Sequence[str] | None) -> list[Entry]:
         """The entries of these sites and carried values (default all), and of ``row_id``.
