@@ -122,9 +122,21 @@ def spoiled(batch):
     return batch
 
 
-def results(rank, world):
-    """Every case's result on this rank."""
-    found = {}
+def stored(folder):
+    """What rows that all ranks stored give when all ranks read them."""
+    loader = [acts(4, s) for s in range(5)]
+    keep = tg.StoreActivations(folder, ["x"], also=["label"], shard_bytes=500)
+    written = tg.run(TensorDictSequential(tg.SelectTokens(["x"], also=["label"]), keep), loader, block_rows=8)
+    if dist.is_initialized():
+        dist.barrier()  # the run is complete once rank 0 has said so
+    [record] = keep.store.catalogue.records()
+    assert written is None or int(written["stored", "rows"]) == record.rows
+    return tg.run(measures(["x"], also=["label"]), keep.store.rows(record.id, batch_rows=5))
+
+
+def results(rank, world, folder):
+    """Every case's result on this rank; ``folder`` is for what is stored."""
+    found = {"stored": stored(folder)}
     for name, case in CASES.items():
         pipeline, loader, options = case(rank, world)
         found[name] = tg.run(pipeline, loader, progress=False, **options)
@@ -147,7 +159,7 @@ def main():
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
-        found = results(rank, 2)
+        found = results(rank, 2, out + ".activations")
         if rank == 0:
             torch.save({name: {key: value for key, value in flat(td)} for name, td in found.items()}, out)
         else:

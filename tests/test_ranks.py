@@ -18,8 +18,9 @@ TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def one():
-    return {name: dict(rank_programs.flat(td)) for name, td in rank_programs.results(0, 1).items()}
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("activations")
+    return {name: dict(rank_programs.flat(td)) for name, td in rank_programs.results(0, 1, folder).items()}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def _run_two(folder):
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
 
 
-@pytest.mark.parametrize("case", list(rank_programs.CASES))
+@pytest.mark.parametrize("case", [*rank_programs.CASES, "stored"])
 def test_two_ranks_give_the_numbers_of_one(case, one, two):
     found, expected = two[case], one[case]
     assert set(found) == set(expected)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tdgeom._ranks import broadcast_number, rank_and_world
+from tdgeom._sync import gather_states
 from tdgeom.stage import Key, StreamingStage, key_tuple
 from tdgeom.store.about import describe, id_of, new_id, number_of
 from tdgeom.store.catalogue import relative_errors
@@ -167,9 +168,12 @@ class StoreActivations(StreamingStage):
         if wrote:
             self._writer.flush()
         self._stop()
-        super().sync_()
+        for state in gather_states(self._state()):
+            self.merge_(self._with_state(state))
         rank, world = rank_and_world()
-        if rank == 0 and not self.is_empty and (wrote or world > 1):
+        if rank != 0:
+            super().reset()  # the own one is collective
+        elif not self.is_empty and (wrote or world > 1):
             self.store.catalogue.set_state(self.run_id, "complete")
 
     def result(self) -> Mapping[str, Tensor]:

@@ -1,0 +1,308 @@
+"""``StoreActivations``: what a run wrote is what the model gave, also after an interruption."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictSequential
+
+import models
+import tdgeom as tg
+from tdgeom.store import ActivationStore, StoreBusyError, StoreError
+
+SITES = ["residual_input.0", "residual_output.1"]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return ActivationStore(tmp_path / "store")
+
+
+def batches():
+    for seed in range(4):
+        batch = models.text_batch(3, 9)
+        generator = torch.Generator().manual_seed(seed)
+        batch["input_ids"] = torch.randint(4, models.VOCAB, (3, 9), generator=generator)
+        batch["attention_mask"][0, : 2 + seed] = 0
+        batch["document_id"] = torch.tensor([7, 7, 9]) + 10 * seed
+        yield batch
+
+
+def rows(n, width=4, seed=0, dtype=torch.float32, first_id=0):
+    x = torch.randn(n, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return {"tokens": {"x": x}, "row_id": torch.arange(first_id, first_id + n)}
+
+
+def from_model(*behind, also=()):
+    capture = tg.Capture(models.gpt2(), SITES)
+    return TensorDictSequential(capture, tg.SelectTokens(capture.sites, also=list(also)), *behind)
+
+
+def measures():
+    return [
+        tg.ForEach(tg.StreamingCovariance(), SITES),
+        tg.RowSample(SITES, size=40),
+        tg.ForEach(tg.EigenSpectrum(), SITES),
+        tg.ForEach(tg.SpectrumMetrics(), SITES),
+        tg.ForEachPair(tg.LinearCKA(), SITES, pairs="all"),
+    ]
+
+
+def test_stored_rows_give_the_numbers_of_the_live_model(store):
+    keep = tg.StoreActivations(store, SITES, shard_bytes=4000)
+    live = tg.run(from_model(*measures(), keep), batches())
+    assert store.catalogue.record(keep.run_id).shards > 3
+    stored = tg.run(TensorDictSequential(*measures()), store.rows(keep.run_id, batch_rows=7))
+    keys = [key for key in live.keys(True, True) if key[0] not in ("run", "stored")]
+    assert set(keys) == {key for key in stored.keys(True, True) if key[0] != "run"}
+    for key in keys:
+        torch.testing.assert_close(stored[key], live[key], rtol=1e-9, atol=1e-10, msg=str(key))
+    assert int(stored["run", "rows"]) == int(live["run", "rows"]) == int(live["stored", "rows"])
+
+
+def test_rows_carry_ids_documents_positions_and_tokens(store):
+    also = ["document_id", "input_ids"]
+    collect = tg.Collect(SITES, also=also)
+    keep = tg.StoreActivations(store, SITES, also=also, shard_bytes=3000)
+    live = tg.run(from_model(collect, keep, also=also), batches())
+    source = store.rows(keep.run_id)
+    found = source[:]
+    assert torch.equal(found["row_id"], live["collected_row_id"])
+    for name in (*SITES, *also):
+        assert torch.equal(found["tokens", name], live["collected", name]), name
+        assert found["tokens", name].dtype == live["collected", name].dtype
+    assert torch.equal(found["document_id"], live["collected", "document_id"])
+    ranks = [torch.arange(int(row.sum())) for batch in batches() for row in batch["attention_mask"]]
+    assert torch.equal(found["position"], torch.cat(ranks))
+
+
+def test_without_a_carried_document_the_sequence_is_it(store):
+    keep = tg.StoreActivations(store, SITES)
+    tg.run(from_model(keep), batches())
+    found = store.rows(keep.run_id, sites=SITES[:1])[:]
+    lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches()])
+    assert torch.equal(found["document_id"], torch.arange(12).repeat_interleave(lengths))
+    assert ("tokens", SITES[1]) not in found.keys(True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_rows_keep_their_dtype_bit_by_bit(store, dtype):
+    keep = tg.StoreActivations(store, ["x"], shard_bytes=100)
+    given = rows(50, dtype=dtype)
+    result = tg.run(keep, [given])
+    found = store.rows(keep.run_id)[:]["tokens", "x"]
+    assert found.dtype == dtype and torch.equal(found, given["tokens"]["x"])
+    assert float(result["stored", "relative_error"]) == 0
+    assert int(result["stored", "bytes"]) == 50 * (4 * dtype.itemsize + 8)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
+def test_a_cast_is_the_cast_of_torch_and_its_error_is_reported(store, name):
+    dtype = getattr(torch, name)
+    keep = tg.StoreActivations(store, ["x"], dtype=name, shard_bytes=300)
+    given = rows(64, dtype=torch.float64)
+    result = tg.run(keep, [given])
+    x = given["tokens"]["x"]
+    source = store.rows(keep.run_id)
+    found = source[:]["tokens", "x"]
+    assert found.dtype == torch.float64 and torch.equal(found, x.to(dtype).double())
+    expected = float((found - x).norm() / x.norm())
+    assert float(result["stored", "relative_error"]) == pytest.approx(expected, rel=1e-9)
+    error = store.metadata(keep.run_id)["relative_error"]["tokens/x"]
+    assert error["worst_row"] == pytest.approx(
+        float(((found - x).norm(dim=1) / x.norm(dim=1)).max()), rel=1e-9
+    )
+
+
+def test_float8_scales_every_row_to_its_own_range(store):
+    keep = tg.StoreActivations(store, ["x"], dtype="float8", shard_bytes=1000)
+    given = rows(64, width=16)
+    given["tokens"]["x"] *= torch.logspace(-20, 20, 64)[:, None]
+    given["tokens"]["x"][5] = 0
+    result = tg.run(keep, [given])
+    x, found = given["tokens"]["x"], store.rows(keep.run_id)[:]["tokens", "x"]
+    assert found.dtype == torch.float32 and torch.equal(found[5], torch.zeros(16))
+    # e4m3 has 3 bits behind the point: half a step is 2^-4 of the value, or 2^-10 / 448 of the row's largest below the range
+    largest = x.abs().amax(1, keepdim=True)
+    assert ((found - x).abs() <= x.abs() * 2**-4 + largest * 2**-10 / 448 * 1.001).all()
+    expected = float((found - x).double().norm() / x.double().norm())
+    assert float(result["stored", "relative_error"]) == pytest.approx(expected, rel=1e-6) and expected < 0.04
+
+
+def test_what_overflows_is_refused_and_never_stored_as_infinity(store):
+    keep = tg.StoreActivations(store, ["x"], dtype="float16")
+    given = rows(8)
+    given["tokens"]["x"][3, 1] = 1e5
+    with pytest.raises(
+        StoreError, match=r"rows reach 1e\+05, beyond torch.float16 \(up to 6.55e\+04\).*bfloat16"
+    ):
+        tg.run(keep, [given])
+    assert [record.state for record in store.catalogue.records()] == ["writing"]
+    keep.reset()
+    assert [record.state for record in store.catalogue.records()] == ["failed"]
+
+
+def test_an_unknown_dtype_is_refused(store):
+    with pytest.raises(ValueError, match="dtype='int4': rows are stored as they come"):
+        tg.StoreActivations(store, ["x"], dtype="int4")
+
+
+def test_shards_have_the_size_asked_for(store):
+    keep = tg.StoreActivations(store, ["x"], shard_bytes=24 * 10)  # a row is 16 bytes and 8 of its id
+    tg.run(keep, [rows(7, first_id=7 * i) for i in range(5)], block_rows=7)
+    assert [shard.rows for shard in store.catalogue.shards(keep.run_id)] == [10, 10, 10, 5]
+    assert [len(batch["row_id"]) for batch in store.rows(keep.run_id, batch_rows=8)] == [8, 2, 8, 2, 8, 2, 5]
+    assert len(store.rows(keep.run_id, batch_rows=8)) == 7
+
+
+def test_rows_by_number(store):
+    keep = tg.StoreActivations(store, ["x"], shard_bytes=24 * 10, dtype="float8")
+    tg.run(keep, [rows(95)])
+    source = store.rows(keep.run_id)
+    every = source[:]
+    order = torch.randperm(95, generator=torch.Generator().manual_seed(0))
+    for numbers in (order, order.tolist(), order - 95, [3, 3, -1]):
+        found = source[numbers]
+        assert torch.equal(found["row_id"], every["row_id"][numbers])
+        assert torch.equal(found["tokens", "x"], every["tokens", "x"][numbers])
+    assert source[[]]["tokens", "x"].shape == (0, 4)
+    with pytest.raises(IndexError, match="rows are numbered 0 to 94"):
+        source[[95]]
+
+
+def test_rows_of_an_unknown_site_or_of_a_capture_are_refused(store):
+    keep = tg.StoreActivations(store, ["x"])
+    tg.run(keep, [rows(3)])
+    with pytest.raises(StoreError, match=r"the run holds no rows of \['y'\]; it holds \['x'\]"):
+        store.rows(keep.run_id, sites=["y"])
+    with pytest.raises(StoreError, match="holds no rows: it was saved from memory"):
+        store.rows(store.save(torch.ones(2)))
+
+
+def test_rows_that_change_are_refused(store):
+    keep = tg.StoreActivations(store, ["x"])
+    keep.update(TensorDict(rows(3)))
+    with pytest.raises(
+        StoreError,
+        match=r"is torch.float32 of shape \(4,\) a row in the run and torch.float32 of shape \(1,\)",
+    ):
+        keep.update(TensorDict(rows(3, width=1)))
+    with pytest.raises(StoreError, match="torch.float64 of shape"):
+        keep.update(TensorDict(rows(3, dtype=torch.float64)))
+    with pytest.raises(ValueError, match=r"expects \('tokens', 'x'\) of shape \(3, ...\).*SelectTokens"):
+        keep.update(TensorDict({**rows(2), "row_id": torch.arange(3)}))
+
+
+def test_load_gives_all_rows_and_what_the_run_said(store):
+    keep = tg.StoreActivations(store, ["x"], shard_bytes=200, model=models.gpt2(), tag="t", positions="all")
+    given = rows(20)
+    tg.run(keep, [given])
+    found, metadata = store.load(keep.run_id)
+    assert torch.equal(found["tokens", "x"], given["tokens"]["x"])
+    assert (
+        metadata["kind"] == "activations"
+        and metadata["rows"] == 20
+        and metadata["config"]["n_embd"] == models.WIDTH
+    )
+
+
+class Interrupted(Exception):
+    pass
+
+
+def broken(batches, after):
+    for number, batch in enumerate(batches):
+        if number == after:
+            raise Interrupted
+        yield batch
+
+
+def test_an_interrupted_run_is_not_complete_and_goes_on_from_its_last_shard(store):
+    loader = [rows(10, seed=i, first_id=10 * i) for i in range(8)]
+    keep = tg.StoreActivations(store, ["x"], shard_bytes=24 * 15)
+    with pytest.raises(Interrupted):
+        tg.run(keep, broken(loader, 4), block_rows=10)
+    run = keep.run_id
+    del keep
+    record = store.catalogue.record(run)
+    assert record.state == "failed" and record.rows == 30 and "resume" in record.reason
+    with pytest.raises(StoreError, match="not complete: its state is failed"):
+        store.rows(run)
+    assert store.rows(run, partial=True).rows == 30
+    again = tg.StoreActivations(store, ["x"], shard_bytes=24 * 15, resume=run)
+    result = tg.run(again, loader, block_rows=10)
+    assert again.run_id == run and int(result["stored", "rows"]) == 80
+    found = store.rows(run)[:]
+    assert torch.equal(found["row_id"], torch.arange(80))
+    assert torch.equal(found["tokens", "x"], torch.cat([batch["tokens"]["x"] for batch in loader]))
+    assert store.verify() == []
+
+
+def test_a_complete_run_is_not_added_to(store):
+    keep = tg.StoreActivations(store, ["x"])
+    tg.run(keep, [rows(3)])
+    with pytest.raises(StoreError, match="is complete, so nothing is added to it"):
+        tg.run(tg.StoreActivations(store, ["x"], resume=keep.run_id), [rows(3)])
+    with pytest.raises(StoreError, match="is complete, so nothing is added to it"):
+        keep.update(TensorDict(rows(3)))
+    assert store.catalogue.record(keep.run_id).rows == 3
+
+
+def test_two_writers_of_one_run_are_refused(store):
+    first = tg.StoreActivations(store, ["x"])
+    first.update(TensorDict(rows(3)))
+    second = tg.StoreActivations(store, ["x"], resume=first.run_id)
+    with pytest.raises(StoreBusyError, match=r"is being written by process \d+ on .*Wait for it"):
+        second.update(TensorDict(rows(3)))
+    first.sync_()
+    assert store.catalogue.record(first.run_id).state == "complete"
+
+
+def test_a_run_that_is_resumed_must_hold_the_same_rows(store):
+    first = tg.StoreActivations(store, ["x"])
+    first.update(TensorDict(rows(3)))
+    first.reset()
+    run = store.catalogue.records()[0].id
+    with pytest.raises(
+        StoreError,
+        match=r"\('tokens', 'x'\) is torch.float32 of shape \(4,\) a row in the run and .*bfloat16",
+    ):
+        tg.run(tg.StoreActivations(store, ["x"], resume=run, dtype="bfloat16"), [rows(3)])
+    with pytest.raises(StoreError, match="there is no run 'r000000000000'"):
+        tg.StoreActivations(store, ["x"], resume="r000000000000")
+
+
+def test_a_saved_state_claims_only_rows_on_the_disk_and_goes_on(store):
+    first = tg.StoreActivations(store, ["x"])
+    first.update(TensorDict(rows(3)))
+    state = first.state_dict()
+    assert store.catalogue.record(first.run_id).rows == 3
+    first.update(TensorDict(rows(4, first_id=3)))
+    del first  # a killed process: rows 3 to 6 were in memory
+    second = tg.StoreActivations(store, ["x"])
+    second.load_state_dict(state)
+    second.update(TensorDict(rows(4, first_id=3)))
+    second.sync_()
+    found = store.rows(second.run_id)[:]
+    assert found["row_id"].tolist() == list(range(7)) and len(store.catalogue.records()) == 1
+
+
+def test_every_run_of_a_pipeline_is_a_run_of_its_own(store):
+    keep = tg.StoreActivations(store, ["x"])
+    ids = []
+    for _ in range(2):
+        tg.run(keep, [rows(3)])
+        ids.append(keep.run_id)
+    assert ids[0] != ids[1] and [record.rows for record in store.catalogue.records()] == [3, 3]
+
+
+def test_arguments_are_checked(store):
+    with pytest.raises(TypeError, match="sites and also are lists"):
+        tg.StoreActivations(store, "x")
+    with pytest.raises(ValueError, match="needs sites="):
+        tg.StoreActivations(store, also=["label"])
+    with pytest.raises(ValueError, match="shard_bytes must be at least 1"):
+        tg.StoreActivations(store, ["x"], shard_bytes=0)
+    with pytest.raises(StoreError, match="has seen no rows, so it has begun no run"):
+        tg.StoreActivations(store, ["x"]).run_id
