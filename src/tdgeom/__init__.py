@@ -5,6 +5,7 @@ from tdgeom._warnings import UndefinedMeasureWarning
 from tdgeom.ablation import NormalizationAblation
 from tdgeom.analyze import analysis_pipeline, analyze_model
 from tdgeom.attention_view import AttentionView, attention_view
+from tdgeom.comparison import Comparison, compare
 from tdgeom.compose import ForEach, ForEachPair
 from tdgeom.concepts import ConceptBasis, FisherBasis, Interpolate, Project, Reconstruct
 from tdgeom.dimension import (
@@ -113,6 +114,8 @@ __all__ = [
     "to_frame",
     # the whole analysis
     "analyze_model",
+    "compare",
+    "Comparison",
     "analysis_pipeline",
     "AnalysisResults",
     # around the model

@@ -49,6 +49,10 @@ UNIT = {"feature_subspace_novelty", "linear_cka", "layer_cosine_sim", "router_en
 
 def print_results(results: Any, console: Console) -> None:
     """The tables of an analysis, as wide as the console, each with a line on how to read it."""
+    if "align" in results.metadata:
+        from tdgeom._comparison_terminal import print_comparison
+
+        return print_comparison(results, console)
     console.print(headline(results))
     if not results.metrics.empty:
         width = (

@@ -38,6 +38,7 @@ from tdgeom._command_line import (
     quiet_transformers,
     report,
 )
+from tdgeom._compare_command import compare
 from tdgeom._geometry_commands import dimension, overlap
 
 __all__ = ["app", "main"]
@@ -229,6 +230,9 @@ def sites(
     print_sites(net, available_sites(net), console(), every=every)
 
 
+app.command(epilog="Example: [bold]tdgeom compare gpt2 ./my-gpt2 --text book.txt --plots --out run[/bold]")(
+    compare
+)
 app.command(
     epilog="Example: [bold]tdgeom dimension gpt2 --text book.txt --untrained --plots --out run[/bold]"
 )(dimension)

@@ -1,0 +1,154 @@
+"""``tdgeom compare``: every layer of one model beside every layer of another."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from tdgeom._command_line import (
+    BatchSize,
+    Dataset,
+    Device,
+    JsonLines,
+    Layers,
+    Out,
+    Overwrite,
+    Plots,
+    Remote,
+    Seed,
+    Sites,
+    TextFile,
+    check_out,
+    console,
+    device_choice,
+    documents,
+    layer_choice,
+    listed,
+    load_tokenizer,
+    quiet_transformers,
+    say_where,
+    sequence_length,
+)
+
+__all__: list[str] = []
+
+MEASURES = {
+    "linear_cka_debiased": "debiased linear CKA over all rows",
+    "linear_cka": "linear CKA over all rows",
+    "neighborhood_overlap": "mutual 10 nearest neighbours",
+    "rbf_cka": "RBF CKA",
+    "rsa": "RSA",
+    "procrustes": "Procrustes distance over all rows",
+    "svcca": "SVCCA",
+    "cknna": "CKNNA",
+}
+
+
+def compare(
+    model_a: Annotated[
+        str, typer.Argument(help="A Hugging Face id or a local directory.", metavar="MODEL_A")
+    ],
+    model_b: Annotated[
+        str, typer.Argument(help="The other model, or another checkpoint.", metavar="MODEL_B")
+    ],
+    text: TextFile = None,
+    jsonl: JsonLines = None,
+    dataset: Dataset = None,
+    measures: Annotated[
+        str, typer.Option(help=f"Comma-separated: {', '.join(MEASURES)}.", metavar="NAMES")
+    ] = "linear_cka_debiased,neighborhood_overlap",
+    sites: Sites = "residual_output",
+    layers: Layers = "all",
+    align: Annotated[
+        str,
+        typer.Option(
+            help="rows (one tokenizer), characters (tokens that end together), document (means), or auto."
+        ),
+    ] = "auto",
+    max_rows: Annotated[int, typer.Option("--max-rows", min=4, help="Rows to compare.")] = 20_000,
+    sketch: Annotated[
+        int | None,
+        typer.Option(min=3, help="Random projections a site, for wide models. [exact moments]", metavar="K"),
+    ] = None,
+    batch_size: BatchSize = 8,
+    seq_len: Annotated[int | None, typer.Option("--seq-len", min=3, help="Longest sequence. [256]")] = None,
+    out: Out = None,
+    plots: Plots = False,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    seed: Seed = 0,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Compare every layer of two models, or of two checkpoints, on one text."""
+    names = listed(measures)
+    if unknown := [name for name in names if name not in MEASURES]:
+        raise typer.BadParameter(f"--measures takes any of {', '.join(MEASURES)}, got {', '.join(unknown)}")
+    source, named = documents(text, jsonl, dataset)
+    overwrite = check_out(out, overwrite, plots, "bundle")
+    quiet_transformers()
+    from tdgeom._comparison_terminal import print_comparison
+    from tdgeom.comparison import compare as compared
+    from tdgeom.models import load_model
+
+    tokenizers = [load_tokenizer(model, trust_remote_code) for model in (model_a, model_b)]
+    nets = [load_model(model, trust_remote_code=trust_remote_code) for model in (model_a, model_b)]
+    length = min(sequence_length(seq_len, net, words) for net, words in zip(nets, tokenizers))
+    result = compared(
+        nets[0],
+        nets[1],
+        source,
+        [_stage(name, sketch) for name in names],
+        sites=listed(sites),
+        layers=layer_choice(layers),
+        tokenizer_a=tokenizers[0],
+        tokenizer_b=tokenizers[1],
+        align=align,
+        max_rows=max_rows,
+        sketch=sketch,
+        batch_size=batch_size,
+        seq_len=length,
+        device=device_choice(device),
+        seed=seed,
+    )
+    if result is None:  # another rank of a process group has it
+        return
+    result.metadata |= {"dataset": named, "run_metadata": {"command": "tdgeom compare"}}
+    print_comparison(result, console())
+    if out is not None:
+        result.save(out, overwrite=overwrite)
+        if plots:
+            _draw(result)
+    say_where(result)
+
+
+def _stage(name: str, sketch: int | None) -> Any:
+    import tdgeom as tg
+
+    source = "moments" if sketch is None else "sketch"
+    stages = {
+        "linear_cka_debiased": lambda: tg.LinearCKA(estimator="debiased", source=source),
+        "linear_cka": lambda: tg.LinearCKA(estimator="biased", source=source),
+        "neighborhood_overlap": lambda: tg.NeighborhoodOverlap(k=10),
+        "rbf_cka": tg.RBFCKA,
+        "rsa": tg.RSA,
+        "procrustes": lambda: tg.Procrustes(source="moments"),
+        "svcca": tg.SVCCA,
+        "cknna": tg.CKNNA,
+    }
+    return stages[name]()
+
+
+def _draw(result: Any) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from tdgeom import plot
+
+    folder = result.artifact_dir / "plots"
+    folder.mkdir(exist_ok=True)
+    for measure in result.measures:
+        figure = Figure(figsize=(6.4, 5.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        plot.matrix(result.novelty, measure, figure.subplots())
+        figure.savefig(folder / f"{measure}.png", dpi=150)

@@ -1,0 +1,46 @@
+"""A comparison of two models in the terminal: each layer of one, and the layer of the other that is nearest to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from tdgeom._grids import pair_grid, short_names
+from tdgeom._terminal import cells_of, plain_table, titled
+
+__all__: list[str] = []
+
+HOW = {"rows": "token by token", "characters": "tokens that end together", "document": "means of documents"}
+DISTANCES = ("procrustes", "angular_shape", "information_imbalance_ab", "information_imbalance_ba")
+
+
+def print_comparison(result: Any, console: Console) -> None:
+    """For each measure of ``result.novelty`` a column of the nearest layers, and how near they are."""
+    data = result.metadata
+    names = list(data["models"])
+    measures = [
+        name
+        for name in result.novelty.select_dtypes("number")
+        if not name.startswith("layer_") and not name.endswith("_standard_error")
+    ]
+    ids = " and ".join(str(model["id"]) for model in data["models"].values())
+    console.print(
+        Text.assemble((ids, "bold"), f": {int(data['rows_observed']):,} rows, {HOW[data['align']]}")
+    )
+    table = plain_table()
+    table.add_column(names[0], justify="right")
+    columns = []
+    for measure in measures:
+        grid, rows, across = pair_grid(result.novelty, measure, False, None)
+        fair = np.nan_to_num(grid, nan=np.inf if measure in DISTANCES else -np.inf)
+        best = fair.argmin(1) if measure in DISTANCES else fair.argmax(1)
+        near = short_names(across)
+        table.add_column(f"{measure}".replace("_", "_\n", 1), justify="right")
+        table.add_column(f"at {names[1]}", justify="right")
+        columns += [cells_of(grid[np.arange(len(rows)), best].tolist(), measure), [near[at] for at in best]]
+    for index, label in enumerate(short_names(rows)):
+        table.add_row(label, *(column[index] for column in columns))
+    titled(console, f"Each layer of {names[0]}, and the layer of {names[1]} that is nearest to it", table)

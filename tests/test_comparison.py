@@ -1,0 +1,266 @@
+"""Two models side by side: against the rows gathered and compared by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tokenizers import Tokenizer, pre_tokenizers, trainers
+from tokenizers import models as token_models
+from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
+
+import models
+import tdgeom as tg
+from tdgeom.alignment import AlignedRows, PairedTexts, matched_ends
+from tdgeom.demo import demo_model, demo_texts
+from terminal import refused
+
+
+def loader(side: str = "right") -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for lengths in ((9, 5, 7), (8, 9, 3), (9, 9, 6)):
+        ids, mask = torch.zeros(3, 9, dtype=torch.int64), torch.zeros(3, 9, dtype=torch.int64)
+        for row, length in enumerate(lengths):
+            at = slice(0, length) if side == "right" else slice(9 - length, 9)
+            ids[row, at] = torch.randint(3, models.VOCAB, (length,), generator=generator)
+            mask[row, at] = 1
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+def hidden(model: torch.nn.Module, batches) -> list[np.ndarray]:
+    """The outputs of all blocks but the last, one row a token, in float64."""
+    rows = []
+    for batch in batches:
+        with torch.no_grad():
+            states = model(**batch, output_hidden_states=True).hidden_states[1:-1]
+        rows.append([state[batch["attention_mask"].bool()] for state in states])
+    return [torch.cat(layer).double().numpy() for layer in zip(*rows)]
+
+
+def debiased_cka(x: np.ndarray, y: np.ndarray) -> float:
+    """From the full Gram matrices, as Song et al. write it."""
+
+    def hsic(k: np.ndarray, m: np.ndarray) -> float:
+        n = len(k)
+        k, m = k - np.diag(np.diag(k)), m - np.diag(np.diag(m))
+        total = (k * m).sum() + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k.sum(0) @ m.sum(0))
+        return total / (n * (n - 3))
+
+    x, y = x - x.mean(0), y - y.mean(0)
+    k, m = x @ x.T, y @ y.T
+    return hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m))
+
+
+@pytest.fixture(scope="module")
+def wide() -> torch.nn.Module:
+    torch.manual_seed(4)
+    config = GPT2Config(
+        vocab_size=models.VOCAB,
+        n_embd=24,
+        n_layer=4,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return GPT2Model(config).eval()
+
+
+def test_two_widths_and_depths_against_the_gram_matrices(wide) -> None:
+    one = models.gpt2()
+    result = tg.compare(one, wide, loader(), progress=False)
+    grid = result.matrix("linear_cka_debiased")
+    assert list(grid.index) == [f"a/residual_output.{i}" for i in range(3)]
+    assert list(grid.columns) == [f"b/residual_output.{i}" for i in range(4)]
+    a, b = hidden(one, loader()), hidden(wide, loader())
+    for i in range(2):
+        for j in range(3):
+            assert grid.iloc[i, j] == pytest.approx(debiased_cka(a[i], b[j]), abs=1e-6)
+    overlap = result.matrix("neighborhood_overlap")
+    expected = tg.functional.neighborhood_overlap(torch.from_numpy(a[0]), torch.from_numpy(b[1]), k=10)
+    assert overlap.iloc[0, 1] == pytest.approx(float(expected), abs=1e-9)
+
+
+def test_a_model_with_itself_and_a_checkpoint_with_its_source() -> None:
+    model = models.gpt2()
+    result = tg.compare(model, model, loader(), progress=False, names=("before", "after"))
+    for measure in result.measures:
+        assert np.diag(result.matrix(measure)) == pytest.approx(np.ones(3), abs=1e-9)
+    moved = tg.untrained_copy(model, seed=9)
+    changed = tg.compare(model, moved, loader(), progress=False).matrix("linear_cka_debiased")
+    assert (np.diag(changed) < 0.999).all()
+
+
+def test_padding_side_changes_nothing(wide) -> None:
+    right, left = (
+        tg.compare(models.gpt2(), wide, loader(side), progress=False) for side in ("right", "left")
+    )
+    for measure in right.measures:
+        np.testing.assert_allclose(right.matrix(measure), left.matrix(measure), atol=1e-6)
+
+
+def test_other_measures_and_the_same_numbers_by_single_calls(wide) -> None:
+    stages = [tg.RBFCKA(), tg.Procrustes(source="moments"), tg.NeighborhoodOverlap(k=5, source="neighbors")]
+    result = tg.compare(models.gpt2(), wide, loader(), stages, layers=[0, 1], progress=False)
+    a, b = (torch.from_numpy(rows[1]) for rows in (hidden(models.gpt2(), loader()), hidden(wide, loader())))
+    assert result.matrix("rbf_cka").iloc[1, 1] == pytest.approx(float(tg.functional.rbf_cka(a, b)), abs=1e-5)
+    assert result.matrix("procrustes").iloc[1, 1] == pytest.approx(
+        float(tg.functional.procrustes(a, b)), abs=1e-5
+    )
+    expected = float(tg.functional.neighborhood_overlap(a, b, k=5))
+    assert result.matrix("neighborhood_overlap").iloc[1, 1] == pytest.approx(expected)
+
+
+def test_a_sketch_reports_its_error(wide) -> None:
+    result = tg.compare(models.gpt2(), wide, loader(), sketch=64, progress=False)
+    exact = tg.compare(models.gpt2(), wide, loader(), progress=False).matrix("linear_cka_debiased")
+    error = result.matrix("linear_cka_debiased_standard_error")
+    assert (error > 0).all(axis=None)
+    assert ((result.matrix("linear_cka_debiased") - exact).abs() < 6 * error + 0.05).all(axis=None)
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(token_models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<eos>"], show_progress=False)
+    tokenizer.train_from_iterator(demo_texts()[:50], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+@pytest.fixture(scope="module")
+def byte_model() -> torch.nn.Module:
+    torch.manual_seed(2)
+    return GPT2Model(
+        GPT2Config(vocab_size=400, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    ).eval()
+
+
+def test_matched_ends_by_hand() -> None:
+    a, b = [(0, 0), (0, 3), (3, 4), (5, 9), (0, 0)], [(0, 4), (4, 5), (5, 7), (7, 9)]
+    assert matched_ends(a, b) == [(2, 0), (3, 3)]
+    assert matched_ends([(0, 0)], b) == []
+
+
+def test_tokens_that_end_together_have_read_the_same_text(byte_tokenizer) -> None:
+    _, words = demo_model()
+    texts = demo_texts()[:5]
+    batch = next(iter(PairedTexts(texts, words, byte_tokenizer, batch_size=5, seq_len=60)))
+    for row, text in enumerate(texts):
+        spans = [t(text, return_offsets_mapping=True)["offset_mapping"] for t in (words, byte_tokenizer)]
+        pairs = [
+            (int(i), int(j)) for i, j in zip(batch["aligned"]["a"][row], batch["aligned"]["b"][row]) if i >= 0
+        ]
+        assert len(pairs) > 5
+        for i, j in pairs:
+            assert spans[0][i][1] == spans[1][j][1] > 0
+
+
+@pytest.mark.parametrize("align", ["auto", "document"])
+def test_two_tokenizers_against_rows_gathered_by_hand(align, byte_tokenizer, byte_model) -> None:
+    model, words = demo_model()
+    texts = demo_texts()[:40]
+    result = tg.compare(
+        model, byte_model, texts, tokenizer_a=words, tokenizer_b=byte_tokenizer, align=align,
+        layers=[0], seq_len=48, progress=False,
+    )  # fmt: skip
+    assert result.metadata["align"] == ("characters" if align == "auto" else "document")
+    rows: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for text in texts:  # one by one: no padding at all
+        ends, states, used = [], [], []
+        for net, tokenizer in ((model, words), (byte_model, byte_tokenizer)):
+            made = tokenizer(
+                text,
+                truncation=True,
+                max_length=48,
+                return_offsets_mapping=True,
+                return_special_tokens_mask=True,
+            )
+            with torch.no_grad():
+                out = net(torch.tensor([made["input_ids"]]), output_hidden_states=True)
+            states.append(out.hidden_states[1][0])
+            spans = made["offset_mapping"]
+            ends.append({e: at for at, (s, e) in enumerate(spans) if e > s})
+            used.append(~torch.tensor(made["special_tokens_mask"]).bool())
+        if align == "document":
+            rows[0].append(states[0][used[0]].mean(0))
+            rows[1].append(states[1][used[1]].mean(0))
+        else:
+            for end in sorted(set(ends[0]) & set(ends[1])):
+                rows[0].append(states[0][ends[0][end]])
+                rows[1].append(states[1][ends[1][end]])
+    a, b = (torch.stack(side).double().numpy() for side in rows)
+    assert result.metadata["rows_observed"] == len(a)
+    assert result.matrix("linear_cka_debiased").iloc[0, 0] == pytest.approx(debiased_cka(a, b), abs=1e-5)
+
+
+def test_one_vocabulary_is_compared_token_by_token() -> None:
+    model, words = demo_model()
+    result = tg.compare(
+        model, model, demo_texts()[:3], tokenizer_a=words, tokenizer_b=words, layers=[0], progress=False
+    )
+    assert result.metadata["align"] == "rows" and result.matrix().iloc[0, 0] == pytest.approx(1)
+
+
+def test_saved_and_loaded_and_drawn(wide, tmp_path) -> None:
+    result = tg.compare(models.gpt2(), wide, loader(), progress=False)
+    loaded = tg.Comparison.load(result.save(tmp_path / "run"))
+    pd.testing.assert_frame_equal(loaded.matrix(), result.matrix())
+    image = tg.plot.matrix(result.novelty, "linear_cka_debiased").images[0].get_array()
+    np.testing.assert_allclose(image, result.matrix("linear_cka_debiased"))
+    assert loaded.metadata["models"]["b"]["class"] == type(wide).__name__
+
+
+def test_mistakes_say_what_to_do(byte_tokenizer) -> None:
+    model, words = demo_model()
+    with pytest.raises(ValueError, match="two different words"):
+        tg.compare(model, model, [], names=("x", "x"))
+    with pytest.raises(ValueError, match="align takes 'auto' or one of"):
+        tg.compare(model, model, [], align="tokens")
+    with pytest.raises(ValueError, match="need tokenizer_a="):
+        tg.compare(model, model, demo_texts()[:2], progress=False)
+    with pytest.raises(ValueError, match="give documents"):
+        tg.compare(model, model, demo_texts()[:2], align="document")
+    with pytest.raises(TypeError, match="measures are pair stages.*TwoNN"):
+        tg.compare(model, model, [], [tg.TwoNN()])
+    with pytest.raises(KeyError, match="no measure 'rsa'"):
+        tg.compare(models.gpt2(), models.gpt2(), loader(), progress=False).matrix("rsa")
+
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(ValueError, match="needs tokenizers that know where"):
+        PairedTexts(["a"], Slow(), words)
+    with pytest.raises(TypeError, match="put it in a list"):
+        PairedTexts("one text", words, byte_tokenizer)
+
+
+def test_aligned_rows_leave_out_a_document_without_words() -> None:
+    from tensordict import TensorDict
+
+    acts = {"a/x": torch.ones(2, 2, 1), "b/x": torch.ones(2, 3, 1)}
+    where = {"a": torch.tensor([[True, False], [True, True]]), "b": torch.tensor([[False] * 3, [True] * 3])}
+    td = TensorDict({"acts": acts, "aligned": where, "sequence_id": torch.tensor([4, 5])})
+    td = AlignedRows(["a/x"], ["b/x"], align="document")(td)
+    assert td["row_id"].tolist() == [5 << 20] and td["tokens", "a/x"].tolist() == [[1.0]]
+
+
+def test_the_command(command, folder, text, tmp_path) -> None:
+    out = tmp_path / "run"
+    code, printed, err = command(
+        "compare", folder, folder, "--text", text, "--seq-len", 32, "--max-rows", 400, "--plots", "--out", out
+    )
+    assert code == 0 and err == "" and "token by token" in printed
+    loaded = tg.Comparison.load(out)
+    assert np.diag(loaded.matrix("linear_cka_debiased")) == pytest.approx(np.ones(3), abs=1e-9)
+    assert {path.name for path in (out / "plots").iterdir()} == {f"{name}.png" for name in loaded.measures}
+    code, shown, _ = command("show", out)
+    assert code == 0 and "nearest" in shown
+    refused(
+        command("compare", folder, folder, "--text", text, "--measures", "cosine"),
+        "--measures takes",
+        "cosine",
+    )
