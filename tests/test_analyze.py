@@ -198,3 +198,18 @@ def test_errors(options, error, text) -> None:
     given = {"model": models.gpt2(), "dataloader": loader(1), "progress": False, **options}
     with pytest.raises(error, match=text):
         tg.analyze_model(**given)
+
+
+@pytest.mark.parametrize("select", [{}, {"pool": "mean"}, {"positions": "last-2"}, {"positions": [0, 2]}])
+def test_the_capture_is_recorded_and_can_be_made_again(select, tmp_path) -> None:
+    model = models.gpt2()
+    sites = ["mlp_output", "residual_output.-1"]
+    results = tg.analyze_model(
+        model, loader(), sites=sites, metrics="spectrum", select=select, progress=False
+    )
+    loaded = tg.AnalysisResults.load(results.save(tmp_path / "run"))
+    spec = tg.CaptureSpec.from_dict(loaded.metadata["capture"])
+    assert spec.reduce == select.get("pool") and spec.positions == select.get("positions", "all")
+    capture = spec.build(model)[0]
+    assert [str(site) for site in capture.sites] == loaded.metadata["sites"]
+    assert {str(s): path for s, path in capture.module_paths.items()} == loaded.metadata["hook_targets"]

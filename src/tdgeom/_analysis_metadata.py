@@ -11,7 +11,7 @@ from torch import nn
 
 from tdgeom.ablation import NormalizationAblation
 from tdgeom.bundle import SCHEMA_VERSION
-from tdgeom.hooks import Capture
+from tdgeom.hooks import Capture, CaptureSpec
 from tdgeom.models import config_summary, model_identity, software_versions
 
 __all__: list[str] = []
@@ -61,6 +61,7 @@ def run_metadata(
         "dtype": None if first is None else str(first.dtype).removeprefix("torch."),
         "input_device": None if first is None else str(first.device),
         "sites": [str(site) for site in capture.sites],
+        "capture": capture_record(capture, settings["select"]),
         "hook_targets": {str(site): path for site, path in capture.module_paths.items()},
         "layers": sorted({site.layer for site in capture.sites if site.layer is not None}),
         "max_tokens": max_tokens,
@@ -84,3 +85,15 @@ def run_metadata(
         "software": software_versions(),
         "runtime_seconds": seconds,
     }
+
+
+def capture_record(capture: Capture, select: Mapping[str, Any]) -> dict[str, Any]:
+    """The capture's specification as plain data; ``CaptureSpec.from_dict`` makes the same capture of it.
+
+    Positions chosen by a key of the batch cannot be said without that batch: they stand as their name.
+    """
+    positions, reduce = select.get("positions", "all"), select.get("pool")
+    try:
+        return CaptureSpec.of(capture, positions=positions, reduce=reduce).to_dict()
+    except (ValueError, TypeError):
+        return {**CaptureSpec.of(capture, reduce=reduce).to_dict(), "positions": str(positions)}

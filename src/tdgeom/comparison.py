@@ -17,7 +17,7 @@ from tdgeom.alignment import AlignedRows, PairedTexts
 from tdgeom.bundle import SCHEMA_VERSION
 from tdgeom.compose import ForEach, ForEachPair
 from tdgeom.frames import site_parts, to_frame
-from tdgeom.hooks import Capture
+from tdgeom.hooks import Capture, CaptureSpec
 from tdgeom.models import config_summary, load_model, model_identity, software_versions
 from tdgeom.neighbors import NearestNeighbors, NeighborhoodOverlap
 from tdgeom.profiles import relative_depths
@@ -254,6 +254,7 @@ def _comparison(
             "config": config_summary(net),
             "parameter_count": sum(parameter.numel() for parameter in net.parameters()),
             "hook_targets": {str(site): path for site, path in capture.module_paths.items()},
+            "capture": CaptureSpec.of(capture).to_dict(),
         }
         for name, net, capture in zip(names, nets, captures)
     }

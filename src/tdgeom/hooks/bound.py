@@ -24,6 +24,17 @@ class Bound:
         self.number_positions = not numbers_from_padding(model)
         self.watched = False
         refuse_compiled(model, paths)
+        self._chain = _chain(model, paths)
+
+    def refuse_compiled(self) -> None:
+        """``refuse_compiled`` of the model as it is now; one look at each module while nothing has been replaced."""
+        model = self.require()
+        if model._compiled_call_impl is None and all(
+            parent._modules.get(name) is child and child._compiled_call_impl is None
+            for parent, name, child in self._chain
+        ):
+            return
+        refuse_compiled(model, self.modules)
 
     def require(self) -> nn.Module:
         """The model, or an error if pickling has dropped it."""
@@ -42,6 +53,19 @@ class Bound:
 
     def __reduce__(self):
         return _unbound, (self.name,)
+
+
+def _chain(model: nn.Module, paths: Iterable[str]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Every step from the model down to the modules at ``paths``: (parent, name, child)."""
+    steps: dict[str, tuple[nn.Module, str, nn.Module]] = {}
+    for path in paths:
+        parent, walked = model, ""
+        for name in path.split(".") if path else []:
+            walked = f"{walked}.{name}"
+            child = parent._modules[name]
+            steps[walked] = (parent, name, child)
+            parent = child
+    return list(steps.values())
 
 
 def _unbound(name: str) -> Bound:

@@ -110,7 +110,7 @@ class Capture(TensorDictModuleBase):
             "classes": tuple(classes),
             "skip_classes": tuple(skip_classes),
         }
-        self.direction, self.target, self.callback = direction, target, callback
+        self.direction, self.target, self.callback, self.heads = direction, target, callback, heads
         self.nested, self.cache = nested, cache
         out_keys = ("acts" if direction == "forward" else "grads") if out_keys is None else out_keys
         self.model_outputs = [model_outputs] if isinstance(model_outputs, str) else list(model_outputs or ())
@@ -210,7 +210,7 @@ class Capture(TensorDictModuleBase):
         """Run the model on a batch; further tensors (``attention_mask=``) can be given by keyword."""
         model, bound = self._bound.require(), self._bound
         self._refuse_entered()
-        refuse_compiled(model, bound.modules)
+        bound.refuse_compiled()
         source = tensordict.copy().update(entries) if entries else tensordict
         args, kwargs = self._arguments(source)
         modules = list(model.modules())
@@ -306,7 +306,7 @@ class Capture(TensorDictModuleBase):
     def __enter__(self) -> list[TensorDictBase]:
         model, bound = self._bound.require(), self._bound
         self._refuse_entered()
-        refuse_compiled(model, bound.modules)
+        bound.refuse_compiled()
         session = self._open(stop=False)
         calls: list[TensorDictBase] = []
         try:

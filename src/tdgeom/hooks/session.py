@@ -151,10 +151,11 @@ class Session:
         """A hook on a module's output: the common case, one site that is the output itself, has a short way."""
         slow, entry = partial(self._on_output, place, entries), entries[0]
         plain = len(entries) == 1 and entry.view is None and entry.scale == 1.0 and entry.calls == 1
-        plain = plain and not (self.backward or self.clone or self.stop or self.callback)
+        plain = plain and not (self.backward or self.clone or self.callback)
         if not plain or entry.site.kind in ADDED_KINDS:
             return slow
         site, inner = entry.site, entry.block_path != entry.module_path
+        last = len(self.sites) if self.stop else -1
 
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             step = self.current
@@ -172,6 +173,8 @@ class Session:
             if not value.is_inference():
                 step.versions[site] = value._version
             step.acts[site] = value
+            if len(step.acts) == last:
+                raise StopForward
 
         return hook
 

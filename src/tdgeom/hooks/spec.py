@@ -70,6 +70,23 @@ class CaptureSpec:
                     f"CaptureSpec: {name}= expects 'mean', 'sum' or None, got {getattr(self, name)!r}."
                 )
 
+    @classmethod
+    def of(cls, capture: Capture, *, positions: Positions = "all", reduce: str | None = None) -> CaptureSpec:
+        """What a Capture reads, site by site, and what is done to it afterwards: the form that results keep.
+
+        >>> capture = Capture(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "residual_output", in_keys=["x"])
+        >>> CaptureSpec.of(capture).sites
+        ('residual_output.0', 'residual_output.1')
+        """
+        heads = capture.heads
+        return cls(
+            sites=[str(site).removeprefix(site.prefix or "") for site in capture.sites],
+            heads=[heads] if isinstance(heads, int) else heads,
+            positions=positions,
+            reduce=reduce,
+            model_outputs=capture.model_outputs,
+        )
+
     def build(self, model: nn.Module, **settings: Any) -> TensorDictSequential:
         """The capture and its reductions as one TensorDict module; further settings go to :class:`Capture`."""
         layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
