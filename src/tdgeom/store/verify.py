@@ -38,10 +38,11 @@ def verify(catalogue: Catalogue, run: str | None = None) -> list[Damage]:
     runs = [record.id for record in catalogue.records()]
     for known in runs:
         found += _damage_of_run(catalogue, known)
-    strays = [
-        path.name for path in catalogue.folder.iterdir() if valid_id(path.name) and path.name not in runs
-    ]
-    return found + [Damage("a folder of a run that the catalogue does not have", name) for name in strays]
+    for path in sorted(catalogue.folder.iterdir()):
+        # a writer killed before it entered its run leaves a folder without shards, which is no damage
+        if valid_id(path.name) and path.name not in runs and any(path.glob("*.safetensors")):
+            found.append(Damage("shards of a run that the catalogue does not have", path.name))
+    return found
 
 
 def _damage_of_run(catalogue: Catalogue, run: str) -> list[Damage]:
