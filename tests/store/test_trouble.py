@@ -1,0 +1,234 @@
+"""A full disk, a read-only or vanished folder, a flipped bit, readers beside a writer: clear errors, nothing half done."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import stat
+import tempfile
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+import tdgeom as tg
+from tdgeom.store import ActivationStore, StoreError
+
+
+@pytest.fixture
+def store(tmp_path):
+    return ActivationStore(tmp_path / "store")
+
+
+def rows(n, first_id=0, width=64):
+    ids = torch.arange(first_id, first_id + n)
+    return TensorDict({"tokens": {"x": ids[:, None].float().expand(n, width)}, "row_id": ids})
+
+
+@contextmanager
+def largest_file(size):
+    """As a quota: no file of this process may grow beyond ``size`` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_ends_a_run_as_failed_and_it_goes_on_later(store):
+    keep = tg.StoreActivations(store, ["x"], shard_bytes=200_000)
+    keep.update(rows(1000))
+    run, held = keep.run_id, store.catalogue.record(keep.run_id).rows
+    assert held == 757  # 264 bytes a row
+    with largest_file(150_000):
+        with pytest.raises(
+            StoreError, match="no space is left .*the run is not complete: free space, then continue"
+        ):
+            keep.update(rows(1000, 1000))
+        with pytest.raises(StoreError, match=f"run {run} could not be written .*resume='{run}'"):
+            keep.update(rows(1000, 2000))
+        with pytest.raises(StoreError, match="could not be written"):
+            keep.sync_()
+    record = store.catalogue.record(run)
+    assert record.state == "failed" and "no space is left" in record.reason and record.rows == held
+    assert [path.name for path in (store.path / run).glob(".*")] == []
+    assert store.verify() == [] and torch.equal(
+        store.rows(run, partial=True)[:]["row_id"], torch.arange(held)
+    )
+    again = tg.StoreActivations(store, ["x"], resume=run)
+    tg.run(again, [rows(3000)])
+    assert torch.equal(store.rows(run)[:]["row_id"], torch.arange(3000))
+
+
+def test_no_space_for_the_catalogue(store):
+    run = store.save(torch.ones(3))
+    with largest_file(1000), pytest.raises(StoreError, match=r"writing the catalogue .*no space is left"):
+        store.save(torch.ones(3))
+    assert [record.id for record in store.catalogue.records()] == [run] and store.verify() == []
+
+
+def test_no_space_for_a_capture(store):
+    with largest_file(100_000), pytest.raises(StoreError, match="no space is left"):
+        store.save(torch.ones(100_000))
+    assert [record.state for record in store.catalogue.records()] == ["failed"]
+
+
+@contextmanager
+def read_only(folder):
+    """Nobody may write there; root, whom no permission stops, becomes another user for a while."""
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(
+            path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH) | stat.S_IRGRP | stat.S_IROTH
+        )
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(os.getuid())
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(path.stat().st_mode | stat.S_IWUSR)
+
+
+@pytest.fixture
+def open_folder():
+    """A folder whose parents everybody may enter, as pytest's own are not."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_read_only_store_is_read_and_not_written(open_folder):
+    store = ActivationStore(open_folder / "store")
+    run = store.save(torch.arange(4))
+    with read_only(open_folder):
+        assert torch.equal(ActivationStore(store.path).load(run)[0]["tensor"], torch.arange(4))
+        assert store.verify() == []
+        with pytest.raises(StoreError, match=r"making .*Give a folder of your own, or mount it writable"):
+            store.save(torch.ones(1))
+        with pytest.raises(StoreError, match="making the store .*cannot be written"):
+            ActivationStore(open_folder / "another")
+        with pytest.raises(StoreError, match="the folder is gone or cannot be written"):
+            store.remove(run)
+    assert store.catalogue.record(run).state == "complete"
+
+
+def test_a_folder_that_vanishes_under_a_writer(store):
+    keep = tg.StoreActivations(store, ["x"], shard_bytes=2000)
+    keep.update(rows(10))
+    moved = store.path.rename(store.path.with_name("elsewhere"))
+    with pytest.raises(StoreError, match=r"writing .*the folder is gone .*Bring it back, then resume"):
+        keep.update(rows(10, 10))
+    with pytest.raises(StoreError, match="is gone: the store's folder was removed, moved or unmounted"):
+        store.catalogue.records()
+    back = ActivationStore(moved)
+    assert [record.state for record in back.catalogue.records()] == ["failed"] and back.verify() == []
+
+
+def test_a_store_is_made_nowhere_but_in_a_folder(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(StoreError, match="making the store"):
+        ActivationStore(tmp_path / "file" / "store")
+
+
+@pytest.fixture
+def kept(store):
+    keep = tg.StoreActivations(store, ["x"], shard_bytes=264 * 40)
+    tg.run(keep, [rows(100)])
+    return (
+        store,
+        keep.run_id,
+        [store.path / keep.run_id / one.name for one in store.catalogue.shards(keep.run_id)],
+    )
+
+
+@pytest.mark.parametrize("byte", [0, 9, 60, 300, -1])
+def test_verify_finds_a_flipped_bit_and_names_the_shard(kept, byte):
+    store, run, shards = kept
+    data = bytearray(shards[1].read_bytes())
+    data[byte] ^= 4
+    shards[1].write_bytes(data)
+    [damage] = store.verify()
+    assert damage.run == run and damage.shard == "rank-00000-00000001.safetensors"
+    assert str(damage).startswith(f"{run}/{damage.shard}: ")
+    assert store.verify(run) == [damage]
+
+
+def test_verify_finds_what_is_cut_short_or_gone(kept):
+    store, run, shards = kept
+    shards[0].write_bytes(shards[0].read_bytes()[:-1])
+    shards[2].unlink()
+    short, gone = store.verify()
+    assert short.shard == shards[0].name and "it was cut short or changed" in str(short)
+    assert gone.shard == shards[2].name and "No such file" in str(gone)
+    with pytest.raises(StoreError, match="it was cut short or changed"):
+        store.load(run)
+    shutil.rmtree(store.path / run)
+    assert len(store.verify()) == 3
+
+
+def test_verify_finds_shards_that_no_run_has(kept):
+    store, run, _ = kept
+    store.catalogue.drop_run(run)
+    assert [str(damage) for damage in store.verify()] == [
+        f"{run}: shards of a run that the catalogue does not have"
+    ]
+
+
+def test_readers_beside_a_writer_see_whole_shards_only(store):
+    runs, problems = [], []
+    done = threading.Event()
+
+    def read():
+        reader = ActivationStore(store.path)
+        seen = 0
+        while not done.is_set() or not seen:
+            try:
+                for record in reader.catalogue.records():
+                    source = reader.rows(record.id, partial=True)
+                    found = source[:]
+                    assert source.rows >= record.rows and source.rows % 50 == 0
+                    assert torch.equal(found["row_id"], torch.arange(source.rows))
+                    assert torch.equal(found["tokens", "x"][:, 5], torch.arange(source.rows).float())
+                    seen += 1
+            except BaseException as problem:
+                problems.append(problem)
+                return
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for _ in range(4):
+        keep = tg.StoreActivations(store, ["x"], shard_bytes=264 * 50)
+        tg.run(keep, [rows(10, first) for first in range(0, 500, 10)], block_rows=10)
+        runs.append(keep.run_id)
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert problems == [] and [record.id for record in store.catalogue.records()] == runs
+
+
+def test_many_writers_of_runs_of_their_own(store):
+    problems = []
+
+    def write(number):
+        try:
+            for _ in range(5):
+                store.save(torch.full((3,), number), tag=str(number))
+        except BaseException as problem:
+            problems.append(problem)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == [] and len(store.catalogue.records()) == 20
+    for record in store.catalogue.records():
+        assert store.load(record.id)[0]["tensor"].tolist() == [int(record.about.tags[0])] * 3
