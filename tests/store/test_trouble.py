@@ -78,6 +78,15 @@ def test_no_space_for_a_capture(store):
     assert [record.state for record in store.catalogue.records()] == ["failed"]
 
 
+def test_a_full_disk_can_still_be_read(store):
+    run = store.save(torch.arange(4))
+    with largest_file(0):
+        assert torch.equal(store.load(run)[0]["tensor"], torch.arange(4)) and store.verify() == []
+        with pytest.raises(StoreError, match="no space is left"):
+            store.remove(run)
+    store.remove(run)
+
+
 @contextmanager
 def read_only(folder):
     """Nobody may write there; root, whom no permission stops, becomes another user for a while."""

@@ -123,7 +123,10 @@ class Catalogue(Database):
                 f"{_RECORD} WHERE {condition} ORDER BY r.created, r.rowid", tuple(values)
             ).fetchall()
             tags: dict[Any, list[Any]] = {}
-            for run, tag in connection.execute("SELECT run, tag FROM tags ORDER BY rowid") if rows else ():
+            for run, tag in connection.execute(
+                f"SELECT run, tag FROM tags WHERE run IN (SELECT r.id FROM runs r WHERE {condition}) ORDER BY rowid",
+                tuple(values),
+            ):
                 tags.setdefault(run, []).append(tag)
         return [self._record(row, tags.get(row[0], [])) for row in rows]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -56,7 +55,7 @@ class Database:
     def reading(self) -> Iterator[sqlite3.Connection]:
         """A connection that sees one state of the file."""
         self._refuse_missing()
-        with self._explained("reading"), closing(self._connect(self._reading_mode())) as connection:
+        with self._explained("reading"), closing(self._connect_to_read()) as connection:
             self._check(connection)
             connection.execute("BEGIN")
             yield connection
@@ -97,21 +96,24 @@ class Database:
             connection.execute("PRAGMA trusted_schema=OFF")
             connection.execute("PRAGMA cell_size_check=ON")
             connection.execute("PRAGMA synchronous=FULL")
+            connection.execute(
+                "SELECT 1 FROM sqlite_master LIMIT 1"
+            ).fetchone()  # until here nothing was opened
         except BaseException:
             connection.close()
             raise
         return connection
 
-    def _reading_mode(self) -> str:
-        # SQLite's readers write too (shared memory beside the file), which a read-only folder does not allow.
-        effective = {"effective_ids": True} if os.access in os.supports_effective_ids else {}
-        if all(os.access(path, os.W_OK, **effective) for path in (self.path, self.path.parent)):
-            return "mode=rw"
+    def _connect_to_read(self) -> sqlite3.Connection:
+        try:
+            return self._connect("mode=rw")
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise
+        # SQLite's readers write too (shared memory beside the file), which a read-only folder or a full disk forbids.
         log = self.path.with_name(self.path.name + "-wal")
-        with suppress(OSError):
-            if log.stat().st_size:
-                return "mode=ro"
-        return "mode=ro&immutable=1"  # no log, so no writer either
+        has_log = log.exists() and log.stat().st_size > 0
+        return self._connect("mode=ro" if has_log else "mode=ro&immutable=1")  # no log, so no writer either
 
     def _refuse_missing(self) -> None:
         if not self.path.exists():

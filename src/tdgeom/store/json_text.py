@@ -19,8 +19,13 @@ def canonical(value: Any) -> str:
 
     >>> canonical({"b": [1, None], "a": "x"})
     '{"a":"x","b":[1,null]}'
+
+    Raises:
+        ValueError: NaN or Inf, or text that is no valid Unicode. TypeError: what JSON does not know.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    text.encode()
+    return text
 
 
 def read_json(text: str | bytes, what: str, largest: int = LARGEST_JSON) -> Any:

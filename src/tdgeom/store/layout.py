@@ -13,7 +13,7 @@ from tdgeom.stage import Key, as_key
 from tdgeom.store.dtypes import SCALED
 from tdgeom.store.errors import StoreError, StoreLookupError
 from tdgeom.store.json_text import canonical, read_json
-from tdgeom.store.shards import CODES
+from tdgeom.store.shards import CODES, MOST_DIMENSIONS, MOST_VALUES
 
 __all__ = ["Entry", "Layout", "entries_of"]
 
@@ -166,7 +166,8 @@ def _key(raw: Any) -> tuple[str, ...]:
 
 
 def _shape(raw: Any) -> tuple[int, ...]:
-    if not isinstance(raw, list) or not all(type(one) is int and 0 <= one < 1 << 48 for one in raw):
+    naturals = isinstance(raw, list) and all(type(one) is int and one >= 0 for one in raw)
+    if not naturals or len(raw) > MOST_DIMENSIONS or math.prod(one or 1 for one in raw) >= MOST_VALUES:
         raise TypeError(f"{str(raw)[:80]} is no shape")
     return tuple(raw)
 

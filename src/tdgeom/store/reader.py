@@ -61,11 +61,12 @@ class RowSource:
         """Rows by number, in the order given."""
         numbers = self._numbers(rows)
         shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
+        # opened, and so checked, before memory is asked for on the word of the catalogue
+        shards = {number: self._shard(number) for number in np.unique(shard_of).tolist()}
         columns = [torch.empty((len(numbers), *one.shape), dtype=one.dtype) for one in self._entries]
-        for number in np.unique(shard_of):
+        for number, shard in shards.items():
             here = np.flatnonzero(shard_of == number)
             local = numbers[here] - self._starts[number]
-            shard = self._shard(int(number))
             for entry, column in zip(self._entries, columns):
                 scale = shard.take(entry.scale, local) if entry.scale is not None else None
                 column[torch.from_numpy(here)] = decode(shard.take(entry.name, local), scale, entry.dtype)

@@ -26,7 +26,7 @@ from tdgeom.store.errors import StoreError
 from tdgeom.store.files import explain, open_regular
 from tdgeom.store.json_text import read_json
 
-__all__ = ["CODES", "LARGEST_HEADER", "Shard"]
+__all__ = ["CODES", "LARGEST_HEADER", "MOST_DIMENSIONS", "MOST_VALUES", "Shard"]
 
 CODES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -43,9 +43,10 @@ CODES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
 }
 LARGEST_HEADER = 16 * 2**20
+MOST_DIMENSIONS = 16
+MOST_VALUES = 1 << 48  # of one tensor, its empty dimensions counted as 1
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 _BITS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
-_MOST_DIMENSIONS = 16
 _LARGEST_STEP = 1 << 30  # one read() moves 2 GiB at most
 
 
@@ -159,7 +160,7 @@ class Shard:
         if (
             placed.end != base + offsets[1]
             or placed.end > self.size
-            or math.prod(s or 1 for s in shape) >= 1 << 48
+            or math.prod(size or 1 for size in shape) >= MOST_VALUES
         ):
             raise StoreError(
                 f"{self.path}: tensor {name[:80]!r} of shape {shape} and {dtype} does not fit bytes {offsets}."
@@ -181,7 +182,7 @@ def _parsed(entry: Any) -> tuple[torch.dtype | None, tuple[int, ...], list[int]]
         return None, (), []
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     sizes_fit = (
-        _naturals(shape) and _naturals(offsets) and len(shape) <= _MOST_DIMENSIONS and len(offsets) == 2
+        _naturals(shape) and _naturals(offsets) and len(shape) <= MOST_DIMENSIONS and len(offsets) == 2
     )
     if not sizes_fit or not isinstance(code, str) or code not in _DTYPES:
         return None, (), []
@@ -189,7 +190,7 @@ def _parsed(entry: Any) -> tuple[torch.dtype | None, tuple[int, ...], list[int]]
 
 
 def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(one) is int and 0 <= one < 1 << 48 for one in values)
+    return isinstance(values, list) and all(type(one) is int and 0 <= one < MOST_VALUES for one in values)
 
 
 def _typed(bits: np.ndarray, dtype: torch.dtype) -> Tensor:

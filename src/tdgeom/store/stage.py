@@ -61,6 +61,8 @@ class StoreActivations(StreamingStage):
         tensor([1., 1., 1.], dtype=torch.float64)
     """
 
+    resumable = False  # rows are on the disk: the store resumes them
+
     def __init__(
         self,
         store: ActivationStore | str | os.PathLike[str],
