@@ -113,6 +113,16 @@ class Buffer:
         if self._held:
             yield self._take(self._held)
 
+    def held(self) -> tuple[dict[Key, Tensor], list[tuple[int, int]]]:
+        """The rows not yet handed on, and how many came from which batch."""
+        return {key: torch.cat(pieces) for key, pieces in self._pieces.items() if pieces}, list(self._origin)
+
+    def restore(self, rows: Mapping[Key, Tensor], origin: Sequence[tuple[int, int]]) -> None:
+        """Hold these rows, as ``held`` gave them."""
+        self._pieces = {key: [rows[key]] if key in rows else [] for key in self.keys}
+        self._origin = [(int(batch), int(count)) for batch, count in origin]
+        self._held = sum(count for _, count in self._origin)
+
     def _take(self, count: int) -> tuple[dict[Key, Tensor], list[int]]:
         block = {}
         for key, pieces in self._pieces.items():

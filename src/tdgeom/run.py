@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from tdgeom._batches import Buffer, as_batch, batch_length, iterate
 from tdgeom._finish import call, run_end
 from tdgeom._plan import Plan, make_plan
 from tdgeom._ranks import Repeats, rank_and_world, sum_over_ranks
+from tdgeom.checkpoint import Checkpoint, fingerprint
 from tdgeom.hooks import Capture
 from tdgeom.stage import Key, as_key, key_tuple, rows_finite
 from tdgeom.tokens import POSITION_BITS, SelectTokens
@@ -37,6 +39,8 @@ def run(
     in_keys: Sequence[Key] | None = None,
     device: torch.device | str | None = None,
     sharded: bool = False,
+    checkpoint: str | Path | None = None,
+    every: int = 100,
     progress: bool | None = None,
 ) -> TensorDict | None:
     """Stream a dataloader through a pipeline and return every result in one TensorDict.
@@ -56,6 +60,10 @@ def run(
         in_keys: names for the entries of tuple batches; default the first inputs that the pipeline needs.
         device: where batches go; default the model's device.
         sharded: the loader already holds this rank's share; batches carry ``sequence_id``, repeats count once.
+        checkpoint: a file that keeps the state of the run. Where it exists the run goes on from it: batches already seen are
+            read from the loader, which must give the same ones in the same order, and skipped. Removed when the run ends.
+            For one process.
+        every: batches between two writes of the checkpoint.
         progress: a progress bar; default only on a terminal.
 
     Returns:
@@ -88,9 +96,16 @@ def run(
             "(StreamingCovariance, RowSample, StreamingMean, Collect), or call the pipeline on a TensorDict directly."
         )
     stream = _Stream(plan, inputs, max_rows, block_rows, nonfinite, in_keys, device, sharded)
+    if checkpoint is not None:
+        settings = {"max_rows": max_rows, "block_rows": block_rows, "nonfinite": nonfinite}
+        stream.resume(Checkpoint(checkpoint, every, plan, settings))
     with tqdm(total=max_rows, unit=" rows", unit_scale=True, disable=not _show(progress), leave=False) as bar:
+        bar.update(stream.claimed)
         stream.read(dataloader, bar)
-    return stream.finish(pipeline, keep)
+    result = stream.finish(pipeline, keep)
+    if stream.checkpoint is not None:
+        stream.checkpoint.remove()
+    return result
 
 
 def _check_keep(keep: Sequence[str], plan: Plan) -> None:
@@ -154,6 +169,9 @@ class _Stream:
         self.rows_by_shape: dict[object, int] = {}
         self.countable: bool | None = None  # whether batches show their number of rows without the model
         self.stopped = "end of data"
+        self.checkpoint: Checkpoint | None = None
+        self.skipped = 0  # batches of the loader that an earlier run has seen
+        self.first_batch: str | None = None
         for unit in (*plan.stream, *self.selects):
             unit.reset()
 
@@ -178,6 +196,45 @@ class _Stream:
         finally:
             self.seconds[phase] += time.perf_counter() - begin
 
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Keep this checkpoint from now on, and go on from what it holds."""
+        if self.world > 1 or self.sharded:
+            raise ValueError(
+                f"run: checkpoint= is for one process, got {self.world} ranks{' and sharded=True' if self.sharded else ''}. Run "
+                f"each shard by itself, or leave the checkpoint out."
+            )
+        self.checkpoint = checkpoint
+        found = checkpoint.load(self.device)
+        if found is None:
+            return
+        rows, place = found
+        keys = {"/".join(key_tuple(key)): key for key in self.buffer.keys}
+        self.buffer.restore({keys[name]: value for name, value in rows.items()}, place["origin"])
+        self.counts.update(place["counts"])
+        self.seconds.update(place["seconds"])
+        self.claimed, self.sequences = int(place["claimed"]), int(place["sequences"])
+        self.skipped, self.first_batch = int(place["batches"]), place["first_batch"]
+
+    def _keep_place(self, batches: int) -> None:
+        if self.checkpoint is None or batches % self.checkpoint.every:
+            return
+        rows, origin = self.buffer.held()
+        place = {"batches": batches, "first_batch": self.first_batch, "origin": origin, "counts": self.counts}
+        place |= {"seconds": self.seconds, "claimed": self.claimed, "sequences": self.sequences}
+        self.checkpoint.save({"/".join(key_tuple(key)): value for key, value in rows.items()}, place)
+
+    def _seen_before(self, td: TensorDict, index: int) -> bool:
+        """Whether an earlier run has had this batch; the first must be the one that it started with."""
+        if self.checkpoint is not None and index == 0:
+            found = fingerprint(td)
+            if self.first_batch is not None and found != self.first_batch:
+                raise ValueError(
+                    f"run resumes from {self.checkpoint.path}, but the loader's first batch is not the one of then: its order or "
+                    f"its data changed (shuffle=True?). Give the same loader, or remove the file to start anew."
+                )
+            self.first_batch = found
+        return index < self.skipped
+
     def read(self, dataloader: Iterable[Any], bar: tqdm) -> None:
         """Batches to blocks to updates, until the data or the budget ends."""
         batches = enumerate(iterate(dataloader))
@@ -193,12 +250,15 @@ class _Stream:
                 break
             if td is None or (self.max_rows is not None and self.claimed >= self.max_rows):
                 continue  # only a sharded loader comes here: others still announce their batches
+            if self._seen_before(td, index):
+                continue
             self._number(td)
             self._take(td, index, fresh if self.repeats is not None else None, bar)
             if self.max_rows is not None and self.claimed >= self.max_rows:
                 self.stopped = "max_rows"
                 if self.repeats is None:
                     break
+            self._keep_place(index + 1)
         for block, origin in self.buffer.flush():
             self._update(block, origin)
 

@@ -277,9 +277,13 @@ class StreamingStage(Stage):
         >>> stage(tokens=torch.ones(1, 2))
         tensor([1., 1.], dtype=torch.float64)
 
+    Class attribute ``resumable``: whether the state is all there is, so that a checkpoint of a run can hold it.
+
     State lives in persistent buffers, of length zero before the first rows; it is made on the first rows' device (the
     CPU if that lacks float64), never changes dtype under ``.half()`` or ``.to(dtype)``, and holds no graph.
     """
+
+    resumable: ClassVar[bool] = True
 
     def add_state(self, name: str, dtype: torch.dtype) -> None:
         """Declare a piece of state; ``start`` gives it its shape when the first rows arrive."""

@@ -1,0 +1,203 @@
+"""Checkpoints of a run: streaming state and the place in the loader, in one file that is written whole or not at all.
+
+The file is in the safetensors format: tensors and one JSON record, read by a parser that checks everything and runs
+nothing. A run started again with the same call goes on where the file stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+
+from tdgeom._plan import Plan, describe
+from tdgeom.bundle import plain
+from tdgeom.compose import RenamedStream
+from tdgeom.stage import StreamingStage, key_tuple
+from tdgeom.store.errors import StoreError
+from tdgeom.store.json_text import read_json
+from tdgeom.store.shard_writing import write_shard
+from tdgeom.store.shards import Shard
+from tdgeom.tokens import SelectTokens
+
+__all__ = ["Checkpoint", "fingerprint"]
+
+FORMAT = 1
+RECORD = "record"
+_LARGEST_RECORD = 16 * 2**20
+_HASHED = 1 << 20  # bytes of each tensor of the first batch that are compared
+
+
+class Checkpoint:
+    """Where a run keeps its state, and what the state must fit.
+
+    Args:
+        path: the file; its folder must exist.
+        every: batches between two writes.
+        plan: the run's stages.
+        settings: the run's own settings that change a number.
+
+    Raises:
+        ValueError: every below 1, no folder, or a stage whose state lies outside of it.
+    """
+
+    def __init__(self, path: str | Path, every: int, plan: Plan, settings: Mapping[str, Any]) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(
+                f"run: every counts batches between checkpoints, an int of at least 1, got {every!r}."
+            )
+        self.path, self.every = Path(path).absolute(), every
+        if not self.path.parent.is_dir():
+            raise ValueError(
+                f"run: checkpoint={str(path)!r} lies in no folder that exists. Make {self.path.parent} first."
+            )
+        self.stages = [stage_of(unit) for unit in plan.stream]
+        outside = [type(stage).__name__ for stage in self.stages if not stage.resumable]
+        if outside:
+            raise ValueError(
+                f"run: checkpoint= cannot hold the state of {outside[0]}, which lies on the disk already. Run it by itself; its "
+                f"store resumes an unfinished run."
+            )
+        self.selects = [unit for unit in plan.batch if isinstance(unit, SelectTokens)]
+        self.fits = {"format": FORMAT, "settings": plain(dict(settings)), "stages": _signature(plan)}
+
+    def save(self, rows: Mapping[str, Tensor], place: Mapping[str, Any]) -> None:
+        """Write the state of all stages, the rows not yet handed to them, and the place in the loader."""
+        tensors = {f"rows/{name}": value for name, value in rows.items()}
+        for number, stage in enumerate(self.stages):
+            tensors |= {f"stage/{number}/{name}": value for name, value in stage._state().items()}
+        for number, select in enumerate(self.selects):
+            tensors[f"select/{number}"] = select.sequences
+        text = json.dumps({**self.fits, "place": plain(dict(place))}, allow_nan=False).encode()
+        tensors[RECORD] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        try:
+            write_shard(self.path, tensors)
+        except StoreError as error:
+            raise OSError(f"run could not write its checkpoint: {error}") from error
+
+    def load(self, device: torch.device | None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Put the stages where the file says; (rows not yet handed on, the place). None where there is no file.
+
+        Raises:
+            ValueError: a damaged file, or one of another pipeline, other settings or another format: what differs is shown.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            file = Shard(self.path)
+            record = read_json(
+                bytes(file.whole(RECORD).view(torch.uint8).numpy()),
+                f"the record of {self.path}",
+                _LARGEST_RECORD,
+            )
+            self._refuse_other(record)
+            held = {name: file.whole(name) for name in file.tensors if name != RECORD}
+        except StoreError as error:
+            raise ValueError(
+                f"the checkpoint {self.path} cannot be read: {error} Remove it to start anew."
+            ) from error
+        for number, stage in enumerate(self.stages):
+            self._put(stage, {n: held.pop(f"stage/{number}/{n}", None) for n in stage._state()}, device)
+        for number, select in enumerate(self.selects):
+            select.sequences.copy_(held.pop(f"select/{number}", torch.zeros((), dtype=torch.int64)))
+        rows = {
+            name.removeprefix("rows/"): value if device is None else value.to(device)
+            for name, value in held.items()
+        }
+        return rows, record["place"]
+
+    def remove(self) -> None:
+        """The run has ended: nothing is left to resume."""
+        self.path.unlink(missing_ok=True)
+
+    def _put(
+        self, stage: StreamingStage, state: Mapping[str, Tensor | None], device: torch.device | None
+    ) -> None:
+        for name, value in state.items():
+            if value is None:
+                raise ValueError(
+                    f"the checkpoint {self.path} holds no fitting {name!r} for {type(stage).__name__}: it was changed. Remove it "
+                    f"to start anew."
+                )
+            setattr(stage, name, value if device is None else value.to(device))
+
+    def _refuse_other(self, record: Any) -> None:
+        if not isinstance(record, dict) or not isinstance(record.get("place"), dict):
+            raise ValueError(f"{self.path} is no checkpoint of tdgeom: it has no record of a run.")
+        found = {name: record.get(name) for name in self.fits}
+        if found["format"] != FORMAT:
+            raise ValueError(
+                f"the checkpoint {self.path} has format {found['format']!r}; this version reads {FORMAT}. Remove it."
+            )
+        differences = _differences(found, self.fits, "")
+        if differences:
+            raise ValueError(
+                f"the checkpoint {self.path} belongs to another run: {'; '.join(differences[:4])}"
+                f"{' ...' if len(differences) > 4 else ''}. Call run as before, or remove the file to start anew."
+            )
+
+
+def stage_of(unit: TensorDictModuleBase) -> StreamingStage:
+    """The streaming stage in a unit of the plan, which may be renamed for a site."""
+    return unit.module if isinstance(unit, RenamedStream) else unit  # type: ignore[return-value]
+
+
+def fingerprint(td: TensorDictBase) -> str:
+    """SHA-256 of a batch's tensors (their names, shapes and first MiB), to see that a loader starts as it did before."""
+    digest = hashlib.sha256()
+    for key in sorted(td.keys(True, True), key=lambda key: key_tuple(key)):
+        value = td.get(key)
+        if isinstance(value, Tensor):
+            digest.update(repr((key_tuple(key), tuple(value.shape), str(value.dtype))).encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy()[:_HASHED].tobytes() if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def _signature(plan: Plan) -> list[dict[str, Any]]:
+    """Every stage up to the streaming ones: its name, its keys and the settings that change its numbers."""
+    return [
+        {
+            "stage": describe(unit),
+            "in_keys": ["/".join(key_tuple(key)) for key in unit.in_keys],
+            "out_keys": ["/".join(key_tuple(key)) for key in unit.out_keys],
+            "settings": plain(_settings(unit)),
+        }
+        for unit in (*plan.batch, *plan.stream)
+    ]
+
+
+def _settings(unit: TensorDictModuleBase) -> dict[str, Any]:
+    if isinstance(unit, SelectTokens):
+        return {
+            name: str(getattr(unit, name))
+            for name in ("positions", "pool", "skip_first", "skip_special", "special_ids", "mask_key")
+        }
+    settings = getattr(stage_of(unit), "settings", None)
+    return dict(settings()) if callable(settings) else {}
+
+
+def _differences(found: Any, wanted: Any, where: str) -> list[str]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        names = sorted(set(found) | set(wanted))
+        return [
+            one
+            for name in names
+            for one in _differences(found.get(name), wanted.get(name), f"{where}.{name}")
+        ]
+    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        return [
+            one
+            for number, pair in enumerate(zip(found, wanted))
+            for one in _differences(*pair, f"{where}[{number}]")
+        ]
+    if found == wanted:
+        return []
+    return [f"{where.lstrip('.')} is {str(found)[:120]} there and {str(wanted)[:120]} here"]

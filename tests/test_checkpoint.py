@@ -1,0 +1,221 @@
+"""A run that is interrupted, even by kill -9, goes on from its checkpoint and ends with the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictSequential
+
+import models
+import tdgeom as tg
+
+
+def loader(batches: int = 12) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, models.VOCAB, (batches, 3, 8), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[::2, 0, 5:] = 0
+    labels = torch.randint(0, 2, (batches, 3), generator=generator)
+    return [{"input_ids": i, "attention_mask": m, "label": y} for i, m, y in zip(ids, mask, labels)]
+
+
+def pipeline() -> TensorDictSequential:
+    """One of every kind of streaming stage."""
+    capture = tg.Capture(models.gpt2(), "residual_input")
+    s = capture.sites
+    return TensorDictSequential(
+        capture,
+        tg.SelectTokens(s, also=["label"]),
+        tg.ForEach(tg.StreamingCovariance(), s),
+        tg.RowSample(s, size=40, also=["label"]),
+        tg.Collect(s),
+        tg.ForEach(tg.StreamingMean(), s),
+        tg.StreamingCrossMoments(s, pairs="all"),
+        tg.ForEach(tg.StreamingSketch(k=2, size=4), s),
+        tg.ForEach(tg.LinearProbe(), s),
+        tg.ForEach(tg.EigenSpectrum(), s),
+        tg.ForEach(tg.SpectrumMetrics(), s),
+    )
+
+
+class Interrupted(Exception):
+    pass
+
+
+def until(batches, count):
+    for index, batch in enumerate(batches):
+        if index == count:
+            raise Interrupted
+        yield batch
+
+
+def same(result: TensorDict, expected: TensorDict) -> None:
+    keys = set(expected.keys(True, True))
+    assert set(result.keys(True, True)) == keys
+    for key in keys:
+        value = expected[key]
+        if isinstance(value, torch.Tensor) and key[:2] != ("run", "seconds"):
+            torch.testing.assert_close(result[key], value, rtol=1e-9, atol=1e-12, equal_nan=True)
+    assert result["run", "stopped"] == expected["run", "stopped"]
+
+
+SETTINGS = [
+    {},
+    {"max_rows": 150, "block_rows": 64},
+    {"block_rows": 10, "nonfinite": "drop"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_interrupted_at_any_batch(tmp_path, settings) -> None:
+    data = loader()
+    expected = tg.run(pipeline(), data, **settings)
+    for count in (1, 2, 3, 6, 11):
+        path = tmp_path / f"{count}.state"
+        options = {"checkpoint": path, "every": 2, **settings}
+        try:
+            result = tg.run(pipeline(), until(data, count), **options)
+        except Interrupted:
+            assert path.exists() == (count >= 2)
+            result = tg.run(pipeline(), data, **options)
+        same(result, expected)
+        assert not path.exists()
+
+
+def test_interrupted_twice_and_batches_are_run_once(tmp_path) -> None:
+    data, path = loader(), tmp_path / "state"
+    model = models.gpt2()
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    capture = tg.Capture(model, "residual_input")
+    stages = [capture, tg.SelectTokens(capture.sites), tg.ForEach(tg.StreamingMean(), capture.sites)]
+    for count in (5, 9):
+        with pytest.raises(Interrupted):
+            tg.run(TensorDictSequential(*stages), until(data, count), checkpoint=path, every=1)
+    result = tg.run(TensorDictSequential(*stages), data, checkpoint=path, every=1)
+    assert len(calls) == len(data) and int(result["run", "batches"]) == len(data)
+
+
+def test_rows_that_are_dropped_stay_counted(tmp_path) -> None:
+    rows = [{"tokens": torch.randn(5, 3)} for _ in range(6)]
+    rows[1]["tokens"][2, 0] = torch.nan
+    plain = TensorDictSequential(tg.StreamingCovariance())
+    expected = tg.run(plain, rows, nonfinite="drop", block_rows=3)
+    options = {"nonfinite": "drop", "block_rows": 3, "checkpoint": tmp_path / "state", "every": 1}
+    with pytest.raises(Interrupted):
+        tg.run(plain, until(rows, 4), **options)
+    result = tg.run(plain, rows, **options)
+    same(result, expected)
+    assert int(result["run", "dropped_rows"]) == 1
+
+
+def half_done(path, **settings) -> None:
+    with pytest.raises(Interrupted):
+        tg.run(pipeline(), until(loader(), 4), checkpoint=path, every=2, **settings)
+
+
+def test_another_pipeline_or_setting_is_refused_with_the_difference(tmp_path) -> None:
+    path = tmp_path / "state"
+    half_done(path)
+    with pytest.raises(ValueError, match=r"another run: settings.max_rows is None there and 99 here"):
+        tg.run(pipeline(), loader(), checkpoint=path, max_rows=99)
+    rows = TensorDictSequential(tg.StreamingCovariance())
+    with pytest.raises(ValueError, match=r"another run: stages is \[.* there and"):
+        tg.run(rows, [{"tokens": torch.ones(2, 2)}], checkpoint=path)
+    other = pipeline()
+    next(stage for stage in other if isinstance(stage, tg.RowSample)).seed = 5
+    with pytest.raises(ValueError, match=r"stages\[\d+\].settings.seed is 0 there and 5 here"):
+        tg.run(other, loader(), checkpoint=path)
+    assert path.exists()
+
+
+def test_another_loader_is_refused(tmp_path) -> None:
+    half_done(tmp_path / "state")
+    with pytest.raises(ValueError, match="first batch is not the one of then"):
+        tg.run(pipeline(), loader()[::-1], checkpoint=tmp_path / "state")
+
+
+def test_a_damaged_file_is_refused(tmp_path) -> None:
+    path = tmp_path / "state"
+    half_done(path)
+    whole = path.read_bytes()
+    draw = random.Random(0)
+    for damaged in (b"", whole[:100], whole[:-1], b"\xff" * 8 + whole[8:], b"PK\x03\x04" + whole, b"{}" * 50):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="checkpoint.*Remove it to start anew"):
+            tg.run(pipeline(), loader(), checkpoint=path)
+    header = int.from_bytes(whole[:8], "little")
+    for _ in range(60):  # any byte of the header: a clear error, or the very same numbers (a changed blank)
+        at = 8 + draw.randrange(header)
+        path.write_bytes(whole[:at] + bytes([draw.randrange(256)]) + whole[at + 1 :])
+        try:
+            tg.run(pipeline(), loader(), checkpoint=path)
+        except (ValueError, KeyError) as error:
+            assert str(error)
+
+
+def test_what_cannot_be_resumed_says_so(tmp_path) -> None:
+    rows = [{"tokens": torch.ones(2, 2), "row_id": torch.arange(2)}]
+    stored = TensorDictSequential(
+        tg.StoreActivations(tg.ActivationStore(tmp_path / "store"), None, model="m"), tg.StreamingMean()
+    )
+    with pytest.raises(ValueError, match="cannot hold the state of StoreActivations"):
+        tg.run(stored, rows, checkpoint=tmp_path / "state")
+    with pytest.raises(ValueError, match="every counts batches"):
+        tg.run(pipeline(), loader(), checkpoint=tmp_path / "state", every=0)
+    with pytest.raises(ValueError, match="lies in no folder that exists"):
+        tg.run(pipeline(), loader(), checkpoint=tmp_path / "no" / "state")
+    with pytest.raises(ValueError, match="for one process"):
+        tg.run(pipeline(), loader(), checkpoint=tmp_path / "state", sharded=True)
+
+
+PROGRAM = """
+import json, sys, time
+import torch
+from tensordict.nn import TensorDictSequential
+import tdgeom as tg
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        time.sleep(0.01)
+        yield {"tokens": torch.randn(50, 16, generator=generator)}
+
+stages = TensorDictSequential(tg.StreamingCovariance(), tg.RowSample(size=64), tg.EigenSpectrum(), tg.SpectrumMetrics())
+print("ready", flush=True)
+result = tg.run(stages, batches(), checkpoint=sys.argv[1], every=2, block_rows=128)
+print(json.dumps([float(result["spectrum", "d_pr"]), int(result["run", "rows"]), result["sample_row_id"].tolist()]))
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path) -> None:
+    def start(path):
+        return subprocess.Popen([sys.executable, "-c", PROGRAM, str(path)], stdout=subprocess.PIPE, text=True)
+
+    whole = start(tmp_path / "whole")
+    expected = json.loads(whole.communicate(timeout=120)[0].splitlines()[-1])
+    assert whole.returncode == 0 and expected[1] == 3000
+    draw = random.Random(1)
+    path = tmp_path / "state"
+    kept = 0
+    for _ in range(4):
+        process = start(path)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(draw.uniform(0.05, 0.3))
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        kept += path.exists()
+    last = start(path)
+    result = json.loads(last.communicate(timeout=120)[0].splitlines()[-1])
+    assert kept > 0 and last.returncode == 0 and not path.exists()
+    assert result[0] == pytest.approx(expected[0], rel=1e-12) and result[1:] == expected[1:]
