@@ -213,3 +213,30 @@ def test_the_capture_is_recorded_and_can_be_made_again(select, tmp_path) -> None
     capture = spec.build(model)[0]
     assert [str(site) for site in capture.sites] == loaded.metadata["sites"]
     assert {str(s): path for s, path in capture.module_paths.items()} == loaded.metadata["hook_targets"]
+
+
+def test_an_interrupted_analysis_goes_on(tmp_path) -> None:
+    class Stop(Exception):
+        pass
+
+    class Once:
+        """A loader that breaks off the first time it is read."""
+
+        broken = False
+
+        def __iter__(self):
+            for index, batch in enumerate(loader()):
+                if index == 4 and not self.broken:
+                    self.broken = True
+                    raise Stop
+                yield batch
+
+    batches, options = Once(), {"checkpoint": tmp_path / "state", "every": 2, "progress": False}
+    with pytest.raises(Stop):
+        tg.analyze_model(models.gpt2(), batches, **options)
+    assert (tmp_path / "state").exists()
+    resumed = tg.analyze_model(models.gpt2(), batches, **options)
+    whole = tg.analyze_model(models.gpt2(), loader(), progress=False)
+    np.testing.assert_allclose(resumed.metrics["d_pr"], whole.metrics["d_pr"], rtol=1e-9)
+    np.testing.assert_allclose(resumed.novelty["linear_cka"], whole.novelty["linear_cka"], rtol=1e-9)
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -147,6 +148,8 @@ def analyze_model(
     select: Mapping[str, Any] | None = None,
     neighbors: bool | int = False,
     untrained: bool | nn.Module = False,
+    checkpoint: str | Path | None = None,
+    every: int = 100,
     overwrite: bool = False,
 ) -> AnalysisResults | None:
     """Measure the representation geometry of a model over a dataloader.
@@ -180,6 +183,8 @@ def analyze_model(
             ``select={"also": [...]}`` carries: in ``results.neighbors`` and in the bundle.
         untrained: measure the same model with re-initialised weights too (or the module given here), in the same tables:
             column ``weights`` says which. The loader must be one that can be read twice.
+        checkpoint, every: as for ``run``: a file that keeps the state, and batches between two writes. Further stacks and the
+            untrained model have files of their own beside it.
         overwrite: replace an earlier bundle in ``save_dir``.
 
     Returns:
@@ -215,16 +220,17 @@ def analyze_model(
         "sites": hook_point if sites is None else sites,
         "routers": output_router_logits,
     }
-    options = {"max_tokens": max_tokens, "metrics": metrics, "progress": progress}
+    options = {"max_tokens": max_tokens, "metrics": metrics, "progress": progress, "every": every}
     if untrained is not False and isinstance(dataloader, Iterator):
         raise ValueError(
             "untrained= reads the data twice, but the dataloader is an iterator that can be read once. Give a list or a "
             "DataLoader."
         )
-    results = _measured(net, label, dataloader, settings, place, **options)
+    results = _measured(net, label, dataloader, settings, place, checkpoint=checkpoint, **options)
     if untrained is not False:
         other = untrained if isinstance(untrained, nn.Module) else untrained_copy(net, seed=seed)
-        baseline = _measured(other, label, dataloader, settings, place, **options)
+        beside = None if checkpoint is None else f"{checkpoint}.untrained"
+        baseline = _measured(other, label, dataloader, settings, place, checkpoint=beside, **options)
         results = None if results is None or baseline is None else with_baseline(results, baseline)
     if results is None:
         return None  # the result is on rank 0
@@ -251,6 +257,8 @@ def _measured(
     max_tokens: int | None,
     metrics: Any,
     progress: bool | None,
+    checkpoint: str | Path | None,
+    every: int,
 ) -> AnalysisResults | None:
     """One model's analysis: a pass for each stack, and the tables of all."""
     asked = Capture(net, place["sites"], layers=place["layers"])
@@ -263,9 +271,10 @@ def _measured(
     frames = []
     for stack, group in _by_stack(asked.sites, dataloader).items():
         own_routers = [site for site in routers if site.stack == stack]
-        frames.append(
-            (_run_stack(net, group, own_routers, dataloader, settings, max_tokens, progress), group)
-        )
+        options: dict[str, Any] = {"max_rows": max_tokens, "progress": None if progress else False}
+        if checkpoint is not None:
+            options |= {"checkpoint": f"{checkpoint}.{stack}" if frames else checkpoint, "every": every}
+        frames.append((_run_stack(net, group, own_routers, dataloader, settings, options), group))
     if any(result is None for result, _ in frames):
         return None
     extra = settings["extra"]
@@ -391,8 +400,7 @@ def _run_stack(
     routers: list[Any],
     dataloader: Iterable[Any],
     settings: Mapping[str, Any],
-    max_tokens: int | None,
-    progress: bool | None,
+    run_options: Mapping[str, Any],
 ) -> TensorDict | None:
     """One pass over the sites of one stack: the result without its bulky intermediates, with each site's width."""
     options = dict(settings)
@@ -410,9 +418,7 @@ def _run_stack(
     roots = {key_tuple(key)[0] for unit in (*plan.stream, *plan.end) for key in unit.out_keys} - set(HELD)
     if settings["neighbors"]:
         roots |= {"sample", "sample_row_id"}
-    result = run(
-        pipeline, dataloader, max_rows=max_tokens, keep=sorted(roots), progress=None if progress else False
-    )
+    result = run(pipeline, dataloader, keep=sorted(roots), **run_options)
     if result is not None:
         result.set("sample_rows", torch.tensor(min(settings["sample_limit"], int(result["run", "rows"]))))
         for site, width in _widths(pipeline, sites).items():

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ SCHEMA_VERSION = "1.0"
 METADATA = "metadata.json"
 ARRAYS = ("eigenvalues", "neighbors")
 _LARGEST_JSON = 64 * 2**20
+_LEAST_ARRAYS, _MOST_PACKED = 16 * 2**20, 100  # measured numbers pack to a half, repeated ones to a tenth
 
 
 def safe_name(name: str) -> str:
@@ -187,14 +189,27 @@ def read(folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, np.
             )
         stem, _, ending = name.rpartition(".")
         if ending == "npz" and stem in ARRAYS:
-            with np.load(file, allow_pickle=False) as stored:
-                arrays[stem] = {key: stored[key] for key in stored.files}
+            arrays[stem] = _read_arrays(file)
         elif name.endswith((".csv", ".json")):
             tables[name.rsplit(".", 1)[0]] = _read_table(file)
     missing = {"metrics", "novelty"} - set(tables)
     if missing:
         raise ValueError(f"{folder} lacks the tables {sorted(missing)}: the bundle is incomplete.")
     return tables, arrays, metadata
+
+
+def _read_arrays(file: Path) -> dict[str, np.ndarray]:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > _LEAST_ARRAYS + _MOST_PACKED * file.stat().st_size:
+            raise ValueError(
+                f"{file} has {file.stat().st_size:,} bytes and unpacks to {unpacked:,}: refused as a decompression bomb."
+            )
+        with np.load(file, allow_pickle=False) as stored:
+            return {key: stored[key] for key in stored.files}
+    except (zipfile.BadZipFile, EOFError, MemoryError) as error:
+        raise ValueError(f"{file} is no archive of arrays ({error}): the bundle is damaged.") from error
 
 
 def _inside(folder: Path, name: str) -> Path:

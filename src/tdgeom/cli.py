@@ -152,6 +152,13 @@ def analyze(
     ] = 0,
     skip_special: Annotated[bool, typer.Option("--skip-special", help="Leave out special tokens.")] = False,
     untrained: Untrained = False,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep the run's state in this file, and go on from it if it exists.", metavar="FILE"
+        ),
+    ] = None,
+    every: Annotated[int, typer.Option(min=1, help="Batches between two writes of the checkpoint.")] = 100,
     seed: Seed = 0,
     run_name: Annotated[str | None, typer.Option(help="A name to record.")] = None,
     trust_remote_code: Remote = False,
@@ -182,6 +189,8 @@ def analyze(
         seed=seed,
         select={"skip_first": skip_first, "skip_special": skip_special},
         untrained=untrained,
+        checkpoint=checkpoint,
+        every=every,
         run_name=run_name,
         tokenizer_name=tokenizer or model,
         dataset_name=named,
