@@ -46,26 +46,34 @@ def encode(rows: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | No
     if dtype is None or not rows.is_floating_point() or rows.dtype == dtype:
         return rows, None
     if dtype in SCALED:
-        flat = rows.flatten(1) if rows.ndim > 1 else rows[:, None]
-        largest = flat.abs().amax(1) if flat.shape[1] else flat.new_zeros(len(flat))
-        scale = (largest.double() / SCALED[dtype]).float()
-        scale = torch.where(
-            largest > 0, scale.clamp(min=torch.finfo(torch.float32).tiny), torch.ones_like(scale)
-        )
-        by_row = scale.reshape(-1, *[1] * (rows.ndim - 1))
-        wide = rows.double() if rows.dtype == torch.float64 else rows.float()
-        # the division may round past the largest float8, which the cast would make NaN
-        stored = (wide / by_row).clamp(-SCALED[dtype], SCALED[dtype]).to(dtype)
+        stored, scale, largest = _scaled(rows, dtype)
         fits = torch.isfinite(scale).all()
     else:
         stored, scale = rows.to(dtype), None
-        fits = torch.isfinite(stored).all()
-    if not bool(fits) and bool(torch.isfinite(rows).all()):
+        largest = rows.abs().amax() if rows.numel() else rows.new_zeros(())
+        fits = torch.isfinite(largest.to(dtype))  # casting keeps the order, so no other value went further
+    if not bool(fits) and bool(torch.isfinite(largest).all()):
         raise StoreError(
-            f"rows reach {float(rows.abs().max()):.3g}, beyond {dtype} (up to {torch.finfo(dtype).max:.3g}). Store them as "
+            f"rows reach {float(largest.max()):.3g}, beyond {dtype} (up to {torch.finfo(dtype).max:.3g}). Store them as "
             f"bfloat16, or as they come (dtype=None)."
         )
     return stored, scale
+
+
+def _scaled(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows in float8, the scale of each, max|x| of each)."""
+    flat = rows.flatten(1) if rows.ndim > 1 else rows[:, None]
+    largest = flat.abs().amax(1) if flat.shape[1] else flat.new_zeros(len(flat))
+    scale = (largest.double() / SCALED[dtype]).float().clamp(min=torch.finfo(torch.float32).tiny)
+    scale = torch.where(largest > 0, scale, torch.ones_like(scale))
+    wide = rows if rows.dtype == torch.float64 else rows.float()
+    # the division may round past the largest float8, which the cast would make NaN
+    stored = (wide / _by_row(scale, rows)).clamp(-SCALED[dtype], SCALED[dtype]).to(dtype)
+    return stored, scale, largest
+
+
+def _by_row(scale: Tensor, rows: Tensor) -> Tensor:
+    return scale.reshape(-1, *[1] * (rows.ndim - 1))
 
 
 def decode(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -73,17 +81,22 @@ def decode(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     if scale is None:
         return stored.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    return (stored.to(wide) * scale.to(wide).reshape(-1, *[1] * (stored.ndim - 1))).to(dtype)
+    return (stored.to(wide) * _by_row(scale.to(wide), stored)).to(dtype)
 
 
 def rounding_error(rows: Tensor, stored: Tensor, scale: Tensor | None) -> Tensor:
     """float64 (3,): Σ|x-x̂|², Σ|x|², and the largest |x-x̂| / |x| of any row. Zeros where nothing was cast."""
     error = torch.zeros(3, dtype=torch.float64, device=rows.device)
-    if stored is rows or not len(rows):
+    if stored is rows or not rows.numel():
         return error
-    exact = rows.double().reshape(len(rows), -1)
-    gap = (decode(stored, scale, torch.float64).reshape(len(rows), -1) - exact).square().sum(1)
-    size = exact.square().sum(1)
-    error[0], error[1] = gap.sum(), size.sum()
-    error[2] = torch.where(size > 0, gap / size.clamp(min=1e-300), torch.zeros_like(size)).max().sqrt()
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    exact = rows.to(wide).reshape(len(rows), -1)
+    gap = _norms(decode(stored, scale, wide).reshape(len(rows), -1) - exact)
+    size = _norms(exact)
+    error[0], error[1] = gap.square().sum(), size.square().sum()
+    error[2] = torch.where(size > 0, gap / size.clamp(min=1e-300), torch.zeros_like(size)).max()
     return error
+
+
+def _norms(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
