@@ -91,7 +91,7 @@ from tdgeom.similarity import (
 )
 from tdgeom.spectrum import EigenSpectrum, RankMe, SpectrumMetrics
 from tdgeom.stage import PairStage, Stage, StreamingStage
-from tdgeom.store import ActivationStore, StoreActivations
+from tdgeom.store import ActivationStore, Runs, StoreActivations
 from tdgeom.stream.collect import Collect
 from tdgeom.stream.covariance import StreamingCovariance
 from tdgeom.stream.cross import StreamingCrossMoments
@@ -227,6 +227,7 @@ __all__ = [
     "Erase",
     # keeping activations and runs
     "ActivationStore",
+    "Runs",
     "StoreActivations",
     # the rest
     "UndefinedMeasureWarning",

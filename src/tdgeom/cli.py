@@ -40,6 +40,7 @@ from tdgeom._command_line import (
 )
 from tdgeom._compare_command import compare
 from tdgeom._geometry_commands import dimension, overlap
+from tdgeom._runs_commands import app as runs
 
 __all__ = ["app", "main"]
 
@@ -246,6 +247,7 @@ app.command(
     epilog="Example: [bold]tdgeom dimension gpt2 --text book.txt --untrained --plots --out run[/bold]"
 )(dimension)
 app.command(epilog="Example: [bold]tdgeom overlap gpt2 --text book.txt --labels chapters.txt[/bold]")(overlap)
+app.add_typer(runs)
 
 
 if __name__ == "__main__":

@@ -5,25 +5,32 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from tensordict import TensorDict
 
+from tdgeom.results import AnalysisResults
 from tdgeom.store.about import describe, new_id
 from tdgeom.store.catalogue import Catalogue, Record, ShardRecord, relative_errors
 from tdgeom.store.errors import StoreBusyError, StoreError
 from tdgeom.store.files import explain
+from tdgeom.store.layout import Layout
 from tdgeom.store.memory import Captured, pack, unpack
+from tdgeom.store.query import condition
 from tdgeom.store.reader import RowSource, read_tensors
+from tdgeom.store.runs import Runs
 from tdgeom.store.shard_writing import write_shard
+from tdgeom.store.transfer import import_runs
 from tdgeom.store.verify import Damage, verify
 from tdgeom.store.writer import RunLock
 
 __all__ = ["ActivationStore"]
 
 VARIABLE = "TDGEOM_STORE"
+BUNDLE = "bundle"
 
 
 class ActivationStore:
@@ -106,6 +113,8 @@ class ActivationStore:
             StoreLookupError: no such run. StoreError: it is not complete, or its files are damaged.
         """
         record = self._readable(run, partial)
+        if record.kind == "analysis":
+            raise StoreError(f"run {run} is an analysis: load it with store.load_analysis.")
         layout = self.catalogue.layout(run)
         return unpack(layout, read_tensors(self.catalogue, run, layout)), self.metadata(record)
 
@@ -160,6 +169,57 @@ class ActivationStore:
             "relative_error": relative_errors(self.catalogue.shards(record.id)),
             **about.details,
         }
+
+    def query(self, **wanted: Any) -> Runs:
+        """The runs that fit: ``store.query(model="gpt2", tag="final", capture={"layers": [0, 5]})``.
+
+        Args:
+            wanted: model, revision, dataset, experiment, kind, state, tag, since, until, positions, interventions, capture,
+                config, metadata, where; see ``tdgeom.store.query.condition``. None: all runs.
+
+        Raises:
+            ValueError: a question that cannot be asked.
+        """
+        return Runs(self, self.catalogue.records(*condition(**wanted)))
+
+    def import_runs(self, folder: str | os.PathLike[str]) -> Runs:
+        """Take in the runs of a folder that ``Runs.export`` made.
+
+        Raises:
+            StoreError: no such folder, or one that was changed.
+        """
+        taken = import_runs(self, Path(folder))
+        return Runs(self, [self.catalogue.record(run) for run in taken])
+
+    def save_analysis(self, results: AnalysisResults, **about: Any) -> str:
+        """Keep an analysis as a bundle in this store; the new run's id. ``load_analysis`` gives it back.
+
+        Args:
+            results: what ``analyze_model`` or ``compare`` returned.
+            about: as for ``save``; model, dataset and capture are the analysis' own where they are not given.
+        """
+        own = {"model": results.metadata.get("model_id"), "dataset": results.metadata.get("dataset")}
+        own |= {"capture": results.metadata.get("capture"), "config": results.metadata.get("model_config")}
+        description = describe(**{name: value for name, value in own.items() if value} | about)
+        lock = RunLock(self.catalogue, new_id())
+        try:
+            self.catalogue.add_run(lock.run, "analysis", description, Layout())
+            replace(results).save(lock.folder / BUNDLE)
+            self.catalogue.set_state(lock.run, "complete")
+        finally:
+            lock.release()
+        return lock.run
+
+    def load_analysis(self, run: str) -> AnalysisResults:
+        """An analysis that ``save_analysis`` kept; the hash of every file is checked.
+
+        Raises:
+            StoreLookupError: no such run. StoreError: it is no analysis, or not complete. ValueError: a file has changed.
+        """
+        record = self._readable(run, False)
+        if record.kind != "analysis":
+            raise StoreError(f"run {run} holds {record.kind}, no analysis: load it with store.load.")
+        return AnalysisResults.load(self.path / run / BUNDLE)
 
     def remove(self, run: str) -> None:
         """Delete a run and its files; one that was being removed when the process died is removed for good.

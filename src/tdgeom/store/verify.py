@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tdgeom.bundle import read as read_bundle
 from tdgeom.store.about import valid_id
 from tdgeom.store.catalogue import Catalogue, ShardRecord
 from tdgeom.store.errors import StoreError
@@ -47,6 +48,12 @@ def verify(catalogue: Catalogue, run: str | None = None) -> list[Damage]:
 
 def _damage_of_run(catalogue: Catalogue, run: str) -> list[Damage]:
     found = []
+    record = catalogue.record(run)
+    if record.kind == "analysis" and record.state == "complete":
+        try:
+            read_bundle(catalogue.folder / run / "bundle")
+        except (ValueError, OSError) as error:
+            found.append(Damage(str(error), run))
     for shard in catalogue.shards(run):
         problem = _damage_of_shard(catalogue, run, shard)
         if problem is not None:

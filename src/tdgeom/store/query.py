@@ -1,0 +1,162 @@
+"""Questions to the catalogue, as SQL whose every value is bound."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+from tdgeom.bundle import plain
+from tdgeom.store.json_text import canonical
+
+__all__ = ["condition"]
+
+_COLUMNS = ("model", "revision", "dataset", "experiment", "kind", "state")
+_STEP = r"""(?:\.[A-Za-z_][A-Za-z0-9_]*|\."[^"]+"|\[\d+\])"""
+_WHERE = re.compile(
+    rf"\s*\$?\.?(?P<path>[A-Za-z_][A-Za-z0-9_]*{_STEP}*)\s*(?:(?P<op>=|!=|<=|>=|<|>)\s*(?P<value>.+))?\s*"
+)
+
+
+def condition(
+    *,
+    tag: str | Sequence[str] | None = None,
+    since: str | float | datetime | None = None,
+    until: str | float | datetime | None = None,
+    positions: Any = None,
+    interventions: Any = None,
+    capture: Any = None,
+    config: Any = None,
+    metadata: Any = None,
+    where: str | Sequence[str] | None = None,
+    **columns: str | Sequence[str] | None,
+) -> tuple[str, list[Any]]:
+    """A condition on the runs (``r``) and its values, for ``Catalogue.records``.
+
+    Args:
+        tag: a tag, or several that a run must all have.
+        since, until: created at or after, at or before: an ISO date or time (UTC unless it says otherwise), a datetime, or
+            seconds since 1970.
+        positions, interventions, capture, config, metadata: JSON values that the run's own must hold: a mapping matches where
+            every entry of it does, however deep; a single value also matches inside a list; a list matches whole.
+        where: conditions on the details, each ``"capture.layers"`` (it is there) or ``"metadata.loss < 0.5"``, with =, !=,
+            <, <=, >, >= and a JSON value.
+        columns: model, revision, dataset, experiment, kind, state: a value, or several of which one must match.
+
+    Raises:
+        ValueError: a question that cannot be asked.
+
+        >>> condition(model="gpt2", tag="a")[1]
+        ['gpt2', 'a']
+    """
+    parts: list[str] = []
+    values: list[Any] = []
+    for name, wanted in columns.items():
+        if name not in _COLUMNS:
+            raise ValueError(
+                f"query knows no {name!r}; it takes {[*_COLUMNS, 'tag', 'since', 'until', 'where']} and details."
+            )
+        if wanted is not None:
+            several = [wanted] if isinstance(wanted, str) else [str(one) for one in wanted]
+            parts.append(f"r.{name} IN ({','.join('?' * len(several))})")
+            values += several
+    for one in [tag] if isinstance(tag, str) else list(tag or ()):
+        parts.append("EXISTS (SELECT 1 FROM tags t WHERE t.run = r.id AND t.tag = ?)")
+        values.append(one)
+    for sign, moment in ((">=", since), ("<=", until)):
+        if moment is not None:
+            parts.append(f"r.created {sign} ?")
+            values.append(_seconds(moment))
+    details = {"positions": positions, "interventions": interventions, "capture": capture, "config": config}
+    for name, wanted in {**details, "metadata": metadata}.items():
+        if wanted is not None:
+            _holds(plain(wanted), f'$."{name}"', parts, values)
+    for one in [where] if isinstance(where, str) else list(where or ()):
+        _compared(one, parts, values)
+    return " AND ".join(f"({part})" for part in parts) or "1", values
+
+
+def _seconds(moment: str | float | datetime) -> float:
+    if isinstance(moment, int | float) and not isinstance(moment, bool):
+        return float(moment)
+    try:
+        read = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
+        return (read if read.tzinfo else read.replace(tzinfo=timezone.utc)).timestamp()
+    except (ValueError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"since= and until= take an ISO date or time, such as '2026-11-21' or '2026-11-21T08:00', got {moment!r}."
+        ) from error
+
+
+def _holds(wanted: Any, path: str, parts: list[str], values: list[Any]) -> None:
+    """The details at ``path`` hold ``wanted``."""
+    if isinstance(wanted, Mapping) and wanted:
+        for key, inner in wanted.items():
+            if '"' in key or "\\" in key:
+                raise ValueError(
+                    f"query: the key {key!r} has a quote or a backslash, which no JSON path can name."
+                )
+            _holds(inner, f'{path}."{key}"', parts, values)
+        return
+    if isinstance(wanted, Mapping | list):
+        parts.append("json_extract(r.details, ?) = json(?)")
+        values += [path, canonical(wanted)]
+        return
+    kind, value = _typed(wanted)
+    own = f"json_type(r.details, ?) IN {kind}" + (
+        "" if value is None else " AND json_extract(r.details, ?) = ?"
+    )
+    inside = f"e.type IN {kind}" + ("" if value is None else " AND e.value = ?")
+    parts.append(
+        f"({own}) OR (json_type(r.details, ?) = 'array' AND EXISTS "
+        f"(SELECT 1 FROM json_each(r.details, ?) e WHERE {inside}))"
+    )
+    bound = [] if value is None else [value]
+    values += [path, *([path] if bound else []), *bound, path, path, *bound]
+
+
+def _typed(value: Any) -> tuple[str, Any]:
+    """The JSON types that a value may have in SQLite, and what to compare it with (None: the type says it all)."""
+    if value is None:
+        return "('null')", None
+    if isinstance(value, bool):
+        return ("('true')" if value else "('false')"), None
+    if isinstance(value, str):
+        return "('text')", value
+    return "('integer', 'real')", value
+
+
+def _compared(text: str, parts: list[str], values: list[Any]) -> None:
+    match = _WHERE.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(
+            f"where= takes a path in the details, such as 'capture.layers', or a comparison, such as 'metadata.loss < 0.5'; got "
+            f"{text!r}."
+        )
+    path = f"$.{match['path']}"
+    if match["op"] is None:
+        parts.append("json_type(r.details, ?) IS NOT NULL")
+        values.append(path)
+        return
+    try:
+        value = json.loads(match["value"])
+    except ValueError:
+        value = match["value"].strip()  # a bare word is a text
+    if isinstance(value, dict | list):
+        raise ValueError(
+            f"where= compares with a single value, got {match['value']!r}. Use metadata= for nested ones."
+        )
+    kind, bound = _typed(value)
+    if match["op"] in ("=", "!="):
+        same = f"json_type(r.details, ?) IN {kind}" + (
+            "" if bound is None else " AND json_extract(r.details, ?) = ?"
+        )
+        parts.append(same if match["op"] == "=" else f"json_type(r.details, ?) IS NOT NULL AND NOT ({same})")
+        values += ([path] if match["op"] == "!=" else []) + [path] + ([] if bound is None else [path, bound])
+        return
+    if bound is None:
+        raise ValueError(f"where=: {match['value']!r} has no order; compare it with = or !=.")
+    parts.append(f"json_type(r.details, ?) IN {kind} AND json_extract(r.details, ?) {match['op']} ?")
+    values += [path, path, bound]

@@ -1,0 +1,207 @@
+"""``Runs``: what a query found, as a table one can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import pandas as pd
+
+from tdgeom.store.about import describe
+from tdgeom.store.catalogue import Record
+from tdgeom.store.errors import StoreBusyError, StoreLookupError
+
+if TYPE_CHECKING:
+    from tdgeom.store.store import ActivationStore
+
+__all__ = ["Runs"]
+
+COLUMNS = ("id", "created", "kind", "state", "model", "dataset", "experiment", "tags", "rows", "bytes")
+_SHOWN = 60
+
+
+class Runs:
+    """The runs that a query found, oldest first; a snapshot: runs that come later are not in it.
+
+    It has a length, iterates over the runs' metadata, and shows as a table. ``runs[0]`` and ``runs["r1f"]`` give one run's
+    metadata (by position, by id, or by the beginning of an id), ``runs[1:3]`` a part. What acts on runs acts on those listed.
+
+        >>> import tempfile, torch, tdgeom as tg
+        >>> store = tg.ActivationStore(tempfile.mkdtemp())
+        >>> ids = [store.save({"x": torch.ones(2)}, model=name) for name in ("gpt2", "bert")]
+        >>> found = store.query(model="gpt2")
+        >>> len(found), found.ids == ids[:1], found.load()[0]["x"].tolist()
+        (1, True, [1.0, 1.0])
+    """
+
+    def __init__(self, store: ActivationStore, records: Sequence[Record]) -> None:
+        self._store, self._records = store, list(records)
+
+    @property
+    def ids(self) -> list[str]:
+        """The runs' ids."""
+        return [record.id for record in self._records]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self._store.metadata(record) for record in self._records)
+
+    @overload
+    def __getitem__(self, which: slice) -> Runs: ...
+    @overload
+    def __getitem__(self, which: int | str) -> dict[str, Any]: ...
+    def __getitem__(self, which: int | str | slice) -> Runs | dict[str, Any]:
+        if isinstance(which, slice):
+            return Runs(self._store, self._records[which])
+        return self._store.metadata(self._one(which))
+
+    def _one(self, which: int | str | None) -> Record:
+        """One run by position, id or the beginning of an id; None: the only one."""
+        if which is None:
+            found = self._records
+        elif isinstance(which, str):
+            exact = [record for record in self._records if record.id == which]
+            found = exact or [record for record in self._records if which and record.id.startswith(which)]
+        elif isinstance(which, int) and not isinstance(which, bool):
+            if not -len(self) <= which < len(self):
+                raise StoreLookupError(f"there is no run {which}: the query found {len(self)}.")
+            found = [self._records[which]]
+        else:
+            raise TypeError(f"a run is named by position, id or the beginning of an id, got {which!r}.")
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            raise StoreLookupError(f"none of the {len(self)} runs found is {which!r}: {self.ids[:12]}.")
+        raise StoreLookupError(
+            f"{len(found)} runs match {'the query' if which is None else repr(which)}: {[one.id for one in found[:12]]}. Name "
+            f"one by its id or position."
+        )
+
+    def load(self, which: int | str | None = None, **options: Any) -> tuple[Any, dict[str, Any]]:
+        """(activations, metadata) of one run, see ``ActivationStore.load``; the only one where none is named.
+
+        Raises:
+            StoreLookupError: no such run, or several.
+        """
+        return self._store.load(self._one(which).id, **options)
+
+    def rows(self, which: int | str | None = None, **options: Any) -> Any:
+        """One run's rows as a data source, see ``ActivationStore.rows``."""
+        return self._store.rows(self._one(which).id, **options)
+
+    def paths(self) -> dict[str, list[Path]]:
+        """The files of every run, by id."""
+        return {
+            run: sorted(
+                path
+                for path in (self._store.path / run).rglob("*")
+                if path.is_file() and path.suffix != ".lock"
+            )
+            for run in self.ids
+        }
+
+    def delete(self) -> int:
+        """Remove these runs and their files; how many. None is removed while one of them is being written."""
+        busy = [run for run in self.ids if self._store.catalogue.is_being_written(run)]
+        if busy:
+            raise StoreBusyError(
+                f"{busy} are being written: nothing was removed. Stop the writer, or leave them out."
+            )
+        for run in self.ids:
+            self._store.remove(run)
+        removed, self._records = len(self), []
+        return removed
+
+    def retag(self, add: str | Sequence[str] = (), remove: str | Sequence[str] = ()) -> Runs:
+        """Give tags to these runs and take others away."""
+        new = describe(tag=add).tags
+        old = (remove,) if isinstance(remove, str) else tuple(remove)
+        with self._store.catalogue.writing() as connection:
+            for run in self.ids:
+                connection.executemany(
+                    "DELETE FROM tags WHERE run = ? AND tag = ?", [(run, tag) for tag in old]
+                )
+                connection.executemany(
+                    "INSERT OR IGNORE INTO tags VALUES (?, ?)", [(run, tag) for tag in new]
+                )
+        return self._read_again()
+
+    def rename_experiment(self, experiment: str) -> Runs:
+        """Put all these runs into an experiment of this name."""
+        return self._moved(self.ids, experiment)
+
+    def move(self, which: int | str | None, experiment: str) -> Runs:
+        """Put one of these runs into another experiment."""
+        return self._moved([self._one(which).id], experiment)
+
+    def _moved(self, runs: Sequence[str], experiment: str) -> Runs:
+        name = describe(experiment=experiment).experiment
+        with self._store.catalogue.writing() as connection:
+            connection.executemany(
+                "UPDATE runs SET experiment = ? WHERE id = ?", [(name, run) for run in runs]
+            )
+        return self._read_again()
+
+    def _read_again(self) -> Runs:
+        known = {record.id: record for record in self._store.catalogue.records()}
+        self._records = [known[run] for run in self.ids if run in known]
+        return self
+
+    def export(self, folder: str | Path) -> Path:
+        """Copy these runs into a new folder that ``ActivationStore.import_runs`` reads; see ``transfer.export``."""
+        from tdgeom.store.transfer import export
+
+        return export(self._store, self.ids, Path(folder))
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a run: what the catalogue says of it."""
+        table = pd.DataFrame([{name: one[name] for name in COLUMNS} for one in self])
+        return table if len(self) else pd.DataFrame(columns=list(COLUMNS))
+
+    def __repr__(self) -> str:
+        if not len(self):
+            return "no runs"
+        lines = [_line(COLUMNS[:1] + COLUMNS[2:8] + ("size",))]
+        lines += [_line(_cells(record)) for record in self._records[:_SHOWN]]
+        left = len(self) - _SHOWN
+        return "\n".join(lines + ([f"... and {left} more"] if left > 0 else []))
+
+    def _repr_html_(self) -> str:
+        names = ("id", "kind", "state", "model", "dataset", "experiment", "tags", "size", "created")
+        head = "".join(f"<th>{name}</th>" for name in names)
+        body = ""
+        for record in self._records[:_SHOWN]:
+            created = datetime.fromtimestamp(record.created, timezone.utc).isoformat(" ", "minutes")
+            body += (
+                "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in (*_cells(record), created)) + "</tr>"
+            )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{len(self)} runs</p>"
+
+
+def _cells(record: Record) -> tuple[str, ...]:
+    about = record.about
+    texts = (record.id, record.kind, record.state, about.model or "-", about.dataset or "-", about.experiment)
+    return (*texts, ",".join(about.tags) or "-", _size(record.bytes))
+
+
+def _line(cells: Sequence[str]) -> str:
+    widths = (13, 11, 9, 24, 16, 14, 18, 9)
+    shown = (cell if len(cell) <= width else cell[: width - 1] + "…" for cell, width in zip(cells, widths))
+    return "  ".join(_printable(cell).ljust(width) for cell, width in zip(shown, widths)).rstrip()
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
