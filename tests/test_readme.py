@@ -15,10 +15,12 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.mark.filterwarnings("ignore::tdgeom.UndefinedMeasureWarning")
-def test_every_block_runs() -> None:
+def test_every_block_runs(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
     batch = models.text_batch()
     names = {
         "model": models.gpt2(),
+        "other_model": models.bert(),
         "dataloader": [batch] * 3,
         "inputs": {**batch, "pad_token_id": 0},
         "torch": torch,
@@ -27,8 +29,9 @@ def test_every_block_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     assert len(names["calls"]) == 8
     frame = tg.to_frame(names["result"], "dimension")
     assert list(frame["estimator"].unique()) == ["id"]
     assert (frame["estimate"] > 0).all()
+    assert len(names["rows"]) > 0 and (tmp_path / "activations" / "catalogue.sqlite").exists()

@@ -156,12 +156,13 @@ def compare_writing(rows: Rows, base: Path, shard_bytes: int, rounds: int) -> No
         "memory-mapped TensorDicts": lambda folder: write_tensordict(rows, folder, shard_bytes),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, write in contestants.items():
+    for number in range(rounds):
+        names = list(contestants)
+        for name in names[number % len(names) :] + names[: number % len(names)]:  # nobody always goes first
             folder = Path(tempfile.mkdtemp(dir=base))
             os.sync()
             begin = time.perf_counter()
-            write(folder)
+            contestants[name](folder)
             seconds[name].append(time.perf_counter() - begin)
             shutil.rmtree(folder)
     print(f"\nWriting {rows.bytes / 1e9:.2f} GB of rows in shards of {shard_bytes / 2**20:.0f} MiB, {rounds} rounds\n")

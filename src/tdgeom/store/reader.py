@@ -16,7 +16,7 @@ from tdgeom.store.catalogue import Catalogue, ShardRecord
 from tdgeom.store.dtypes import decode
 from tdgeom.store.errors import StoreError
 from tdgeom.store.layout import Entry, Layout
-from tdgeom.store.shards import Shard
+from tdgeom.store.shards import Shard, bits_of, from_bits
 from tdgeom.tokens import POSITION_BITS
 
 __all__ = ["RowSource", "read_tensors"]
@@ -63,14 +63,13 @@ class RowSource:
         shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
         # opened, and so checked, before memory is asked for on the word of the catalogue
         shards = {number: self._shard(number) for number in np.unique(shard_of).tolist()}
-        columns = [torch.empty((len(numbers), *one.shape), dtype=one.dtype) for one in self._entries]
+        columns = [_Column(entry, len(numbers)) for entry in self._entries]
         for number, shard in shards.items():
             here = np.flatnonzero(shard_of == number)
             local = numbers[here] - self._starts[number]
-            for entry, column in zip(self._entries, columns):
-                scale = shard.take(entry.scale, local) if entry.scale is not None else None
-                column[torch.from_numpy(here)] = decode(shard.take(entry.name, local), scale, entry.dtype)
-        return self._batch(columns)
+            for column in columns:
+                column.fill(here, shard, local)
+        return self._batch([column.decoded() for column in columns])
 
     def _numbers(self, rows: Tensor | np.ndarray | Sequence[int] | slice) -> np.ndarray:
         if isinstance(rows, slice):
@@ -101,6 +100,24 @@ class RowSource:
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": {}}  # a mapped file does not travel to another process
+
+
+class _Column:
+    """Rows of one tensor, gathered as raw bits (NumPy copies whole rows, torch value by value) and decoded at the end."""
+
+    def __init__(self, entry: Entry, count: int) -> None:
+        self._entry = entry
+        self._bits = np.empty((count, *entry.shape), dtype=bits_of(entry.stored))
+        self._scale = np.empty(count, dtype=bits_of(torch.float32)) if entry.scale is not None else None
+
+    def fill(self, here: np.ndarray, shard: Shard, rows: np.ndarray) -> None:
+        self._bits[here] = shard.bits(self._entry.name)[rows]
+        if self._scale is not None:
+            self._scale[here] = shard.bits(self._entry.scale)[rows]
+
+    def decoded(self) -> Tensor:
+        scale = None if self._scale is None else from_bits(self._scale, torch.float32)
+        return decode(from_bits(self._bits, self._entry.stored), scale, self._entry.dtype)
 
 
 def open_shard(folder_of_run: Path, record: ShardRecord, entries: Sequence[Entry]) -> Shard:

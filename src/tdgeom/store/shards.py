@@ -26,7 +26,7 @@ from tdgeom.store.errors import StoreError
 from tdgeom.store.files import explain, open_regular
 from tdgeom.store.json_text import read_json
 
-__all__ = ["CODES", "LARGEST_HEADER", "MOST_DIMENSIONS", "MOST_VALUES", "Shard"]
+__all__ = ["CODES", "LARGEST_HEADER", "MOST_DIMENSIONS", "MOST_VALUES", "Shard", "bits_of", "from_bits"]
 
 CODES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -106,11 +106,10 @@ class Shard:
         one = self.place(name)
         return self._copy(one, one.offset + start * one.row_bytes, (stop - start, *one.shape[1:]))
 
-    def take(self, name: str, rows: np.ndarray) -> Tensor:
-        """Rows by number, in the order given, as a copy; the file is mapped for this."""
+    def bits(self, name: str) -> np.ndarray:
+        """A tensor's raw bits, as integers of its item size and of its shape, in the mapped file: read-only."""
         one = self.place(name)
-        bits = self._mapped()[one.offset : one.end].view(_BITS[one.dtype.itemsize]).reshape(one.shape)
-        return _typed(bits[rows], one.dtype)
+        return self._mapped()[one.offset : one.end].view(bits_of(one.dtype)).reshape(one.shape)
 
     def _copy(self, one: Placed, offset: int, shape: tuple[int, ...]) -> Tensor:
         data = np.empty(math.prod(shape) * one.dtype.itemsize, dtype=np.int8)
@@ -122,7 +121,7 @@ class Shard:
                 if not step:
                     raise StoreError(f"{self.path} ends early: it was cut short while open.")
                 rest = rest[step:]
-        return _typed(data.view(_BITS[one.dtype.itemsize]).reshape(shape), one.dtype)
+        return from_bits(data.view(bits_of(one.dtype)).reshape(shape), one.dtype)
 
     def _mapped(self) -> np.ndarray:
         if self._map is None:
@@ -193,7 +192,13 @@ def _naturals(values: Any) -> bool:
     return isinstance(values, list) and all(type(one) is int and 0 <= one < MOST_VALUES for one in values)
 
 
-def _typed(bits: np.ndarray, dtype: torch.dtype) -> Tensor:
+def bits_of(dtype: torch.dtype) -> type[np.generic]:
+    """NumPy's integers of the same item size: it has no bfloat16 and no float8."""
+    return _BITS[dtype.itemsize]
+
+
+def from_bits(bits: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """The tensor that shares memory with these bits."""
     raw = torch.from_numpy(bits)
     # a hostile file may hold bytes other than 0 and 1 as booleans, which torch does not expect
     return raw.ne(0) if dtype == torch.bool else raw.view(dtype)
