@@ -62,19 +62,13 @@ class Rows:
 
 def write_plain(rows: Rows, folder: Path, shard_bytes: int) -> None:
     """What the disk does: the blocks one after the other into files of the shards' size, each brought to the disk."""
-    number, held, handle = 0, 0, None
-    for batch in rows:
-        for site in rows.sites:
-            if handle is None:
-                handle = open(folder / f"{number}.bin", "wb", buffering=0)
-            held += handle.write(memoryview(batch["tokens", site].numpy()).cast("B"))
-        if held >= shard_bytes:
+    a_file = max(1, shard_bytes // rows.row_bytes // BLOCK_ROWS)
+    for first in range(0, rows.blocks, a_file):
+        with open(folder / f"{first}.bin", "wb", buffering=0) as handle:
+            for _ in range(first, min(rows.blocks, first + a_file)):
+                for block in rows.block.values():
+                    handle.write(memoryview(block.numpy()).cast("B"))
             os.fsync(handle.fileno())
-            handle.close()
-            number, held, handle = number + 1, 0, None
-    if handle is not None:
-        os.fsync(handle.fileno())
-        handle.close()
 
 
 def write_store(rows: Rows, folder: Path, shard_bytes: int, dtype: str | None = None) -> None:
@@ -88,11 +82,10 @@ def write_store(rows: Rows, folder: Path, shard_bytes: int, dtype: str | None = 
 
 def write_tensordict(rows: Rows, folder: Path, shard_bytes: int) -> None:
     """Shards of the same size as memory-mapped TensorDicts, one file a site, each brought to the disk."""
-    size = max(1, shard_bytes // rows.row_bytes // BLOCK_ROWS)
-    blocks = list(range(rows.blocks))
-    for number in range(0, rows.blocks, size):
-        count = len(blocks[number : number + size]) * BLOCK_ROWS
-        place = folder / f"shard-{number}"
+    a_shard = max(1, shard_bytes // rows.row_bytes // BLOCK_ROWS)
+    for first in range(0, rows.blocks, a_shard):
+        count = min(a_shard, rows.blocks - first) * BLOCK_ROWS
+        place = folder / f"shard-{first}"
         shard = TensorDict({}, batch_size=[count]).memmap_(place)
         for site in rows.sites:
             shard.make_memmap(site, (count, rows.width), dtype=torch.float32)
@@ -108,7 +101,7 @@ def write_memmap(rows: Rows, folder: Path) -> None:
     """All rows of all sites in one NumPy memory map."""
     shape = (rows.count, len(rows.sites), rows.width)
     whole = np.lib.format.open_memmap(folder / "rows.npy", mode="w+", dtype=np.float32, shape=shape)
-    for number, _ in enumerate(range(rows.blocks)):
+    for number in range(rows.blocks):
         for i, site in enumerate(rows.sites):
             whole[number * BLOCK_ROWS : (number + 1) * BLOCK_ROWS, i] = rows.block[site].numpy()
     whole.flush()
@@ -165,7 +158,9 @@ def compare_writing(rows: Rows, base: Path, shard_bytes: int, rounds: int) -> No
             contestants[name](folder)
             seconds[name].append(time.perf_counter() - begin)
             shutil.rmtree(folder)
-    print(f"\nWriting {rows.bytes / 1e9:.2f} GB of rows in shards of {shard_bytes / 2**20:.0f} MiB, {rounds} rounds\n")
+    print(
+        f"\nWriting {rows.bytes / 1e9:.2f} GB of rows in shards of {shard_bytes / 2**20:.0f} MiB, {rounds} rounds\n"
+    )
     print("| | s | MB of rows a second | x plain files |\n|---|---|---|---|")
     plain = seconds["plain sequential files"]
     for name, times in seconds.items():
@@ -230,13 +225,17 @@ def _peak() -> float:
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--sites", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--shard-mebibytes", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=None, help="where to write; default the temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where to write; default the temporary folder"
+    )
     parser.add_argument("--only", choices=["write", "read", "memory"], default=None)
     given = parser.parse_args()
     rows = Rows(given.gigabytes, given.sites, given.width)

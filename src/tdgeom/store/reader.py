@@ -111,9 +111,9 @@ class _Column:
         self._scale = np.empty(count, dtype=bits_of(torch.float32)) if entry.scale is not None else None
 
     def fill(self, here: np.ndarray, shard: Shard, rows: np.ndarray) -> None:
-        self._bits[here] = shard.bits(self._entry.name)[rows]
+        self._bits[here] = np.take(shard.bits(self._entry.name), rows, axis=0)
         if self._scale is not None:
-            self._scale[here] = shard.bits(self._entry.scale)[rows]
+            self._scale[here] = np.take(shard.bits(self._entry.scale), rows, axis=0)
 
     def decoded(self) -> Tensor:
         scale = None if self._scale is None else from_bits(self._scale, torch.float32)
