@@ -45,7 +45,7 @@ class Checkpoint:
         settings: the run's own settings that change a number.
 
     Raises:
-        ValueError: every below 1, no folder, or a stage whose state lies outside of it.
+        ValueError: every below 1, or no folder.
     """
 
     def __init__(self, path: str | Path, every: int, plan: Plan, settings: Mapping[str, Any]) -> None:
@@ -59,12 +59,6 @@ class Checkpoint:
                 f"run: checkpoint={str(path)!r} lies in no folder that exists. Make {self.path.parent} first."
             )
         self.stages = [stage_of(unit) for unit in plan.stream]
-        outside = [type(stage).__name__ for stage in self.stages if not stage.resumable]
-        if outside:
-            raise ValueError(
-                f"run: checkpoint= cannot hold the state of {outside[0]}, which lies on the disk already. Run it by itself; its "
-                f"store resumes an unfinished run."
-            )
         self.selects = [unit for unit in plan.batch if isinstance(unit, SelectTokens)]
         self.fits = {"format": FORMAT, "settings": plain(dict(settings)), "stages": _signature(plan)}
 
@@ -72,6 +66,7 @@ class Checkpoint:
         """Write the state of all stages, the rows not yet handed to them, and the place in the loader."""
         tensors = {f"rows/{name}": value for name, value in rows.items()}
         for number, stage in enumerate(self.stages):
+            stage.settle()
             tensors |= {f"stage/{number}/{name}": value for name, value in stage._state().items()}
         for number, select in enumerate(self.selects):
             tensors[f"select/{number}"] = select.sequences

@@ -277,13 +277,9 @@ class StreamingStage(Stage):
         >>> stage(tokens=torch.ones(1, 2))
         tensor([1., 1.], dtype=torch.float64)
 
-    Class attribute ``resumable``: whether the state is all there is, so that a checkpoint of a run can hold it.
-
     State lives in persistent buffers, of length zero before the first rows; it is made on the first rows' device (the
     CPU if that lacks float64), never changes dtype under ``.half()`` or ``.to(dtype)``, and holds no graph.
     """
-
-    resumable: ClassVar[bool] = True
 
     def add_state(self, name: str, dtype: torch.dtype) -> None:
         """Declare a piece of state; ``start`` gives it its shape when the first rows arrive."""
@@ -394,6 +390,9 @@ class StreamingStage(Stage):
         """Forget every row."""
         for name, value in self._state().items():
             setattr(self, name, torch.zeros(0, dtype=value.dtype, device=value.device))
+
+    def settle(self) -> None:
+        """Called before the state is saved: a stage that holds rows outside of it brings them to rest here."""
 
     def sync_(self) -> None:
         """Merge the states of all ranks into rank 0; the others become empty, so a second call changes nothing."""

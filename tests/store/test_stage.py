@@ -288,6 +288,26 @@ def test_a_saved_state_claims_only_rows_on_the_disk_and_goes_on(store):
     assert found["row_id"].tolist() == list(range(7)) and len(store.catalogue.records()) == 1
 
 
+def test_a_run_with_a_checkpoint_goes_on_with_the_same_stored_run(store, tmp_path):
+    loader = [rows(10, seed=i, first_id=10 * i) for i in range(8)]
+    parts = lambda: TensorDictSequential(
+        tg.StoreActivations(store, ["x"], shard_bytes=24 * 15), tg.StreamingMean(in_keys=[("tokens", "x")])
+    )
+    checkpoint = {"checkpoint": tmp_path / "state", "every": 2, "block_rows": 10}
+    with pytest.raises(Interrupted):
+        tg.run(
+            parts(), broken(loader, 5), **checkpoint
+        )  # the state is that of batch 4; batch 5 was stored beyond it
+    result = tg.run(parts(), loader, **checkpoint)
+    [record] = store.catalogue.records()
+    assert record.state == "complete" and int(result["stored", "rows"]) == record.rows == 80
+    found = store.rows(record.id)[:]
+    assert torch.equal(found["row_id"], torch.arange(80))
+    x = torch.cat([batch["tokens"]["x"] for batch in loader])
+    assert torch.equal(found["tokens", "x"], x)
+    torch.testing.assert_close(result["mean", "mean"], x.double().mean(0))
+
+
 def test_every_run_of_a_pipeline_is_a_run_of_its_own(store):
     keep = tg.StoreActivations(store, ["x"])
     ids = []

@@ -61,8 +61,6 @@ class StoreActivations(StreamingStage):
         tensor([1., 1., 1.], dtype=torch.float64)
     """
 
-    resumable = False  # rows are on the disk: the store resumes them
-
     def __init__(
         self,
         store: ActivationStore | str | os.PathLike[str],
@@ -164,11 +162,15 @@ class StoreActivations(StreamingStage):
         super().reset()
         self._agreed = broadcast_number(self._draw()) if rank_and_world()[1] > 1 else None
 
+    def settle(self) -> None:
+        """Write what is held, so that a state that is saved claims no rows that are not on the disk."""
+        if self._writer is not None:
+            self._writer.flush()
+
     def sync_(self) -> None:
         """The stream has ended: the last rows are written, and once all ranks have done so, the run is complete."""
         wrote = self._writer is not None
-        if wrote:
-            self._writer.flush()
+        self.settle()
         self._stop()
         for state in gather_states(self._state()):
             self.merge_(self._with_state(state))
@@ -180,8 +182,7 @@ class StoreActivations(StreamingStage):
 
     def result(self) -> Mapping[str, Tensor]:
         """What the store has of these runs."""
-        if self._writer is not None:
-            self._writer.flush()
+        self.settle()
         rows = size = 0
         shards = []
         for run in map(id_of, self.runs.tolist()):
@@ -218,8 +219,7 @@ class StoreActivations(StreamingStage):
         return Layout(entries_of(tensors))
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        if self._writer is not None:  # a state that is saved claims no rows that are not on the disk
-            self._writer.flush()
+        self.settle()
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -227,6 +227,5 @@ class StoreActivations(StreamingStage):
         super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._writer is not None:
-            self._writer.flush()
+        self.settle()
         return {**self.__dict__, "_writer": None}  # of two copies only one may write
