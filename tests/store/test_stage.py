@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -11,6 +16,7 @@ import models
 import tdgeom as tg
 from tdgeom.store import ActivationStore, StoreBusyError, StoreError
 
+SOURCE = Path(__file__).parents[2] / "src"
 SITES = ["residual_input.0", "residual_output.1"]
 
 
@@ -269,6 +275,8 @@ def test_a_run_that_is_resumed_must_hold_the_same_rows(store):
         match=r"\('tokens', 'x'\) is torch.float32 of shape \(4,\) a row in the run and .*bfloat16",
     ):
         tg.run(tg.StoreActivations(store, ["x"], resume=run, dtype="bfloat16"), [rows(3)])
+    with pytest.raises(StoreError, match="is of the model None, so it does not go on with 'another'"):
+        tg.StoreActivations(store, ["x"], resume=run, model="another")
     with pytest.raises(StoreError, match="there is no run 'r000000000000'"):
         tg.StoreActivations(store, ["x"], resume="r000000000000")
 
@@ -315,6 +323,43 @@ def test_every_run_of_a_pipeline_is_a_run_of_its_own(store):
         tg.run(keep, [rows(3)])
         ids.append(keep.run_id)
     assert ids[0] != ids[1] and [record.rows for record in store.catalogue.records()] == [3, 3]
+
+
+def test_memory_does_not_grow_with_the_run(tmp_path):
+    program = """
+import resource, sys
+from pathlib import Path
+import torch, tdgeom as tg
+from tensordict import TensorDict
+
+def peak():  # in kB; on Linux a process inherits its parent's ru_maxrss
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
+
+keep = tg.StoreActivations(sys.argv[1], ["x"], shard_bytes=8 * 2**20, dtype="bfloat16")
+x = torch.randn(1000, 1000)
+peaks = []
+for block in range(150):
+    keep.update(TensorDict({"tokens": {"x": x}, "row_id": torch.arange(1000) + 1000 * block}))
+    peaks.append(peak())
+keep.sync_()
+for batch in keep.store.rows(keep.run_id):
+    pass
+peaks.append(peak())
+print(peaks[20], peaks[-2], peaks[-1])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    said = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    early, written, read = map(int, said.stdout.split())
+    assert written - early < 20_000 and read - early < 60_000  # kB; 300 MB were stored, 600 MB given
 
 
 def test_arguments_are_checked(store):

@@ -46,7 +46,8 @@ class Lock:
         try:
             if not _try_lock(handle, patience=_PATIENCE):
                 raise StoreBusyError(
-                    f"{what} is being written by {_holder(handle)}. Wait for it, stop it (stage.reset() for a stage of this process), or write a run of your own."
+                    f"{what} is being written by {_holder(handle)}. Wait for it, stop it (stage.reset() for a stage of this "
+                    f"process), or write a run of your own."
                 )
             _write_note(handle)
         except OSError as error:

@@ -47,8 +47,8 @@ class StoreActivations(StreamingStage):
     run's id is ``stage.run_id``.
 
     Raises:
-        StoreError: a value beyond the dtype's range, a full disk, a folder that is gone. StoreBusyError: another process
-            writes the run. ValueError: rows whose shape or dtype changes.
+        StoreError: a value beyond the dtype's range, rows whose width or dtype changes, a full disk, a folder that is gone.
+            StoreBusyError: another process writes the run. ValueError: inputs that are not the same rows.
 
         >>> import tempfile, torch, tdgeom as tg
         >>> store = tg.ActivationStore(tempfile.mkdtemp())
@@ -97,7 +97,7 @@ class StoreActivations(StreamingStage):
         self._sites = 1 if sites is None else len(sites)
         self._about = describe(**about)
         if resume is not None:
-            self.store.catalogue.record(resume)  # refuses an id that is not there
+            self._refuse_another_model(resume)
         self._agreed: int | None = None  # the number of the run that all ranks will write
         self._writer: RunWriter | ResumedWriter | None = None
         self._layout = Layout()
@@ -196,6 +196,11 @@ class StoreActivations(StreamingStage):
             "bytes": torch.tensor(size),
             "relative_error": torch.tensor(max(errors, default=0.0), dtype=torch.float64),
         }
+
+    def _refuse_another_model(self, run: str) -> None:
+        of_run, given = self.store.catalogue.record(run).about.model, self._about.model
+        if given not in (None, of_run):
+            raise StoreError(f"run {run} is of the model {of_run!r}, so it does not go on with {given!r}.")
 
     def _draw(self) -> int:
         return number_of(self.resume or new_id())
