@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import zipfile
@@ -79,8 +80,6 @@ def folder(tmp_path) -> Path:
 
 def hashed(folder: Path) -> None:
     """Make the metadata fit the files again, as an attacker would."""
-    import hashlib
-
     metadata = json.loads((folder / "metadata.json").read_text())
     metadata["files"] = {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -120,6 +119,44 @@ def test_a_link_in_place_of_a_file_is_refused(folder) -> None:
     os.symlink("/etc/hostname", folder / "metrics.csv")
     with pytest.raises(ValueError, match="not one inside the bundle"):
         tg.AnalysisResults.load(folder)
+
+
+def test_a_link_in_place_of_a_folder_is_refused(folder) -> None:
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    (outside / "note.csv").write_text("a\n1\n")
+    os.symlink(outside, folder / "diagnostics")
+    metadata = json.loads((folder / "metadata.json").read_text())
+    metadata["files"]["diagnostics/note.csv"] = hashlib.sha256(b"a\n1\n").hexdigest()
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match="not one inside the bundle"):
+        tg.AnalysisResults.load(folder)
+
+
+@pytest.mark.parametrize("cell", ["[" * 100_000, "[{}]"])
+def test_a_cell_that_is_no_list_of_numbers_is_refused(folder, cell) -> None:
+    (folder / "metrics.csv").write_text(f'site,v\nx,"{cell}"\n')
+    hashed(folder)
+    with pytest.raises(ValueError, match="is no table"):
+        tg.AnalysisResults.load(folder)
+
+
+@given(data=st.data())
+def test_an_archive_with_changed_bytes_and_a_fitting_hash(data, tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("fuzz") / "run"
+    tables = {"metrics": pd.DataFrame({"a": [1.0]}), "novelty": pd.DataFrame({"b": ["x"]})}
+    values = np.random.default_rng(0).normal(size=300)
+    bundle.write(folder, tables, {"eigenvalues": {"layer_00": values}}, {}, "bundle", False)
+    path = folder / "eigenvalues.npz"
+    raw = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(raw)
+    hashed(folder)
+    try:
+        tg.AnalysisResults.load(folder)
+    except ValueError as error:
+        assert str(error)
 
 
 def test_an_archive_that_unpacks_to_a_huge_array_is_refused(folder) -> None:

@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -208,20 +209,32 @@ def _read_arrays(file: Path) -> dict[str, np.ndarray]:
             )
         with np.load(file, allow_pickle=False) as stored:
             return {key: stored[key] for key in stored.files}
-    except (zipfile.BadZipFile, EOFError, MemoryError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, MemoryError, RuntimeError) as error:
+        # RuntimeError: an encrypted member, or one packed by a method that zipfile does not know
         raise ValueError(f"{file} is no archive of arrays ({error}): the bundle is damaged.") from error
 
 
 def _inside(folder: Path, name: str) -> Path:
     file = folder / name
-    if not re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?", name) or ".." in name or file.is_symlink():
+    if not re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?", name) or ".." in name or _linked(folder, file):
         raise ValueError(f"{folder / METADATA} names the file {name!r}, which is not one inside the bundle.")
     if not file.is_file():
         raise ValueError(f"{file} is missing: the bundle is incomplete.")
     return file
 
 
+def _linked(folder: Path, file: Path) -> bool:
+    return file.is_symlink() or (file.parent != folder and file.parent.is_symlink())
+
+
 def _read_table(file: Path) -> pd.DataFrame:
+    try:
+        return _table(file)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is no table ({error}): the bundle is damaged.") from error
+
+
+def _table(file: Path) -> pd.DataFrame:
     if file.suffix == ".json":
         table = pd.DataFrame(json.loads(file.read_text(encoding="utf-8")))
         for column in table.columns:
