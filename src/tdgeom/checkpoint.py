@@ -22,7 +22,7 @@ from tdgeom.bundle import plain
 from tdgeom.compose import RenamedStream
 from tdgeom.stage import StreamingStage, key_tuple
 from tdgeom.store.errors import StoreError
-from tdgeom.store.json_text import read_json
+from tdgeom.store.json_text import canonical, read_json
 from tdgeom.store.shard_writing import write_shard
 from tdgeom.store.shards import Shard
 from tdgeom.tokens import SelectTokens
@@ -70,7 +70,8 @@ class Checkpoint:
             tensors |= {f"stage/{number}/{name}": value for name, value in stage._state().items()}
         for number, select in enumerate(self.selects):
             tensors[f"select/{number}"] = select.sequences
-        text = json.dumps({**self.fits, "place": plain(dict(place))}, allow_nan=False).encode()
+        record = {**self.fits, "place": plain(dict(place))}
+        text = json.dumps({**record, "sha256": _sha256(tensors, record)}, allow_nan=False).encode()
         tensors[RECORD] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         try:
             write_shard(self.path, tensors)
@@ -94,6 +95,9 @@ class Checkpoint:
             )
             self._refuse_other(record)
             held = {name: file.whole(name) for name in file.tensors if name != RECORD}
+            written = record.pop("sha256", None)
+            if written != _sha256(held, record):
+                raise StoreError("its SHA-256 is not the one that was written: it was damaged or changed.")
         except StoreError as error:
             raise ValueError(
                 f"the checkpoint {self.path} cannot be read: {error} Remove it to start anew."
@@ -124,7 +128,7 @@ class Checkpoint:
             setattr(stage, name, value if device is None else value.to(device))
 
     def _refuse_other(self, record: Any) -> None:
-        if not isinstance(record, dict) or not isinstance(record.get("place"), dict):
+        if not isinstance(record, dict) or not _is_place(record.get("place")):
             raise ValueError(f"{self.path} is no checkpoint of tdgeom: it has no record of a run.")
         found = {name: record.get(name) for name in self.fits}
         if found["format"] != FORMAT:
@@ -139,6 +143,38 @@ class Checkpoint:
             )
 
 
+def _is_place(place: Any) -> bool:
+    """Whether a record's place has the form that ``run`` writes."""
+    if not isinstance(place, dict):
+        return False
+    counts, seconds, origin = (place.get(name) for name in ("counts", "seconds", "origin"))
+    pairs = isinstance(origin, list) and all(isinstance(one, list) and len(one) == 2 for one in origin)
+    if not (isinstance(counts, dict) and isinstance(seconds, dict) and pairs):
+        return False
+    naturals = [place.get(name) for name in ("batches", "claimed", "sequences")]
+    naturals += [*counts.values(), *(number for pair in origin for number in pair)]
+    return (
+        all(type(one) is int and 0 <= one < 2**62 for one in naturals)
+        and all(isinstance(one, float | int) for one in seconds.values())
+        and isinstance(place.get("first_batch"), str)
+    )
+
+
+def _sha256(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:
+    """SHA-256 over the record and every tensor: a flipped bit would else become a wrong number."""
+    digest = hashlib.sha256(canonical(record).encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(canonical([name, list(value.shape), str(value.dtype)]).encode())
+        digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
+def _bytes(value: Tensor) -> memoryview:
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
 def stage_of(unit: TensorDictModuleBase) -> StreamingStage:
     """The streaming stage in a unit of the plan, which may be renamed for a site."""
     return unit.module if isinstance(unit, RenamedStream) else unit  # type: ignore[return-value]
@@ -151,8 +187,7 @@ def fingerprint(td: TensorDictBase) -> str:
         value = td.get(key)
         if isinstance(value, Tensor):
             digest.update(repr((key_tuple(key), tuple(value.shape), str(value.dtype))).encode())
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy()[:_HASHED].tobytes() if flat.numel() else b"")
+            digest.update(_bytes(value)[:_HASHED])
     return digest.hexdigest()
 
 
