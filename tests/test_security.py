@@ -210,3 +210,22 @@ def test_a_changed_byte_anywhere_is_refused_or_harmless(data, tmp_path_factory) 
         assert str(error)
     else:
         assert path.name == "metadata.json"  # its text is not hashed: only what it says of the files is
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "[]",
+        "5",
+        "null",
+        '{"positions": {"between": 3}}',
+        '{"positions": {"random": 2}}',
+        '{"positions": {"mask": "x"}}',
+        '{"row_groups": 3}',
+        '{"unknown": 1}',
+    ],
+)
+def test_text_that_is_no_capture_spec_is_refused(text) -> None:
+    with pytest.raises(ValueError):
+        tg.CaptureSpec.from_json(text)

@@ -89,7 +89,7 @@ def read_jsonl(spec: str) -> Documents:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{path}, line {number}: expected one JSON object a line ({error})."
                 ) from None

@@ -134,6 +134,8 @@ class CaptureSpec:
     def from_dict(cls, data: Mapping[str, Any]) -> CaptureSpec:
         """The inverse of :meth:`to_dict`; an unknown entry is an error."""
         known = {f.name for f in fields(cls)}
+        if not isinstance(data, Mapping):
+            raise ValueError(f"CaptureSpec is made from a mapping, got {type(data).__name__}.")
         if set(data) - known:
             raise ValueError(f"CaptureSpec has no {sorted(set(data) - known)}; it has {sorted(known)}.")
         values = dict(data)
@@ -148,8 +150,11 @@ class CaptureSpec:
 
     @classmethod
     def from_json(cls, text: str) -> CaptureSpec:
-        """The inverse of :meth:`to_json`."""
-        return cls.from_dict(json.loads(text))
+        """The inverse of :meth:`to_json`; text that describes no spec is a ValueError."""
+        try:
+            return cls.from_dict(json.loads(text))
+        except (TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+            raise ValueError(f"CaptureSpec: this text describes no spec ({error}): {text[:80]!r}.") from error
 
 
 class _OverExamples(AggregateActs):
