@@ -1,10 +1,8 @@
 """Shards: rows of all sites in one safetensors file, whose header is checked in full before a byte of it is believed.
 
-Why safetensors and not memory-mapped TensorDicts: on one disk, shards of 75 MB brought to the disk with fsync came to
-about 700 MB/s as safetensors and about 150 MB/s as memory maps (page faults, and a file for each site); random batches
-of 2048 rows came to 644,000 rows/s from one mapped safetensors file a shard, 404,000 from one NumPy memory map of
-everything, 250,000 from memory-mapped TensorDicts. One file a shard also makes the rename, the hash and the flipped bit
-one thing each, and any safetensors reader opens it (``tests/benchmarks/store.py`` measures all of this again).
+Why safetensors and not memory-mapped TensorDicts: written and brought to the disk nearly twice as fast, random batches read
+up to twice as fast (``tests/benchmarks/store.py`` measures both); and one file a shard makes the rename, the hash and the
+flipped bit one thing each. Any safetensors reader opens it.
 """
 
 from __future__ import annotations
