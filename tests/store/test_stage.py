@@ -371,3 +371,12 @@ def test_arguments_are_checked(store):
         tg.StoreActivations(store, ["x"], shard_bytes=0)
     with pytest.raises(StoreError, match="has seen no rows, so it has begun no run"):
         tg.StoreActivations(store, ["x"]).run_id
+
+
+def test_one_unnamed_site(store):
+    keep = tg.StoreActivations(store, dtype="float16")
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    live = tg.run(TensorDictSequential(tg.StreamingCovariance(), keep), [{"tokens": x}])
+    stored = tg.run(tg.StreamingCovariance(), store.rows(keep.run_id, batch_rows=6))
+    torch.testing.assert_close(stored["moments", "mean"], x.half().double().mean(0))
+    assert int(stored["moments", "count"]) == int(live["moments", "count"]) == 20

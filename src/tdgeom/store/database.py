@@ -168,6 +168,8 @@ def _remedy(said: str) -> str:
         return f"{said}: no space is left (or the disk refused); what was recorded before is safe. Free space and go on"
     if "readonly" in said or "unable to open" in said:
         return f"{said}: the folder is gone or cannot be written"
+    if "locked" in said:
+        return f"{said}: another process has been writing it for {_PATIENCE:.0f} s. Try again"
     if "interrupted" in said:
         return f"{said}: no answer within {_LONGEST_QUERY:.0f} s, so the file is probably damaged"
     return said

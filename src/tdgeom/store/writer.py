@@ -12,7 +12,7 @@ from torch import Tensor
 from tdgeom.store.catalogue import Catalogue, ShardRecord
 from tdgeom.store.dtypes import encode, rounding_error
 from tdgeom.store.errors import StoreError
-from tdgeom.store.files import explain
+from tdgeom.store.files import explain, sync_folder
 from tdgeom.store.layout import Layout
 from tdgeom.store.locks import Lock
 from tdgeom.store.shard_writing import write_shard
@@ -34,6 +34,7 @@ class RunLock:
         self.folder: Path = catalogue.folder / run
         try:
             self.folder.mkdir(exist_ok=True)
+            sync_folder(catalogue.folder)
         except OSError as error:
             raise explain(error, f"making {self.folder}") from error
         self._lock = Lock(self.folder / f"rank-{rank:05d}.lock", f"run {run}")
