@@ -174,6 +174,17 @@ def test_a_bad_layout_is_refused(change):
         Layout.from_json(json.dumps(raw), "the layout")
 
 
+def test_row_ids_that_are_no_ids_are_refused(store):
+    keep = tg.StoreActivations(store, ["x"])
+    tg.run(keep, [{"tokens": {"x": torch.ones(2, 2)}}])
+    layout = store.catalogue.layout(keep.run_id).to_json().replace('"int64"', '"float64"')
+    sql(store, "UPDATE runs SET layout=?", layout)
+    with pytest.raises(StoreError, match="holds no rows"):
+        store.rows(keep.run_id)
+    with pytest.raises(StoreError, match=r"is torch.int64 of shape \(2,\), the catalogue says torch.float64"):
+        store.load(keep.run_id)
+
+
 @pytest.mark.parametrize(
     "statement",
     [

@@ -14,6 +14,7 @@ from tdgeom.store.layout import Layout, entries_of
 
 __all__ = ["pack", "unpack"]
 
+_MOST_DIGITS = 12  # of a position in a list
 Captured = TensorDictBase | Tensor | Mapping[str, Any] | Sequence[TensorDictBase]
 
 
@@ -50,7 +51,7 @@ def unpack(layout: Layout, tensors: Mapping[str, Tensor]) -> TensorDict | list[T
         return _filled(leaves, layout.batch_size)
     parts: dict[int, list[tuple[tuple[str, ...], Any]]] = {}
     for key, value in leaves:
-        if len(key) < 2 or not key[0].isdecimal():
+        if len(key) < 2 or not key[0].isdecimal() or len(key[0]) > _MOST_DIGITS:
             raise StoreError(f"the layout's key {key} begins with no position in a list: it is damaged.")
         parts.setdefault(int(key[0]), []).append((key[1:], value))
     return [_filled(parts[position]) for position in sorted(parts)]

@@ -124,6 +124,7 @@ class StoreActivations(StreamingStage):
 
     def accumulate(self, *inputs: Tensor) -> None:
         """Append rows to the run."""
+        inputs = (*inputs[:-1], inputs[-1].long())  # row ids
         layout = self._layout_of(inputs)
         if self._writer is None:
             if len(self.runs) > 1:

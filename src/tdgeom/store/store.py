@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
 from tensordict import TensorDict
 
 from tdgeom.results import AnalysisResults
@@ -141,7 +142,8 @@ class ActivationStore:
         """
         self._readable(run, partial)
         layout = self.catalogue.layout(run)
-        if not layout.rows or "row_id" not in layout.by_key:
+        row_id = layout.by_key.get("row_id")
+        if not layout.rows or row_id is None or row_id.dtype != torch.int64 or row_id.shape:
             raise StoreError(f"run {run} holds no rows: it was saved from memory, load it with store.load.")
         if batch_rows < 1:
             raise ValueError(f"batch_rows must be at least 1, got {batch_rows}.")
