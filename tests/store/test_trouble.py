@@ -167,6 +167,8 @@ def test_verify_finds_a_flipped_bit_and_names_the_shard(kept, byte):
     assert damage.run == run and damage.shard == "rank-00000-00000001.safetensors"
     assert str(damage).startswith(f"{run}/{damage.shard}: ")
     assert store.verify(run) == [damage]
+    with pytest.raises(StoreError, match=damage.shard):
+        store.load(run)
 
 
 def test_verify_finds_what_is_cut_short_or_gone(kept):

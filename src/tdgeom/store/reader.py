@@ -16,6 +16,7 @@ from tdgeom.store.catalogue import Catalogue, ShardRecord
 from tdgeom.store.dtypes import decode
 from tdgeom.store.errors import StoreError
 from tdgeom.store.layout import Entry, Layout
+from tdgeom.store.shard_writing import file_sha256
 from tdgeom.store.shards import Shard, bits_of, from_bits
 from tdgeom.tokens import POSITION_BITS
 
@@ -131,11 +132,13 @@ def open_shard(folder_of_run: Path, record: ShardRecord, entries: Sequence[Entry
 
 
 def read_tensors(catalogue: Catalogue, run: str, layout: Layout) -> dict[str, Tensor]:
-    """Every tensor of a run by its name, whole and in memory."""
+    """Every tensor of a run by its name, whole and in memory, from shards that are what was written."""
     records = catalogue.shards(run)
     folder = catalogue.folder / run
     if layout.rows:
         shards = [open_shard(folder, record, layout.entries) for record in records]
+        for shard, record in zip(shards, records):
+            _check_hash(shard, record)
         return {
             entry.name: torch.cat(
                 [torch.empty((0, *entry.shape), dtype=entry.dtype)]
@@ -150,6 +153,7 @@ def read_tensors(catalogue: Catalogue, run: str, layout: Layout) -> dict[str, Te
     shard = Shard(folder / records[0].name, size=records[0].bytes)
     for entry in layout.entries:
         _check(shard, entry.name, entry.stored, entry.shape)
+    _check_hash(shard, records[0])
     return {entry.name: shard.whole(entry.name) for entry in layout.entries}
 
 
@@ -165,3 +169,8 @@ def _check(shard: Shard, name: str, dtype: torch.dtype, shape: tuple[int, ...]) 
             f"{shard.path}: tensor {name!r} is {placed.dtype} of shape {placed.shape}, the catalogue says {dtype} of shape "
             f"{shape}: the shard is damaged or was exchanged."
         )
+
+
+def _check_hash(shard: Shard, record: ShardRecord) -> None:
+    if file_sha256(shard.path) != record.sha256:
+        raise StoreError(f"{shard.path} is not what was written: its SHA-256 differs, so a bit has changed.")

@@ -104,7 +104,7 @@ class ActivationStore:
     def load(
         self, run: str, *, partial: bool = False
     ) -> tuple[TensorDict | list[TensorDict], dict[str, Any]]:
-        """(activations, metadata) of a run, all in memory; for the rows of a large run see ``rows``.
+        """(activations, metadata) of a run, all in memory, every shard checked against its hash; for large runs see ``rows``.
 
         Args:
             run: its id.
