@@ -192,6 +192,17 @@ def test_verify_finds_shards_that_no_run_has(kept):
     ]
 
 
+@pytest.mark.parametrize("lost", ["number = 1", "number = 0", "1"])
+def test_a_catalogue_that_lost_shards_is_not_taken_for_a_shorter_run(kept, lost):
+    store, run, _ = kept
+    with store.catalogue.writing() as connection:
+        connection.execute(f"DELETE FROM shards WHERE {lost}")
+    with pytest.raises(StoreError, match="lacks a shard before|has lost its shards"):
+        store.load(run)
+    with pytest.raises(StoreError, match="lacks a shard before|has lost its shards"):
+        store.rows(run)
+
+
 def test_readers_beside_a_writer_see_whole_shards_only(store):
     runs, problems = [], []
     done = threading.Event()

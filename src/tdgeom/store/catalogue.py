@@ -152,7 +152,13 @@ class Catalogue(Database):
                 "SELECT rank, number, rows, bytes, sha256, rounding FROM shards WHERE run = ? ORDER BY rank, number",
                 (run,),
             ).fetchall()
-        return [self._shard(run, row) for row in rows]
+        found = [self._shard(run, row) for row in rows]
+        for before, shard in zip([None, *found], found):
+            if shard.number != (before.number + 1 if before is not None and before.rank == shard.rank else 0):
+                raise StoreError(
+                    f"{self.path}: run {run} lacks a shard before {shard.name}: the catalogue is damaged."
+                )
+        return found
 
     def _shard(self, run: str, row: Sequence[Any]) -> ShardRecord:
         *numbers, sha256, rounding = row

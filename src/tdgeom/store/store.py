@@ -253,6 +253,8 @@ class ActivationStore:
                 f"run {run} is not complete: its state is {record.state}{why}. partial=True reads its "
                 f"{record.shards} finished shards."
             )
+        if record.state == "complete" and record.kind != "analysis" and not record.shards:
+            raise StoreError(f"run {run} has lost its shards: the catalogue is damaged.")
         return record
 
     def __repr__(self) -> str:
