@@ -119,6 +119,9 @@ def test_a_sketch_reports_its_error(wide) -> None:
     exact = tg.compare(models.gpt2(), wide, loader(), progress=False).matrix("linear_cka_debiased")
     error = result.matrix("linear_cka_debiased_standard_error")
     assert (error > 0).all(axis=None)
+    assert result.measures == ["linear_cka_debiased", "neighborhood_overlap"]
+    recorded = {one["stage"]: one for one in result.metadata["settings"]["measures"]}
+    assert recorded["LinearCKA"]["source"] == "sketch" and recorded["NeighborhoodOverlap"]["k"] == 10
     assert ((result.matrix("linear_cka_debiased") - exact).abs() < 6 * error + 0.05).all(axis=None)
 
 
@@ -224,6 +227,10 @@ def test_mistakes_say_what_to_do(byte_tokenizer) -> None:
         tg.compare(model, model, demo_texts()[:2], progress=False)
     with pytest.raises(ValueError, match="give documents"):
         tg.compare(model, model, demo_texts()[:2], align="document")
+    with pytest.raises(ValueError, match="cut text differently.*Take align='characters'"):
+        tg.compare(
+            model, model, demo_texts()[:2], tokenizer_a=words, tokenizer_b=byte_tokenizer, align="rows"
+        )
     with pytest.raises(TypeError, match="measures are pair stages.*TwoNN"):
         tg.compare(model, model, [], [tg.TwoNN()])
     with pytest.raises(KeyError, match="no measure 'rsa'"):

@@ -17,7 +17,7 @@ from tdgeom.models import config_summary, model_identity, software_versions
 __all__: list[str] = []
 
 
-def _stage_settings(stage: TensorDictModuleBase) -> dict[str, Any]:
+def stage_settings(stage: TensorDictModuleBase) -> dict[str, Any]:
     """A stage's public settings, which may change its numbers."""
     plain = (str, int, float, bool, tuple, list)
     values = {
@@ -73,7 +73,7 @@ def run_metadata(
         "stopped": frames[0][0]["run", "stopped"],
         "settings": {
             "metrics": list(settings["families"]) + [type(stage).__name__ for stage in settings["extra"]],
-            "extra_stages": [_stage_settings(stage) for stage in settings["extra"]],
+            "extra_stages": [stage_settings(stage) for stage in settings["extra"]],
             "diagnostics": settings["diagnostics"],
             "sample_limit": settings["sample_limit"],
             "novelty_k": settings["novelty_k"],

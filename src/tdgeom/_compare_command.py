@@ -84,6 +84,8 @@ def compare(
     names = listed(measures)
     if unknown := [name for name in names if name not in MEASURES]:
         raise typer.BadParameter(f"--measures takes any of {', '.join(MEASURES)}, got {', '.join(unknown)}")
+    if sketch is not None and "procrustes" in names:
+        raise typer.BadParameter("procrustes needs exact moments: leave it out, or --sketch")
     source, named = documents(text, jsonl, dataset)
     overwrite = check_out(out, overwrite, plots, "bundle")
     quiet_transformers()

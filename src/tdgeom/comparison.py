@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -13,6 +14,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import nn
 
+from tdgeom._analysis_metadata import stage_settings
 from tdgeom.alignment import AlignedRows, PairedTexts
 from tdgeom.bundle import SCHEMA_VERSION
 from tdgeom.compose import ForEach, ForEachPair
@@ -49,17 +51,20 @@ class Comparison(AnalysisResults):
         Raises:
             KeyError: no such measure; the message lists those there are.
         """
-        measures = self.measures
-        measure = measures[0] if measure is None else measure
-        if measure not in measures:
-            raise KeyError(f"the comparison has no measure {measure!r}; it has {measures}.")
+        measure = self.measures[0] if measure is None else measure
+        if measure not in self._columns:
+            raise KeyError(f"the comparison has no measure {measure!r}; it has {self._columns}.")
         order = {side: list(dict.fromkeys(self.novelty[side])) for side in ("a", "b")}
         table = self.novelty.pivot(index="a", columns="b", values=measure)
         return table.loc[order["a"], order["b"]]
 
     @property
     def measures(self) -> list[str]:
-        """The measures' names."""
+        """The measures' names, without their standard errors."""
+        return [name for name in self._columns if not name.endswith("_standard_error")]
+
+    @property
+    def _columns(self) -> list[str]:
         return [name for name in self.novelty if name not in ("a", "b", "pair", "layer_a", "layer_b")]
 
 
@@ -162,12 +167,32 @@ def _alignment(align: str, tokenizer_a: Any, tokenizer_b: Any) -> str:
             f"compare: align={align!r} matches the tokens of two tokenizers: give documents (strings), tokenizer_a= and "
             f"tokenizer_b=."
         )
+    same = tokenizer_a is None or tokenizer_b is None or _cut_alike(tokenizer_a, tokenizer_b)
+    if align == "rows" and not same:
+        raise ValueError(
+            "compare: align='rows' matches token by token, but tokenizer_a and tokenizer_b cut text differently. Take "
+            "align='characters' or 'document'."
+        )
     if align != "auto":
         return align
-    if tokenizer_a is None or tokenizer_b is None or tokenizer_a.get_vocab() == tokenizer_b.get_vocab():
+    if same:
         return "rows"
     fast = getattr(tokenizer_a, "is_fast", False) and getattr(tokenizer_b, "is_fast", False)
     return "characters" if fast else "document"
+
+
+def _cut_alike(a: Any, b: Any) -> bool:
+    """Whether two tokenizers give the same ids for every text: one vocabulary and, where they can say so, one procedure."""
+    if a.get_vocab() != b.get_vocab():
+        return False
+    procedures = []
+    for tokenizer in (a, b):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        told = {} if backend is None else json.loads(backend.to_str())
+        procedures.append(
+            {name: told.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "model")}
+        )
+    return procedures[0] == procedures[1]
 
 
 def _measures(measures: Sequence[PairStage] | None, sketch: int | None) -> list[PairStage]:
@@ -270,7 +295,7 @@ def _comparison(
             "dropped_rows": int(result["run", "dropped_rows"]),
             "stopped": result["run", "stopped"],
             "settings": {
-                "measures": [type(stage).__name__ for stage in stages],
+                "measures": [stage_settings(stage) for stage in stages],
                 "sample_limit": sample_limit,
                 "sketch": sketch,
                 "seed": seed,
