@@ -25,6 +25,11 @@ def rows(first, count=BLOCK):
     return {"tokens": {"x": torch.sin(row_id[:, None] * torch.arange(1.0, WIDTH + 1))}, "row_id": row_id}
 
 
+def say(line):
+    """One line in one piece, so that a kill leaves the whole line or none of it (print writes in several, unbuffered)."""
+    os.write(1, f"{line}\n".encode())
+
+
 def write(path):
     keep = tg.StoreActivations(path, ["x"], shard_bytes=SHARD_BYTES, model="m")
     while True:
@@ -32,9 +37,9 @@ def write(path):
         for first in range(0, TOTAL, BLOCK):
             keep.update(TensorDict(rows(first), batch_size=[]))
             done = (first + BLOCK) // SHARD_ROWS * SHARD_ROWS  # what a full buffer has put on the disk
-            print("rows", keep.run_id, done, flush=True)
+            say(f"rows {keep.run_id} {done}")
         keep.sync_()
-        print("complete", keep.run_id, TOTAL, flush=True)
+        say(f"complete {keep.run_id} {TOTAL}")
 
 
 def main():
@@ -43,9 +48,9 @@ def main():
         child = os.fork()
         if child == 0:
             write(line.strip())
-        print("pid", child, flush=True)
+        say(f"pid {child}")
         os.waitpid(child, 0)
-        print("gone", flush=True)
+        say("gone")
 
 
 if __name__ == "__main__":
