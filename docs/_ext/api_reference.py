@@ -32,7 +32,16 @@ THEMES = {
     "Neighbours": ("neighbors",),
     "Intrinsic dimension": ("dimension",),
     "Probing and lenses": ("probing", "lens"),
-    "Analyses, results, reports": ("analyze", "comparison", "results", "frames", "profiles", "untrained", "plot", "report"),
+    "Analyses, results, reports": (
+        "analyze",
+        "comparison",
+        "results",
+        "frames",
+        "profiles",
+        "untrained",
+        "plot",
+        "report",
+    ),
     "Keeping activations and runs": ("store",),
 }
 FUNCTIONAL = "functional"
