@@ -13,7 +13,6 @@ from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import nn
 
 from tdgeom._analysis_metadata import run_metadata as recorded
-from tdgeom._plan import make_plan
 from tdgeom._tables import (
     Identity,
     diagnostics_table,
@@ -30,6 +29,7 @@ from tdgeom.neighbors import NearestNeighbors
 from tdgeom.results import AnalysisResults
 from tdgeom.router import RouterLoad
 from tdgeom.run import run
+from tdgeom.run.plan import make_plan
 from tdgeom.sample_metrics import SampleMetrics, SampleSpectrum
 from tdgeom.similarity import LayerCosine, LinearCKA, SubspaceNovelty
 from tdgeom.spectrum import EigenSpectrum, SpectrumMetrics

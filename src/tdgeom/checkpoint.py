@@ -17,9 +17,9 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from tdgeom._plan import Plan, describe
 from tdgeom.bundle import plain
 from tdgeom.compose import RenamedStream
+from tdgeom.run.plan import Plan, describe
 from tdgeom.stage import StreamingStage, key_tuple
 from tdgeom.store.errors import StoreError
 from tdgeom.store.json_text import canonical, read_json

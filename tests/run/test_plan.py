@@ -12,7 +12,7 @@ from torch import nn
 
 import models
 import tdgeom as tg
-from tdgeom._plan import make_plan
+from tdgeom.run.plan import make_plan
 
 SITES = ["x.0", "x.1"]
 

@@ -9,8 +9,8 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
-from tdgeom._plan import describe
 from tdgeom.compose import Renamed
+from tdgeom.run.plan import describe
 from tdgeom.stage import Stage, as_key, key_tuple
 
 __all__ = ["call", "run_end"]

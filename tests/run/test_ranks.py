@@ -14,7 +14,7 @@ from filelock import FileLock
 import rank_programs
 from tdgeom._ranks import Repeats
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,228 @@
+"""One pass over a loader: what is read, what counts against the budget, and which blocks the streaming stages get."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from tqdm import tqdm
+
+from tdgeom._ranks import Repeats, rank_and_world
+from tdgeom.checkpoint import Checkpoint, fingerprint
+from tdgeom.run.batches import iterate
+from tdgeom.run.blocks import Buffer
+from tdgeom.run.plan import Plan
+from tdgeom.run.rows import BatchRows
+from tdgeom.stage import Key, key_tuple, rows_finite
+from tdgeom.tokens import POSITION_BITS
+
+__all__ = ["OnePass"]
+
+
+class OnePass:
+    """The place in the stream, and the steps from batch to streaming state.
+
+    Args: those of ``run``, with the plan and its per-batch part. The plan's streaming stages are reset.
+
+    Attributes: ``counts`` (rows, tokens, padding, dropped and repeated rows, batches), ``seconds`` by phase, ``stopped``.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        batch_rows: BatchRows,
+        *,
+        max_rows: int | None,
+        block_rows: int,
+        drop_nonfinite: bool,
+        sharded: bool,
+    ) -> None:
+        self.plan, self.batch_rows = plan, batch_rows
+        self.max_rows, self.drop_nonfinite, self.sharded = max_rows, drop_nonfinite, sharded
+        self.buffer = Buffer(batch_rows.keys, block_rows)
+        self.repeats = Repeats() if sharded else None
+        self.rank, self.world = rank_and_world()
+        self.counts = dict.fromkeys(
+            ("rows", "tokens", "padding_rows", "dropped_rows", "repeated_rows", "batches"), 0
+        )
+        self.seconds = dict.fromkeys(("load", "batch", "stream", "finish"), 0.0)
+        self.claimed = 0  # rows of all ranks' batches so far: the budget
+        self.stopped = "end of data"
+        self.checkpoint: Checkpoint | None = None
+        self.skipped = 0  # batches of the loader that an earlier run has seen
+        self.first_batch: str | None = None
+        for unit in (*plan.stream, *batch_rows.selects):
+            unit.reset()
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds spent inside to a phase."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - begin
+
+    # ------------------------------------------------------------------------------------------------ reading
+
+    def read(self, dataloader: Iterable[Any], bar: tqdm) -> None:
+        """Batches to blocks to updates, until the data or the budget ends."""
+        bar.update(self.claimed)
+        batches = enumerate(iterate(dataloader))
+        while True:
+            with self.timed("load"):
+                index, batch = next(batches, (None, None))
+                td = None if index is None else self.batch_rows.td(batch)
+            fresh = None
+            if self.repeats is not None:
+                fresh, everyone_done = self.repeats.step(None if td is None else _sequence_ids(td))
+                if everyone_done:
+                    break
+            elif td is None:
+                break
+            if td is None or self._spent():
+                continue  # only a sharded loader comes here: others still announce their batches
+            if self._seen_before(td, index):
+                continue
+            self.batch_rows.number(td)
+            self._take(td, index, fresh, bar)
+            if self._spent():
+                self.stopped = "max_rows"
+                if self.repeats is None:
+                    break
+            self._keep_place(index + 1)
+        for block, origin in self.buffer.flush():
+            self._update(block, origin)
+
+    def _spent(self) -> bool:
+        return self.max_rows is not None and self.claimed >= self.max_rows
+
+    def _take(self, td: TensorDict, index: int, fresh: Tensor | None, bar: tqdm) -> None:
+        if not self.sharded and index % self.world != self.rank:
+            self.claimed += self.batch_rows.count(td) if self.max_rows is not None else 0
+            return
+        with self.timed("batch"):
+            rows, count = self.batch_rows.rows(td)
+        if fresh is not None:
+            rows, count = self._without_repeats(rows, count, fresh)
+        tokens, padding = self.batch_rows.tokens_and_padding(td)
+        self.counts["tokens"] += tokens
+        self.counts["padding_rows"] += padding
+        self.counts["batches"] += 1
+        if self.max_rows is not None and self.claimed + count > self.max_rows:
+            count = self.max_rows - self.claimed
+            rows = {key: value[:count] for key, value in rows.items()}
+        self.claimed += count
+        for block, origin in self.buffer.add(rows, count, index):
+            self._update(block, origin)
+        if not bar.disable:
+            bar.update(count)
+            elapsed = max(bar.format_dict["elapsed"], 1e-9)
+            bar.set_postfix_str(f"{self.counts['tokens'] / elapsed:,.0f} tokens/s")
+
+    def _without_repeats(
+        self, rows: dict[Key, Tensor], count: int, fresh: Tensor
+    ) -> tuple[dict[Key, Tensor], int]:
+        sequences = rows["row_id"] >> POSITION_BITS
+        new = torch.isin(sequences, fresh.to(sequences.device))
+        left = int(new.sum())
+        if left == count:
+            return rows, count
+        self.counts["repeated_rows"] += count - left
+        return {key: value[new] for key, value in rows.items()}, left
+
+    # ------------------------------------------------------------------------------------------------ streaming
+
+    def _update(self, block: dict[Key, Tensor], origin: list[int]) -> None:
+        with self.timed("stream"):
+            block = self._finite(block, origin)
+            count = block["row_id"].shape[0]
+            if count:
+                self.counts["rows"] += count
+                td = TensorDict(block, batch_size=[])
+                for unit in self.plan.stream:
+                    unit.update(td)
+
+    def _finite(self, block: dict[Key, Tensor], origin: list[int]) -> dict[Key, Tensor]:
+        """The block's rows that are finite at every site; or an error that names the first that is not."""
+        row_id = block["row_id"]
+        good = torch.ones(row_id.shape[0], dtype=torch.bool, device=row_id.device)
+        for key, value in block.items():
+            finite = rows_finite(value).to(good.device)
+            if not self.drop_nonfinite and not bool(finite.all()):
+                bad = int((~finite).nonzero()[0])
+                where = int(row_id[bad])
+                raise ValueError(
+                    f"{key!r} holds NaN or Inf in {int((~finite).sum())} of {len(finite)} rows, first in batch {origin[bad]} "
+                    f"(row id {where}: sequence {where >> POSITION_BITS}, position {where & ((1 << POSITION_BITS) - 1)}). "
+                    f"Half precision that overflows is the usual cause; nonfinite='drop' leaves such rows out at all sites "
+                    f"and counts them."
+                )
+            good &= finite
+        if bool(good.all()):
+            return block
+        self.counts["dropped_rows"] += int((~good).sum())
+        return {key: value[good.to(value.device)] for key, value in block.items()}
+
+    # ------------------------------------------------------------------------------------------------ resuming
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Keep this checkpoint from now on, and go on from what it holds."""
+        if self.world > 1 or self.sharded:
+            raise ValueError(
+                f"run: checkpoint= is for one process, got {self.world} ranks{' and sharded=True' if self.sharded else ''}. Run "
+                f"each shard by itself, or leave the checkpoint out."
+            )
+        self.checkpoint = checkpoint
+        found = checkpoint.load(self.batch_rows.device)
+        if found is None:
+            return
+        rows, place = found
+        keys = {"/".join(key_tuple(key)): key for key in self.buffer.keys}
+        self.buffer.restore({keys[name]: value for name, value in rows.items()}, place["origin"])
+        self.counts.update(place["counts"])
+        self.seconds.update(place["seconds"])
+        self.claimed, self.batch_rows.sequences = int(place["claimed"]), int(place["sequences"])
+        self.skipped, self.first_batch = int(place["batches"]), place["first_batch"]
+
+    def _keep_place(self, batches: int) -> None:
+        if self.checkpoint is None or batches % self.checkpoint.every:
+            return
+        rows, origin = self.buffer.held()
+        place = {
+            "batches": batches,
+            "first_batch": self.first_batch,
+            "origin": origin,
+            "counts": self.counts,
+            "seconds": self.seconds,
+            "claimed": self.claimed,
+            "sequences": self.batch_rows.sequences,
+        }
+        self.checkpoint.save({"/".join(key_tuple(key)): value for key, value in rows.items()}, place)
+
+    def _seen_before(self, td: TensorDict, index: int) -> bool:
+        """Whether an earlier run has had this batch; the first must be the one that it started with."""
+        if self.checkpoint is not None and index == 0:
+            found = fingerprint(td)
+            if self.first_batch is not None and found != self.first_batch:
+                raise ValueError(
+                    f"run resumes from {self.checkpoint.path}, but the loader's first batch is not the one of then: its order or "
+                    f"its data changed (shuffle=True?). Give the same loader, or remove the file to start anew."
+                )
+            self.first_batch = found
+        return index < self.skipped
+
+
+def _sequence_ids(td: TensorDict) -> Tensor:
+    ids = td.get("sequence_id", None)
+    if ids is None:
+        raise KeyError(
+            "run(sharded=True) needs 'sequence_id' (B,) in every batch, unique over all ranks: an index in the stream "
+            "would number different documents alike on different ranks."
+        )
+    return ids

@@ -1,0 +1,171 @@
+"""``run``: stream a dataloader through a pipeline in bounded memory, then finish."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import NonTensorData, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from tqdm import tqdm
+
+from tdgeom._ranks import sum_over_ranks
+from tdgeom.checkpoint import Checkpoint
+from tdgeom.run.finish import run_end
+from tdgeom.run.one_pass import OnePass
+from tdgeom.run.plan import Plan, make_plan
+from tdgeom.run.rows import BatchRows
+from tdgeom.stage import Key, as_key, key_tuple
+
+__all__ = ["run"]
+
+
+def run(
+    pipeline: TensorDictModuleBase,
+    dataloader: Iterable[Any],
+    *,
+    max_rows: int | None = None,
+    inputs: TensorDictBase | None = None,
+    keep: Sequence[str] | None = None,
+    block_rows: int = 2048,
+    nonfinite: str = "raise",
+    in_keys: Sequence[Key] | None = None,
+    device: torch.device | str | None = None,
+    sharded: bool = False,
+    checkpoint: str | Path | None = None,
+    every: int = 100,
+    progress: bool | None = None,
+) -> TensorDict | None:
+    """Stream a dataloader through a pipeline and return every result in one TensorDict.
+
+    Stages up to the streaming ones run once a batch, streaming stages gather rows, and every stage whose inputs they
+    write runs once at the end; which is which follows from the keys. Rows reach the streaming stages in blocks of
+    ``block_rows``, cut exactly at ``max_rows`` in stream order and checked once for NaN and Inf.
+
+    Args:
+        pipeline: a TensorDictSequential of stages. Its streaming state is reset first and stays afterwards.
+        dataloader: an iterable of dicts, BatchEncodings, TensorDicts, or (with ``in_keys``) tensors and tuples.
+        max_rows: stop after this many rows (those that ``nonfinite="drop"`` leaves out count too).
+        inputs: results of an earlier run that stages here may read (the second pass of a two-pass analysis).
+        keep: roots to keep, such as ["spectrum"]; default all streaming and end results.
+        block_rows: rows gathered before the streaming stages see them; small batches then cost what large ones do.
+        nonfinite: "raise" names site and batch of a NaN or Inf; "drop" leaves such rows out at all sites and counts them.
+        in_keys: names for the entries of tuple batches; default the first inputs that the pipeline needs.
+        device: where batches go; default the model's device.
+        sharded: the loader already holds this rank's share; batches carry ``sequence_id``, repeats count once.
+        checkpoint: a file that keeps the state of the run. Where it exists the run goes on from it: batches already seen are
+            read from the loader, which must give the same ones in the same order, and skipped. Removed when the run ends.
+            For one process.
+        every: batches between two writes of the checkpoint.
+        progress: a progress bar; default only on a terminal.
+
+    Returns:
+        A TensorDict of batch size [] with the results and ``("run", ...)``: rows, tokens, padding and dropped rows,
+        batches, seconds by phase, and why it stopped. In a process group the result is on rank 0, None elsewhere.
+
+    Raises:
+        ValueError: a pipeline that cannot be split (the message names the stage and the remedy), an empty loader, rows that
+            are not finite. KeyboardInterrupt passes through; the model is left as it was.
+
+        >>> import torch, tdgeom as tg
+        >>> from tensordict.nn import TensorDictSequential
+        >>> pipeline = TensorDictSequential(tg.StreamingCovariance(), tg.EigenSpectrum(), tg.SpectrumMetrics())
+        >>> result = tg.run(pipeline, [{"tokens": torch.eye(4)}])
+        >>> round(float(result["spectrum", "d_pr"]), 3), int(result["run", "rows"])
+        (3.0, 4)
+    """
+    if nonfinite not in ("raise", "drop"):
+        raise ValueError(f"run: nonfinite takes 'raise' or 'drop', got {nonfinite!r}.")
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"run: max_rows must be at least 1, got {max_rows}.")
+    if block_rows < 1:
+        raise ValueError(f"run: block_rows must be at least 1, got {block_rows}.")
+    plan = make_plan(pipeline, [] if inputs is None else inputs.keys(True, True))
+    if keep is not None:
+        _check_keep(keep, plan)
+    if not plan.stream:
+        raise ValueError(
+            "run found no streaming stage in the pipeline, so nothing would be kept. Put one behind the per-batch stages "
+            "(StreamingCovariance, RowSample, StreamingMean, Collect), or call the pipeline on a TensorDict directly."
+        )
+    one_pass = OnePass(
+        plan,
+        BatchRows(plan, inputs, in_keys, device),
+        max_rows=max_rows,
+        block_rows=block_rows,
+        drop_nonfinite=nonfinite == "drop",
+        sharded=sharded,
+    )
+    if checkpoint is not None:
+        settings = {"max_rows": max_rows, "block_rows": block_rows, "nonfinite": nonfinite}
+        one_pass.resume(Checkpoint(checkpoint, every, plan, settings))
+    with tqdm(total=max_rows, unit=" rows", unit_scale=True, disable=not _show(progress), leave=False) as bar:
+        one_pass.read(dataloader, bar)
+    with one_pass.timed("finish"):
+        ended = _ended(one_pass, inputs, keep)
+    if one_pass.checkpoint is not None:
+        one_pass.checkpoint.remove()
+    return None if ended is None else _result(ended, one_pass, pipeline, keep)
+
+
+def _ended(one_pass: OnePass, inputs: TensorDictBase | None, keep: Sequence[str] | None) -> TensorDict | None:
+    """Merge ranks, publish, run the end stages; None on every rank but the first."""
+    plan = one_pass.plan
+    for unit in plan.stream:
+        unit.sync_()
+    one_pass.counts = counts = sum_over_ranks(one_pass.counts)
+    if one_pass.rank != 0:
+        return None
+    if not counts["rows"]:
+        raise ValueError(
+            f"run got no rows: {counts['batches']} batches with {counts['tokens']} attended tokens, {counts['dropped_rows']} "
+            f"rows dropped. Is the loader empty (a generator already used up?), or does the selection (positions=, "
+            f"skip_first=, skip_special=) leave nothing?"
+        )
+    td = TensorDict({}, batch_size=[])
+    for unit in plan.stream:
+        unit.publish(td)
+    run_end(plan.end, td, inputs, keep)
+    return td
+
+
+def _result(
+    td: TensorDict, one_pass: OnePass, pipeline: TensorDictModuleBase, keep: Sequence[str] | None
+) -> TensorDict:
+    """What the caller keeps, and the account of the run."""
+    plan, selected = one_pass.plan, _selected(pipeline)
+    result = TensorDict({}, batch_size=[])
+    for unit in (*plan.stream, *plan.end):
+        for key in map(key_tuple, unit.out_keys):
+            kept = (keep is None or key[0] in keep) and (selected is None or as_key(key) in selected)
+            if kept and td.get(as_key(key), None) is not None:
+                result.set(as_key(key), td.get(as_key(key)))
+    for name, value in one_pass.counts.items():
+        result.set(("run", name), torch.tensor(value))
+    for name, value in one_pass.seconds.items():
+        result.set(("run", "seconds", name), torch.tensor(value, dtype=torch.float64))
+    result.set(("run", "stopped"), NonTensorData(one_pass.stopped))
+    return result
+
+
+def _selected(pipeline: TensorDictModuleBase) -> set[Key] | None:
+    """What ``select_out_keys`` on the whole pipeline left, if it was called."""
+    if isinstance(pipeline, TensorDictSequential) and getattr(pipeline, "_select_before_return", False):
+        return {as_key(key_tuple(key)) for key in pipeline.out_keys}
+    return None
+
+
+def _check_keep(keep: Sequence[str], plan: Plan) -> None:
+    if isinstance(keep, str):
+        raise TypeError(f"run: keep is a list of roots, such as ['spectrum'], got {keep!r}.")
+    roots = {key_tuple(key)[0] for unit in (*plan.stream, *plan.end) for key in unit.out_keys}
+    unknown = [root for root in keep if root not in roots]
+    if unknown:
+        raise ValueError(f"run: keep names {unknown}, the pipeline's results are {sorted(roots)}.")
+
+
+def _show(progress: bool | None) -> bool:
+    return sys.stderr.isatty() if progress is None else progress
