@@ -23,7 +23,7 @@ import tdgeom
 MARK = "<!-- api reference -->"
 # title -> modules of tdgeom, in the order of the page; what is nowhere here comes last, under "More"
 THEMES = {
-    "Composing stages": ("stage", "compose", "run"),
+    "Composing stages": ("stage", "streaming", "compose", "run"),
     "Around the model": ("hooks",),
     "From activations to rows": ("tokens",),
     "One pass over all rows": ("stream",),

@@ -90,7 +90,7 @@ from tdgeom.similarity import (
     SubspaceNovelty,
 )
 from tdgeom.spectrum import EigenSpectrum, RankMe, SpectrumMetrics
-from tdgeom.stage import PairStage, Stage, StreamingStage
+from tdgeom.stage import PairStage, Stage
 from tdgeom.store import ActivationStore, Runs, StoreActivations
 from tdgeom.stream.collect import Collect
 from tdgeom.stream.covariance import StreamingCovariance
@@ -98,6 +98,7 @@ from tdgeom.stream.cross import StreamingCrossMoments
 from tdgeom.stream.mean import StreamingMean
 from tdgeom.stream.sample import RowSample
 from tdgeom.stream.sketch import StreamingSketch
+from tdgeom.streaming import StreamingStage
 from tdgeom.tokens import SelectTokens
 from tdgeom.untrained import untrained_copy
 

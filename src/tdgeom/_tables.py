@@ -11,7 +11,8 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
 from tdgeom.frames import cell, leaves, site_parts
-from tdgeom.stage import PairStage, key_tuple
+from tdgeom.keys import key_tuple
+from tdgeom.stage import PairStage
 
 __all__: list[str] = []
 

@@ -10,9 +10,10 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
+from tdgeom.keys import Key, key_tuple, resolve_keys
 from tdgeom.sample_metrics import covariance_of, sample_eigenvalues, unit_rows, working
 from tdgeom.spectrum import SpectrumMetrics, covariance_eigenvalues
-from tdgeom.stage import Key, Stage, key_tuple, resolve_keys
+from tdgeom.stage import Stage
 from tdgeom.tokens import POSITION_BITS
 
 __all__ = ["VARIANTS", "NormalizationAblation", "Variant", "normalized"]

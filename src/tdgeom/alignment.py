@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tdgeom.stage import Key, Stage
+from tdgeom.keys import Key
+from tdgeom.stage import Stage
 from tdgeom.tokens import POSITION_BITS
 
 __all__ = ["AlignedRows", "PairedTexts", "matched_ends"]

@@ -24,6 +24,7 @@ from tdgeom._tables import (
 from tdgeom.ablation import NormalizationAblation
 from tdgeom.compose import ForEach, ForEachPair, pair_list
 from tdgeom.hooks import Capture, available_sites
+from tdgeom.keys import key_tuple
 from tdgeom.models import load_model, model_identity
 from tdgeom.neighbors import NearestNeighbors
 from tdgeom.results import AnalysisResults
@@ -33,9 +34,10 @@ from tdgeom.run.plan import make_plan
 from tdgeom.sample_metrics import SampleMetrics, SampleSpectrum
 from tdgeom.similarity import LayerCosine, LinearCKA, SubspaceNovelty
 from tdgeom.spectrum import EigenSpectrum, SpectrumMetrics
-from tdgeom.stage import PairStage, StreamingStage, key_tuple
+from tdgeom.stage import PairStage
 from tdgeom.stream.covariance import StreamingCovariance
 from tdgeom.stream.sample import RowSample
+from tdgeom.streaming import StreamingStage
 from tdgeom.tokens import SelectTokens
 from tdgeom.untrained import untrained_copy, with_baseline
 

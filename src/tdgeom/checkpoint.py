@@ -19,12 +19,13 @@ from torch import Tensor
 
 from tdgeom.bundle import plain
 from tdgeom.compose import RenamedStream
+from tdgeom.keys import key_tuple
 from tdgeom.run.plan import Plan, describe
-from tdgeom.stage import StreamingStage, key_tuple
 from tdgeom.store.errors import StoreError
 from tdgeom.store.json_text import canonical, read_json
 from tdgeom.store.shard_writing import write_shard
 from tdgeom.store.shards import Shard
+from tdgeom.streaming import StreamingStage
 from tdgeom.tokens import SelectTokens
 
 __all__ = ["Checkpoint", "fingerprint"]

@@ -20,13 +20,14 @@ from tdgeom.bundle import SCHEMA_VERSION
 from tdgeom.compose import ForEach, ForEachPair
 from tdgeom.frames import site_parts, to_frame
 from tdgeom.hooks import Capture, CaptureSpec
+from tdgeom.keys import key_tuple
 from tdgeom.models import config_summary, load_model, model_identity, software_versions
 from tdgeom.neighbors import NearestNeighbors, NeighborhoodOverlap
 from tdgeom.profiles import relative_depths
 from tdgeom.results import AnalysisResults
 from tdgeom.run import run
 from tdgeom.similarity import LinearCKA
-from tdgeom.stage import PairStage, key_tuple
+from tdgeom.stage import PairStage
 from tdgeom.stream.cross import StreamingCrossMoments
 from tdgeom.stream.sample import RowSample
 from tdgeom.text import TextBatches

@@ -10,7 +10,9 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential, dispatch
 from torch import nn
 
-from tdgeom.stage import Key, PairStage, StreamingStage, as_key, key_tuple
+from tdgeom.keys import Key, as_key, key_tuple
+from tdgeom.stage import PairStage
+from tdgeom.streaming import StreamingStage
 
 __all__ = ["ForEach", "ForEachPair", "pair_list"]
 

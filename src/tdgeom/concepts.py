@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdgeom.keys import Key
 from tdgeom.probing.closed_form import within_scatter
 from tdgeom.probing.moments import LEAVES, class_counts, pool_folds
 from tdgeom.spectrum import eigen_spectrum
-from tdgeom.stage import Key, Stage
+from tdgeom.stage import Stage
 from tdgeom.tokens import POSITION_BITS
 
 __all__ = [

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdgeom.keys import Key, resolve_keys
 from tdgeom.probing._labels import one_hot, row_labels
 from tdgeom.probing.moments import LEAVES, label_moments, pool_folds
-from tdgeom.stage import Key, Stage, resolve_keys
+from tdgeom.stage import Stage
 
 __all__ = ["LEACE", "Erase", "erase", "leace"]
 

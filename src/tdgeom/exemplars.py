@@ -9,7 +9,9 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdgeom.stage import Key, Stage, StreamingStage
+from tdgeom.keys import Key
+from tdgeom.stage import Stage
+from tdgeom.streaming import StreamingStage
 
 __all__ = ["ContextWindow", "MaxActivating", "describe_exemplars", "top_rows"]
 

@@ -13,7 +13,8 @@ from torch.nn import functional
 from tdgeom.hooks.capture import Capture
 from tdgeom.hooks.sites import LayerSpec
 from tdgeom.hooks.tail import Tail
-from tdgeom.stage import Key, Stage
+from tdgeom.keys import Key
+from tdgeom.stage import Stage
 
 __all__ = ["LogitLens", "TunedLens", "lens_measures", "logit_lens"]
 

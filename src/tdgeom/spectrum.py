@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tdgeom._warnings import UndefinedMeasureWarning
-from tdgeom.stage import Key, Stage
+from tdgeom.keys import Key
+from tdgeom.stage import Stage
 
 __all__ = [
     "SPECTRUM_METRICS",

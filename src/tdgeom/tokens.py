@@ -10,7 +10,8 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdgeom.hooks.positions import Positions, is_position, position_mask
-from tdgeom.stage import Key, Stage, key_tuple
+from tdgeom.keys import Key, key_tuple
+from tdgeom.stage import Stage
 
 __all__ = ["POSITION_BITS", "SelectTokens", "selection_mask"]
 

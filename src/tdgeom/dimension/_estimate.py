@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tdgeom._warnings import UndefinedMeasureWarning
+from tdgeom.keys import Key
 from tdgeom.neighbors.knn import distinct_neighbors
-from tdgeom.stage import Key, Stage
+from tdgeom.stage import Stage
 
 __all__ = [
     "DimensionEstimate",

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from tdgeom.dimension._estimate import DimensionEstimate, DimensionStage
 from tdgeom.dimension.twonn import TwoNN
+from tdgeom.keys import Key
 from tdgeom.neighbors._distinct import first_copies
-from tdgeom.stage import Key, Stage
+from tdgeom.stage import Stage
 
 __all__ = ["Decimation"]
 

@@ -14,8 +14,8 @@ from tdgeom.dimension._estimate import (
     need_columns,
     warn_undefined,
 )
+from tdgeom.keys import Key
 from tdgeom.neighbors.knn import distinct_neighbors
-from tdgeom.stage import Key
 
 __all__ = ["Gride", "gride", "gride_from_distances", "gride_ranks"]
 

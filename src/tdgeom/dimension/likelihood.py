@@ -16,9 +16,9 @@ from tdgeom.dimension._estimate import (
     need_columns,
     warn_undefined,
 )
+from tdgeom.keys import Key
 from tdgeom.neighbors._blocks import budget
 from tdgeom.neighbors.knn import distinct_neighbors
-from tdgeom.stage import Key
 
 __all__ = [
     "MOM",

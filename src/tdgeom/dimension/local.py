@@ -18,9 +18,9 @@ from tdgeom.dimension._estimate import (
     need_columns,
 )
 from tdgeom.dimension.pca import pca_dimension, spectrum_of
+from tdgeom.keys import Key
 from tdgeom.neighbors._blocks import budget
 from tdgeom.neighbors.knn import distinct_neighbors
-from tdgeom.stage import Key
 
 __all__ = [
     "CAPCA",

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tdgeom.dimension._estimate import DimensionEstimate, DimensionStage, warn_undefined
+from tdgeom.keys import Key
 from tdgeom.neighbors._distinct import first_copies
-from tdgeom.stage import Key
 
 __all__ = [
     "PCA_RULES",

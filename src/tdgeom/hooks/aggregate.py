@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tdgeom.hooks.edits import canonical
 from tdgeom.hooks.positions import Positions, check_positions, position_mask
-from tdgeom.stage import Key, Stage
+from tdgeom.keys import Key
+from tdgeom.stage import Stage
 
 __all__ = ["AggregateActs", "GroupAttention", "aggregate_positions", "group_attention"]
 

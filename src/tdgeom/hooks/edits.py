@@ -11,7 +11,8 @@ from tensordict.nn import dispatch
 from torch import Tensor, nn
 
 from tdgeom.hooks.positions import Positions, check_positions, position_mask
-from tdgeom.stage import Key, Stage
+from tdgeom.keys import Key
+from tdgeom.stage import Stage
 
 __all__ = ["Ablate", "Edit", "ProjectOnto", "ProjectOut", "Scale", "Steer"]
 

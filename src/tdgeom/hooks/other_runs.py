@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdgeom.hooks.edits import Edit, Inputs, canonical, find_acts
 from tdgeom.hooks.positions import Positions, check_positions, position_mask
-from tdgeom.stage import Key
+from tdgeom.keys import Key
 
 __all__ = ["ActivationAddition", "Patch"]
 

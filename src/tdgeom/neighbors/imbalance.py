@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tdgeom.keys import Key
 from tdgeom.neighbors._blocks import (
     block_rows,
     blocks_of_keys,
@@ -21,7 +22,7 @@ from tdgeom.neighbors._blocks import (
 from tdgeom.neighbors._distinct import first_copies
 from tdgeom.neighbors._search import search_distinct
 from tdgeom.neighbors.knn import flatten, nearest_neighbors, prepare_rows
-from tdgeom.stage import Key, PairStage
+from tdgeom.stage import PairStage
 
 __all__ = ["InformationImbalance", "conditional_ranks", "information_imbalance"]
 

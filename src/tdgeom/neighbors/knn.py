@@ -7,10 +7,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from tdgeom.keys import Key
 from tdgeom.neighbors._blocks import budget
 from tdgeom.neighbors._distinct import expand_table, first_copies
 from tdgeom.neighbors._search import search_distinct
-from tdgeom.stage import Key, Stage
+from tdgeom.stage import Stage
 
 __all__ = ["NearestNeighbors", "Neighbors", "distinct_neighbors", "nearest_neighbors"]
 

@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tdgeom.keys import Key
 from tdgeom.neighbors.knn import nearest_neighbors
-from tdgeom.stage import Key, PairStage, Stage
+from tdgeom.stage import PairStage, Stage
 
 __all__ = [
     "JaccardKNN",

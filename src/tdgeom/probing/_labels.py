@@ -9,7 +9,8 @@ import torch
 from tensordict import is_tensor_collection
 from torch import Tensor
 
-from tdgeom.stage import Key, StreamingStage, as_key, key_tuple
+from tdgeom.keys import Key, as_key, key_tuple
+from tdgeom.streaming import StreamingStage
 
 __all__: list[str] = []
 

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tdgeom.keys import Key, as_key, key_tuple
 from tdgeom.probing import _slots
 from tdgeom.probing._labels import LabelledStage
 from tdgeom.probing.control import control_map, type_buckets
 from tdgeom.probing.rules import Fitted, Metric, ProbeRules, Task, check_settings
 from tdgeom.probing.scores import SCORES, complete
 from tdgeom.probing.splits import holdout_mask, row_groups
-from tdgeom.stage import Key, as_key, key_tuple
 from tdgeom.stream.sample import hash_ids
 from tdgeom.tokens import POSITION_BITS
 

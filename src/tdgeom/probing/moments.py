@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdgeom.keys import Key
 from tdgeom.probing._labels import LabelledStage, one_hot, row_labels
 from tdgeom.probing.splits import fold_index, row_groups
-from tdgeom.stage import Key
 
 __all__ = [
     "LEAVES",

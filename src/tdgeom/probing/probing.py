@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from tdgeom.compose import ForEach, ForEachPair, pair_list
 from tdgeom.frames import to_frame
 from tdgeom.hooks import Capture
+from tdgeom.keys import Key, as_key, key_tuple
 from tdgeom.probing.base import Probe
 from tdgeom.probing.bilinear import BilinearProbe
 from tdgeom.probing.control import control_labels
 from tdgeom.probing.predict import ProbeScore
 from tdgeom.probing.scores import SCORES
 from tdgeom.run import run
-from tdgeom.stage import Key, Stage, as_key, key_tuple
+from tdgeom.stage import Stage
 from tdgeom.stream.sample import RowSample
 from tdgeom.tokens import SelectTokens
 

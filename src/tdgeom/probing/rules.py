@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdgeom.keys import Key
 from tdgeom.probing._labels import row_labels
 from tdgeom.probing.scores import SCORES, probe_scores
 from tdgeom.probing.splits import row_groups
-from tdgeom.stage import Key
 
 __all__ = ["Fitted", "Metric", "ProbeRules", "Task", "check_settings"]
 

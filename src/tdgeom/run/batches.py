@@ -9,7 +9,7 @@ import torch
 from tensordict import NonTensorData, TensorDict, TensorDictBase, is_tensor_collection
 from torch import Tensor
 
-from tdgeom.stage import Key
+from tdgeom.keys import Key
 
 __all__ = ["as_batch", "batch_length", "iterate"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tdgeom.stage import Key
+from tdgeom.keys import Key
 
 __all__ = ["Buffer"]
 

@@ -10,8 +10,9 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
 from tdgeom.compose import Renamed
+from tdgeom.keys import as_key, key_tuple
 from tdgeom.run.plan import describe
-from tdgeom.stage import Stage, as_key, key_tuple
+from tdgeom.stage import Stage
 
 __all__ = ["call", "run_end"]
 

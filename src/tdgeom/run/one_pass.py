@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from tdgeom._ranks import Repeats, rank_and_world
 from tdgeom.checkpoint import Checkpoint, fingerprint
+from tdgeom.keys import Key, key_tuple
 from tdgeom.run.batches import iterate
 from tdgeom.run.blocks import Buffer
 from tdgeom.run.plan import Plan
 from tdgeom.run.rows import BatchRows
-from tdgeom.stage import Key, key_tuple, rows_finite
+from tdgeom.streaming import rows_finite
 from tdgeom.tokens import POSITION_BITS
 
 __all__ = ["OnePass"]

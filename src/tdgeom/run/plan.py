@@ -9,7 +9,8 @@ from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import nn
 
 from tdgeom.compose import Renamed, RenamedStream
-from tdgeom.stage import Key, StreamingStage, as_key, key_tuple
+from tdgeom.keys import Key, as_key, key_tuple
+from tdgeom.streaming import StreamingStage
 
 __all__ = ["Plan", "describe", "is_streaming", "make_plan", "stages"]
 

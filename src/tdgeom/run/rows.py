@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tdgeom._ranks import rank_and_world
 from tdgeom.hooks import Capture
+from tdgeom.keys import Key, key_tuple
 from tdgeom.run.batches import as_batch, batch_length
 from tdgeom.run.finish import call
 from tdgeom.run.plan import Plan
-from tdgeom.stage import Key, key_tuple
 from tdgeom.tokens import POSITION_BITS, SelectTokens
 
 __all__ = ["BatchRows"]

@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from tdgeom._ranks import sum_over_ranks
 from tdgeom.checkpoint import Checkpoint
+from tdgeom.keys import Key, as_key, key_tuple
 from tdgeom.run.finish import run_end
 from tdgeom.run.one_pass import OnePass
 from tdgeom.run.plan import Plan, make_plan
 from tdgeom.run.rows import BatchRows
-from tdgeom.stage import Key, as_key, key_tuple
 
 __all__ = ["run"]
 

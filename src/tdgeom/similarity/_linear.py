@@ -7,8 +7,9 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from tdgeom.keys import Key
 from tdgeom.similarity._inputs import as_rows, centre
-from tdgeom.stage import Key, PairStage
+from tdgeom.stage import PairStage
 
 __all__ = ["Factor", "LinearPairStage", "factor_moments", "factor_rows", "overlap"]
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from tdgeom._gram import gram
+from tdgeom.keys import Key
 from tdgeom.similarity._inputs import as_rows, centre, check_matched, warn_undefined
 from tdgeom.similarity._sketch import block_squares, group_traces, ratio_over_groups
-from tdgeom.stage import Key, PairStage
+from tdgeom.stage import PairStage
 
 __all__ = ["RV", "LinearCKA", "linear_cka", "linear_cka_debiased", "rv_coefficient"]
 

@@ -7,9 +7,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from tdgeom.keys import Key
 from tdgeom.similarity._inputs import as_rows, centre, check_matched, warn_undefined
 from tdgeom.similarity._kernels import condensed, distances, double_centre, median_distance, squared_distances
-from tdgeom.stage import Key, PairStage
+from tdgeom.stage import PairStage
 
 __all__ = ["RBFCKA", "DistanceCorrelation", "distance_correlation", "rbf_cka"]
 

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tdgeom.keys import Key
 from tdgeom.similarity._inputs import check_matched, warn_undefined
 from tdgeom.similarity._linear import Factor, LinearPairStage, factor_rows, overlap
-from tdgeom.stage import Key
 
 __all__ = ["LinearR2", "linear_r2_ab", "linear_r2_ba"]
 

@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tdgeom.keys import Key
 from tdgeom.similarity._inputs import as_rows, check_matched, warn_undefined
-from tdgeom.stage import Key, PairStage
+from tdgeom.stage import PairStage
 
 __all__ = ["LayerCosine", "SubspaceNovelty", "feature_subspace_novelty", "layer_cosine_sim"]
 

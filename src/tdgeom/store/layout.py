@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tdgeom.stage import Key, as_key
+from tdgeom.keys import Key, as_key
 from tdgeom.store.dtypes import SCALED
 from tdgeom.store.errors import StoreError, StoreLookupError
 from tdgeom.store.json_text import canonical, read_json

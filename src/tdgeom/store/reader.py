@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from tdgeom.stage import as_key
+from tdgeom.keys import as_key
 from tdgeom.store.catalogue import Catalogue, ShardRecord
 from tdgeom.store.dtypes import decode
 from tdgeom.store.errors import StoreError

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdgeom._ranks import broadcast_number, rank_and_world
 from tdgeom._sync import gather_states
-from tdgeom.stage import Key, StreamingStage, key_tuple
+from tdgeom.keys import Key, key_tuple
 from tdgeom.store.about import describe, id_of, new_id, number_of
 from tdgeom.store.catalogue import relative_errors
 from tdgeom.store.dtypes import named_dtype
@@ -20,6 +20,7 @@ from tdgeom.store.layout import Layout, entries_of
 from tdgeom.store.resume import ResumedWriter, open_writer, refuse_other_rows
 from tdgeom.store.store import ActivationStore
 from tdgeom.store.writer import RunWriter
+from tdgeom.streaming import StreamingStage
 
 __all__ = ["StoreActivations"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tdgeom.stage import Key
+from tdgeom.keys import Key
 from tdgeom.stream.rows import RowsStage
 
 __all__ = ["Collect"]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tdgeom._moments import block_moments, merge_moments
 from tdgeom._warnings import UndefinedMeasureWarning
-from tdgeom.stage import Key, StreamingStage
+from tdgeom.keys import Key
+from tdgeom.streaming import StreamingStage
 
 __all__ = ["StreamingCovariance", "covariance"]
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tdgeom.compose import pair_list
-from tdgeom.stage import Key, StreamingStage, as_key, key_tuple
+from tdgeom.keys import Key, as_key, key_tuple
 from tdgeom.stream.sketch import gaussian_columns
+from tdgeom.streaming import StreamingStage
 
 __all__ = ["StreamingCrossMoments"]
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tdgeom.stage import Key, StreamingStage
+from tdgeom.keys import Key
+from tdgeom.streaming import StreamingStage
 
 __all__ = ["StreamingMean"]
 

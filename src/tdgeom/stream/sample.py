@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdgeom.stage import Key
+from tdgeom.keys import Key
 from tdgeom.stream.rows import RowsStage
 
 __all__ = ["RowSample", "hash_ids"]

@@ -10,7 +10,8 @@ from scipy.special import gammaincinv
 from torch import Tensor
 
 from tdgeom._warnings import UndefinedMeasureWarning
-from tdgeom.stage import Key, StreamingStage
+from tdgeom.keys import Key
+from tdgeom.streaming import StreamingStage
 
 __all__ = ["StreamingSketch", "gaussian_columns", "nystrom"]
 
