@@ -19,7 +19,7 @@ from tdgeom.text import TextBatches
 def start(folder, *arguments):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "80"}
     return subprocess.run(
-        [sys.executable, "-m", "tdgeom.cli", "demo", *arguments],
+        [sys.executable, "-m", "tdgeom", "demo", *arguments],
         cwd=folder,
         env=environment,
         capture_output=True,

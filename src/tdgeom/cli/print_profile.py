@@ -8,7 +8,8 @@ import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
-from tdgeom._terminal import cells_of, headline, plain_table, titled
+from tdgeom.cli.print_results import headline
+from tdgeom.cli.tables import cells_of, plain_table, titled
 
 __all__: list[str] = []
 

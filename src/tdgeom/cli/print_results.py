@@ -1,21 +1,20 @@
-"""Results and sites as tables in a terminal."""
+"""The tables of an analysis in a terminal."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-__all__ = ["print_results", "print_sites"]
+from tdgeom.cli.tables import bar_of, broken, cell, cells_of, decimals_of, plain_table, titled
+
+__all__ = ["headline", "print_results"]
 
 LEAST_BAR = 12
-EIGHTHS = " ▏▎▍▌▋▊▉█"
 # shown in this order as far as the width goes; the first one present gets the bar
 METRICS = (
     "d_pr",
@@ -49,10 +48,6 @@ UNIT = {"feature_subspace_novelty", "linear_cka", "layer_cosine_sim", "router_en
 
 def print_results(results: Any, console: Console) -> None:
     """The tables of an analysis, as wide as the console, each with a line on how to read it."""
-    if "align" in results.metadata:
-        from tdgeom._comparison_terminal import print_comparison
-
-        return print_comparison(results, console)
     console.print(headline(results))
     if not results.metrics.empty:
         width = (
@@ -138,7 +133,7 @@ def _print(console: Console, title: str, table: pd.DataFrame, wanted: Sequence[s
     cells: list[list[str]] = []
     for column in columns:
         made = cells_of(table[column], column)
-        needed = 2 + max(map(len, [*made, *_broken(column).split("\n")]))
+        needed = 2 + max(map(len, [*made, *broken(column).split("\n")]))
         if shown and needed > room:
             break
         room -= needed
@@ -151,12 +146,12 @@ def _print(console: Console, title: str, table: pd.DataFrame, wanted: Sequence[s
         values = [float(value) for value in table[shown[0]]]
         finite = [abs(value) for value in values if math.isfinite(value)]
         top = 1.0 if shown[0] in UNIT else max(finite, default=1.0)
-        drawn.add_column(_broken(shown[0]), justify="right", overflow="fold")
+        drawn.add_column(broken(shown[0]), justify="right", overflow="fold")
         drawn.add_column("", style="cyan", min_width=bar_width, overflow="fold")
         for column in shown[1:]:
-            drawn.add_column(_broken(column), justify="right", overflow="fold")
+            drawn.add_column(broken(column), justify="right", overflow="fold")
         for row, label in enumerate(labels):
-            bar = _bar(values[row], top, bar_width, console)
+            bar = bar_of(values[row], top, bar_width, console)
             drawn.add_row(label, cells[0][row], bar, *(made[row] for made in cells[1:]))
     titled(console, title, drawn)
 
@@ -168,129 +163,9 @@ def _print_ablation(console: Console, name: str, table: pd.DataFrame) -> None:
     heading, labels = _label(first)
     drawn.add_column(heading, justify="right", overflow="fold")
     for variant in variants:
-        drawn.add_column(_broken(variant), justify="right", overflow="fold")
-    decimals = _decimals(table["d_pr"])
+        drawn.add_column(broken(variant), justify="right", overflow="fold")
+    decimals = decimals_of(table["d_pr"])
     by_site = {key: rows.set_index("variant")["d_pr"] for key, rows in table.groupby("site", sort=False)}
     for label, site in zip(labels, first["site"]):
-        drawn.add_row(label, *(_cell(by_site[site].get(variant), "d_pr", decimals) for variant in variants))
+        drawn.add_row(label, *(cell(by_site[site].get(variant), "d_pr", decimals) for variant in variants))
     titled(console, f"{name.replace('_', ' ').capitalize()}: d_pr", drawn)
-
-
-def plain_table() -> Table:
-    """An empty table in the look of all."""
-    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-
-
-def titled(console: Console, title: str, table: Table) -> None:
-    """A table under its title."""
-    console.print()
-    console.print(Text(title, style="bold"))
-    console.print(table)
-
-
-def _broken(column: str) -> str:
-    """A name on two lines where it has two words: columns stay narrow and names whole."""
-    words = column.split("_")
-    if len(column) < 8 or len(words) < 2:
-        return column
-    cut = min(range(1, len(words)), key=lambda at: abs(len("_".join(words[:at])) - len(column) / 2))
-    return "_".join(words[:cut]) + "_\n" + "_".join(words[cut:])
-
-
-def cells_of(values: Iterable[Any], column: str) -> list[str]:
-    """A column's values as text, in one precision."""
-    values = list(values)
-    return [_cell(value, column, _decimals(values)) for value in values]
-
-
-def _decimals(values: Iterable[Any]) -> int:
-    """One precision for a column: three or four digits of its largest number."""
-    sizes = [abs(value) for value in values if isinstance(value, int | float) and math.isfinite(value)]
-    largest = max(sizes, default=0.0)
-    return 0 if largest >= 1000 else 1 if largest >= 10 else 3
-
-
-def _cell(value: Any, column: str, decimals: int) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "-"
-    if isinstance(value, bool) or str(value) in ("True", "False"):
-        return "yes" if value else "no"
-    if isinstance(value, str) or not math.isfinite(value):
-        return str(value)
-    if float(value).is_integer() and (column.startswith("k") or column in ROUTER):
-        return f"{int(value):,}"
-    return f"{value:,.{decimals}f}"
-
-
-def _bar(value: float, top: float, width: int, console: Console) -> str:
-    if not math.isfinite(value) or not top > 0:
-        return ""
-    filled = max(0.0, min(1.0, value / top)) * width
-    if console.options.ascii_only:
-        return "#" * round(filled)
-    whole = int(filled)
-    part = EIGHTHS[int((filled - whole) * 8)]
-    return "█" * whole + part.strip()
-
-
-def print_sites(model: Any, entries: Iterable[Any], console: Console, *, every: bool = False) -> None:
-    """The sites of a model: a line a kind, or every site with ``every``."""
-    entries = list(entries)
-    config = getattr(model, "config", None)
-    stacks = list(dict.fromkeys(entry.site.stack for entry in entries))
-    depth = {
-        stack: 1
-        + max(
-            (e.site.layer for e in entries if e.site.stack == stack and e.site.layer is not None), default=-1
-        )
-        for stack in stacks
-    }
-    layers = ", ".join(f"{stack + ' ' if stack else ''}{count} layers" for stack, count in depth.items())
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    size = f"{parameters / 1e6:,.1f} M" if parameters >= 1e5 else f"{parameters:,}"
-    width = getattr(config, "hidden_size", None)
-    facts = [layers or "no repeated blocks", f"{width} features" if width else "", f"{size} parameters"]
-    console.print(Text.assemble((type(model).__name__, "bold"), ": ", ", ".join(filter(None, facts))))
-    table = plain_table()
-    for heading in ("site", "layers", "module", "read at"):
-        table.add_column(heading, no_wrap=heading != "module", overflow="fold")
-    rows = [[e] for e in entries] if every else _by(entries, lambda e: (e.site.stack, e.site.kind))
-    for group in rows:
-        first = group[0]
-        named = ".".join(part for part in (first.site.stack, first.site.kind) if part)
-        numbers = [entry.site.layer for entry in group if entry.site.layer is not None]
-        table.add_row(str(first.site) if every else named, _ranges(numbers), _pattern(group), first.side)
-    console.print(table)
-    console.print(
-        Text(
-            "Name kinds or single sites with --sites, as in residual_output or residual_output.-1; any other module as "
-            "module_output:<path>, with * for one part of the path.",
-            style="dim",
-        )
-    )
-
-
-def _by(entries: Sequence[Any], key: Callable[[Any], Any]) -> list[list[Any]]:
-    groups: dict[Any, list[Any]] = {}
-    for entry in entries:
-        groups.setdefault(key(entry), []).append(entry)
-    return list(groups.values())
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """``0-3, 5``."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
-def _pattern(group: Sequence[Any]) -> str:
-    """One path for all layers, ``*`` where they differ."""
-    paths = [entry.module_path.split(".") for entry in group]
-    if len({len(path) for path in paths}) > 1:
-        return f"{group[0].module_path}, ..."
-    return ".".join(part[0] if len(set(part)) == 1 else "*" for part in zip(*paths)) or "(the model itself)"

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tdgeom._command_line import console
+from tdgeom.cli.options import console
 
 __all__ = ["app"]
 

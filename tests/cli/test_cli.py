@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 import models
 import tdgeom as tg
 from tdgeom import cli
-from tdgeom._terminal import print_results
+from tdgeom.cli.print_results import print_results
 from tdgeom.demo import demo_texts
 from tdgeom.text import TextBatches, read_text
 from terminal import refused
@@ -180,7 +180,7 @@ def test_interrupt_is_one_line_and_exit_code_130(folder, tmp_path):
     pipe = tmp_path / "endless.txt"
     os.mkfifo(pipe)
     process = subprocess.Popen(
-        [sys.executable, "-m", "tdgeom.cli", "analyze", folder, "--text", pipe, "--out", tmp_path / "run"],
+        [sys.executable, "-m", "tdgeom", "analyze", folder, "--text", pipe, "--out", tmp_path / "run"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -193,7 +193,7 @@ def loaded(
 
 def report(results: Any, out: Path | None, save_mode: str, overwrite: bool, plots: bool) -> None:
     """Print an analysis; save it, and draw it, where the options say so."""
-    from tdgeom._terminal import print_results
+    from tdgeom.cli.print_results import print_results
 
     if results is None:  # another rank of a process group has them
         return

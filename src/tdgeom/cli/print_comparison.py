@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tdgeom._grids import pair_grid, short_names
-from tdgeom._terminal import cells_of, plain_table, titled
+from tdgeom.cli.tables import cells_of, plain_table, titled
 
 __all__: list[str] = []
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tdgeom._command_line import (
+from tdgeom.cli.options import (
     BatchSize,
     Dataset,
     Device,
@@ -283,7 +283,7 @@ def _measure(
     )
     if results is None:  # another rank of a process group has them
         return
-    from tdgeom._profile_terminal import print_profile
+    from tdgeom.cli.print_profile import print_profile
 
     for name, profile in profiles.items():
         results.diagnostics[name] = profile(results)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tdgeom._command_line import (
+from tdgeom.cli.options import (
     BatchSize,
     Dataset,
     Device,
@@ -89,7 +89,7 @@ def compare(
     source, named = documents(text, jsonl, dataset)
     overwrite = check_out(out, overwrite, plots, "bundle")
     quiet_transformers()
-    from tdgeom._comparison_terminal import print_comparison
+    from tdgeom.cli.print_comparison import print_comparison
     from tdgeom.comparison import compare as compared
     from tdgeom.models import load_model
 

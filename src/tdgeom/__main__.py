@@ -1,0 +1,7 @@
+"""``python -m tdgeom``."""
+
+import sys
+
+from tdgeom.cli import main
+
+sys.exit(main())

@@ -1,0 +1,115 @@
+"""The command ``tdgeom``: its commands, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+
+from tdgeom.cli.analyze import analyze, demo
+from tdgeom.cli.compare import compare
+from tdgeom.cli.geometry import dimension, overlap
+from tdgeom.cli.look import show, sites
+from tdgeom.cli.options import STATE
+from tdgeom.cli.runs import app as runs
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="tdgeom",
+    help="Measure the geometry of a neural network's representations.",
+    epilog="Start with: [bold]tdgeom demo[/bold]",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+# typer carries its own copy of click in later versions: its exceptions are found through the one it exports
+UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 after an error, 130 after Ctrl-C.
+
+    Errors are one line on stderr. ``--debug``, anywhere in the arguments, shows the traceback instead.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    STATE["debug"] = debug
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                _quiet()
+            code = app(arguments, prog_name="tdgeom", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except BrokenPipeError:  # the reader of our output went away: tdgeom show DIR | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except UsageError as error:
+        said = error.format_message().strip().removeprefix("Invalid value: ")
+        code = _fail(f"{said}{'' if said.endswith(('.', '?')) else '.'} See: {_help_for(error)}")
+    except Exception as error:
+        if debug:
+            raise
+        said = error.args[0] if isinstance(error, KeyError) and error.args else error
+        code = _fail(str(said).strip() or type(error).__name__)
+    if code == 130:
+        print("tdgeom: interrupted", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str) -> int:
+    print(f"tdgeom: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _help_for(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path if context is not None else 'tdgeom'} --help"
+
+
+def _quiet() -> None:
+    """Silence other libraries' chatter; our own warnings become one line."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+    def one_line(message: Any, category: type, filename: str, *_: Any, **__: Any) -> None:
+        ours = f"{os.sep}tdgeom{os.sep}" in filename and issubclass(category, UserWarning)
+        if ours or category.__module__.startswith("tdgeom"):
+            print(f"tdgeom: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    warnings.showwarning = one_line
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and other libraries' messages.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _example(line: str) -> dict[str, str]:
+    return {"epilog": f"Example: [bold]{line}[/bold]"}
+
+
+app.command(
+    epilog="Examples: [bold]tdgeom analyze gpt2 --text book.txt --out run[/bold]; "
+    "[bold]tdgeom analyze ./my-model --jsonl rows.jsonl:body --layers 0,5,-1 --sites residual_output,mlp_output[/bold]; "
+    "[bold]tdgeom analyze gpt2 --dataset wikitext:wikitext-2-raw-v1:test --max-tokens 50000 --plots --out run[/bold]"
+)(analyze)
+app.command(**_example("tdgeom demo --max-tokens 5000 --out try"))(demo)
+app.command(**_example("tdgeom show tdgeom-demo"))(show)
+app.command(**_example("tdgeom sites gpt2"))(sites)
+app.command(**_example("tdgeom compare gpt2 ./my-gpt2 --text book.txt --plots --out run"))(compare)
+app.command(**_example("tdgeom dimension gpt2 --text book.txt --untrained --plots --out run"))(dimension)
+app.command(**_example("tdgeom overlap gpt2 --text book.txt --labels chapters.txt"))(overlap)
+app.add_typer(runs)
