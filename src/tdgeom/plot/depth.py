@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from tdgeom.plot.lines import profile
 from tdgeom.profiles import intrinsic_dimension_profile, overlap_profile
 
 __all__ = ["intrinsic_dimension", "overlap"]
@@ -34,8 +35,6 @@ def intrinsic_dimension(result: Any, ax: Any = None, *, x: str = "relative_depth
         >>> ax.get_ylabel()
         'intrinsic dimension'
     """
-    from tdgeom.plot import profile
-
     table = result if isinstance(result, pd.DataFrame) else intrinsic_dimension_profile(result)
     several = table.groupby("estimator")["step"].transform("max") > 0
     if x == "scale":
@@ -74,8 +73,6 @@ def overlap(result: Any, ax: Any = None, *, x: str = "relative_depth", **style: 
         >>> ax.get_ylabel()
         'overlap'
     """
-    from tdgeom.plot import profile
-
     table = result if isinstance(result, pd.DataFrame) else overlap_profile(result)
     # Of all pairs those with the next site: tg.plot.matrix draws the others.
     from_here = ["measure", "site", *(["weights"] if "weights" in table else [])]

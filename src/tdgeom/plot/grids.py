@@ -24,6 +24,7 @@ ITSELF = {
 def pair_grid(
     table: pd.DataFrame, measure: str | None, symmetric: bool, diagonal: float | str | None
 ) -> tuple[np.ndarray, list[str], list[str]]:
+    """A table of pairs as (the matrix, its row sites, its column sites); NaN where nothing was measured."""
     numbers = [name for name in table.select_dtypes("number") if not name.startswith(("layer", "novelty_k"))]
     if not {"a", "b"} <= set(table) or (measure is None and len(numbers) != 1):
         raise ValueError(

@@ -1,0 +1,117 @@
+"""Measures over layers, one line a group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tdgeom.plot.style import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    axes_or_new,
+    axis_name,
+    thinned,
+    tidy,
+)
+
+__all__ = ["profile"]
+
+
+def profile(
+    frame: Any,
+    y: str,
+    x: str = "layer",
+    *,
+    yerr: str | Sequence[float] | None = None,
+    hue: str | None = None,
+    ax: Any = None,
+    legend: bool = True,
+    **style: Any,
+) -> Any:
+    """A measure over layers: points joined by a line, one line for each value of ``hue``.
+
+    Args:
+        frame: a table with the columns named below (``results.metrics``, ``results.novelty``, ``to_frame(...)``), or
+            ``AnalysisResults`` for its metrics.
+        y: the column drawn.
+        x: "layer", "relative_depth", or any column; text (such as "transition") is set out in the order of the table.
+        yerr: a column (or values) of standard errors, drawn as bars of ± one.
+        hue: a column whose values get a line each ("kind", "variant", "model_label", "estimator").
+        ax: matplotlib axes; made if None.
+        legend: a legend for ``hue``.
+        style: passed to ``ax.errorbar``.
+
+    Returns:
+        The axes.
+
+    Raises:
+        KeyError: no such column. ValueError: several rows at one x on one line. ModuleNotFoundError: no matplotlib.
+
+        >>> ax = profile(pd.DataFrame({"layer": [0, 1], "d_pr": [3.0, 2.0]}), "d_pr")
+        >>> ax.get_xlabel(), ax.get_lines()[0].get_ydata().tolist()
+        ('layer', [3.0, 2.0])
+    """
+    table = frame if isinstance(frame, pd.DataFrame) else frame.metrics
+    errors = yerr if isinstance(yerr, str) else None
+    missing = [column for column in (x, y, hue, errors) if column is not None and column not in table]
+    if missing:
+        raise KeyError(f"profile finds no column {missing}; the table has {list(table.columns)}.")
+    table = table.assign(_error=table[errors] if errors else np.nan if yerr is None else np.asarray(yerr))
+    groups = list(table.groupby(hue, sort=False, dropna=False)) if hue else [(None, table)]
+    _one_row_each(table, groups, x, hue)
+    ax = axes_or_new(ax, (6.0, 4.0))
+    words = not pd.api.types.is_numeric_dtype(table[x])
+    ticks = {word: place for place, word in enumerate(dict.fromkeys(table[x]))} if words else {}
+    for index, (value, rows) in enumerate(groups):
+        places = rows[x].map(ticks) if words else rows[x]
+        order = np.argsort(places.to_numpy(), kind="stable")
+        look = {
+            "color": COLOURS[index % len(COLOURS)],
+            "marker": MARKERS[index % len(MARKERS)],
+            "markersize": 4.5,
+        }
+        look["linestyle"] = DASHES[index % len(DASHES)]
+        ax.errorbar(
+            places.to_numpy()[order],
+            rows[y].to_numpy(dtype=np.float64)[order],
+            yerr=None if yerr is None else rows["_error"].to_numpy(dtype=np.float64)[order],
+            **{
+                **look,
+                "linewidth": 1.5,
+                "capsize": 2.5,
+                "label": None if value is None else str(value),
+                **style,
+            },
+        )
+    ax.set(xlabel=axis_name(x), ylabel=fill(axis_name(y), 28))
+    tidy(ax)
+    if words:
+        ax.set_xticks(*thinned([str(word) for word in ticks], 8))
+    elif pd.api.types.is_integer_dtype(table[x]):
+        from matplotlib.ticker import MaxNLocator
+
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    if hue and legend:
+        ax.legend(frameon=False, fontsize="small", title=axis_name(hue), title_fontsize="small")
+    return ax
+
+
+def _one_row_each(
+    table: pd.DataFrame, groups: Sequence[tuple[Any, pd.DataFrame]], x: str, hue: str | None
+) -> None:
+    if not any(rows[x].duplicated().any() for _, rows in groups):
+        return
+    apart = [
+        column
+        for column in ("weights", "variant", "kind", "stack", "estimator", "model_label", "site")
+        if column in table and not table.duplicated([x, *([hue] if hue else []), column]).any()
+    ]
+    raise ValueError(
+        f"profile has several rows at the same {x!r}{f' and {hue!r}' if hue else ''}: name the column that tells them apart "
+        f"with hue=; candidates: {apart or 'none, so select rows first'}."
+    )

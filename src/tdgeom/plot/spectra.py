@@ -1,0 +1,109 @@
+"""Eigenvalue spectra, one line a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tdgeom.frames import to_frame
+from tdgeom.plot.style import (
+    COLOURS,
+    GRADIENT,
+    as_array,
+    axes_or_new,
+    tidy,
+)
+
+__all__ = ["spectrum"]
+
+
+def spectrum(
+    eigenvalues: Any, ax: Any = None, *, normalize: bool = True, legend: bool | None = None, **style: Any
+) -> Any:
+    """Eigenvalues against their rank, both axes logarithmic, one line a layer from dark (first) to light (last).
+
+    Eigenvalues at rounding level (λ <= D·eps·λ₁) are not drawn: a logarithm would make noise look like a spectrum. A cliff
+    at the last 2 % of ranks (directions that a layer norm removes, say) leaves the picture at its lower edge.
+
+    Args:
+        eigenvalues: ``AnalysisResults``, a result of ``run`` with ``("eigenvalues", site)``, a mapping from name to (D,),
+            or one (D,) array or tensor; descending.
+        ax: matplotlib axes; made if None.
+        normalize: draw shares of the total variance, λ/Σλ, else λ.
+        legend: a legend; default up to 12 named lines, a colour bar beyond.
+        style: passed to ``ax.plot``.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ModuleNotFoundError: no matplotlib. ValueError: nothing to draw.
+
+        >>> ax = spectrum({"layer_00": np.array([4.0, 2.0, 1.0])})
+        >>> ax.get_lines()[0].get_xdata().tolist()
+        [1, 2, 3]
+    """
+    series = _spectra(eigenvalues)
+    ax = axes_or_new(ax, (6.0, 4.2))
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    colours = colormaps[GRADIENT](np.linspace(0.0, 0.88, len(series))) if len(series) > 1 else [COLOURS[0]]
+    bottoms = []
+    for (name, values), colour in zip(series.items(), colours):
+        values = np.asarray(values, dtype=np.float64)
+        shown = values > values[0] * len(values) * np.finfo(np.float64).eps
+        drawn = values / values.sum() if normalize else values
+        bottoms.append(drawn[shown][int(0.98 * (shown.sum() - 1))])
+        ax.plot(
+            1 + np.flatnonzero(shown),
+            drawn[shown],
+            **{"color": colour, "linewidth": 1.5, "label": name, **style},
+        )
+    ax.set(xscale="log", yscale="log", xlabel="rank of the eigenvalue")
+    ax.set_ylabel("share of variance, λ/Σλ" if normalize else "eigenvalue of the covariance, λ")
+    if ax.get_ylim()[0] < min(bottoms) / 4:
+        ax.set_ylim(bottom=min(bottoms) / 4)
+    tidy(ax)
+    named = [name for name in series if name]
+    if legend if legend is not None else named and len(named) <= 12:
+        ax.legend(frameon=False, fontsize="small", ncols=1 if len(named) <= 6 else 2, loc="lower left")
+    elif legend is None and len(named) > 12:
+        scale = ScalarMappable(Normalize(0, (len(named) - 1) / 0.88), GRADIENT)
+        bar = ax.figure.colorbar(scale, ax=ax, boundaries=np.arange(len(named) + 1) - 0.5)
+        places = np.unique(np.linspace(0, len(named) - 1, 7).round().astype(int))
+        bar.set_ticks(places, labels=[named[place] for place in places])
+    return ax
+
+
+def _spectra(eigenvalues: Any) -> dict[str, np.ndarray]:
+    own = getattr(eigenvalues, "eigenvalues", None)
+    if isinstance(own, Mapping):  # AnalysisResults
+        series = dict(own)
+    elif hasattr(eigenvalues, "batch_size") and hasattr(eigenvalues, "keys"):  # a TensorDict
+        frame = to_frame(eigenvalues, "eigenvalues")
+        series = dict(zip(frame["site"], frame["eigenvalues"]))
+    elif isinstance(eigenvalues, Mapping):
+        series = dict(eigenvalues)
+    else:
+        series = {"": eigenvalues}
+    series = {_layer_name(name): as_array(values) for name, values in series.items()}
+    for name, values in series.items():
+        if values.ndim != 1 or not len(values) or not values[0] > 0:
+            raise ValueError(
+                f"spectrum expects descending eigenvalues of shape (D,), the first above 0; {name or 'it'!r} has shape "
+                f"{values.shape} and starts {values.ravel()[:3].tolist()}."
+            )
+    if not series:
+        raise ValueError(
+            "spectrum found no eigenvalues: the analysis ran without them (metrics='default' has them)."
+        )
+    return series
+
+
+def _layer_name(name: object) -> str:
+    name = str(name)
+    return f"layer {int(name[6:])}" if name.startswith("layer_") and name[6:].isdigit() else name
