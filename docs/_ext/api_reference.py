@@ -34,6 +34,7 @@ THEMES = {
     "Probing and lenses": ("probing", "lens"),
     "Analyses, results, reports": (
         "analyze",
+        "analysis",
         "comparison",
         "results",
         "frames",

@@ -14,8 +14,8 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import nn
 
-from tdgeom._analysis_metadata import stage_settings
 from tdgeom.alignment import AlignedRows, PairedTexts
+from tdgeom.analysis.metadata import stage_settings
 from tdgeom.bundle import SCHEMA_VERSION
 from tdgeom.compose import ForEach, ForEachPair
 from tdgeom.frames import site_parts, to_frame
