@@ -17,6 +17,7 @@ from sklearn.metrics import r2_score
 from tdgeom.similarity import (
     CKNNA,
     cca_mean,
+    cca_r2,
     cknna,
     distance_correlation,
     linear_cka,
@@ -119,6 +120,41 @@ def test_svcca_against_its_recipe():
     assert svcca(x, y).item() == pytest.approx(expected, rel=1e-9)
     with pytest.raises(ValueError, match="share of the variance"):
         svcca(x, y, variance=1.5)
+
+
+def dependent_features(n, dtype, offset):
+    """Wide sites of rank 6 and 7, rounded to ``dtype``, and the few columns that they are made of."""
+    g = torch.Generator().manual_seed(0)
+    few = torch.randn(n, 10, generator=g, dtype=torch.float64)
+    x, y = few[:, :6], torch.cat([few[:, :3], few[:, 6:]], 1)
+    wide = [f @ torch.randn(f.shape[1], d, generator=g, dtype=torch.float64) for f, d in ((x, 40), (y, 30))]
+    return (x, y), [(rows + offset).to(dtype) for rows in wide]
+
+
+@pytest.mark.parametrize("offset", [0, 10, 1000])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-6), (torch.bfloat16, 1e-3)]
+)
+def test_rounding_of_dependent_features_is_no_direction(dtype, tolerance, offset):
+    if dtype == torch.bfloat16 and offset == 1000:
+        offset = 1  # 1000 leaves it no digits
+    (x, y), (a, b) = dependent_features(500, dtype, offset)
+    for name in (cca_mean, cca_r2):
+        assert name(a, b).item() == pytest.approx(name(x, y).item(), abs=tolerance)
+    exact = [side.double().numpy() for side in dependent_features(500, torch.float64, 0)[1]]
+    for name, (p, q) in ((linear_r2_ab, (0, 1)), (linear_r2_ba, (1, 0))):
+        few, wide = (x, y)[p].numpy(), exact[q]
+        expected = Ridge(alpha=1e-12).fit(few, wide)
+        score = r2_score(wide, expected.predict(few), multioutput="variance_weighted")
+        assert name(a, b).item() == pytest.approx(score, abs=tolerance)
+
+
+def test_rows_that_are_all_rounding_keep_a_value():
+    x = 1000 + torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float16, torch.bfloat16):
+        rounded = x.to(dtype)
+        expected = cca_mean(rounded[:, :3].double(), rounded[:, 3:].double()).item()
+        assert cca_mean(rounded[:, :3], rounded[:, 3:]).item() == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("ridge", [0.0, 0.3, 20.0])

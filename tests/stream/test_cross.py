@@ -213,6 +213,22 @@ def test_moments_of_float32_blocks_with_a_massive_feature(stage):
         torch.testing.assert_close(found["s.0->s.1", name], value, rtol=0, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("offset", [0, 10, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_moments_of_features_that_depend_on_each_other(dtype, offset):
+    """float32 products leave noise where the covariance is singular: it is no direction."""
+    g = torch.Generator().manual_seed(0)
+    few = torch.randn(3000, 8, generator=g, dtype=torch.float64)
+    sides = few[:, :5], few[:, 3:]
+    wide = [side @ torch.randn(5, d, generator=g, dtype=torch.float64) for side, d in zip(sides, (40, 30))]
+    td = published(streamed([(side + offset).to(dtype) for side in wide], 700))
+    for stage in (CCA, LinearR2):
+        td["sample"] = batch(*(wide if stage is LinearR2 else sides))["tokens"]
+        found, expected = measured(td, stage(source="moments")), measured(td, stage())
+        for name, value in expected["s.0->s.1"].items():
+            torch.testing.assert_close(found["s.0->s.1", name], value, rtol=0, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("pairs", ["all", "consecutive", [("s.2", "s.0"), ("s.1", "s.3")]])
 def test_pairs_of_sites_of_different_width(pairs):
     g = torch.Generator().manual_seed(0)

@@ -29,10 +29,15 @@ class Factor(NamedTuple):
 def factor_rows(x: Tensor, measure: str, *, standardise: bool, share: float | None = None) -> Factor:
     """The thin singular value decomposition of centred rows, in float64.
 
+    Directions that are no longer than the rounding of the given values are left out: features that depend on each other
+    in float32 or half precision would else have many, as good as any other to a measure that ignores linear maps. Where
+    no direction is longer nothing tells them apart, and all of them count.
+
     ``standardise`` divides features by their norm first (constant ones stay zero): a measure that ignores invertible
     linear maps then finds the rank even beside a feature a thousand times larger.
     """
-    rows = centre(as_rows(x, measure).double()).rows
+    wide = as_rows(x, measure).double()
+    rows, scale = centre(wide)
     norms = (
         torch.linalg.vector_norm(rows, dim=-2)
         if standardise
@@ -40,20 +45,41 @@ def factor_rows(x: Tensor, measure: str, *, standardise: bool, share: float | No
     )
     # NaN stays NaN (a side without variance), but LAPACK refuses it.
     undefined = torch.isnan(rows).any(-1).any(-1)
-    scaled = torch.nan_to_num(rows) / torch.where(norms > 0, norms, 1).unsqueeze(-2)
-    u, s, vt = torch.linalg.svd(scaled, full_matrices=False)
+    used = torch.where(norms > 0, norms, 1)
+    u, s, vt = torch.linalg.svd(torch.nan_to_num(rows) / used.unsqueeze(-2), full_matrices=False)
     keep = s > s[..., :1] * max(x.shape[-2:]) * torch.finfo(torch.float64).eps
-    keep = keep & _leading(s.square(), share)
+    steps = torch.linalg.vector_norm(_steps(wide, x.dtype) / scale[..., None, None], dim=-2) / used.detach()
+    above = s > _along(vt, steps)
+    keep = keep & (above | ~above.any(-1, keepdim=True)) & _leading(s.square(), share)
     coefficients = (s * keep).unsqueeze(-1) * vt * norms.unsqueeze(-2)
     rank = torch.where(undefined, torch.nan, keep.sum(-1, dtype=torch.float64))
     return Factor(u * keep.unsqueeze(-2), s, coefficients, rank, None)
 
 
+def _steps(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What rounding may have moved each value by, in float64, before it was ``x``.
+
+    Half precision: 2.4 standard deviations of rounding to the nearest, which singular values of pure rounding stay
+    below. Wider types: eight steps of the type, for the sums that values come from are rounded too.
+    """
+    if not dtype.is_floating_point:
+        dtype = torch.float64
+    share = 0.7 if dtype.itemsize < 4 else 8.0
+    return share * torch.finfo(dtype).eps * x.detach().abs().log2().floor().exp2()
+
+
+def _along(directions: Tensor, steps: Tensor) -> Tensor:
+    """(..., r) how long independent errors of length ``steps`` (..., D) in the features are along directions (..., r, D)."""
+    return (directions.detach().square() @ steps.square().unsqueeze(-1)).squeeze(-1).sqrt()
+
+
 def factor_moments(
     count: Tensor, mean: Tensor, covariance: Tensor, *, standardise: bool, share: float | None = None
 ) -> Factor:
-    """The same from the covariance, whose products square the condition: directions below 1e-6 of the largest
-    (standard deviation, after standardising) are taken for rounding of its float32 blocks and left out.
+    """The same from the covariance, of rows that are taken for float32.
+
+    Its products square the condition. What they lost shows where a covariance cannot be, below zero: directions of less
+    than four times that variance, or of 1e-6 of the largest standard deviation, are left out too.
     """
     covariance = covariance.to(torch.float64)
     variance = torch.diagonal(covariance, dim1=-2, dim2=-1)
@@ -67,9 +93,12 @@ def factor_moments(
     scaled = covariance * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
     undefined = ~(variance > noise).any(-1)
     values, vectors = torch.linalg.eigh(torch.nan_to_num(scaled))
+    lost = -4 * values[..., :1].clamp(max=0)
     values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
     n = count.to(torch.float64)
-    keep = (values > values[..., :1] * 1e-12) & _leading(values, share)
+    keep = (values > values[..., :1] * 1e-12) & (values > lost) & _leading(values, share)
+    sizes = (variance.clamp(min=0) + mean.to(torch.float64).square()).sqrt() * inverse
+    keep = keep & (values > _along(vectors.mT, 8 * torch.finfo(torch.float32).eps * sizes).square())
     keep = keep & (torch.arange(values.shape[-1], device=values.device) < (n - 1)[..., None])
     s = (values * (n - 1)[..., None]).sqrt()
     weights = torch.where(keep, 1 / torch.where(keep, s, 1), 0)

@@ -42,7 +42,8 @@ def cca_mean(x: Tensor, y: Tensor) -> Tensor:
 
     Invariances: every invertible linear map and offset of either side. Bias: strongly upwards unless N is many times
     D; at N <= D + 1 it is 1 for any data, so compare at equal N and D only. NaN with one warning without variance.
-    Directions below rounding (rank-deficient or constant features) do not count.
+    Directions no longer than the rounding of the given values (constant features, or ones that depend on each other) do
+    not count: give rows in the precision they were computed in, for rounding cannot be told once they are widened.
 
     Hotelling 1936; Raghu et al. 2017, arXiv 1706.05806.
 
@@ -145,8 +146,8 @@ class CCA(LinearPairStage):
 
     Args:
         source: ``"sample"`` reads matched rows; ``"moments"`` reads count, mean and covariance of both sides and
-            the pair's cross covariance, over all rows of the run. There directions below 1e-6 of the largest standard
-            deviation, after standardising the features, count as rounding.
+            the pair's cross covariance, over all rows of the run. There rounding is judged as of float32 rows: of half
+            precision rows whose features depend on each other take a sample.
         in_keys, out_keys: see ``Stage``.
 
         >>> x = torch.randn(50, 3)
