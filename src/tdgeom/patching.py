@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from tdgeom.hooks.bound import eval_mode
 from tdgeom.hooks.capture import Capture
-from tdgeom.hooks.edits import Edit, canonical
+from tdgeom.hooks.edits import Edit, canonical, is_pattern
 from tdgeom.hooks.intervene import Intervene
 from tdgeom.hooks.other_runs import Patch
 from tdgeom.hooks.positions import Positions, position_mask
@@ -68,9 +68,9 @@ def _pick(values: Tensor, ids: int | Tensor, example: Tensor) -> Tensor:
 class _Cells(Edit):
     """In every row of the batch, one position or head of one site of another run; the row says which."""
 
-    def __init__(self, source: TensorDictBase, by: str) -> None:
+    def __init__(self, source: TensorDictBase, present: Tensor, by: str) -> None:
         super().__init__()
-        self.source, self.by = source, by
+        self.source, self.present, self.by = source, present, by
         self.example = self.rows = self.index = torch.zeros(0, dtype=torch.long)
 
     def set_rows(self, example: Tensor, cells: Sequence[tuple[str, int]], repeat: int) -> None:
@@ -99,6 +99,9 @@ class _Cells(Edit):
                 torch.arange(count, device=value.device) == index[:, None] // self.groups
             )
             chosen = chosen.reshape(len(here), 1, count, *[1] * (value.ndim - 3))
+            present = self.present.to(value.device)[self.example.to(value.device)]
+            if present.shape == value.shape[:2]:  # positions that the other run lacks stay as they are
+                chosen = chosen & present.reshape(*present.shape, *[1] * (value.ndim - 2))
         else:
             whole = (
                 torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
@@ -176,6 +179,7 @@ def activation_patching(
     wanted, _ = position_mask(torch.ones(1, length, dtype=torch.bool), positions)
     columns = wanted[0].nonzero().flatten().tolist()
     aligned = _align(read[other], capture.sites, masks[base], masks[other], both)
+    present = masks[base] & (masks[base].cumsum(1) <= both[:, None])
     bar = tqdm(total=0, disable=not progress, desc="patching")
     for kind in dict.fromkeys(_kind(site) for site in capture.sites):
         own = [site for site in capture.sites if _kind(site) == kind]
@@ -184,7 +188,7 @@ def activation_patching(
         todo = [(str(site), cell) for site in own for cell in cells]
         bar.total += len(todo)
         bar.refresh()
-        edit = _Cells(aligned, along)
+        edit = _Cells(aligned, present, along)
         per = max(1, rows // examples)
         values = torch.full((len(todo), examples), torch.nan, dtype=torch.float64)
         with Intervene(model, {str(site): edit for site in own}):
@@ -260,9 +264,12 @@ def _align(
         if turned.ndim < 3 or torch.equal(mask, other_mask):
             out.set(("acts", str(site)), acts)
             continue
-        patch = Patch(TensorDict({("acts", "x"): turned, "attention_mask": other_mask}, batch_size=[]))
-        patch.site = "x"
-        blank = turned.new_zeros(mask.shape[0], mask.shape[1], *turned.shape[2:])
+        patch = Patch(TensorDict({("acts", str(site)): acts, "attention_mask": other_mask}, batch_size=[]))
+        patch.site = str(site)
+        features = turned.shape[2:]
+        if is_pattern(site):  # as many keys as this run has, and sinks where there are any
+            features = (features[0], features[1] - other_mask.shape[1] + mask.shape[1])
+        blank = turned.new_zeros(mask.shape[0], mask.shape[1], *features)
         moved = patch.replace(blank, keep, mask, None, None)
         out.set(("acts", str(site)), canonical(moved, site))
     return out

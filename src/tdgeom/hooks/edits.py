@@ -10,7 +10,9 @@ from tensordict import TensorDictBase
 from tensordict.nn import dispatch
 from torch import Tensor, nn
 
+from tdgeom.hooks.align import attended, match_keys, take_ranks
 from tdgeom.hooks.positions import Positions, check_positions, position_mask
+from tdgeom.hooks.sites import PATTERN_KINDS
 from tdgeom.keys import Key
 from tdgeom.stage import Stage
 
@@ -260,7 +262,8 @@ class Ablate(Edit):
 
     Args:
         how: ``"zero"``; ``"mean"``, the mean over all attended rows of the reference; ``"resample"``, for each sequence the
-            values of one of the reference's other sequences at the same position (Chan et al. 2022, causal scrubbing).
+            values of another sequence (of the reference, if one is given) at the same position among attended tokens (Chan
+            et al. 2022, causal scrubbing). Where that sequence is shorter it is gone through again from its first token.
         reference: a TensorDict with the keys of ``Capture`` (``("acts", site)`` and, where there is padding,
             ``"attention_mask"``), or a tensor (B, T, ...). ``"resample"`` without one draws from the batch itself.
         seed: of the draw.
@@ -284,18 +287,25 @@ class Ablate(Edit):
             raise ValueError("Ablate('mean') needs reference=, activations to take the mean of.")
         self.how, self.reference, self.seed = how, reference, seed
 
-    def edit(self, value: Tensor) -> Tensor:
+    def replace(
+        self,
+        value: Tensor,
+        keep: Tensor | None,
+        mask: Tensor | None,
+        ids: Tensor | None,
+        special: Tensor | None,
+    ) -> Tensor:
         """Zeros, the reference's mean, or drawn sequences."""
         if self.how == "zero":
             return torch.zeros_like(value)
         if self.how == "mean":
-            acts, mask = find_acts(self.reference, self.site, "Ablate")
+            acts, own = find_acts(self.reference, self.site, "Ablate")
             acts = canonical(acts, self.site)
-            rows = acts.flatten(0, 1) if mask is None or acts.ndim < 3 else acts[mask.bool().to(acts.device)]
+            rows = acts.flatten(0, 1) if own is None or acts.ndim < 3 else acts[own.bool().to(acts.device)]
             return rows.double().mean(0).to(value).expand_as(value)
-        return self._drawn(value)
+        return self._drawn(value, mask)
 
-    def _drawn(self, value: Tensor) -> Tensor:
+    def _drawn(self, value: Tensor, mask: Tensor | None) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         if self.reference is None:
             if value.shape[0] < 2:
@@ -303,14 +313,33 @@ class Ablate(Edit):
                     "Ablate('resample') from the batch itself needs two sequences or more. Remedy: reference=."
                 )
             shift = int(torch.randint(1, value.shape[0], (1,), generator=generator))
-            return value.roll(shift, 0)
-        acts = canonical(find_acts(self.reference, self.site, "Ablate")[0], self.site)
-        if acts.shape[1:] != value.shape[1:]:
+            drawn, drawn_mask = value.roll(shift, 0), None if mask is None else mask.roll(shift, 0)
+        else:
+            acts, theirs = find_acts(self.reference, self.site, "Ablate")
+            acts = canonical(acts, self.site)
+            chosen = torch.randint(acts.shape[0], (value.shape[0],), generator=generator)
+            drawn, drawn_mask = acts.to(value)[chosen], None if theirs is None else theirs[chosen]
+        free = 1 if value.ndim < 3 else 2  # axes that may differ: examples, and positions where there are any
+        if drawn.ndim != value.ndim or (
+            not is_pattern(self.site) and drawn.shape[free:] != value.shape[free:]
+        ):
             raise ValueError(
                 f"Ablate('resample') expected a reference (n, {', '.join(map(str, value.shape[1:]))}) at {self.site!r}, got "
                 f"{tuple(acts.shape)}."
             )
-        return acts.to(value)[torch.randint(acts.shape[0], (value.shape[0],), generator=generator)]
+        if value.ndim < 3 or (mask is None and drawn_mask is None and drawn.shape == value.shape):
+            return drawn
+        mask, drawn_mask = attended(mask, value), attended(drawn_mask, drawn)
+        if self.reference is None and mask.shape[1] > value.shape[1]:
+            return drawn  # a step with a cache: every sequence is at its newest token
+        count = drawn_mask.sum(1, keepdim=True).clamp(min=1)
+        if is_pattern(self.site):
+            rows = drawn_mask & (drawn_mask.cumsum(1) <= mask.sum(1, keepdim=True))
+            drawn = match_keys(
+                drawn, drawn_mask, mask, value.shape[-1], rows, scores=is_scores(self.site), owner="Ablate"
+            )
+        rank = (mask.cumsum(1) - 1)[:, mask.shape[1] - value.shape[1] :]
+        return take_ranks(drawn, drawn_mask, rank % count)
 
 
 def find_acts(source: TensorDictBase | Tensor, site: str | None, owner: str) -> tuple[Tensor, Tensor | None]:
@@ -329,12 +358,30 @@ def find_acts(source: TensorDictBase | Tensor, site: str | None, owner: str) -> 
         )
     mask = source.get("attention_mask", None)
     fits = mask is not None and mask.ndim == 2 and acts.ndim >= 3 and mask.shape[0] == acts.shape[0]
-    patterns = site is not None and ".".join(site.split(".")[:-1]).rpartition(".")[2].startswith("attn_")
-    length = acts.shape[2] if patterns and acts.ndim == 4 else acts.shape[1] if acts.ndim > 1 else 0
+    length = acts.shape[2] if is_pattern(site) else acts.shape[1] if acts.ndim > 1 else 0
     return acts, mask if fits and mask.shape[1] == length else None
 
 
 def canonical(acts: Tensor, site: str | None) -> Tensor:
     """Scores and patterns (B, H, Tq, Tk) with their positions second, as edits see them."""
-    kind = "" if site is None else site.rpartition("/")[2]
-    return acts.transpose(1, 2) if "attn_scores" in kind or "attn_pattern" in kind else acts
+    return acts.transpose(1, 2) if is_pattern(site) else acts
+
+
+def is_pattern(site: str | None) -> bool:
+    """Whether a site holds attention scores or patterns.
+
+    >>> is_pattern("encoder.attn_scores.2"), is_pattern("attn_output.2"), is_pattern("module_output:h.attn_scores")
+    (True, False, False)
+    """
+    return _kind_of(site) in PATTERN_KINDS
+
+
+def is_scores(site: str | None) -> bool:
+    """Whether a site holds attention scores, before the softmax."""
+    return _kind_of(site) == "attn_scores"
+
+
+def _kind_of(site: str | None) -> str:
+    # by its text: edits are also called on their own, where a site may have any name
+    name = "" if site is None else site.rpartition("/")[2]
+    return next((part for part in name.split(".") if part in PATTERN_KINDS), "") if ":" not in name else ""

@@ -9,7 +9,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdgeom.hooks.edits import Edit, Inputs, canonical, find_acts
+from tdgeom.hooks.align import attended, match_keys, take_ranks
+from tdgeom.hooks.edits import Edit, Inputs, canonical, find_acts, is_pattern, is_scores
 from tdgeom.hooks.positions import Positions, check_positions, position_mask
 from tdgeom.keys import Key
 
@@ -83,7 +84,8 @@ class Patch(Edit):
         if other.shape[0] == 1 and value.shape[0] > 1:
             other = other.expand(value.shape[0], *other.shape[1:])
             other_mask = None if other_mask is None else other_mask.expand(value.shape[0], -1)
-        if other.shape[0] != value.shape[0] or other.shape[2:] != value.shape[2:]:
+        features = other.shape[2:-1] if is_pattern(self.site) else other.shape[2:]  # keys are matched below
+        if other.shape[0] != value.shape[0] or features != value.shape[2 : 2 + len(features)]:
             raise ValueError(
                 f"Patch at {self.site!r} expected activations ({value.shape[0]}, T, {', '.join(map(str, value.shape[2:]))}), "
                 f"got {tuple(other.shape)}."
@@ -96,22 +98,21 @@ class Patch(Edit):
     ) -> Tensor:
         if value.ndim < 3:
             return other
-        same = mask is None and other_mask is None and value.shape[1] == other.shape[1]
+        same = mask is None and other_mask is None and value.shape == other.shape
         if same and self.source_positions is None:
             return other
-        ones = lambda t: torch.ones(t.shape[:2], dtype=torch.bool, device=value.device)
-        mask = ones(value) if mask is None else mask.bool().to(value.device)
-        other_mask = ones(other) if other_mask is None else other_mask.bool().to(value.device)
+        mask, other_mask = attended(mask, value), attended(other_mask, other)
         steps = mask.shape[1] - value.shape[1]
         own = mask[:, steps:] if keep is None else keep
-        rank = (mask.cumsum(1) - 1)[:, steps:]
         if self.source_positions is not None:
             theirs, _ = position_mask(other_mask, self.source_positions)
-            rank = own.cumsum(1) - 1
+            rank, used = own.cumsum(1) - 1, theirs
         else:
-            theirs = other_mask
-        # column of the r-th wanted position of the other run, for every r
-        columns = torch.where(theirs, 0, 1).argsort(dim=1, stable=True)
+            theirs, rank = other_mask, (mask.cumsum(1) - 1)[:, steps:]
+            used = other_mask & (other_mask.cumsum(1) <= mask.sum(1, keepdim=True))
+        if is_pattern(self.site):
+            scores = is_scores(self.site)
+            other = match_keys(other, other_mask, mask, value.shape[-1], used, scores=scores, owner="Patch")
         count = theirs.sum(1, keepdim=True)
         missing = own & (rank >= count)
         if missing.any() and not steps:
@@ -119,10 +120,8 @@ class Patch(Edit):
                 f"Patch at {self.site!r}: the other run has {count.flatten().tolist()} positions to take from, but positions "
                 f"up to {int(rank[own].max()) + 1} are to be replaced. Remedy: choose positions= that both runs have."
             )
-        index = columns.gather(1, rank.clamp(min=0, max=columns.shape[1] - 1))
-        index = index.reshape(*index.shape, *[1] * (value.ndim - 2)).expand(*index.shape, *value.shape[2:])
         usable = (own & ~missing).reshape(*own.shape, *[1] * (value.ndim - 2))
-        return torch.where(usable, other.gather(1, index), value)
+        return torch.where(usable, take_ranks(other, theirs, rank), value)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_runs": {}}
