@@ -29,12 +29,11 @@ class Factor(NamedTuple):
 def factor_rows(x: Tensor, measure: str, *, standardise: bool, share: float | None = None) -> Factor:
     """The thin singular value decomposition of centred rows, in float64.
 
-    Directions that are no longer than the rounding of the given values are left out: features that depend on each other
-    in float32 or half precision would else have many, as good as any other to a measure that ignores linear maps. Where
-    no direction is longer nothing tells them apart, and all of them count.
 
     ``standardise`` divides features by their norm first (constant ones stay zero): a measure that ignores invertible
-    linear maps then finds the rank even beside a feature a thousand times larger.
+    linear maps then finds the rank even beside a feature a thousand times larger. Directions no longer than the rounding
+    of the given values are then left out: features that depend on each other have many in float32 or half precision,
+    as good as any other to such a measure. Where none is longer nothing tells them apart, and all of them count.
     """
     wide = as_rows(x, measure).double()
     rows, scale = centre(wide)
@@ -48,9 +47,13 @@ def factor_rows(x: Tensor, measure: str, *, standardise: bool, share: float | No
     used = torch.where(norms > 0, norms, 1)
     u, s, vt = torch.linalg.svd(torch.nan_to_num(rows) / used.unsqueeze(-2), full_matrices=False)
     keep = s > s[..., :1] * max(x.shape[-2:]) * torch.finfo(torch.float64).eps
-    steps = torch.linalg.vector_norm(_steps(wide, x.dtype) / scale[..., None, None], dim=-2) / used.detach()
-    above = s > _along(vt, steps)
-    keep = keep & (above | ~above.any(-1, keepdim=True)) & _leading(s.square(), share)
+    if standardise:
+        steps = (
+            torch.linalg.vector_norm(_steps(wide, x.dtype) / scale[..., None, None], dim=-2) / used.detach()
+        )
+        above = s > _along(vt, steps)
+        keep = keep & (above | ~above.any(-1, keepdim=True))
+    keep = keep & _leading(s.square(), share)
     coefficients = (s * keep).unsqueeze(-1) * vt * norms.unsqueeze(-2)
     rank = torch.where(undefined, torch.nan, keep.sum(-1, dtype=torch.float64))
     return Factor(u * keep.unsqueeze(-2), s, coefficients, rank, None)
@@ -97,8 +100,9 @@ def factor_moments(
     values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
     n = count.to(torch.float64)
     keep = (values > values[..., :1] * 1e-12) & (values > lost) & _leading(values, share)
-    sizes = (variance.clamp(min=0) + mean.to(torch.float64).square()).sqrt() * inverse
-    keep = keep & (values > _along(vectors.mT, 8 * torch.finfo(torch.float32).eps * sizes).square())
+    if standardise:
+        sizes = (variance.clamp(min=0) + mean.to(torch.float64).square()).sqrt() * inverse
+        keep = keep & (values > _along(vectors.mT, 8 * torch.finfo(torch.float32).eps * sizes).square())
     keep = keep & (torch.arange(values.shape[-1], device=values.device) < (n - 1)[..., None])
     s = (values * (n - 1)[..., None]).sqrt()
     weights = torch.where(keep, 1 / torch.where(keep, s, 1), 0)

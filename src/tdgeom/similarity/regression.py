@@ -38,8 +38,8 @@ def linear_r2_ab(x: Tensor, y: Tensor, ridge: float = 0.0) -> Tensor:
         (1.0, True)
     """
     check_matched(x, y, "linear_r2_ab")
-    a = factor_rows(x, "linear_r2_ab", standardise=_check(ridge) == 0)
-    b = factor_rows(y, "linear_r2_ab", standardise=True)
+    plain = _check(ridge) == 0
+    a, b = (factor_rows(side, "linear_r2_ab", standardise=plain) for side in (x, y))
     return warn_undefined(_r2(overlap(a, b), a, b, ridge), "linear_r2_ab", _REASON)
 
 
@@ -51,8 +51,8 @@ def linear_r2_ba(x: Tensor, y: Tensor, ridge: float = 0.0) -> Tensor:
     True
     """
     check_matched(x, y, "linear_r2_ba")
-    a = factor_rows(x, "linear_r2_ba", standardise=True)
-    b = factor_rows(y, "linear_r2_ba", standardise=_check(ridge) == 0)
+    plain = _check(ridge) == 0
+    a, b = (factor_rows(side, "linear_r2_ba", standardise=plain) for side in (x, y))
     return warn_undefined(_r2(overlap(b, a), b, a, ridge), "linear_r2_ba", _REASON)
 
 
