@@ -402,6 +402,36 @@ def test_errors_say_what_came_and_what_to_do(data, name, kind):
         PROBES[kind]().fit(*make(data))
 
 
+@pytest.mark.parametrize("name", ["ridge", "lda", "logistic", "mean_difference", "sklearn", "torch"])
+def test_rows_that_no_probe_can_read_are_refused(data, name):
+    x, y = data.x, data.label
+    with pytest.raises(ValueError, match="holds NaN or Inf"):
+        PROBES[name]().fit(torch.where(x > 2, torch.nan, x), y)
+    with pytest.raises(ValueError, match="holds NaN or Inf"):
+        PROBES[name]().fit(x, data.y / 0)
+    with pytest.raises(ValueError, match=r"\(N, D\), got \(1, 600, 12\)"):
+        PROBES[name]().fit(x[None], y)
+    with pytest.raises(TypeError, match=r"Number classes that have names.*return_inverse"):
+        PROBES[name]().fit(x, np.array(["cat", "dog"] * 300))
+    probe = PROBES[name]().fit(x, y)
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        probe.predict(x / 0)
+    if "weight" in probe.fitted:
+        with pytest.raises(ValueError, match=r"fitted on rows of width \[12\], got \[3\]"):
+            probe.score(x[:, :3], y)
+    with pytest.raises(TypeError, match="numbers at label"):
+        tg.BilinearProbe().fit(x, x, ["cat"] * 600)
+
+
+def test_arrays_and_lists_are_rows_too(data):
+    reference = tg.LinearProbe(alpha=1.0).fit(data.x, data.label)
+    probe = tg.LinearProbe(alpha=1.0).fit(data.x.numpy(), data.label.tolist())
+    torch.testing.assert_close(probe.fitted["weight"], reference.fitted["weight"])
+    assert torch.equal(probe.predict(data.x.numpy()), reference.predict(data.x))
+    found, expected = probe.score(data.x.numpy(), data.label.numpy()), reference.score(data.x, data.label)
+    assert found == pytest.approx(expected, nan_ok=True)
+
+
 def test_a_class_missing_from_a_part_of_the_split(data):
     held = F.holdout_mask(F.row_groups(data.row_id), 0.25)
     for part, text in ((held, "training part"), (~held, "held-out rows")):

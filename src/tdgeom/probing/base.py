@@ -12,7 +12,7 @@ from tdgeom.keys import Key, as_key, key_tuple
 from tdgeom.probing import _slots
 from tdgeom.probing._labels import LabelledStage
 from tdgeom.probing.control import control_map, type_buckets
-from tdgeom.probing.rules import Fitted, Metric, ProbeRules, Task, check_settings
+from tdgeom.probing.rules import Fitted, Metric, ProbeRules, Task, check_settings, plain_rows
 from tdgeom.probing.scores import SCORES, complete
 from tdgeom.probing.splits import holdout_mask, row_groups
 from tdgeom.stream.sample import hash_ids
@@ -194,10 +194,11 @@ class Probe(ProbeRules, LabelledStage):
         """Train on all of these rows (nothing is held out); returns itself.
 
         Args:
-            x: (N, D) rows. y: (N,) integers for classes, floats for regression.
+            x: (N, D) rows. y: (N,) integers for classes, floats for regression. Tensors, NumPy arrays or lists.
             row_id: what keeps sequences together in the folds that choose the regularisation.
             types: for the control task.
         """
+        x, y = plain_rows(type(self).__name__, x=x, label=y)  # type: ignore[assignment]
         self.reset()
         holdout, self.holdout = self.holdout, 0.0
         rows, self.train_rows = self.train_rows, max(self.train_rows, len(x))

@@ -11,7 +11,7 @@ from torch import Tensor
 from tdgeom.keys import Key, as_key, key_tuple
 from tdgeom.probing._labels import loose_inputs, one_hot
 from tdgeom.probing.control import control_map, type_buckets
-from tdgeom.probing.rules import Fitted, Metric, ProbeRules, Task, check_settings
+from tdgeom.probing.rules import Fitted, Metric, ProbeRules, Task, check_settings, plain_rows
 from tdgeom.probing.scores import SCORES, complete
 from tdgeom.probing.splits import holdout_mask, row_groups
 from tdgeom.stage import PairStage
@@ -130,6 +130,7 @@ class BilinearProbe(ProbeRules, PairStage):
 
     def fit(self, x: Tensor, y: Tensor, label: Tensor) -> BilinearProbe:
         """Train on rows (N, D), (N, E) with labels (N,), at most ``train_rows`` of them; returns itself."""
+        x, y, label = plain_rows(type(self).__name__, x=x, y=y, label=label)  # type: ignore[assignment]
         label, used = self.labels(label, x)
         inputs = tuple(self.prepared(rows)[used][: self.train_rows] for rows in (x, y))
         self._learn(inputs, label[used][: self.train_rows])

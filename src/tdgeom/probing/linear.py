@@ -46,8 +46,9 @@ def logistic_probe(
 ) -> tuple[Tensor, Tensor]:
     """Multinomial logistic regression by L-BFGS: weight (K, D), bias (K,), float64.
 
-    Minimises Σ cross-entropy + penalty/2·|W|² with a free intercept (scikit-learn's ``LogisticRegression`` with
-    C = 1/penalty). Rows are centred and scaled to unit mean variance on the way, which changes no optimum.
+    Minimises Σ cross-entropy + penalty/2·|W|² with a free intercept; for two classes penalty/2·|w₁-w₀|², what the decision
+    depends on: scikit-learn's ``LogisticRegression`` with C = 1/penalty. Rows are centred and scaled to unit mean variance
+    on the way, which changes no optimum.
 
     >>> weight, bias = logistic_probe(torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1]), 2)
     >>> bool(weight[1] > weight[0])
@@ -58,6 +59,8 @@ def logistic_probe(
     x = x - mean
     scale = x.square().mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
     x = x / scale
+    if classes == 2:  # the two rows of a softmax share w₁-w₀: |w₁-w₀|² is twice |w₀|² + |w₁|²
+        penalty = 2 * penalty
     weights = None
     if balanced:
         counts = label.bincount(minlength=classes).double()

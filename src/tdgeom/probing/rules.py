@@ -19,6 +19,39 @@ Fitted = dict[str, Any]
 Metric = Callable[[Tensor, Tensor], float]
 
 
+def plain_rows(owner: str, **given: Any) -> list[Tensor | None]:
+    """What a user hands over, as tensors: tensors, NumPy arrays or lists of numbers; (N, D) rows and finite values.
+
+    ``label`` may have any shape of its own; ``None`` stays None.
+
+    >>> [value.dtype for value in plain_rows("LinearProbe", x=[[1.0], [2.0]], label=[0, 1])]
+    [torch.float32, torch.int64]
+    """
+    found: list[Tensor | None] = []
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            try:
+                value = torch.as_tensor(value)
+            except (TypeError, ValueError, RuntimeError):
+                kind = getattr(value, "dtype", None) or type(value).__name__
+                raise TypeError(
+                    f"{owner} expects numbers at {name}, got {kind}. Number classes that have names from 0, such as "
+                    f"numpy.unique(names, return_inverse=True)[1]."
+                ) from None
+        if value is not None:
+            if name != "label" and value.ndim != 2:
+                raise ValueError(
+                    f"{owner} expects rows {name} of shape (N, D), got {tuple(value.shape)}. Remedy: x.flatten(0, -2) with a "
+                    f"label for each row."
+                )
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise ValueError(
+                    f"{owner}: {name} (shape {tuple(value.shape)}) holds NaN or Inf. Drop such rows first."
+                )
+        found.append(value)
+    return found
+
+
 class Task:
     """What is predicted: classes 0..classes-1 (``regression`` False), or that many numbers."""
 
@@ -133,11 +166,20 @@ class ProbeRules:
 
     def decision(self, *inputs: Tensor) -> Tensor:
         """What ``predict`` decides by: (N, K) for rows (N, D)."""
-        return self.decide(self.fitted, tuple(self.prepared(x) for x in inputs))
+        rows = plain_rows(type(self).__name__, **dict(zip("xy", inputs)))
+        prepared = tuple(self.prepared(x) for x in rows)  # type: ignore[arg-type]
+        weight = self.fitted.get("weight")
+        if weight is not None and [x.shape[1] for x in prepared] != list(weight.shape[1:]):
+            raise ValueError(
+                f"{type(self).__name__} was fitted on rows of width {list(weight.shape[1:])}, got "
+                f"{[x.shape[1] for x in prepared]}. Give rows of the site it was fitted on."
+            )
+        return self.decide(self.fitted, prepared)
 
     def score(self, *inputs: Tensor, row_id: Tensor | None = None) -> dict[str, float]:
         """Scores by name on rows and their labels, ``score(x, y)``; error bars over the groups of ``row_id``."""
         *rows, label = inputs
+        *rows, label = plain_rows(type(self).__name__, **dict(zip("xy", rows)), label=label)  # type: ignore[assignment]
         label, used = self.labels(label, rows[0])
         group = torch.arange(len(used), device=used.device) if row_id is None else row_groups(row_id)
         decision = self.decision(*(x[used] for x in rows))
