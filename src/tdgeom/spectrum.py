@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from tdgeom._eigen import leading_eigenpairs, symmetric_eigenvalues
 from tdgeom._warnings import UndefinedMeasureWarning
 from tdgeom.keys import Key
 from tdgeom.stage import Stage
@@ -61,8 +62,8 @@ def eigen_spectrum(
     k = min(k, covariance.shape[-1])
     # eigh raises on NaN: such a matrix goes in as zeros and comes out as NaN, the others of the batch as they are.
     finite = torch.isfinite(covariance).all(-1).all(-1)[..., None]
-    values, vectors = torch.linalg.eigh(torch.where(finite[..., None], covariance, 0.0))
-    vectors = vectors.flip(-1)[..., :k]
+    values, vectors = leading_eigenpairs(torch.where(finite[..., None], covariance, 0.0), k)
+    vectors = vectors.flip(-1)
     largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
     vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
     values = torch.where(finite, _zero_beyond(values.flip(-1).clamp(min=0), rank), torch.nan)
@@ -83,7 +84,7 @@ def covariance_eigenvalues(covariance: Tensor, rank: int | Tensor | None = None)
     """Eigenvalues of (*B, D, D), descending, clipped at 0, and exactly 0 beyond ``rank``; NaN where it is not finite."""
     covariance = covariance.double()
     finite = torch.isfinite(covariance).all(-1).all(-1)[..., None]
-    values = torch.linalg.eigvalsh(torch.where(finite[..., None], covariance, 0.0)).flip(-1).clamp(min=0)
+    values = symmetric_eigenvalues(torch.where(finite[..., None], covariance, 0.0)).flip(-1).clamp(min=0)
     return torch.where(finite, _zero_beyond(values, rank), torch.nan)
 
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from threadpoolctl import threadpool_limits
 
 from tdgeom.compose import Renamed
 from tdgeom.keys import as_key, key_tuple
@@ -91,9 +92,9 @@ def _side_by_side(group: Sequence[Renamed], td: TensorDict) -> None:
             return unit.inner(td)
 
     try:
-        with ThreadPoolExecutor(
-            min(threads, len(group)), initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
+        # torch counts threads by itself; NumPy's and SciPy's LAPACK is told by threadpoolctl
+        pool = ThreadPoolExecutor(min(threads, len(group)), initializer=torch.set_num_threads, initargs=(1,))
+        with threadpool_limits(1, user_api="blas"), pool:
             for unit, inner in zip(group, pool.map(one, group)):
                 unit.outward(inner, td)
     finally:
