@@ -126,6 +126,20 @@ def test_through_a_run_with_text():
     assert "-1" not in line.split("  ", 1)[1]
 
 
+def test_heads_by_the_length_of_their_contribution():
+    model = models.llama()
+    capture = tg.Capture(model, "head_output", layers=[1], callback=lambda site, x: x.norm(dim=-1))
+    texts = [models.text_batch(2, 6), models.text_batch(2, 4)]
+    watch = tg.MaxActivating("head_output.1", k=3)
+    pipeline = TensorDictSequential(
+        capture, tg.ContextWindow(), tg.SelectTokens(capture.sites, also=["context"]), watch
+    )
+    found = tg.run(pipeline, texts, progress=False)["exemplars", "head_output.1"]
+    plain = tg.Capture(model, "head_output", layers=[1])
+    rows = [plain(TensorDict(text))["acts", "head_output.1"].norm(dim=-1).flatten(0, 1) for text in texts]
+    torch.testing.assert_close(found["values"], torch.cat(rows).topk(3, dim=0).values.T)
+
+
 def test_memory_does_not_grow():
     stage, x = tg.MaxActivating("x", k=5), torch.randn(512, 64)
     context = torch.zeros(512, 8, dtype=torch.long)

@@ -209,6 +209,17 @@ def test_one_activation_a_sequence_is_one_row():
     assert len(tg.SelectTokens(["x"])(td)["row_id"]) == 4
 
 
+def test_heads_come_side_by_side_and_patterns_are_no_rows():
+    value = torch.randn(2, 3, 4, 5)
+    td = TensorDict({"acts": {"z.0": value}, "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])})
+    rows = tg.SelectTokens(["z.0"])(td)["tokens", "z.0"]
+    assert torch.equal(rows, value.flatten(2)[td["attention_mask"].bool()])
+    # as many heads as tokens: only the site's name tells
+    td = TensorDict({"acts": {"b/attn_pattern.0": torch.rand(2, 3, 3, 3)}})
+    with pytest.raises(ValueError, match="attention between positions.*GroupAttention"):
+        tg.SelectTokens(["b/attn_pattern.0"])(td)
+
+
 def test_no_mask_means_all_positions_with_a_warning_where_pad_ids_occur():
     td = texts("left")
     del td["attention_mask"]

@@ -67,7 +67,9 @@ class ContextWindow(Stage):
 class MaxActivating(StreamingStage):
     """The k rows of a stream with the largest value of every unit, with their text, in memory that does not grow.
 
-    Units are the features of a site, or projections on ``directions``. Any order of rows and any split into batches give
+    Units are the features of a site, or projections on ``directions``. Whole heads are units of
+    ``Capture(model, "head_output", callback=lambda site, x: x.norm(dim=-1))``, each by the length of its contribution; the
+    features of one head those of ``Capture(model, "z", heads=[3])``. Any order of rows and any split into batches give
     the same answer: equal values are ordered by row id.
 
     Reads ``("tokens", site)`` (N, D), ``("tokens", "context")`` (N, W) and ``"row_id"``; writes under

@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdgeom.hooks.edits import is_pattern
 from tdgeom.hooks.positions import Positions, is_position, position_mask
 from tdgeom.keys import Key, key_tuple
 from tdgeom.stage import Stage
@@ -64,13 +65,14 @@ class SelectTokens(Stage):
 
     The attention mask decides which positions are rows, always; without one all positions are (with a warning when
     ``pad_id`` occurs among the ids). Row ids are ``sequence << 20 | position`` with the position's rank among attended
-    tokens, so padding and batch size change neither rows nor ids. (B, D) activations give one row a sequence.
+    tokens, so padding and batch size change neither rows nor ids. (B, D) activations give one row a sequence; those of
+    sites with heads, (B, T, H, Dh), rows of all heads side by side, (N, H·Dh): one head's with ``Capture(heads=)``.
 
     Args:
         sites: the sites to select from, such as ``capture.sites``.
         positions: "all" (default), "last", "first", "cls", "patches" (all but the first), "last-N", "special", "random-N", an
-            int, a list of ints, a slice, ``Between`` pivots, ``Special(ids)``, counted over attended tokens; or the key of a
-            boolean (B, T) mask in the batch.
+            int, a list of ints, a slice, ``Between`` pivots, ``SpecialTokens(ids)``, counted over attended tokens; or the key of
+            a boolean (B, T) mask in the batch.
         pool: "mean" averages a sequence's selected rows into one (in float32 at least); its position is 0.
         skip_first: leave out this many attended tokens at the start of each sequence (attention sinks).
         skip_special: leave out special tokens, from ``special_tokens_mask`` in the batch or from ``special_ids``.
@@ -237,7 +239,7 @@ class SelectTokens(Stage):
     def _is_cached_step(acts: Tensor, attended: Tensor, tensordict: TensorDictBase) -> bool:
         ids = tensordict.get("input_ids", None)
         return (
-            acts.ndim == 3
+            acts.ndim >= 3
             and attended.shape[1] > acts.shape[1]
             and ids is not None
             and ids.shape[1] == acts.shape[1]
@@ -277,7 +279,13 @@ class SelectTokens(Stage):
         return numbers
 
     def _fit(self, value: Tensor, key: Key, keep: Tensor) -> Tensor:
+        if value.ndim == 4 and is_pattern(key_tuple(key)[-1]):
+            raise ValueError(
+                f"SelectTokens turns activations of positions into rows; {key!r} holds attention between positions, "
+                f"{tuple(value.shape)}. Remedy: GroupAttention or AggregateActs for patterns, or a site such as 'z'."
+            )
         value = value.unsqueeze(1) if value.ndim == 2 and keep.shape[1] == 1 else value
+        value = value.flatten(2) if value.ndim == 4 else value  # heads side by side
         if value.ndim != 3 or value.shape[:2] != keep.shape:
             raise ValueError(
                 f"SelectTokens expects {key!r} of shape ({keep.shape[0]}, {keep.shape[1]}, D) to fit {self.mask_key!r}, got "

@@ -100,6 +100,26 @@ def test_contexts_and_two_loaders_agree(model, batches, probe):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_calls_inside_a_context_give_what_they_always_give(model, batches):
+    inputs = {name: batches[0][name] for name in ("input_ids", "attention_mask")}
+    probing = tg.Probing(model, "embed", tg.LinearProbe(), labels=parity)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with probing.fit():
+            assert torch.equal(model(**inputs).logits, expected)
+        with probing.score():
+            assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_labels_may_be_an_array_and_one_head_a_site(model, batches):
+    heads = {"heads": [1], "layers": [0]}
+    probing = tg.Probing(model, "z", tg.LinearProbe(), labels=lambda td: parity(td).numpy(), capture=heads)
+    probing.run(batches)
+    assert probing.probes["z.0"].fitted["weight"].shape == (3, 4)
+    with pytest.raises(TypeError, match="Number classes that have names"):
+        tg.Probing(model, "embed", tg.LinearProbe(), labels=lambda td: ["cat"] * 16).run(batches)
+
+
 def test_labels_given_call_by_call_one_a_sequence(model, batches):
     probing = tg.Probing(model, "embed", tg.LinearProbe(), labels="unused", select={"positions": "first"})
     with probing.fit() as phase:

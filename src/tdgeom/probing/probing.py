@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -43,6 +44,8 @@ class _Label(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         value = self.labels(tensordict) if callable(self.labels) else tensordict.get(self.labels, None)
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+            value = torch.as_tensor(value)
         if not isinstance(value, Tensor):
             have = sorted(map(str, tensordict.keys()))
             source = (
@@ -52,7 +55,7 @@ class _Label(TensorDictModuleBase):
             )
             raise TypeError(
                 f"Probing needs a tensor of labels, a value a sequence (B,) or a token (B, T); {source} "
-                f"{type(value).__name__}. There is {have}."
+                f"{type(value).__name__}. Number classes that have names from 0. There is {have}."
             )
         return tensordict.set("label", value)
 
@@ -233,10 +236,13 @@ class Probing:
             [*before, *(part for unit in units for part in _parts(unit))], not callable(self.labels)
         )
         with self.capture as calls:
+
+            def use(*_: Any) -> None:  # what a hook returns would take the place of the model's output
+                while calls:
+                    phase.feed(calls.pop(0))
+
             # Capture's own hook has run when this one does: each call is used and dropped.
-            handle = self.capture.model.register_forward_hook(
-                lambda *_: [phase.feed(calls.pop(0)) for _ in list(calls)]
-            )
+            handle = self.capture.model.register_forward_hook(use)
             try:
                 yield phase
             finally:
