@@ -195,3 +195,12 @@ def test_values_nested_too_deep_are_refused():
 def test_numbers_in_a_description_become_plain():
     about = describe(metadata={"x": torch.tensor(3.0).item(), "y": (1, 2), "z": float("nan")})
     assert about.details["metadata"] == {"x": 3.0, "y": [1, 2], "z": None}
+
+
+def test_a_draft_is_never_written_through_a_link(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    (tmp_path / f".x.{os.getpid()}.draft").symlink_to(victim)
+    write_whole(tmp_path / "x", lambda handle: handle.write(b"new"))
+    assert victim.read_bytes() == b"precious" and (tmp_path / "x").read_bytes() == b"new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["victim", "x"]

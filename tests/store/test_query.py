@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import models
 import tdgeom as tg
 from tdgeom.store.query import condition
 
@@ -90,6 +91,18 @@ def test_columns_tags_and_times(store) -> None:
     assert store.query(experiment="e", state="complete", kind="capture", dataset="d").ids == [one]
 
 
+def test_runs_whose_writer_was_killed_are_found_as_failed(tmp_path) -> None:
+    store = tg.ActivationStore(tmp_path)
+    whole, left, broken = (store.save(torch.ones(1)) for _ in range(3))
+    store.catalogue.set_state(left, "writing")
+    store.catalogue.set_state(broken, "failed", "a reason")
+    assert store.query(state="failed").ids == [left, broken] and store.query(state="writing").ids == []
+    assert store.query(state=["complete", "failed"]).ids == [whole, left, broken]
+    assert [run["reason"] for run in store.query(state="failed")][1] == "a reason"
+    with pytest.raises(ValueError, match="there is no state 'done'; a run is one of"):
+        store.query(state="done")
+
+
 def test_where(store) -> None:
     low = enter(store, {"metadata": {"loss": 0.25, "name": "low", "done": True}, "experiment": "w"})
     high = enter(store, {"metadata": {"loss": 2, "name": "high", "done": False}, "experiment": "w"})
@@ -128,6 +141,37 @@ def test_mistakes_say_what_a_query_takes(store) -> None:
         store.query(where="metadata.done < true")
     with pytest.raises(ValueError, match="quote or a backslash"):
         store.query(capture={'a"b': 1})
+
+
+def test_numbers_beyond_64_bits_are_compared_too(store) -> None:
+    run = enter(store, {"metadata": {"n": 10**30, "m": 2**63}, "experiment": "large"})
+    find = lambda **wanted: store.query(experiment="large", **wanted).ids
+    assert (
+        find(metadata={"n": 10**30})
+        == find(where="metadata.m > 5")
+        == find(where=f"metadata.n >= {10**30}")
+        == [run]
+    )
+    assert find(metadata={"n": -(10**30)}) == find(where=f"metadata.n > {10**400}") == []
+
+
+def test_a_model_and_a_capture_stand_for_what_they_say(tmp_path) -> None:
+    store, model = tg.ActivationStore(tmp_path), models.gpt2()
+    first, second = (tg.Capture(model, sites) for sites in ("residual_input", "residual_output"))
+    run = store.save({"x": torch.ones(1)}, model=model, capture=first)
+    store.save({"x": torch.ones(1)}, model="another", capture=second)
+    assert store.query(model=model).ids == store.query(capture=first).ids == [run]
+    assert store.query(model=model, capture=second).ids == []
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"tag": 5}, {"tag": [["a"]]}, {"tag": "\ud800"}, {"model": 3}, {"kind": [None]}], ids=str
+)
+def test_what_is_no_text_is_refused(store, wanted) -> None:
+    with pytest.raises(
+        ValueError, match=r"query: (tag|model|kind)=.*(takes a text or several|no valid Unicode)"
+    ):
+        store.query(**wanted)
 
 
 def test_every_value_is_bound() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 
 import pytest
 import torch
@@ -179,8 +180,97 @@ def test_an_analysis_is_kept_found_and_loaded(store) -> None:
     path = next(path for path in found.paths()[run] if path.name == "metrics.csv")
     path.write_text(path.read_text() + " ")
     assert [damage.run for damage in store.verify()] == [run]
-    with pytest.raises(StoreError, match="cannot be exported"):
+    with pytest.raises(StoreError, match=r"the analysis in .* cannot be copied: .*metrics.csv has changed"):
         found.export(store.path.parent / "out")
+    assert not (store.path.parent / "out").exists()
+
+
+def test_an_analysis_is_exported_and_imported(store, tmp_path) -> None:
+    ids = torch.arange(3, 27).reshape(3, 8)
+    results = tg.analyze_model(models.gpt2(), [{"input_ids": ids}] * 2, metrics="spectrum", progress=False)
+    run = store.save_analysis(results, tag="moved")
+    folder = store.query().export(tmp_path / "moved")
+    other = tg.ActivationStore(tmp_path / "other")
+    assert other.import_runs(folder).ids == [run] and other.metadata(run) == store.metadata(run)
+    assert (
+        other.load_analysis(run).metrics["d_pr"].tolist() == results.metrics["d_pr"].tolist()
+        and other.verify() == []
+    )
+    table = folder / run / "bundle" / "metrics.csv"
+    table.write_text(table.read_text().replace("1", "2", 1))
+    third = tg.ActivationStore(tmp_path / "third")
+    with pytest.raises(StoreError, match="the analysis in .*metrics.csv has changed"):
+        third.import_runs(folder)
+    assert len(third.query()) == 0 and list(third.path.glob("r*")) == []
+
+
+def test_an_import_that_was_killed_is_done_again(store, three, tmp_path) -> None:
+    folder = store.query().export(tmp_path / "moved")
+    other = tg.ActivationStore(tmp_path / "other")
+    left = other.path / three[0]
+    left.mkdir()
+    (left / "rank-00000-00000000.safetensors").write_bytes(b"half")
+    (left / ".rank-00000-00000001.safetensors.7.draft").write_bytes(b"half")
+    assert sorted(other.import_runs(folder).ids) == sorted(three) and other.verify() == []
+    assert {path.name for path in left.iterdir()} == {"rank-00000.lock", "rank-00000-00000000.safetensors"}
+
+
+def test_an_unfinished_run_of_the_same_id_is_not_passed_off_as_imported(store, three, tmp_path) -> None:
+    folder = store.query().export(tmp_path / "moved")
+    other = tg.ActivationStore(tmp_path / "other")
+    other.catalogue.add_run(
+        three[1], "capture", store.catalogue.record(three[1]).about, store.catalogue.layout(three[1])
+    )
+    with pytest.raises(
+        StoreError, match=rf"has the run {three[1]} already, in the state failed: remove it there"
+    ):
+        other.import_runs(folder)
+    assert other.query().ids == [three[1]]
+    other.remove(three[1])
+    assert len(other.import_runs(folder)) == 3
+
+
+def test_an_import_without_space_leaves_nothing(store, tmp_path) -> None:
+    store.save(torch.ones(100_000))
+    folder = store.query().export(tmp_path / "moved")
+    other = tg.ActivationStore(tmp_path / "other")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        with pytest.raises(StoreError, match="no space is left"):
+            other.import_runs(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(other.query()) == 0 and list(other.path.rglob("*.safetensors")) == [] == other.verify()
+    assert len(other.import_runs(folder)) == 1
+
+
+def test_nothing_is_not_exported(store, tmp_path) -> None:
+    with pytest.raises(StoreError, match="there are no runs to export"):
+        store.query().export(tmp_path / "moved")
+    assert not (tmp_path / "moved").exists()
+
+
+def test_an_export_whose_record_and_shards_disagree_is_refused(store, tmp_path) -> None:
+    keep = tg.StoreActivations(store, ["x"], shard_bytes=160)
+    tg.run(keep, [{"tokens": {"x": torch.ones(20, 2)}}])
+    folder = store.query().export(tmp_path / "moved")
+    record = folder / keep.run_id / "run.json"
+    told = json.loads(record.read_text())
+    shards = told["shards"]
+    changes = [
+        {"shards": [[*one[:5], {"x": "y"}] for one in shards]}, {"shards": shards[1:]}, {"shards": shards + shards[:1]},
+        {"shards": []}, {"shards": [[*one[:2], one[2] + 1, *one[3:]] for one in shards]}, {"kind": "capture"},
+        {"layout": told["layout"].replace("float32", "float64")}, {"kind": "analysis", "shards": []},
+    ]  # fmt: skip
+    for change in changes:
+        record.write_text(json.dumps({**told, **change}))
+        other = tg.ActivationStore(tmp_path / "other")
+        with pytest.raises(
+            StoreError, match="tampered with|damaged|changed|a shard that is none|cannot be copied"
+        ):
+            other.import_runs(folder)
+        assert len(other.query()) == 0 and other.verify() == [], change
 
 
 def test_the_commands(store, three, command, tmp_path, monkeypatch) -> None:

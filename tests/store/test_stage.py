@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +176,105 @@ def test_rows_by_number(store):
     assert source[[]]["tokens", "x"].shape == (0, 4)
     with pytest.raises(IndexError, match="rows are numbered 0 to 94"):
         source[[95]]
+
+
+def test_rows_by_mask_and_nothing_else_in_place_of_numbers(store):
+    keep = tg.StoreActivations(store, ["x"], shard_bytes=24 * 4)
+    tg.run(keep, [rows(10)])
+    source = store.rows(keep.run_id)
+    mask = torch.arange(10) % 3 == 0
+    for chosen in (mask, mask.numpy(), mask.tolist()):
+        assert source[chosen]["row_id"].tolist() == [0, 3, 6, 9]
+    for odd in (mask[:9], [0.5, 1.5], torch.zeros(2, 2, dtype=torch.int64), 3, ["1"]):
+        with pytest.raises(IndexError, match="a list of numbers or a mask of all rows is asked for"):
+            source[odd]
+
+
+def test_a_carried_document_stays_the_document_whatever_is_read(store):
+    keep = tg.StoreActivations(store, SITES, also=["document_id", "input_ids"])
+    tg.run(from_model(keep, also=["document_id", "input_ids"]), batches())
+    every, one = store.rows(keep.run_id)[:], store.rows(keep.run_id, sites=SITES[:1])[:]
+    assert torch.equal(one["document_id"], every["document_id"]) and not torch.equal(
+        every["document_id"], every["row_id"] >> 20
+    )
+    assert ("tokens", "input_ids") not in one.keys(True)
+
+
+def test_more_shards_than_a_process_may_open(store):
+    keep = tg.StoreActivations(store, ["x"], shard_bytes=24)
+    tg.run(keep, [rows(150)])
+    source, every = store.rows(keep.run_id), torch.arange(150)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 100
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 120, before[1]))
+    try:
+        assert torch.equal(source[every]["row_id"], every) and torch.equal(
+            source[every.flip(0)]["row_id"], every.flip(0)
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_rows_are_checked_against_their_hashes_where_asked(store):
+    keep = tg.StoreActivations(store, ["x"], shard_bytes=24 * 4)
+    tg.run(keep, [rows(10)])
+    checked = store.rows(keep.run_id, verify=True)
+    assert torch.equal(checked[:]["row_id"], torch.arange(10)) and len(list(checked)) == 3
+    path = store.path / keep.run_id / "rank-00000-00000001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+    assert len(list(store.rows(keep.run_id))) == 3  # sizes and headers are right
+    checked = store.rows(keep.run_id, verify=True)
+    assert checked[:4]["row_id"].tolist() == [0, 1, 2, 3]  # its first shard is
+    for read in (lambda: checked[[5]], lambda: list(store.rows(keep.run_id, verify=True))):
+        with pytest.raises(StoreError, match=rf"{path.name} is not what was written: its SHA-256 differs"):
+            read()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_never_cast(store, dtype, value):
+    keep = tg.StoreActivations(store, ["x"], dtype=dtype)
+    given = rows(4)
+    given["tokens"]["x"][2, 1] = value
+    with pytest.raises(StoreError, match=r"rows hold NaN or Inf, which are not cast to .*nonfinite='drop'"):
+        keep.update(TensorDict(given))
+    keep = tg.StoreActivations(store, ["x"])
+    keep.update(TensorDict(given))
+    keep.sync_()
+    assert torch.equal(store.rows(keep.run_id)[:]["tokens", "x"], given["tokens"]["x"]) or value != value
+
+
+def test_carried_values_of_any_shape_and_dtype_come_back(store):
+    also = ["flag", "pair", "wave", "small"]
+    given = rows(9)
+    generator = torch.Generator().manual_seed(3)
+    given["tokens"] |= {
+        "flag": torch.arange(9) % 2 == 0, "pair": torch.randint(-5, 5, (9, 2, 3), generator=generator),
+        "wave": torch.randn(9, 2, generator=generator, dtype=torch.complex64), "small": torch.arange(9).to(torch.uint16),
+    }  # fmt: skip
+    keep = tg.StoreActivations(store, ["x"], also=also, dtype="bfloat16", shard_bytes=200)
+    keep.update(TensorDict(given))
+    keep.sync_()
+    for found in (store.rows(keep.run_id)[:], store.load(keep.run_id)[0]):
+        for name in also:
+            assert found["tokens", name].dtype == given["tokens"][name].dtype
+            assert torch.equal(found["tokens", name], given["tokens"][name]), name
+    ragged = rows(9, first_id=9)
+    ragged["tokens"] |= {**given["tokens"], "pair": torch.zeros(9, 2, 4, dtype=torch.int64)}
+    again = tg.StoreActivations(store, ["x"], also=also, dtype="bfloat16")
+    again.update(TensorDict(given))
+    with pytest.raises(
+        StoreError,
+        match=r"\('tokens', 'pair'\) is torch.int64 of shape \(2, 3\) a row in the run and .*\(2, 4\)",
+    ):
+        again.update(TensorDict(ragged))
+
+
+def test_rows_of_a_dtype_that_shards_do_not_hold_begin_no_run(store):
+    keep = tg.StoreActivations(store, ["x"])
+    with pytest.raises(StoreError, match="'tokens/x' has dtype torch.complex128, which shards do not hold"):
+        keep.update(TensorDict({**rows(2), "tokens": {"x": torch.ones(2, 2, dtype=torch.complex128)}}))
+    assert len(store.query()) == 0
 
 
 def test_rows_of_an_unknown_site_or_of_a_capture_are_refused(store):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, lazy_stack
 
 from tdgeom.store import ActivationStore, StoreBusyError, StoreError, StoreLookupError
 from tdgeom.store.writer import RunLock
@@ -17,13 +18,14 @@ def store(tmp_path):
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
-    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.complex64,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_comes_back_bit_by_bit(store, dtype):
-    given = (torch.randn(5, 3, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    given = (torch.randn(5, 3, generator=torch.Generator().manual_seed(0)) * 3).abs().to(dtype)
     loaded, _ = store.load(store.save({"acts": {"a/b.0": given}}))
     found = loaded["acts", "a/b.0"]
     assert found.dtype == dtype
@@ -37,6 +39,58 @@ def test_nested_lists_scalars_and_text_come_back(store):
     first, second = store.load(run)[0]
     assert torch.equal(first["acts", "x"], torch.ones(2, 3)) and first["count"].shape == ()
     assert first["text"] == "αβ" and second["acts"].shape == (0, 7)
+
+
+def test_a_conjugate_that_is_only_a_view_is_saved_by_its_values(store):
+    x = torch.tensor([1 + 2j, 3 - 1j], dtype=torch.complex64)
+    found, _ = store.load(store.save({"conjugate": x.conj(), "negative": x.conj().imag}))
+    assert found["conjugate"].tolist() == [1 - 2j, 3 + 1j] and found["negative"].tolist() == [-2, 1]
+
+
+def test_lists_of_tensors_arrays_and_empty_parts_come_back(store):
+    found, _ = store.load(store.save([torch.ones(2), {}, np.arange(3), {"a": {}, "b": torch.zeros(1)}]))
+    assert torch.equal(found[0]["tensor"], torch.ones(2)) and torch.equal(found[2]["tensor"], torch.arange(3))
+    assert list(found[1].keys()) == [] and set(found[3].keys()) == {"a", "b"}
+    assert list(found[3]["a"].keys()) == []
+
+
+def test_values_that_are_no_tensors_come_back_one_a_sequence_or_one_for_all(store):
+    given = TensorDict({"x": torch.ones(3), "texts": ["a", "b", "c"]}, batch_size=[3])
+    given.set_non_tensor("source", "a book")
+    found, _ = store.load(store.save(given))
+    assert found["texts"] == ["a", "b", "c"] and found["source"] == "a book" and found.batch_size == (3,)
+    found, _ = store.load(
+        store.save({"x": torch.ones(1), "none": None, "large": 10**30, "part": np.float64(0.5)})
+    )
+    assert found["none"] is None and found["large"] == 10**30 and found["part"] == 0.5
+
+
+UNSAVED = {
+    "sparse": (lambda: torch.eye(3).to_sparse(), r"\('a',\) holds a torch.sparse_coo tensor: only dense ones"),
+    "meta": (lambda: torch.ones(3, device="meta"), r"\('a',\) holds a meta tensor"),
+    "ragged": (
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+        r"\('a',\) holds a nested tensor",
+    ),
+    "lazy": (
+        lambda: lazy_stack([TensorDict({"b": torch.ones(n)}) for n in (2, 3)]),
+        r"\('a',\) holds tensors of different shapes.*save a list of its parts",
+    ),
+    "complex128": (lambda: torch.ones(1, dtype=torch.complex128), "complex128, which shards do not hold.*view_as_real"),
+    "text array": (lambda: np.array(["a"]), r"\('a',\) holds ndarray: only tensors and JSON values"),
+    "nan": (lambda: float("nan"), r"\('a',\) holds float: only tensors and JSON values"),
+    "too many digits": (lambda: 10**5000, "what was given cannot be saved: Exceeds the limit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSAVED)
+def test_what_no_shard_can_hold_is_refused_before_a_run_begins(store, name):
+    make, message = UNSAVED[name]
+    with pytest.raises((TypeError, ValueError, StoreError), match=message):
+        store.save({"a": make(), "b": torch.ones(1)})
+    with pytest.raises(ValueError, match="is no valid Unicode text"):
+        store.save({"\ud800": torch.ones(1)})
+    assert len(store.query()) == 0 and list(store.path.glob("r*")) == []
 
 
 def test_the_batch_size_comes_back(store):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import sqlite3
 import stat
 import tempfile
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,8 @@ def test_no_space_for_the_catalogue(store):
 def test_no_space_for_a_capture(store):
     with largest_file(100_000), pytest.raises(StoreError, match="no space is left"):
         store.save(torch.ones(100_000))
-    assert [record.state for record in store.catalogue.records()] == ["failed"]
+    [record] = store.catalogue.records()
+    assert record.state == "failed" and "no space is left" in record.reason
 
 
 def test_a_full_disk_can_still_be_read(store):
@@ -169,6 +171,153 @@ def test_verify_finds_a_flipped_bit_and_names_the_shard(kept, byte):
     assert store.verify(run) == [damage]
     with pytest.raises(StoreError, match=damage.shard):
         store.load(run)
+
+
+def test_a_flipped_bit_in_every_part_of_a_shard_is_found(kept):
+    store, run, shards = kept
+    whole = shards[0].read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for byte in [*range(0, header, 7), header - 1, *range(header, len(whole), 997), len(whole) - 1]:
+        data = bytearray(whole)
+        data[byte] ^= 1 << byte % 8
+        shards[0].write_bytes(data)
+        assert [damage.shard for damage in store.verify(run)] == [shards[0].name], byte
+    shards[0].write_bytes(whole)
+    assert store.verify() == []
+
+
+def test_verify_finds_a_catalogue_that_does_not_fit_its_shards(kept):
+    store, run, _ = kept
+    with store.catalogue.writing() as connection:
+        connection.execute("UPDATE shards SET rows = 41 WHERE number = 0")
+    [damage] = store.verify()
+    assert damage.run == run and "the catalogue says torch.float32 of shape (41, 64)" in str(damage)
+    with store.catalogue.writing() as connection:
+        connection.execute("DELETE FROM shards WHERE number = 1")
+    whole = store.save(torch.ones(1))
+    assert [damage.run for damage in store.verify()] == [run] and store.verify(whole) == []
+
+
+def test_a_shard_that_is_cut_while_it_is_mapped_is_refused(kept):
+    store, run, shards = kept
+    source = store.rows(run)
+    assert source[[0, 99]]["row_id"].tolist() == [0, 99]
+    os.truncate(shards[0], 5)
+    with pytest.raises(StoreError, match=r"changed its size: shards never change"):
+        source[[1]]
+    os.truncate(shards[0], 0)
+    with pytest.raises(StoreError, match="changed its size|has 0 bytes"):
+        store.rows(run)[[1]]
+
+
+def test_a_link_in_place_of_a_run_is_refused_and_never_followed(kept, tmp_path):
+    store, run, _ = kept
+    (store.path / run).rename(tmp_path / "outside")
+    (store.path / run).symlink_to(tmp_path / "outside")
+    files = sorted((tmp_path / "outside").iterdir())
+    for use in (
+        store.load,
+        store.rows,
+        store.remove,
+        lambda run: store.query().paths(),
+        lambda run: store.query().delete(),
+    ):
+        with pytest.raises(StoreError, match="is a symbolic link, which a store never holds"):
+            use(run)
+    [damage] = store.verify()
+    assert damage.run == run and "symbolic link" in str(damage)
+    assert (
+        sorted((tmp_path / "outside").iterdir()) == files and store.catalogue.record(run).state == "complete"
+    )
+
+
+def test_removed_while_it_is_read(kept):
+    store, run, _ = kept
+    source = store.rows(run, batch_rows=10)
+    batches = iter(source)
+    next(batches)
+    ActivationStore(store.path).remove(run)
+    with pytest.raises(StoreError, match="opening .*the folder is gone"):
+        list(batches)
+    with pytest.raises(StoreError, match="there is no run"):
+        store.rows(run)
+
+
+@pytest.mark.parametrize("statement", [None, "PRAGMA journal_mode=WAL", "PRAGMA user_version=0"])
+def test_a_store_whose_maker_was_killed_is_made_whole(tmp_path, statement):
+    (tmp_path / "catalogue.sqlite").touch()
+    if statement is not None:
+        with closing(sqlite3.connect(tmp_path / "catalogue.sqlite")) as connection:
+            connection.execute(statement)
+    store = ActivationStore(tmp_path)
+    run = store.save(torch.ones(2))
+    assert [record.id for record in ActivationStore(tmp_path).catalogue.records()] == [run]
+
+
+def test_a_foreign_database_is_refused_when_the_store_is_opened_and_left_as_it_is(tmp_path):
+    with closing(sqlite3.connect(tmp_path / "catalogue.sqlite")) as connection:
+        connection.execute("CREATE TABLE mine (x)")
+    before = (tmp_path / "catalogue.sqlite").read_bytes()
+    with pytest.raises(StoreError, match="no catalogue of tdgeom"):
+        ActivationStore(tmp_path).query()
+    assert (tmp_path / "catalogue.sqlite").read_bytes() == before
+
+
+def test_a_reader_that_may_not_write_never_takes_a_torn_answer(open_folder, monkeypatch):
+    store = ActivationStore(open_folder / "store")
+    run = store.save(torch.ones(1))
+    checked = store.catalogue._check
+
+    def changed_meanwhile(connection):
+        checked(connection)
+        os.utime(store.catalogue.path, ns=(1, 1)) if os.geteuid() == 0 else None
+        os.seteuid(os.getuid())
+        os.utime(store.catalogue.path, ns=(1, 1))
+        os.seteuid(65534)
+
+    with read_only(open_folder):
+        assert [record.id for record in store.catalogue.records()] == [run]
+        monkeypatch.setattr(store.catalogue, "_check", changed_meanwhile)
+        with pytest.raises(StoreError, match="was written while it was read.*read again"):
+            store.catalogue.records()
+
+
+def test_a_run_that_ends_is_never_seen_as_failed(store):
+    seen, done = set(), threading.Event()
+
+    def look():
+        while not done.is_set():
+            seen.update((record.id, record.state) for record in store.catalogue.records())
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    for _ in range(25):
+        keep = tg.StoreActivations(store, ["x"])
+        tg.run(keep, [rows(3)])
+    done.set()
+    watcher.join()
+    assert {state for _, state in seen} <= {"writing", "complete"} and len(
+        store.query(state="complete")
+    ) == 25
+
+
+def test_a_forked_copy_of_a_writer_writes_nothing(store):
+    keep = tg.StoreActivations(store, ["x"])
+    keep.update(rows(3))
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            keep.settle()
+            os.write(writer, b"written")
+        except StoreError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert b"is written by the process that this one was forked from" in os.read(reader, 1000)
+    keep.sync_()
+    assert store.rows(keep.run_id)[:]["row_id"].tolist() == [0, 1, 2] and store.verify() == []
 
 
 def test_verify_finds_what_is_cut_short_or_gone(kept):

@@ -14,7 +14,7 @@ from tdgeom.bundle import plain
 from tdgeom.models import config_summary, model_identity
 from tdgeom.store.json_text import canonical, read_json
 
-__all__ = ["DETAILS", "About", "describe", "id_of", "new_id", "number_of", "valid_id"]
+__all__ = ["DETAILS", "About", "capture_of", "describe", "id_of", "new_id", "number_of", "valid_id"]
 
 DETAILS = ("config", "capture", "interventions", "positions", "metadata")
 _LONGEST_NAME = 4096
@@ -89,12 +89,9 @@ def describe(
         config = config_summary(model) if config is None else config
         revision = revision or getattr(getattr(model, "config", None), "_commit_hash", None)
         model = model_identity(model)[1]
-    if hasattr(capture, "module_paths"):
-        paths = {str(site): str(path) for site, path in capture.module_paths.items()}
-        capture = {"sites": [str(site) for site in capture.sites], "modules": paths}
     given = {
         "config": config,
-        "capture": capture,
+        "capture": capture_of(capture),
         "interventions": interventions,
         "positions": positions,
         "metadata": metadata,
@@ -108,6 +105,14 @@ def describe(
         tags=tuple(dict.fromkeys(_name(one, "tag") for one in tags)),
         details=_details({name: value for name, value in given.items() if value is not None}),
     )
+
+
+def capture_of(capture: Any) -> Any:
+    """What a ``Capture`` says of itself: its sites and their module paths. JSON values stay as they are."""
+    if not hasattr(capture, "module_paths"):
+        return capture
+    paths = {str(site): str(path) for site, path in capture.module_paths.items()}
+    return {"sites": [str(site) for site in capture.sites], "modules": paths}
 
 
 def _details(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,26 @@ from tdgeom.store.json_text import canonical, read_json
 from tdgeom.store.layout import Layout
 from tdgeom.store.locks import is_locked
 
-__all__ = ["KINDS", "STATES", "Catalogue", "Record", "ShardRecord", "relative_errors"]
+__all__ = [
+    "BUNDLE",
+    "KINDS",
+    "STATES",
+    "Catalogue",
+    "Record",
+    "ShardRecord",
+    "first_gap",
+    "is_rounding",
+    "relative_errors",
+]
 
 FILE = "catalogue.sqlite"
+BUNDLE = "bundle"  # the folder of an analysis inside its run's
 STATES = ("writing", "complete", "failed", "removing")
 KINDS = ("activations", "capture", "analysis")
 _RECORD = """SELECT r.id, r.kind, r.state, r.reason, r.created, r.updated, r.model, r.revision, r.dataset, r.experiment,
     r.details, (SELECT count(*) FROM shards s WHERE s.run = r.id), (SELECT total(rows) FROM shards s WHERE s.run = r.id),
     (SELECT total(bytes) FROM shards s WHERE s.run = r.id) FROM runs r"""
+_ENTER_SHARD = "INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?)"
 _ENDED_EARLY = "its writer ended before the run did: resume it or remove it"
 
 
@@ -71,28 +83,44 @@ class Catalogue(Database):
         super().__init__(folder / FILE)
         self.folder = folder
 
+    def folder_of(self, run: str) -> Path:
+        """The folder with a run's files.
+
+        Raises:
+            StoreError: a link took its place.
+        """
+        path = self.folder / run
+        if path.is_symlink():
+            raise StoreError(f"{path} is a symbolic link, which a store never holds: it was tampered with.")
+        return path
+
     def add_run(
-        self, run: str, kind: str, about: About, layout: Layout, created: float | None = None
+        self,
+        run: str,
+        kind: str,
+        about: About,
+        layout: Layout,
+        created: float | None = None,
+        shards: Sequence[ShardRecord] | None = None,
     ) -> bool:
-        """Enter a run in state ``writing``; False where it is there already."""
+        """Enter a run in state ``writing``, or with all its shards as ``complete``; False where it is there already."""
         now = time.time()
         names = (about.model, about.revision, about.dataset, about.experiment)
         times = (now if created is None else created, now)
-        values = (run, kind, "writing", None, *times, *names, canonical(about.details), layout.to_json())
+        state = "writing" if shards is None else "complete"
+        values = (run, kind, state, None, *times, *names, canonical(about.details), layout.to_json())
         marks = ",".join("?" * len(values))
         with self.writing() as connection:
             is_new = connection.execute(f"INSERT OR IGNORE INTO runs VALUES ({marks})", values).rowcount > 0
             if is_new:
                 connection.executemany("INSERT INTO tags VALUES (?, ?)", [(run, tag) for tag in about.tags])
+                connection.executemany(_ENTER_SHARD, [_shard_values(run, shard) for shard in shards or ()])
         return is_new
 
     def add_shard(self, run: str, shard: ShardRecord) -> None:
         """Enter a finished shard: from here on its rows belong to the run."""
-        values = (run, shard.rank, shard.number, shard.rows, shard.bytes, shard.sha256)
         with self.writing() as connection:
-            connection.execute(
-                "INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?)", (*values, canonical(shard.rounding))
-            )
+            connection.execute(_ENTER_SHARD, _shard_values(run, shard))
             changed = connection.execute(
                 "UPDATE runs SET updated=? WHERE id=? AND state='writing'", (time.time(), run)
             )
@@ -100,6 +128,20 @@ class Catalogue(Database):
                 raise StoreError(
                     f"run {run} is no longer being written (it was removed or finished elsewhere)."
                 )
+
+    def complete(self, run: str) -> None:
+        """Mark a run as complete; nothing changes where it is already.
+
+        Raises:
+            StoreError: it failed or was removed elsewhere.
+        """
+        with self.writing() as connection:
+            changed = connection.execute(
+                "UPDATE runs SET state='complete', updated=? WHERE id=? AND state IN ('writing', 'complete')",
+                (time.time(), run),
+            )
+            if not changed.rowcount:
+                raise StoreError(f"run {run} failed or was removed elsewhere, so it is not complete.")
 
     def set_state(self, run: str, state: str, reason: str | None = None) -> None:
         """Move a run to another state."""
@@ -118,6 +160,17 @@ class Catalogue(Database):
 
     def records(self, condition: str = "1", values: Sequence[Any] = ()) -> list[Record]:
         """The runs (``r``) that meet a condition in SQL, its values bound, oldest first."""
+        found = self._read(condition, values)
+        left = [one.id for one in found if one.state == "writing" and not self.is_being_written(one.id)]
+        if not left:
+            return found
+        # one whose writer came to its end between the two looks says so by now
+        marks = ",".join("?" * len(left))
+        again = {one.id: one for one in self._read(f"r.id IN ({marks})", left)}
+        now = [again.get(one.id) if one.id in left else one for one in found]
+        return [_ended(one) if one.id in left else one for one in now if one is not None]
+
+    def _read(self, condition: str, values: Sequence[Any]) -> list[Record]:
         with self.reading() as connection:
             rows = connection.execute(
                 f"{_RECORD} WHERE {condition} ORDER BY r.created, r.rowid", tuple(values)
@@ -153,17 +206,17 @@ class Catalogue(Database):
                 (run,),
             ).fetchall()
         found = [self._shard(run, row) for row in rows]
-        for before, shard in zip([None, *found], found):
-            if shard.number != (before.number + 1 if before is not None and before.rank == shard.rank else 0):
-                raise StoreError(
-                    f"{self.path}: run {run} lacks a shard before {shard.name}: the catalogue is damaged."
-                )
+        gap = first_gap(found)
+        if gap is not None:
+            raise StoreError(
+                f"{self.path}: run {run} lacks a shard before {gap.name}: the catalogue is damaged."
+            )
         return found
 
     def _shard(self, run: str, row: Sequence[Any]) -> ShardRecord:
         *numbers, sha256, rounding = row
         rounded = read_json(self._text(rounding, run), f"{self.path}: the rounding of run {run}")
-        if not all(type(one) is int and 0 <= one < 2**48 for one in numbers) or not _is_rounding(rounded):
+        if not all(type(one) is int and 0 <= one < 2**48 for one in numbers) or not is_rounding(rounded):
             raise self._tampered(run)
         return ShardRecord(*numbers, self._text(sha256, run), rounded)
 
@@ -184,8 +237,6 @@ class Catalogue(Database):
         parsed = read_json(details, f"{self.path}: the details of run {run}")
         if not isinstance(parsed, dict) or not set(parsed) <= set(DETAILS):
             raise self._tampered(run)
-        if state == "writing" and not self.is_being_written(run):
-            state, reason = "failed", _ENDED_EARLY
         about = About(*names, tuple(tags), parsed)
         return Record(run, kind, state, reason, created, updated, about, shards, int(rows), int(size))
 
@@ -213,7 +264,26 @@ def relative_errors(shards: Sequence[ShardRecord]) -> dict[str, dict[str, float]
     return found
 
 
-def _is_rounding(value: Any) -> bool:
+def _ended(record: Record) -> Record:
+    is_left = record.state == "writing"
+    return replace(record, state="failed", reason=_ENDED_EARLY) if is_left else record
+
+
+def first_gap(shards: Sequence[ShardRecord]) -> ShardRecord | None:
+    """The first shard, by rank and number, whose predecessor is missing."""
+    for before, shard in zip([None, *shards], shards):
+        if shard.number != (before.number + 1 if before is not None and before.rank == shard.rank else 0):
+            return shard
+    return None
+
+
+def _shard_values(run: str, shard: ShardRecord) -> tuple[Any, ...]:
+    rounding = canonical(shard.rounding)
+    return (run, shard.rank, shard.number, shard.rows, shard.bytes, shard.sha256, rounding)
+
+
+def is_rounding(value: Any) -> bool:
+    """Whether this is a ``ShardRecord.rounding``."""
     return isinstance(value, dict) and all(
         isinstance(part, list)
         and len(part) == 3

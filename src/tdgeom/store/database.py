@@ -37,6 +37,22 @@ class Database:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def create_unless_whole(self) -> None:
+        """Make the file and its tables, also where a process was killed while it made them.
+
+        Raises:
+            StoreError: it is something else than a catalogue.
+        """
+        if not self.path.exists() or self._is_unfinished():
+            self.create()
+
+    def _is_unfinished(self) -> bool:
+        with self._explained("opening"), self._connected_to_read() as connection:
+            is_marked = connection.execute("PRAGMA user_version").fetchone()[0] > 0
+            return (
+                not is_marked and not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            )
+
     def create(self) -> None:
         """Make the tables unless they are there."""
         with self._explained("creating"), closing(self._connect("mode=rwc")) as connection:
@@ -55,7 +71,7 @@ class Database:
     def reading(self) -> Iterator[sqlite3.Connection]:
         """A connection that sees one state of the file."""
         self._refuse_missing()
-        with self._explained("reading"), closing(self._connect_to_read()) as connection:
+        with self._explained("reading"), self._connected_to_read() as connection:
             self._check(connection)
             connection.execute("BEGIN")
             yield connection
@@ -104,16 +120,33 @@ class Database:
             raise
         return connection
 
-    def _connect_to_read(self) -> sqlite3.Connection:
+    @contextmanager
+    def _connected_to_read(self) -> Iterator[sqlite3.Connection]:
         try:
-            return self._connect("mode=rw")
+            connection = self._connect("mode=rw")
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
                 raise
+        else:
+            with closing(connection):
+                yield connection
+            return
         # SQLite's readers write too (shared memory beside the file), which a read-only folder or a full disk forbids.
+        before = self._changed()
         log = self.path.with_name(self.path.name + "-wal")
         has_log = log.exists() and log.stat().st_size > 0
-        return self._connect("mode=ro" if has_log else "mode=ro&immutable=1")  # no log, so no writer either
+        with closing(self._connect("mode=ro" if has_log else "mode=ro&immutable=1")) as connection:
+            yield connection
+        if (
+            not has_log and self._changed() != before
+        ):  # without a lock, only this tells a whole answer from a torn one
+            raise StoreError(
+                f"{self.path} was written while it was read, in a folder closed to this reader: read again."
+            )
+
+    def _changed(self) -> tuple[int, int]:
+        found = self.path.stat()
+        return found.st_mtime_ns, found.st_size
 
     def _refuse_missing(self) -> None:
         if not self.path.exists():

@@ -41,7 +41,7 @@ def encode(rows: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | No
     tensor([[ 1., -2.]])
 
     Raises:
-        StoreError: a value beyond the dtype's range (float16 ends at 65504): it is never stored as infinity.
+        StoreError: a value beyond the dtype's range (float16 ends at 65504), which is never stored as infinity; NaN or Inf.
     """
     if dtype is None or not rows.is_floating_point() or rows.dtype == dtype:
         return rows, None
@@ -52,7 +52,12 @@ def encode(rows: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | No
         stored, scale = rows.to(dtype), None
         largest = rows.abs().amax() if rows.numel() else rows.new_zeros(())
         fits = torch.isfinite(largest.to(dtype))  # casting keeps the order, so no other value went further
-    if not bool(fits) and bool(torch.isfinite(largest).all()):
+    if not bool(torch.isfinite(largest).all()):
+        raise StoreError(
+            f"rows hold NaN or Inf, which are not cast to {dtype}. Leave such rows out (run(..., nonfinite='drop')), or store "
+            f"rows as they come (dtype=None)."
+        )
+    if not bool(fits):
         raise StoreError(
             f"rows reach {float(largest.max()):.3g}, beyond {dtype} (up to {torch.finfo(dtype).max:.3g}). Store them as "
             f"bfloat16, or as they come (dtype=None)."

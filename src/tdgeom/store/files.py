@@ -35,6 +35,7 @@ _REMEDIES = {
     errno.ENOTDIR: _GONE,
     getattr(errno, "ESTALE", errno.ENOENT): _GONE,
     errno.ELOOP: _LINK,
+    errno.EMFILE: "this process has too many files open. Close some, or raise the limit (ulimit -n).",
 }
 
 
@@ -79,7 +80,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
-        with open(draft, "wb", buffering=0) as handle:
+        draft.unlink(missing_ok=True)  # of a killed process that had the same id
+        with open(draft, "xb", buffering=0) as handle:  # never through a link that somebody put there
             write(handle)
             os.fsync(handle.fileno())
         os.replace(draft, path)

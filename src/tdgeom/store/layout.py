@@ -71,7 +71,7 @@ class Layout:
         return sum(entry.row_bytes for entry in self.entries)
 
     def of_rows(self, names: Sequence[str] | None) -> list[Entry]:
-        """The entries of these sites and carried values (default all), and of ``row_id``.
+        """The entries of these sites and carried values (default all), of ``row_id`` and of a carried ``document_id``.
 
         Raises:
             StoreLookupError: the run has none of that name.
@@ -83,7 +83,9 @@ class Layout:
         if unknown:
             have = [entry.key[1] for entry in self.entries if len(entry.key) > 1]
             raise StoreLookupError(f"the run holds no rows of {unknown}; it holds {have[:24]}.")
-        return [by_key["tokens", name] for name in names] + [by_key["row_id"]]
+        wanted = [("tokens", name) for name in names]
+        wanted += [key for key in [("tokens", "document_id")] if key in by_key and key not in wanted]
+        return [by_key[key] for key in wanted] + [by_key["row_id"]]
 
     def to_json(self) -> str:
         """As text for the catalogue."""
@@ -133,6 +135,9 @@ def entries_of(
 ) -> tuple[Entry, ...]:
     """Entries from key -> (dtype, stored dtype, shape), each with a name of its own: the key's parts joined by slashes.
 
+    Raises:
+        StoreError: a dtype that shards do not hold. ValueError: a key that is no valid Unicode text.
+
     >>> [one.name for one in entries_of({("a", "b"): (torch.int8, torch.int8, ()), ("a/b",): (torch.int8, torch.int8, ())})]
     ['a/b', 'a/b#1']
     """
@@ -140,11 +145,24 @@ def entries_of(
     found = []
     for number, (key, (dtype, stored, shape)) in enumerate(tensors.items()):
         name = "/".join(key)
+        _refuse_unkept(name, dtype)
         while name in used or name + "#scale" in used:
             name = f"{name}#{number}"
         used |= {name, name + "#scale"}
         found.append(Entry(key, name, dtype, stored, tuple(shape)))
     return tuple(found)
+
+
+def _refuse_unkept(name: str, dtype: torch.dtype) -> None:
+    if dtype not in CODES:
+        raise StoreError(
+            f"{name!r} has dtype {dtype}, which shards do not hold; they hold {[_dtype_name(one) for one in CODES]}. Cast it, or "
+            f"take it apart (torch.view_as_real for complex128)."
+        )
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the key {name!r} is no valid Unicode text: {error}.") from error
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

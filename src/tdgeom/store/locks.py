@@ -59,6 +59,11 @@ class Lock:
         self._handle = handle
         _HELD.add(self)
 
+    @property
+    def is_held(self) -> bool:
+        """Whether this process holds it still."""
+        return self._handle >= 0
+
     def release(self) -> None:
         """Let the next writer in."""
         if self._handle >= 0:

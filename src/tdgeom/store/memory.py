@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tensordict import NonTensorData, TensorDict, TensorDictBase, is_tensor_collection
+import numpy as np
+import torch
+from tensordict import NonTensorData, TensorDict, TensorDictBase, is_non_tensor, is_tensor_collection
 from torch import Tensor
 
 from tdgeom.bundle import plain
 from tdgeom.store.errors import StoreError
+from tdgeom.store.json_text import read_json
 from tdgeom.store.layout import Layout, entries_of
 
 __all__ = ["pack", "unpack"]
@@ -19,48 +22,59 @@ Captured = TensorDictBase | Tensor | Mapping[str, Any] | Sequence[TensorDictBase
 
 
 def pack(captured: Captured) -> tuple[Layout, dict[str, Tensor]]:
-    """(layout, tensors by their name in the shard) of a TensorDict, a mapping, a tensor or a list of TensorDicts.
+    """(layout, tensors by their name in the shard) of a TensorDict, a mapping, a tensor or a list of these.
 
     Raises:
-        TypeError: a leaf that is neither a tensor nor a JSON value.
+        TypeError: a leaf that is neither a tensor nor a JSON value. ValueError: no tensor at all, or values that JSON text
+            cannot hold. StoreError: a dtype that shards do not hold.
     """
-    several = isinstance(captured, Sequence)
+    several = isinstance(captured, list | tuple)
     tensors: dict[tuple[str, ...], Tensor] = {}
     values: dict[tuple[str, ...], Any] = {}
     batch_size: Sequence[int] = ()
-    if isinstance(captured, Tensor):
-        captured = {"tensor": captured}
     if several:
         for position, one in enumerate(captured):
-            _collect(one, (str(position),), tensors, values)
+            _collect(_tree(one), (str(position),), tensors, values)
     else:
         batch_size = getattr(captured, "batch_size", ())
-        _collect(captured, (), tensors, values)
+        _collect(_tree(captured), (), tensors, values)
     if not tensors:
         raise ValueError("there is no tensor to save in what was given.")
     found = {key: (value.dtype, value.dtype, value.shape) for key, value in tensors.items()}
     layout = Layout(entries_of(found), False, tuple(batch_size), several, tuple(values.items()))
+    try:
+        read_json(layout.to_json(), "its layout")  # what could not be read back is not written
+    except (StoreError, ValueError, RecursionError) as error:
+        raise ValueError(f"what was given cannot be saved: {error}") from error
     return layout, {entry.name: tensors[entry.key] for entry in layout.entries}
 
 
 def unpack(layout: Layout, tensors: Mapping[str, Tensor]) -> TensorDict | list[TensorDict]:
     """What ``pack`` took apart, as TensorDicts; a list's members have batch size []."""
     leaves: list[tuple[tuple[str, ...], Any]] = [(one.key, tensors[one.name]) for one in layout.entries]
-    leaves += [(key, NonTensorData(value)) for key, value in layout.values]
+    leaves += layout.values
     if not layout.several:
         return _filled(leaves, layout.batch_size)
     parts: dict[int, list[tuple[tuple[str, ...], Any]]] = {}
     for key, value in leaves:
-        if len(key) < 2 or not key[0].isdecimal() or len(key[0]) > _MOST_DIGITS:
+        is_empty_member = len(key) == 1 and value == {}
+        if (len(key) < 2 and not is_empty_member) or not key[0].isdecimal() or len(key[0]) > _MOST_DIGITS:
             raise StoreError(f"the layout's key {key} begins with no position in a list: it is damaged.")
-        parts.setdefault(int(key[0]), []).append((key[1:], value))
+        inside = parts.setdefault(int(key[0]), [])
+        if not is_empty_member:
+            inside.append((key[1:], value))
     return [_filled(parts[position]) for position in sorted(parts)]
 
 
 def _filled(leaves: Sequence[tuple[tuple[str, ...], Any]], batch_size: Sequence[int] = ()) -> TensorDict:
     found = TensorDict({}, batch_size=[])
     for key, value in leaves:
-        found.set(key, value)
+        if isinstance(value, Tensor):
+            found.set(key, value)
+        elif value == {}:
+            found.set(key, TensorDict({}, batch_size=[]))
+        else:
+            found.set_non_tensor(key, value)
     try:
         found.batch_size = batch_size
     except RuntimeError as error:
@@ -70,21 +84,53 @@ def _filled(leaves: Sequence[tuple[tuple[str, ...], Any]], batch_size: Sequence[
     return found
 
 
+def _tree(captured: Any) -> Any:
+    """A tensor alone gets a name."""
+    return {"tensor": captured} if isinstance(captured, Tensor | np.ndarray) else captured
+
+
 def _collect(
     node: Any,
     key: tuple[str, ...],
     tensors: dict[tuple[str, ...], Tensor],
     values: dict[tuple[str, ...], Any],
 ) -> None:
+    if isinstance(node, np.ndarray) and node.dtype.kind in "biufc":
+        node = torch.as_tensor(node)
     if isinstance(node, Tensor):
-        tensors[key] = node.detach()
-    elif isinstance(node, Mapping) or (is_tensor_collection(node) and not isinstance(node, NonTensorData)):
-        for name, part in node.items():
+        tensors[key] = _dense(node, key)
+    elif not is_non_tensor(node) and (isinstance(node, Mapping) or is_tensor_collection(node)):
+        parts = _items(node, key)
+        if not parts:
+            values[key] = {}
+        for name, part in parts:
             if not isinstance(name, str):
                 raise TypeError(f"keys are text, got {name!r} under {key}.")
             _collect(part, (*key, name), tensors, values)
     else:
-        value = getattr(node, "data", node)
-        if plain(value) != value:
+        value = node
+        if is_non_tensor(node):  # a stack of values, such as one text a sequence, comes back as a list
+            value = node.data if isinstance(node, NonTensorData) else node.tolist()
+        if isinstance(value, np.ndarray) or plain(value) != value:
             raise TypeError(f"{key} holds {type(value).__name__}: only tensors and JSON values can be saved.")
-        values[key] = value
+        values[key] = plain(value)
+
+
+def _items(node: Any, key: tuple[str, ...]) -> list[tuple[Any, Any]]:
+    try:
+        return list(node.items())
+    except RuntimeError as error:  # a lazy stack of rows that differ in shape
+        raise TypeError(
+            f"{key} holds tensors of different shapes under one name; save a list of its parts, list(td.unbind(0)): {error}"
+        ) from error
+
+
+def _dense(tensor: Tensor, key: tuple[str, ...]) -> Tensor:
+    is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+    if not is_dense or tensor.device.type == "meta":
+        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else str(tensor.layout)
+        kind = "meta" if tensor.device.type == "meta" else kind
+        raise TypeError(
+            f"{key} holds a {kind} tensor: only dense ones with values can be saved. Unpack it first."
+        )
+    return tensor.detach()

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
+from torch import nn
+
 from tdgeom.bundle import plain
+from tdgeom.models import model_identity
+from tdgeom.store.about import capture_of
 from tdgeom.store.json_text import canonical
 
-__all__ = ["condition"]
+__all__ = ["condition", "names"]
 
-_COLUMNS = ("model", "revision", "dataset", "experiment", "kind", "state")
+_COLUMNS = ("model", "revision", "dataset", "experiment", "kind")
 _STEP = r"""(?:\.[A-Za-z_][A-Za-z0-9_]*|\."[^"]+"|\[\d+\])"""
 _WHERE = re.compile(
     rf"\s*\$?\.?(?P<path>[A-Za-z_][A-Za-z0-9_]*{_STEP}*)\s*(?:(?P<op>=|!=|<=|>=|<|>)\s*(?P<value>.+))?\s*"
@@ -40,10 +45,12 @@ def condition(
         since, until: created at or after, at or before: an ISO date or time (UTC unless it says otherwise), a datetime, or
             seconds since 1970.
         positions, interventions, capture, config, metadata: JSON values that the run's own must hold: a mapping matches where
-            every entry of it does, however deep; a single value also matches inside a list; a list matches whole.
+            every entry of it does, however deep; a single value also matches inside a list; a list matches whole. A ``Capture``
+            stands for its sites and their module paths, as in ``save``.
         where: conditions on the details, each ``"capture.layers"`` (it is there) or ``"metadata.loss < 0.5"``, with =, !=,
             <, <=, >, >= and a JSON value.
-        columns: model, revision, dataset, experiment, kind, state: a value, or several of which one must match.
+        columns: model (a name, or the module), revision, dataset, experiment, kind: a value, or several of which one
+            must match.
 
     Raises:
         ValueError: a question that cannot be asked.
@@ -56,19 +63,20 @@ def condition(
     for name, wanted in columns.items():
         if name not in _COLUMNS:
             raise ValueError(
-                f"query knows no {name!r}; it takes {[*_COLUMNS, 'tag', 'since', 'until', 'where']} and details."
+                f"query knows no {name!r}; it takes {[*_COLUMNS, 'state', 'tag', 'since', 'until', 'where']} and details."
             )
         if wanted is not None:
-            several = [wanted] if isinstance(wanted, str) else [str(one) for one in wanted]
+            several = names(wanted, name)
             parts.append(f"r.{name} IN ({','.join('?' * len(several))})")
             values += several
-    for one in [tag] if isinstance(tag, str) else list(tag or ()):
+    for one in names(() if tag is None else tag, "tag"):
         parts.append("EXISTS (SELECT 1 FROM tags t WHERE t.run = r.id AND t.tag = ?)")
         values.append(one)
     for sign, moment in ((">=", since), ("<=", until)):
         if moment is not None:
             parts.append(f"r.created {sign} ?")
             values.append(_seconds(moment))
+    capture = capture_of(capture)
     details = {"positions": positions, "interventions": interventions, "capture": capture, "config": config}
     for name, wanted in {**details, "metadata": metadata}.items():
         if wanted is not None:
@@ -76,6 +84,23 @@ def condition(
     for one in [where] if isinstance(where, str) else list(where or ()):
         _compared(one, parts, values)
     return " AND ".join(f"({part})" for part in parts) or "1", values
+
+
+def names(wanted: Any, what: str) -> list[str]:
+    """One text or several; a module stands for its name."""
+    if isinstance(wanted, nn.Module):
+        wanted = model_identity(wanted)[1]
+    several = (
+        [wanted] if isinstance(wanted, str) else list(wanted) if isinstance(wanted, Iterable) else [wanted]
+    )
+    odd = [one for one in several if not isinstance(one, str)]
+    if odd:
+        raise ValueError(f"query: {what}= takes a text or several, got {odd[0]!r:.80}.")
+    try:
+        "".join(several).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"query: {what}={several[0]!r:.80} is no valid Unicode text: {error}.") from error
+    return several
 
 
 def _seconds(moment: str | float | datetime) -> float:
@@ -125,6 +150,10 @@ def _typed(value: Any) -> tuple[str, Any]:
         return ("('true')" if value else "('false')"), None
     if isinstance(value, str):
         return "('text')", value
+    if (
+        isinstance(value, int) and not -(2**63) <= value < 2**63
+    ):  # SQLite reads larger ones as floating point numbers
+        value = float(value) if abs(value) < 2**1023 else math.inf * (1 if value > 0 else -1)
     return "('integer', 'real')", value
 
 

@@ -20,7 +20,9 @@ from tdgeom.store.shard_writing import file_sha256
 from tdgeom.store.shards import Shard, bits_of, from_bits
 from tdgeom.tokens import POSITION_BITS
 
-__all__ = ["RowSource", "read_tensors"]
+__all__ = ["RowSource", "open_shards", "read_tensors"]
+
+_MOST_MAPS = 100  # some systems allow a process 256 open files
 
 
 class RowSource:
@@ -29,19 +31,29 @@ class RowSource:
     Iterating gives TensorDicts of batch size [] with ``("tokens", site)``, ``("tokens", name)`` for what ``also=`` carried,
     ``"row_id"``, and, following from these, ``"document_id"`` (the sequence, unless one was carried) and ``"position"``;
     a batch never spans two shards, so the last of a shard may be smaller. ``source[rows]`` reads any rows by their
-    number in the run. ``len(source)`` is the number of batches, ``source.rows`` that of rows.
+    number in the run (a list, a slice or a mask). ``len(source)`` is the number of batches, ``source.rows`` that of rows.
+
+    With ``verify`` every shard is checked against its hash before the first of its rows is read.
 
     Raises:
         StoreError: a shard is missing, damaged or not what the catalogue says.
     """
 
-    def __init__(self, catalogue: Catalogue, run: str, entries: Sequence[Entry], batch_rows: int) -> None:
-        self.run, self.batch_rows = run, batch_rows
-        self._folder = catalogue.folder / run
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        run: str,
+        entries: Sequence[Entry],
+        batch_rows: int,
+        verify: bool = False,
+    ) -> None:
+        self.run, self.batch_rows, self.verify = run, batch_rows, verify
+        self._folder = catalogue.folder_of(run)
         self._entries = list(entries)
         self._records = catalogue.shards(run)
         self._starts = np.array([0, *accumulate(one.rows for one in self._records)], dtype=np.int64)
         self._open: dict[int, Shard] = {}
+        self._maps: dict[int, Shard] = {}  # the last one used at the end
 
     @property
     def rows(self) -> int:
@@ -63,30 +75,46 @@ class RowSource:
         numbers = self._numbers(rows)
         shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
         # opened, and so checked, before memory is asked for on the word of the catalogue
-        shards = {number: self._shard(number) for number in np.unique(shard_of).tolist()}
+        touched = np.unique(shard_of).tolist()
+        for number in touched:
+            self._shard(number)
         columns = [_Column(entry, len(numbers)) for entry in self._entries]
-        for number, shard in shards.items():
+        for number in touched:
             here = np.flatnonzero(shard_of == number)
             local = numbers[here] - self._starts[number]
             for column in columns:
-                column.fill(here, shard, local)
+                column.fill(here, self._mapped(number), local)
         return self._batch([column.decoded() for column in columns])
 
     def _numbers(self, rows: Tensor | np.ndarray | Sequence[int] | slice) -> np.ndarray:
         if isinstance(rows, slice):
             return np.arange(*rows.indices(self.rows))
-        numbers = np.asarray(rows, dtype=np.int64)
-        if numbers.ndim != 1 or (
-            numbers.size and not -self.rows <= numbers.min() <= numbers.max() < self.rows
-        ):
+        given = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
+        if given.dtype == bool and given.shape == (self.rows,):
+            return np.flatnonzero(given)
+        is_list = given.ndim == 1 and (not given.size or given.dtype.kind in "iu")
+        if not is_list or (given.size and not -self.rows <= given.min() <= given.max() < self.rows):
             raise IndexError(
-                f"rows are numbered 0 to {self.rows - 1} in run {self.run}, a list of them is asked for; got {rows}."
+                f"rows are numbered 0 to {self.rows - 1} in run {self.run}, a list of numbers or a mask of all rows is asked "
+                f"for; got {rows!s:.80}."
             )
+        numbers = given.astype(np.int64)
         return np.where(numbers < 0, numbers + self.rows, numbers)
 
     def _shard(self, number: int) -> Shard:
         if number not in self._open:
-            self._open[number] = open_shard(self._folder, self._records[number], self._entries)
+            shard = open_shard(self._folder, self._records[number], self._entries)
+            if self.verify:
+                _check_hash(shard, self._records[number])
+            self._open[number] = shard
+        return self._open[number]
+
+    def _mapped(self, number: int) -> Shard:
+        """A shard that will be mapped; only so many are at a time, as each takes one of the process's file handles."""
+        self._maps.pop(number, None)
+        self._maps[number] = self._open[number]
+        if len(self._maps) > _MOST_MAPS:
+            self._maps.pop(next(iter(self._maps))).unmap()
         return self._open[number]
 
     def _batch(self, columns: Sequence[Tensor]) -> TensorDict:
@@ -100,7 +128,7 @@ class RowSource:
         return found
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}}  # a mapped file does not travel to another process
+        return {**self.__dict__, "_open": {}, "_maps": {}}  # a mapped file does not travel to another process
 
 
 class _Column:
@@ -131,14 +159,31 @@ def open_shard(folder_of_run: Path, record: ShardRecord, entries: Sequence[Entry
     return shard
 
 
+def open_shards(folder_of_run: Path, layout: Layout, records: Sequence[ShardRecord]) -> list[Shard]:
+    """All shards of a run, each holding what the layout says.
+
+    Raises:
+        StoreError: one does not.
+    """
+    if layout.rows:
+        return [open_shard(folder_of_run, record, layout.entries) for record in records]
+    if len(records) != 1:
+        raise StoreError(
+            f"{folder_of_run} should hold one file, {len(records)} are listed: the run is damaged."
+        )
+    shard = Shard(folder_of_run / records[0].name, size=records[0].bytes)
+    for entry in layout.entries:
+        _check(shard, entry.name, entry.stored, entry.shape)
+    return [shard]
+
+
 def read_tensors(catalogue: Catalogue, run: str, layout: Layout) -> dict[str, Tensor]:
     """Every tensor of a run by its name, whole and in memory, from shards that are what was written."""
     records = catalogue.shards(run)
-    folder = catalogue.folder / run
+    shards = open_shards(catalogue.folder_of(run), layout, records)
+    for shard, record in zip(shards, records):
+        _check_hash(shard, record)
     if layout.rows:
-        shards = [open_shard(folder, record, layout.entries) for record in records]
-        for shard, record in zip(shards, records):
-            _check_hash(shard, record)
         return {
             entry.name: torch.cat(
                 [torch.empty((0, *entry.shape), dtype=entry.dtype)]
@@ -146,15 +191,7 @@ def read_tensors(catalogue: Catalogue, run: str, layout: Layout) -> dict[str, Te
             )
             for entry in layout.entries
         }
-    if len(records) != 1:
-        raise StoreError(
-            f"run {run} should lie in one file, the catalogue has {len(records)}: it is damaged."
-        )
-    shard = Shard(folder / records[0].name, size=records[0].bytes)
-    for entry in layout.entries:
-        _check(shard, entry.name, entry.stored, entry.shape)
-    _check_hash(shard, records[0])
-    return {entry.name: shard.whole(entry.name) for entry in layout.entries}
+    return {entry.name: shards[0].whole(entry.name) for entry in layout.entries}
 
 
 def _decoded_rows(shard: Shard, entry: Entry, begin: int, end: int) -> Tensor:

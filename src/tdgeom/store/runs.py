@@ -99,7 +99,7 @@ class Runs:
         return {
             run: sorted(
                 path
-                for path in (self._store.path / run).rglob("*")
+                for path in self._store.catalogue.folder_of(run).rglob("*")
                 if path.is_file() and path.suffix != ".lock"
             )
             for run in self.ids

@@ -33,10 +33,16 @@ CODES: dict[torch.dtype, str] = {
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.complex64: "C64",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -76,7 +82,7 @@ class Shard:
 
     def __init__(self, path: Path, size: int | None = None) -> None:
         self.path = path
-        self._map: np.ndarray | None = None
+        self._map: mmap.mmap | None = None
         try:
             with open_regular(path) as handle:
                 self.size = os.fstat(handle.fileno()).st_size
@@ -112,25 +118,40 @@ class Shard:
     def _copy(self, one: Placed, offset: int, shape: tuple[int, ...]) -> Tensor:
         data = np.empty(math.prod(shape) * one.dtype.itemsize, dtype=np.int8)
         rest = memoryview(data)
-        with open_regular(self.path) as handle:
-            handle.seek(offset)
-            while rest.nbytes:
-                step = handle.readinto(rest[:_LARGEST_STEP])  # type: ignore[attr-defined]
-                if not step:
-                    raise StoreError(f"{self.path} ends early: it was cut short while open.")
-                rest = rest[step:]
+        try:
+            with open_regular(self.path) as handle:
+                handle.seek(offset)
+                while rest.nbytes:
+                    step = handle.readinto(rest[:_LARGEST_STEP])  # type: ignore[attr-defined]
+                    if not step:
+                        raise StoreError(f"{self.path} ends early: it was cut short while open.")
+                    rest = rest[step:]
+        except OSError as error:
+            raise explain(error, f"reading {self.path}") from error
         return from_bits(data.view(bits_of(one.dtype)).reshape(shape), one.dtype)
 
+    def unmap(self) -> None:
+        """Let go of the mapped file, which holds a file handle."""
+        self._map = None
+
     def _mapped(self) -> np.ndarray:
-        if self._map is None:
-            with open_regular(self.path) as handle:
-                if os.fstat(handle.fileno()).st_size != self.size:
-                    raise StoreError(f"{self.path} changed its size: shards never change, so it is damaged.")
-                opened = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-            with suppress(AttributeError, OSError):  # only advice, and not everywhere to be had
-                opened.madvise(mmap.MADV_RANDOM)
-            self._map = np.frombuffer(opened, dtype=np.int8)
-        return self._map
+        try:
+            if self._map is None:
+                with open_regular(self.path) as handle:
+                    self._refuse_size(os.fstat(handle.fileno()).st_size)
+                    self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+                with suppress(AttributeError, OSError):  # only advice, and not everywhere to be had
+                    self._map.madvise(mmap.MADV_RANDOM)
+            self._refuse_size(
+                self._map.size()
+            )  # to read behind the end of a file that was cut kills a process
+        except OSError as error:
+            raise explain(error, f"reading {self.path}") from error
+        return np.frombuffer(self._map, dtype=np.int8)
+
+    def _refuse_size(self, size: int) -> None:
+        if size != self.size:
+            raise StoreError(f"{self.path} changed its size: shards never change, so it is damaged.")
 
     def _read_header(self, handle: BinaryIO) -> dict[str, Placed]:
         length = int.from_bytes(handle.read(8), "little")

@@ -172,15 +172,19 @@ class StoreActivations(StreamingStage):
     def sync_(self) -> None:
         """The stream has ended: the last rows are written, and once all ranks have done so, the run is complete."""
         wrote = self._writer is not None
-        self.settle()
-        self._stop()
-        for state in gather_states(self._state()):
-            self.merge_(self._with_state(state))
         rank, world = rank_and_world()
-        if rank != 0:
-            super().reset()  # the own one is collective
-        elif not self.is_empty and (wrote or world > 1):
-            self.store.catalogue.set_state(self.run_id, "complete")
+        try:
+            self.settle()
+            for state in gather_states(self._state()):
+                self.merge_(self._with_state(state))
+            if rank != 0:
+                super().reset()  # the own one is collective
+            elif not self.is_empty and (wrote or world > 1):
+                self.store.catalogue.complete(self.run_id)
+            if world > 1:
+                broadcast_number(0)  # no rank goes on, or lets go of the run, before it is complete
+        finally:
+            self._stop()
 
     def result(self) -> Mapping[str, Tensor]:
         """What the store has of these runs."""

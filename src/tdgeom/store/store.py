@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,24 +15,23 @@ import torch
 from tensordict import TensorDict
 
 from tdgeom.results import AnalysisResults
-from tdgeom.store.about import describe, new_id
-from tdgeom.store.catalogue import Catalogue, Record, ShardRecord, relative_errors
+from tdgeom.store.about import About, describe, new_id
+from tdgeom.store.catalogue import BUNDLE, STATES, Catalogue, Record, ShardRecord, relative_errors
 from tdgeom.store.errors import StoreBusyError, StoreError
 from tdgeom.store.files import explain
 from tdgeom.store.layout import Layout
 from tdgeom.store.memory import Captured, pack, unpack
-from tdgeom.store.query import condition
+from tdgeom.store.query import condition, names
 from tdgeom.store.reader import RowSource, read_tensors
 from tdgeom.store.runs import Runs
 from tdgeom.store.shard_writing import write_shard
 from tdgeom.store.transfer import import_runs
 from tdgeom.store.verify import Damage, verify
-from tdgeom.store.writer import RunLock
+from tdgeom.store.writer import RunLock, reason_of
 
 __all__ = ["ActivationStore"]
 
 VARIABLE = "TDGEOM_STORE"
-BUNDLE = "bundle"
 
 
 class ActivationStore:
@@ -65,7 +65,7 @@ class ActivationStore:
                 self.path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise explain(error, f"making the store {self.path}") from error
-            self.catalogue.create()
+        self.catalogue.create_unless_whole()
 
     @classmethod
     def from_env(cls) -> ActivationStore:
@@ -90,15 +90,10 @@ class ActivationStore:
         """
         description = describe(**about)
         layout, tensors = pack(activations)
-        lock = RunLock(self.catalogue, new_id())
-        try:
-            self.catalogue.add_run(lock.run, "capture", description, layout)
+        with self._new_run("capture", description, layout) as lock:
             shard = ShardRecord(0, 0, 0, 0, "", {})
             size, digest = write_shard(lock.folder / shard.name, tensors)
             self.catalogue.add_shard(lock.run, ShardRecord(0, 0, 0, size, digest, {}))
-            self.catalogue.set_state(lock.run, "complete")
-        finally:
-            lock.release()
         return lock.run
 
     def load(
@@ -127,6 +122,7 @@ class ActivationStore:
         also: Sequence[str] = (),
         batch_rows: int = 2048,
         partial: bool = False,
+        verify: bool = False,
     ) -> RowSource:
         """The rows of a stored run as a data source: ``tg.run(pipeline, store.rows(run))``.
 
@@ -136,6 +132,8 @@ class ActivationStore:
             also: carried values to read beside the sites given.
             batch_rows: rows a batch.
             partial: read the finished shards of a run that is not complete.
+            verify: check every shard against its hash before the first of its rows is read, which reads it once more; else
+                sizes and headers are checked.
 
         Raises:
             StoreLookupError: no such run, or no such site in it. StoreError: not complete, or it holds no rows.
@@ -148,7 +146,7 @@ class ActivationStore:
         if batch_rows < 1:
             raise ValueError(f"batch_rows must be at least 1, got {batch_rows}.")
         names = None if sites is None else [str(name) for name in (*sites, *also)]
-        return RowSource(self.catalogue, run, layout.of_rows(names), batch_rows)
+        return RowSource(self.catalogue, run, layout.of_rows(names), batch_rows, verify)
 
     def metadata(self, run: str | Record) -> dict[str, Any]:
         """Everything the catalogue says of a run, as JSON values."""
@@ -176,13 +174,21 @@ class ActivationStore:
         """The runs that fit: ``store.query(model="gpt2", tag="final", capture={"layers": [0, 5]})``.
 
         Args:
-            wanted: model, revision, dataset, experiment, kind, state, tag, since, until, positions, interventions, capture,
-                config, metadata, where; see ``tdgeom.store.query.condition``. None: all runs.
+            wanted: model, revision, dataset, experiment, kind, tag, since, until, positions, interventions, capture, config,
+                metadata, where; see ``tdgeom.store.query.condition``. And state: one of "writing", "complete", "failed" (with
+                runs whose writer ended early) and "removing", or several. None: all runs.
 
         Raises:
             ValueError: a question that cannot be asked.
         """
-        return Runs(self, self.catalogue.records(*condition(**wanted)))
+        state = wanted.pop("state", None)
+        states = STATES if state is None else names(state, "state")
+        if unknown := set(states) - set(STATES):
+            raise ValueError(
+                f"query: there is no state {sorted(unknown)[0]!r}; a run is one of {list(STATES)}."
+            )
+        found = self.catalogue.records(*condition(**wanted))
+        return Runs(self, [record for record in found if record.state in states])
 
     def import_runs(self, folder: str | os.PathLike[str]) -> Runs:
         """Take in the runs of a folder that ``Runs.export`` made.
@@ -203,13 +209,8 @@ class ActivationStore:
         own = {"model": results.metadata.get("model_id"), "dataset": results.metadata.get("dataset")}
         own |= {"capture": results.metadata.get("capture"), "config": results.metadata.get("model_config")}
         description = describe(**{name: value for name, value in own.items() if value} | about)
-        lock = RunLock(self.catalogue, new_id())
-        try:
-            self.catalogue.add_run(lock.run, "analysis", description, Layout())
+        with self._new_run("analysis", description, Layout()) as lock:
             replace(results).save(lock.folder / BUNDLE)
-            self.catalogue.set_state(lock.run, "complete")
-        finally:
-            lock.release()
         return lock.run
 
     def load_analysis(self, run: str) -> AnalysisResults:
@@ -221,7 +222,7 @@ class ActivationStore:
         record = self._readable(run, False)
         if record.kind != "analysis":
             raise StoreError(f"run {run} holds {record.kind}, no analysis: load it with store.load.")
-        return AnalysisResults.load(self.path / run / BUNDLE)
+        return AnalysisResults.load(self.catalogue.folder_of(run) / BUNDLE)
 
     def remove(self, run: str) -> None:
         """Delete a run and its files; one that was being removed when the process died is removed for good.
@@ -229,21 +230,36 @@ class ActivationStore:
         Raises:
             StoreBusyError: it is being written. StoreLookupError: no such run. StoreError: the disk refused.
         """
-        self.catalogue.record(run)
+        folder = self.catalogue.folder_of(self.catalogue.record(run).id)
         if self.catalogue.is_being_written(run):
             raise StoreBusyError(f"run {run} is being written: stop its writer, then remove it.")
         self.catalogue.set_state(run, "removing")
         try:
-            shutil.rmtree(self.path / run)
+            shutil.rmtree(folder)
         except FileNotFoundError:
             pass  # an earlier removal got this far
         except OSError as error:
-            raise explain(error, f"removing {self.path / run}") from error
+            raise explain(error, f"removing {folder}") from error
         self.catalogue.drop_run(run)
 
     def verify(self, run: str | None = None) -> list[Damage]:
         """Check every shard of a run (of all runs) against its hash, and the catalogue; an empty list: all is well."""
         return verify(self.catalogue, run)
+
+    @contextmanager
+    def _new_run(self, kind: str, about: About, layout: Layout) -> Iterator[RunLock]:
+        """A run that is complete when the block ends, and marked as failed where it raises."""
+        lock = RunLock(self.catalogue, new_id())
+        try:
+            self.catalogue.add_run(lock.run, kind, about, layout)
+            yield lock
+            self.catalogue.complete(lock.run)
+        except BaseException as error:
+            with suppress(StoreError):  # a run that nobody writes counts as failed without the mark
+                self.catalogue.set_state(lock.run, "failed", reason_of(error))
+            raise
+        finally:
+            lock.release()
 
     def _readable(self, run: str, partial: bool) -> Record:
         record = self.catalogue.record(run)

@@ -6,17 +6,20 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tdgeom.store.about import describe, valid_id
-from tdgeom.store.catalogue import KINDS, ShardRecord
+from tdgeom.bundle import METADATA
+from tdgeom.bundle import read as read_bundle
+from tdgeom.store.about import About, describe, valid_id
+from tdgeom.store.catalogue import BUNDLE, KINDS, Record, ShardRecord, first_gap, is_rounding
 from tdgeom.store.errors import StoreError
-from tdgeom.store.files import explain, open_regular
+from tdgeom.store.files import explain, open_regular, sync_folder, write_whole
 from tdgeom.store.json_text import canonical, read_json
 from tdgeom.store.layout import Layout
+from tdgeom.store.reader import open_shards
 from tdgeom.store.shard_writing import file_sha256
-from tdgeom.store.shards import Shard
 from tdgeom.store.writer import RunLock
 
 if TYPE_CHECKING:
@@ -29,23 +32,22 @@ RECORD = "run.json"
 
 
 def export(store: ActivationStore, runs: Sequence[str], folder: Path) -> Path:
-    """Copy complete runs into a new folder, whole or not at all: a folder a run, its shards and ``run.json``.
+    """Copy complete runs into a new folder, whole or not at all: a folder a run, its files and ``run.json``.
 
     Raises:
-        StoreError: the folder exists, a run is not complete or is an analysis, a shard is damaged, or the disk refused.
+        StoreError: no runs, the folder exists, a run is not complete, a file is damaged, or the disk refused.
     """
     folder = folder.absolute()
+    if not runs:
+        raise StoreError("there are no runs to export: the query found none.")
     if folder.exists():
         raise StoreError(f"{folder} exists already: export into a new folder.")
     records = [store.catalogue.record(run) for run in runs]
     for record in records:
-        if record.state != "complete" or record.kind == "analysis":
-            why = (
-                "its bundle is a folder that can be copied as it is"
-                if record.kind == "analysis"
-                else "resume it or leave it out"
+        if record.state != "complete":
+            raise StoreError(
+                f"run {record.id} is not complete ({record.state}) and cannot be exported: resume it or leave it out."
             )
-            raise StoreError(f"run {record.id} ({record.kind}, {record.state}) cannot be exported: {why}.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -53,31 +55,11 @@ def export(store: ActivationStore, runs: Sequence[str], folder: Path) -> Path:
         raise explain(error, f"exporting into {folder}") from error
     try:
         for record in records:
-            inside = draft / record.id
-            inside.mkdir()
-            shards = store.catalogue.shards(record.id)
-            for shard in shards:
-                _copy(store.path / record.id / shard.name, inside / shard.name, shard)
-            about = record.about
-            told = {
-                "format": FORMAT,
-                "id": record.id,
-                "kind": record.kind,
-                "created": record.created,
-                "about": {
-                    **{name: getattr(about, name) for name in ("model", "revision", "dataset", "experiment")},
-                    "tag": list(about.tags),
-                    **about.details,
-                },
-                "layout": store.catalogue.layout(record.id).to_json(),
-                "shards": [
-                    [one.rank, one.number, one.rows, one.bytes, one.sha256, dict(one.rounding)]
-                    for one in shards
-                ],
-            }
-            (inside / RECORD).write_text(canonical(told), encoding="utf-8")
+            (draft / record.id).mkdir()
+            _export_run(store, record, draft / record.id)
         draft.chmod(0o755)
         os.rename(draft, folder)
+        sync_folder(folder.parent)
     except OSError as error:
         raise explain(error, f"exporting into {folder}") from error
     finally:
@@ -85,36 +67,81 @@ def export(store: ActivationStore, runs: Sequence[str], folder: Path) -> Path:
     return folder
 
 
+def _export_run(store: ActivationStore, record: Record, folder: Path) -> None:
+    shards = store.catalogue.shards(record.id)
+    about = record.about
+    names = {name: getattr(about, name) for name in ("model", "revision", "dataset", "experiment")}
+    told = {
+        "format": FORMAT,
+        "id": record.id,
+        "kind": record.kind,
+        "created": record.created,
+        "about": {**names, "tag": list(about.tags), **about.details},
+        "layout": store.catalogue.layout(record.id).to_json(),
+        "shards": [
+            [one.rank, one.number, one.rows, one.bytes, one.sha256, dict(one.rounding)] for one in shards
+        ],
+    }
+    _copy_files(store.catalogue.folder_of(record.id), folder, record.kind, shards)
+    write_whole(folder / RECORD, lambda handle: handle.write(canonical(told).encode()))
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """An exported run whose record and files were checked in full."""
+
+    run: str
+    kind: str
+    created: float
+    about: About
+    layout: Layout
+    shards: list[ShardRecord]
+
+
 def import_runs(store: ActivationStore, folder: str | Path) -> list[str]:
     """Take the runs of an exported folder into a store, under their own ids; those it already has are left as they are.
 
+    A run is in the store once all its files are: where this process is killed, the run is not, and importing again takes it.
+
     Raises:
-        StoreError: no exported folder, or one that was changed; nothing of such a run is taken.
+        StoreError: no exported folder, or one that was changed; nothing of such a run is taken. Or the store has an unfinished
+            run of that id.
     """
     folder = Path(folder)
     found = sorted(path for path in folder.iterdir() if valid_id(path.name)) if folder.is_dir() else []
     if not found:
         raise StoreError(f"{folder} holds no exported runs: give the folder that export made.")
     checked = [_read(path) for path in found]  # all of them, before anything is taken
-    known = {record.id for record in store.catalogue.records()}
-    for run, kind, created, about, layout, shards in checked:
-        if run in known:
-            continue
-        lock = RunLock(store.catalogue, run)
-        try:
-            for shard in shards:
-                _copy(folder / run / shard.name, lock.folder / shard.name, shard)
-            store.catalogue.add_run(run, kind, describe(**about), layout, created)
-            for shard in shards:
-                store.catalogue.add_shard(run, shard)
-            store.catalogue.set_state(run, "complete")
-        finally:
-            lock.release()
-    return [run for run, *_ in checked]
+    states = {record.id: record.state for record in store.catalogue.records()}
+    for one in checked:
+        if states.get(one.run, "complete") != "complete":
+            raise StoreError(
+                f"{store.path} has the run {one.run} already, in the state {states[one.run]}: remove it there, then import."
+            )
+    for one in checked:
+        if one.run not in states:
+            _import_run(store, folder / one.run, one)
+    return [one.run for one in checked]
 
 
-def _read(path: Path) -> tuple[str, str, float, dict[str, Any], Layout, list[ShardRecord]]:
-    """One exported run, its record and its shards checked in full."""
+def _import_run(store: ActivationStore, source: Path, told: _Exported) -> None:
+    lock = RunLock(store.catalogue, told.run)
+    try:
+        lock.clear()
+        _copy_files(source, lock.folder, told.kind, told.shards)
+        sync_folder(lock.folder)
+        store.catalogue.add_run(told.run, told.kind, told.about, told.layout, told.created, told.shards)
+    except BaseException as error:
+        lock.clear()
+        if isinstance(error, OSError):
+            raise explain(error, f"importing {source}") from error
+        raise
+    finally:
+        lock.release()
+
+
+def _read(path: Path) -> _Exported:
+    """One exported run, its record and its files checked in full."""
     if path.is_symlink():
         raise StoreError(f"{path} is a symbolic link, which an export never holds: it was tampered with.")
     try:
@@ -122,41 +149,76 @@ def _read(path: Path) -> tuple[str, str, float, dict[str, Any], Layout, list[Sha
             told = read_json(handle.read(17 * 2**20), f"{path / RECORD}")
     except OSError as error:
         raise explain(error, f"reading {path / RECORD}") from error
-    fine = isinstance(told, dict) and told.get("format") == FORMAT and told.get("id") == path.name
-    fine = (
-        fine
-        and told.get("kind") in KINDS[:2]
-        and type(told.get("created")) in (int, float)
-        and 0 <= told["created"] < 1e11
-    )
-    fine = fine and isinstance(told.get("about"), dict) and isinstance(told.get("layout"), str)
-    if not fine or not isinstance(told.get("shards"), list):
+    if not _is_record(told, path.name):
         raise StoreError(
             f"{path / RECORD} is not the record of run {path.name}: it is damaged or was tampered with."
         )
-    layout = Layout.from_json(told["layout"], f"the layout in {path / RECORD}")
+    kind, layout = told["kind"], Layout.from_json(told["layout"], f"the layout in {path / RECORD}")
     try:
-        describe(**told["about"])
-        shards = [_shard(path, one) for one in told["shards"]]
+        about = describe(**told["about"])
+        shards = sorted((_shard(path, one) for one in told["shards"]), key=lambda one: (one.rank, one.number))
     except (TypeError, ValueError) as error:
-        if isinstance(error, StoreError):
-            raise
         raise StoreError(f"{path / RECORD} is damaged or was tampered with: {error}") from error
-    return path.name, told["kind"], float(told["created"]), told["about"], layout, shards
+    gap = first_gap(shards)
+    if gap is not None or bool(shards) == (kind == "analysis") or layout.rows == (kind == "capture"):
+        raise StoreError(
+            f"{path / RECORD} lists shards that are not those of a whole run ({kind}): it was tampered with."
+        )
+    if kind == "analysis":
+        _check_bundle(path / BUNDLE)
+    else:
+        open_shards(path, layout, shards)
+    return _Exported(path.name, kind, float(told["created"]), about, layout, shards)
+
+
+def _is_record(told: Any, run: str) -> bool:
+    return (
+        isinstance(told, dict)
+        and told.get("format") == FORMAT
+        and told.get("id") == run
+        and told.get("kind") in KINDS
+        and type(told.get("created")) in (int, float)
+        and 0 <= told["created"] < 1e11
+        and isinstance(told.get("about"), dict)
+        and isinstance(told.get("layout"), str)
+        and isinstance(told.get("shards"), list)
+    )
 
 
 def _shard(path: Path, told: Any) -> ShardRecord:
     numbers = told[:4] if isinstance(told, list) and len(told) == 6 else [None]
-    if not all(type(one) is int and 0 <= one < 2**48 for one in numbers) or not isinstance(told[5], dict):
+    if not all(type(one) is int and 0 <= one < 2**48 for one in numbers) or not is_rounding(told[5]):
         raise StoreError(f"{path / RECORD} lists a shard that is none: {str(told)[:80]}.")
     shard = ShardRecord(*told)
-    Shard(path / shard.name, size=shard.bytes)
     if file_sha256(path / shard.name) != shard.sha256:
         raise StoreError(f"{path / shard.name} has changed since it was exported: its SHA-256 differs.")
     return shard
 
 
-def _copy(source: Path, target: Path, shard: ShardRecord) -> None:
+def _copy_files(source: Path, target: Path, kind: str, shards: Sequence[ShardRecord]) -> None:
+    """A run's files, each read once more as a copy and checked there."""
+    for shard in shards:
+        _copy(source / shard.name, target / shard.name)
+        if file_sha256(target / shard.name) != shard.sha256:
+            raise StoreError(
+                f"{source / shard.name} is damaged: its SHA-256 is not the one it was written with."
+            )
+    if kind == "analysis":
+        for name in [*_check_bundle(source / BUNDLE), METADATA]:
+            (target / BUNDLE / name).parent.mkdir(parents=True, exist_ok=True)
+            _copy(source / BUNDLE / name, target / BUNDLE / name)
+        _check_bundle(target / BUNDLE)
+
+
+def _check_bundle(folder: Path) -> list[str]:
+    """The names of a bundle's files, which were all checked against their hashes."""
+    try:
+        return list(read_bundle(folder)[2]["files"])
+    except (ValueError, OSError) as error:
+        raise StoreError(f"the analysis in {folder} cannot be copied: {error}") from error
+
+
+def _copy(source: Path, target: Path) -> None:
     try:
         with open_regular(source) as held, open(target, "xb") as copy:
             shutil.copyfileobj(held, copy, 1 << 22)
@@ -164,5 +226,3 @@ def _copy(source: Path, target: Path, shard: ShardRecord) -> None:
             os.fsync(copy.fileno())
     except OSError as error:
         raise explain(error, f"copying {source}") from error
-    if file_sha256(target) != shard.sha256:
-        raise StoreError(f"{source} is damaged: its SHA-256 is not the one it was written with.")

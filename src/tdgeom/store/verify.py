@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from tdgeom.bundle import read as read_bundle
 from tdgeom.store.about import valid_id
-from tdgeom.store.catalogue import Catalogue, ShardRecord
+from tdgeom.store.catalogue import BUNDLE, Catalogue, ShardRecord
 from tdgeom.store.errors import StoreError
+from tdgeom.store.reader import open_shards
 from tdgeom.store.shard_writing import file_sha256
 from tdgeom.store.shards import Shard
 
@@ -47,22 +49,24 @@ def verify(catalogue: Catalogue, run: str | None = None) -> list[Damage]:
 
 
 def _damage_of_run(catalogue: Catalogue, run: str) -> list[Damage]:
-    found = []
     record = catalogue.record(run)
-    if record.kind == "analysis" and record.state == "complete":
+    try:
+        folder, layout, shards = catalogue.folder_of(run), catalogue.layout(run), catalogue.shards(run)
+        if record.kind == "analysis" and record.state == "complete":
+            read_bundle(folder / BUNDLE)
+    except (StoreError, ValueError, OSError) as error:
+        return [Damage(str(error), run)]
+    problems = [(shard, _damage_of_shard(folder / shard.name, shard)) for shard in shards]
+    found = [Damage(problem, run, shard.name) for shard, problem in problems if problem is not None]
+    if shards and not found:
         try:
-            read_bundle(catalogue.folder / run / "bundle")
-        except (ValueError, OSError) as error:
+            open_shards(folder, layout, shards)
+        except StoreError as error:
             found.append(Damage(str(error), run))
-    for shard in catalogue.shards(run):
-        problem = _damage_of_shard(catalogue, run, shard)
-        if problem is not None:
-            found.append(Damage(problem, run, shard.name))
     return found
 
 
-def _damage_of_shard(catalogue: Catalogue, run: str, shard: ShardRecord) -> str | None:
-    path = catalogue.folder / run / shard.name
+def _damage_of_shard(path: Path, shard: ShardRecord) -> str | None:
     try:
         Shard(path, size=shard.bytes)
         digest = file_sha256(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,15 +12,20 @@ from torch import Tensor
 
 from tdgeom.store.catalogue import Catalogue, ShardRecord
 from tdgeom.store.dtypes import encode, rounding_error
-from tdgeom.store.errors import StoreError
+from tdgeom.store.errors import StoreBusyError, StoreError
 from tdgeom.store.files import explain, sync_folder
 from tdgeom.store.layout import Layout
 from tdgeom.store.locks import Lock
 from tdgeom.store.shard_writing import write_shard
 
-__all__ = ["RunLock", "RunWriter"]
+__all__ = ["RunLock", "RunWriter", "reason_of"]
 
 _LONGEST_REASON = 1000
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a run failed, for the catalogue."""
+    return f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
 
 
 class RunLock:
@@ -31,7 +37,7 @@ class RunLock:
 
     def __init__(self, catalogue: Catalogue, run: str, rank: int = 0) -> None:
         self.catalogue, self.run, self.rank = catalogue, run, rank
-        self.folder: Path = catalogue.folder / run
+        self.folder: Path = catalogue.folder_of(run)
         try:
             self.folder.mkdir(exist_ok=True)
             sync_folder(catalogue.folder)
@@ -42,6 +48,19 @@ class RunLock:
     def release(self) -> None:
         """Let the next writer in."""
         self._lock.release()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this process may write: not after ``release``, and never in a forked copy."""
+        return self._lock.is_held
+
+    def clear(self) -> None:
+        """Delete every file in the folder of a run that the catalogue does not have."""
+        for path in self.folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.suffix != ".lock":
+                path.unlink()
 
     def remove_leftovers(self) -> None:
         """Delete files of this rank that a killed writer left before the catalogue had them."""
@@ -115,17 +134,22 @@ class RunWriter:
             )
         if not self._held:
             return
+        if not self._lock.is_held:
+            raise StoreBusyError(
+                f"run {self.run} is written by the process that this one was forked from: reset() the stage here, and write a "
+                f"run of its own."
+            )
         try:
             self._write_shard()
         except BaseException as error:
-            self._fail(f"{type(error).__name__}: {error}")
+            self._fail(reason_of(error))
             raise
         self._held, self._rounding = 0, {}
         self._number += 1
 
     def stop(self) -> None:
         """Write what is held and let the next writer in; a run that failed stays as it is."""
-        if self._failure is None:
+        if self._failure is None and self._lock.is_held:
             self.flush()
         self._lock.release()
 
@@ -139,7 +163,7 @@ class RunWriter:
         )
 
     def _fail(self, reason: str) -> None:
-        self._failure = reason[:_LONGEST_REASON]
+        self._failure = reason
         with suppress(StoreError):  # a run that nobody writes counts as failed without the mark
             self._lock.catalogue.set_state(self.run, "failed", self._failure)
         self._lock.release()
