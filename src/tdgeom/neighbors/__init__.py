@@ -1,8 +1,9 @@
 """Neighbourhoods: who is near whom, and whether two sets of rows agree on it."""
 
+from tdgeom.neighbors._table import Neighbors
 from tdgeom.neighbors.approximate import approximate_neighbors
 from tdgeom.neighbors.imbalance import InformationImbalance, conditional_ranks, information_imbalance
-from tdgeom.neighbors.knn import NearestNeighbors, Neighbors, distinct_neighbors, nearest_neighbors
+from tdgeom.neighbors.knn import NearestNeighbors, distinct_neighbors, nearest_neighbors
 from tdgeom.neighbors.overlap import (
     JaccardKNN,
     LabelOverlap,

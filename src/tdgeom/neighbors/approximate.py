@@ -10,7 +10,7 @@ from torch import Tensor
 from tdgeom.neighbors._blocks import centred, pair_distances
 from tdgeom.neighbors._distinct import first_copies
 from tdgeom.neighbors._search import search_rows_exactly
-from tdgeom.neighbors.knn import Neighbors, assemble, flatten, prepare_rows
+from tdgeom.neighbors._table import Neighbors, assemble, flatten, prepare_rows
 
 __all__ = ["approximate_neighbors"]
 

@@ -21,7 +21,8 @@ from tdgeom.neighbors._blocks import (
 )
 from tdgeom.neighbors._distinct import first_copies
 from tdgeom.neighbors._search import search_distinct
-from tdgeom.neighbors.knn import flatten, nearest_neighbors, prepare_rows
+from tdgeom.neighbors._table import flatten, prepare_rows
+from tdgeom.neighbors.knn import nearest_neighbors
 from tdgeom.stage import PairStage
 
 __all__ = ["InformationImbalance", "conditional_ranks", "information_imbalance"]
