@@ -275,6 +275,8 @@ def test_auto_k_follows_the_number_of_rows():
     x = torch.randn(90, 3)
     for function in (local_knn, ca_pca):
         torch.testing.assert_close(function(x).estimate, function(x, k=9).estimate)
+        with pytest.raises(ValueError, match=r"rows of shape \(..., N, D\), got \(90,\)"):
+            function(x[:, 0])
     torch.testing.assert_close(local_knn(x[:7]).estimate, local_knn(x[:7], k=2).estimate)
 
 

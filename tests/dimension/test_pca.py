@@ -82,6 +82,17 @@ def test_global_pca_counts_copies_once():
     assert repeated.duplicates == 400 and repeated.rows == 80
 
 
+@pytest.mark.parametrize("rule", ["kaiser", "broken_stick", "ratio"])
+def test_copies_add_no_eigenvalue(rule):
+    """Fewer distinct rows than features: zeros for the copies would lower Kaiser's mean and lengthen the stick."""
+    x = torch.randn(2, 8, 40) * torch.linspace(0.2, 2, 40)
+    dirty = torch.cat((x, x[:, :3].repeat(1, 20, 1)), 1)
+    dirty[1, -1] = x[1, 4]
+    repeated = global_pca(dirty, rule=rule)
+    torch.testing.assert_close(repeated.estimate, global_pca(x, rule=rule).estimate)
+    assert repeated.rows.tolist() == [8, 8] and repeated.duplicates.tolist() == [60, 60]
+
+
 @settings(max_examples=15)
 @given(exponent=st.floats(-6, 6), offset=st.sampled_from([0.0, 10.0, 1000.0]), seed=st.integers(0, 2**20))
 def test_unit_offset_and_rotation_change_nothing(exponent, offset, seed):
@@ -178,6 +189,10 @@ def test_settings_are_checked():
         GlobalPCA(alpha=0)
     with pytest.raises(ValueError, match="N >= 2"):
         global_pca(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="real rows.*complex64"):
+        global_pca(torch.zeros(4, 3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="hold NaN or Inf. Drop such rows first"):
+        global_pca(torch.tensor([[1.0, 2.0], [torch.inf, 0.0], [3.0, 1.0]]))
 
 
 # --- decimation

@@ -46,7 +46,7 @@ def local_knn(
     >>> print(f"{local_knn(sheet, k=30).estimate:.1f}")
     2.0
     """
-    k = auto_k(k, x.shape[-2])
+    k = auto_k(k, x.shape[-2:][0])  # a single dimension is refused by the search, in words
     table = distinct_neighbors(x, 2 * k, memory=memory)
     return local_knn_from_distances(table.distance, table.duplicates, k=k)[0]
 
@@ -171,7 +171,7 @@ def ca_pca(x: Tensor, *, k: int | Literal["auto"] = "auto", memory: int | None =
     >>> print(f"{ca_pca(sphere, k=30).estimate:.1f}")
     2.0
     """
-    k = auto_k(k, x.shape[-2])
+    k = auto_k(k, x.shape[-2:][0])  # a single dimension is refused by the search, in words
     table = distinct_neighbors(x, k + 1, memory=memory)
     return _ca_pca(x, table.distance, table.index, table.duplicates, k=k, memory=memory)[0]
 

@@ -75,24 +75,16 @@ def pca_dimension(
     return torch.where(torch.isnan(total.squeeze(-1)), torch.nan, above.sum(-1).double())
 
 
-def spectrum_of(rows: Tensor, mask: Tensor | None = None) -> Tensor:
+def spectrum_of(rows: Tensor) -> Tensor:
     """Covariance eigenvalues (unbiased, centred) of (*B, N, D), descending: (*B, min(N, D)) in float64.
 
-    ``mask`` (*B, N): the rows that count. The smaller of D x D and N x N is decomposed.
+    The smaller of D x D and N x N is decomposed.
     """
     rows = rows.double()
     n, width = rows.shape[-2:]
-    if mask is None:
-        rows = rows - rows.mean(-2, keepdim=True)
-        count = torch.full(rows.shape[:-2], n, dtype=torch.float64, device=rows.device)
-    else:
-        count = mask.sum(-1).double()
-        weight = mask.unsqueeze(-1).double()
-        mean = (rows * weight).sum(-2, keepdim=True) / count[..., None, None]
-        rows = (rows - mean) * weight
+    rows = rows - rows.mean(-2, keepdim=True)
     product = rows.mT @ rows if width <= n else rows @ rows.mT
-    values = torch.linalg.eigvalsh(product).flip(-1).clamp(min=0)
-    return values / (count - 1).clamp(min=1).unsqueeze(-1)
+    return torch.linalg.eigvalsh(product).flip(-1).clamp(min=0) / max(n - 1, 1)
 
 
 def global_pca(
@@ -109,22 +101,36 @@ def global_pca(
     >>> float(global_pca(sheet).estimate)
     2.0
     """
-    if x.ndim < 2 or x.shape[-2] < 2:
-        raise ValueError(f"GlobalPCA expects rows of shape (..., N, D) with N >= 2, got {tuple(x.shape)}.")
+    if x.ndim < 2 or x.shape[-2] < 2 or x.shape[-1] < 1 or x.is_complex():
+        raise ValueError(
+            f"GlobalPCA expects real rows of shape (..., N, D) with N >= 2, got {tuple(x.shape)} of {x.dtype}."
+        )
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(
+            f"GlobalPCA: the rows (shape {tuple(x.shape)}) hold NaN or Inf. Drop such rows first; "
+            f"run(..., nonfinite='drop') does it at all sites and counts them."
+        )
     rows = x.double() if not x.is_floating_point() else x.float() if x.dtype.itemsize < 4 else x
-    first = first_copies(rows.detach().reshape(-1, *rows.shape[-2:])).view(rows.shape[:-1])
-    mask = first == torch.arange(rows.shape[-2], device=rows.device)
-    values = spectrum_of(rows, mask)
-    count = mask.sum(-1)
-    return _of_spectrum(values, count, rows.shape[-2] - count, rule=rule, alpha=alpha, share=share)
+    flat = rows.reshape(-1, *rows.shape[-2:])
+    mask = first_copies(flat.detach()) == torch.arange(rows.shape[-2], device=rows.device)
+    count = mask.sum(-1).view(rows.shape[:-2])
+    settings = {"rule": rule, "alpha": alpha, "share": share}
+    if bool(mask.all()):
+        found = _counted(spectrum_of(rows), **settings)
+    else:  # data sets differ in how many rows are left, and so in how many eigenvalues: one by one
+        parts = [_counted(spectrum_of(part[kept]), **settings) for part, kept in zip(flat, mask)]
+        found = tuple(torch.stack(leaf).view(rows.shape[:-2]) for leaf in zip(*parts))
+    return _estimate(*found, count, rows.shape[-2] - count)
 
 
-def _of_spectrum(
-    values: Tensor, rows: Tensor, duplicates: Tensor, *, rule: str, alpha: float, share: float
-) -> DimensionEstimate:
-    estimate = pca_dimension(values, rule=rule, alpha=alpha, share=share)
-    warn_undefined(estimate, "GlobalPCA", "the rows do not vary")
+def _counted(values: Tensor, *, rule: str, alpha: float, share: float) -> tuple[Tensor, ...]:
+    """The dimension of a spectrum and the root of its sum."""
     spread = values.double().clamp(min=0).sum(-1).sqrt()
+    return pca_dimension(values, rule=rule, alpha=alpha, share=share), spread
+
+
+def _estimate(estimate: Tensor, spread: Tensor, rows: Tensor, duplicates: Tensor) -> DimensionEstimate:
+    warn_undefined(estimate, "GlobalPCA", "the rows do not vary")
     return DimensionEstimate(estimate, torch.full_like(estimate, torch.nan), spread, rows, duplicates)
 
 
@@ -233,7 +239,7 @@ class GlobalPCA(DimensionStage):
         if self.source == "sample":
             return global_pca(inputs[0], **settings)
         unknown = torch.full(inputs[0].shape[:-1], -1, dtype=torch.int64, device=inputs[0].device)
-        return _of_spectrum(inputs[0], unknown, unknown.clone(), **settings)
+        return _estimate(*_counted(inputs[0], **settings), unknown, unknown.clone())
 
 
 class ParticipationRatio(DimensionStage):
