@@ -14,6 +14,8 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from tdgeom.hooks.bound import Bound, eval_mode, may_stop, refuse_compiled
+from tdgeom.hooks.entries import write_entries
+from tdgeom.hooks.gradients import await_gradients, differentiable, replace_by_gradients
 from tdgeom.hooks.inputs import bound_tensors, input_keys, model_inputs, needs_decoder_ids
 from tdgeom.hooks.resolve import ResolvedSite, resolve_sites
 from tdgeom.hooks.session import Pass, Session, StopForward, read_named_outputs
@@ -242,7 +244,7 @@ class Capture(TensorDictModuleBase):
                 done = session.end()
                 self._refuse_missing(done.acts)
                 if backward:
-                    self._differentiate(done, output)
+                    replace_by_gradients(done, bound.sites, self.target(output))  # type: ignore[misc]
                 values = self._values(done, output)
         finally:
             session.close()
@@ -268,21 +270,8 @@ class Capture(TensorDictModuleBase):
 
     def _grad_mode(self, model: nn.Module) -> Any:
         if self.direction == "backward":
-            return _differentiable(model)
+            return differentiable(model)
         return nullcontext() if self.keep_graph else torch.no_grad()
-
-    def _differentiate(self, done: Pass, output: Any) -> None:
-        """Put the gradients of ``target(output)`` in place of what was read."""
-        scalar = self.target(output)  # type: ignore[misc]
-        if not isinstance(scalar, Tensor) or scalar.ndim:
-            got = tuple(scalar.shape) if isinstance(scalar, Tensor) else type(scalar).__name__
-            raise ValueError(f"target= expected a function that gives a scalar tensor, got {got}.")
-        entries = {entry.site: entry for entry in self._bound.sites}
-        roots = [done.roots[site] for site in done.acts]
-        grads = torch.autograd.grad(scalar, roots, allow_unused=True, materialize_grads=True)
-        for site, grad in zip(list(done.acts), grads, strict=True):
-            value = entries[site].gradient(grad)
-            done.acts[site] = value.reshape(done.acts[site].shape)
 
     def _fill_cache(self, values: dict[NestedKey, Tensor]) -> None:
         if self.cache is not None:
@@ -376,24 +365,12 @@ class Capture(TensorDictModuleBase):
         for name, value in bound_tensors(self._bound.signature, args, kwargs).items():
             td.set(name, value)
         if self.direction == "backward":
-            self._await_gradients(done, td)
+            leaves = dict(zip(self.sites, self._leaves, strict=False))
+            await_gradients(done, self._bound.sites, leaves, td, clone=self.clone)
             values = {k: v for k, v in values.items() if k in self._leaves[len(self.sites) :]}
         write_entries(td, values)
         self._fill_cache(values)
         calls.append(td)
-
-    def _await_gradients(self, done: Pass, td: TensorDictBase) -> None:
-        """Write each gradient to the call's TensorDict when the user's backward reaches the site."""
-        leaves = dict(zip(self.sites, self._leaves, strict=False))
-        for entry in self._bound.sites:
-            if entry.site in done.roots:
-                shape = done.acts[entry.site].shape
-
-                def arrive(grad: Tensor, entry: Any = entry, shape: torch.Size = shape) -> None:
-                    value = entry.gradient(grad.detach()).reshape(shape)
-                    td.set(leaves[entry.site], value.clone() if self.clone else value)
-
-                done.roots[entry.site].register_hook(arrive)
 
     # ------------------------------------------------------------------------------------------- errors
 
@@ -418,43 +395,3 @@ class Capture(TensorDictModuleBase):
     def __getstate__(self) -> dict:
         # hooks and open calls belong to the with block, not to copies of this module
         return {**self.__dict__, "_session": None, "_calls_open": None}
-
-
-@contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
-    """Gradients on; where every parameter is frozen they are let go for this one pass."""
-    frozen = [p for p in model.parameters() if p.is_floating_point()]
-    frozen = [] if any(p.requires_grad for p in frozen) else frozen
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
-def write_entries(tensordict: TensorDictBase, values: dict[NestedKey, Tensor]) -> None:
-    """Set every value, or none and an error where the batch size does not fit."""
-    size = tensordict.batch_size
-    for key, value in values.items() if size else ():
-        if value.shape[: len(size)] != size:
-            raise ValueError(
-                f"{key} has shape {tuple(value.shape)}, which does not start with the TensorDict's batch "
-                f"size {list(size)}. Remedy: give Capture a TensorDict with batch_size [] (td.batch_size = "
-                "[])."
-            )
-    # a new root is set whole: that costs a third of setting leaf by leaf
-    fresh: dict[str, dict[str, Tensor]] = {}
-    for key, value in values.items():
-        if (
-            not isinstance(key, str)
-            and len(key) == 2
-            and (key[0] in fresh or key[0] not in tensordict.keys())
-        ):
-            fresh.setdefault(key[0], {})[key[1]] = value
-        else:
-            tensordict.set(key, value)
-    for root, leaves in fresh.items():
-        tensordict.set(root, TensorDict(leaves, batch_size=size))

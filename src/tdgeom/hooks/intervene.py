@@ -13,9 +13,10 @@ from tensordict.utils import NestedKey
 from torch import nn
 
 from tdgeom.hooks.bound import Bound, eval_mode, refuse_compiled
-from tdgeom.hooks.capture import Capture, write_entries
+from tdgeom.hooks.capture import Capture
 from tdgeom.hooks.edit_session import EditSession
 from tdgeom.hooks.edits import Edit
+from tdgeom.hooks.entries import write_entries
 from tdgeom.hooks.inputs import input_keys, model_inputs
 from tdgeom.hooks.resolve import resolve_sites
 from tdgeom.hooks.session import read_named_outputs
