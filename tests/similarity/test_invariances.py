@@ -195,6 +195,16 @@ def test_leading_dimensions_are_batched(name):
     for i in range(2):
         for j in range(2):
             torch.testing.assert_close(value[i, j], measure(name, x[i, j], y[i, j]), rtol=0, atol=1e-12)
+    every = measure(name, x[0, :, None], y[0])
+    assert every.shape == (2, 2)
+    torch.testing.assert_close(every[1, 0], measure(name, x[0, 1], y[0, 0]), rtol=0, atol=1e-12)
+
+
+def test_kendalls_count_is_batched_over_broadcast_data_sets():
+    x, y = rows(0, n=12), torch.stack([rows(1, n=12), rows(2, n=12)])
+    value = sim.rsa(x[None], y, comparison="kendall_a")
+    expected = [sim.rsa(x, side, comparison="kendall_a") for side in y]
+    torch.testing.assert_close(value, torch.stack(expected), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", MEASURES)

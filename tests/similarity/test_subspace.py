@@ -99,7 +99,7 @@ def test_cosine_ignores_a_common_rotation_and_row_scale(seed, scale):
 def test_cosine_of_identical_rows_is_one_at_any_scale():
     x = torch.randn(50, 7)
     for scale in (1e-30, 1e-5, 1.0, 1e30):
-        assert layer_cosine_sim(x * scale, x * scale).item() == pytest.approx(1, abs=1e-6)
+        assert layer_cosine_sim(x * scale, x * scale).item() == pytest.approx(1, abs=1e-15)
 
 
 def test_zero_rows_are_left_out_and_all_zero_is_undefined():
@@ -109,3 +109,11 @@ def test_zero_rows_are_left_out_and_all_zero_is_undefined():
     torch.testing.assert_close(layer_cosine_sim(x, y), expected)
     with pytest.warns(UndefinedMeasureWarning, match="layer_cosine_sim"):
         assert layer_cosine_sim(torch.zeros(3, 2), torch.ones(3, 2)).isnan()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_is_not_left_out(bad):
+    x, y = torch.randn(6, 4), torch.randn(6, 4)
+    x[2, 1] = bad
+    with pytest.warns(UndefinedMeasureWarning, match="not finite"):
+        assert layer_cosine_sim(x, y).isnan()

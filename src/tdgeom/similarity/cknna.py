@@ -27,7 +27,14 @@ class _Neighbours(NamedTuple):
     own: Tensor  # unbiased HSIC of the masked kernel with itself
 
 
-def _neighbours(x: Tensor, k: int, measure: str) -> list[_Neighbours]:
+class _Side(NamedTuple):
+    """Every data set of one side, and how they are laid out."""
+
+    items: list[_Neighbours]
+    lead: tuple[int, ...]
+
+
+def _neighbours(x: Tensor, k: int, measure: str) -> _Side:
     x = as_rows(x, measure)
     n = x.shape[-2]
     if not 2 <= k < n:
@@ -44,7 +51,7 @@ def _neighbours(x: Tensor, k: int, measure: str) -> list[_Neighbours]:
             value.append(top.values)
         side = _Neighbours(torch.cat(index), torch.cat(value), rows.new_zeros(()))
         found.append(side._replace(own=_hsic(side, side)))
-    return found
+    return _Side(found, tuple(x.shape[:-2]))
 
 
 def _hsic(a: _Neighbours, b: _Neighbours) -> Tensor:
@@ -76,9 +83,11 @@ def _hsic(a: _Neighbours, b: _Neighbours) -> Tensor:
     return trace + k_values.sum() * l_values.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (columns @ rows)
 
 
-def _compare(a: list[_Neighbours], b: list[_Neighbours], lead: tuple[int, ...]) -> Tensor:
+def _compare(a: _Side, b: _Side) -> Tensor:
+    lead = torch.broadcast_shapes(a.lead, b.lead)
+    places = [torch.arange(len(side.items)).reshape(side.lead).expand(lead).flatten() for side in (a, b)]
     values = []
-    for p, q in zip(a, b):
+    for p, q in zip(*([side.items[i] for i in place] for side, place in zip((a, b), places))):
         cross = _hsic(p, q)
         defined = (p.own > 0) & (q.own > 0)
         values.append(torch.where(defined, cross / (p.own.abs().sqrt() * q.own.abs().sqrt()), torch.nan))
@@ -111,7 +120,7 @@ def cknna(x: Tensor, y: Tensor, k: int = 10) -> Tensor:
         1.0
     """
     check_matched(x, y, "cknna")
-    return _compare(_neighbours(x, k, "cknna"), _neighbours(y, k, "cknna"), x.shape[:-2])
+    return _compare(_neighbours(x, k, "cknna"), _neighbours(y, k, "cknna"))
 
 
 class CKNNA(PairStage):
@@ -131,12 +140,10 @@ class CKNNA(PairStage):
         super().__init__(in_keys=in_keys, out_keys=out_keys)
         self.k = k
 
-    def prepare(self, sample: Tensor) -> tuple[list[_Neighbours], tuple[int, ...]]:
+    def prepare(self, sample: Tensor) -> _Side:
         """Neighbours and the site's own HSIC, once a site."""
-        return _neighbours(sample, self.k, "CKNNA"), tuple(sample.shape[:-2])
+        return _neighbours(sample, self.k, "CKNNA")
 
-    def compare(
-        self, a: tuple[list[_Neighbours], tuple[int, ...]], b: tuple[list[_Neighbours], tuple[int, ...]]
-    ) -> Tensor:
+    def compare(self, a: _Side, b: _Side) -> Tensor:
         """Pairs that are neighbours on both sides: O(N k)."""
-        return _compare(a[0], b[0], a[1])
+        return _compare(a, b)

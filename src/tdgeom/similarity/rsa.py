@@ -65,6 +65,7 @@ def _kendall_a(a: Tensor, b: Tensor) -> Tensor:
     """(concordant - discordant)/all pairs of pairs, from SciPy's O(m log m) tau-b, whose denominator leaves out ties."""
     from scipy.stats import kendalltau
 
+    a, b = torch.broadcast_tensors(a, b)
     m = a.shape[-1]
     total = m * (m - 1) / 2
     values = []

@@ -84,9 +84,13 @@ class SubspaceNovelty(PairStage):
 
 
 def _unit_rows(x: Tensor) -> Tensor:
-    # The largest magnitude is divided out first: float32 rows of any scale have a norm.
-    x = x / x.detach().abs().amax(-1, keepdim=True)
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    """Rows of unit norm in float64; zero rows stay zero."""
+    x = x.double()
+    # The largest magnitude is divided out first: rows of any scale have a norm.
+    size = x.detach().abs().amax(-1, keepdim=True)
+    x = x / torch.where(size == 0, 1, size)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(size == 0, 1, norm)
 
 
 def layer_cosine_sim(x: Tensor, y: Tensor) -> Tensor:
@@ -97,10 +101,12 @@ def layer_cosine_sim(x: Tensor, y: Tensor) -> Tensor:
 
     Returns:
         (...) float64 in [-1, 1], over the rows that have a direction on both sides: a zero row has no
-        cosine and is left out. NaN with one warning where no row has one.
+        cosine and is left out. NaN with one warning where no row has one, or a value is not finite.
 
     Invariances: one rotation of both sides, and positive scale of any row; not separate rotations, not
-    offsets. No bias with few rows.
+    offsets. No bias with few rows. Features of large mean bring it near 1 whatever the rows do.
+
+    Men et al. 2024, arXiv 2403.03853 (1 minus it, between a block's input and output, is their block influence).
 
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
         >>> layer_cosine_sim(x, torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]]))
@@ -111,9 +117,13 @@ def layer_cosine_sim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _mean_cosine(a: Tensor, b: Tensor) -> Tensor:
-    cosine = (a * b).sum(-1, dtype=torch.float64)
-    value = cosine.nanmean(-1).clamp(-1, 1)  # a zero row is NaN since its scaling
-    return warn_undefined(value, "layer_cosine_sim", "every row is zero on one side.")
+    # NaN is not 0: a row that is not finite counts, and shows
+    counted = (a != 0).any(-1) & (b != 0).any(-1)
+    cosine = torch.where(counted, (a * b).sum(-1), 0.0)
+    value = (cosine.sum(-1) / counted.sum(-1)).clamp(-1, 1)
+    return warn_undefined(
+        value, "layer_cosine_sim", "every row is zero on one side, or there are values that are not finite."
+    )
 
 
 class LayerCosine(PairStage):
