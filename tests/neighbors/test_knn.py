@@ -282,6 +282,8 @@ def test_distinct_neighbors_names_first_occurrences():
         (torch.zeros(4, 3), 1.0, {}, "at least 1, got 1.0"),
         (torch.zeros(4), 1, {}, r"shape \(..., N, D\), got \(4,\)"),
         (torch.tensor([[0.0], [math.nan]]), 1, {}, "NaN or Inf"),
+        (torch.eye(4).double() * 1e200, 1, {}, "reach 1e.200.*leaves the range of float64.*unit between"),
+        (torch.eye(4).double() * 1e-200, 1, {}, "reach 1e-200"),
         (torch.zeros(4, 3), 1, {"metric": "cosine"}, "no direction"),
         (torch.zeros(4, 3), 1, {"metric": "manhattan"}, "Minkowski"),
         (torch.zeros(4, 3), 1, {"metric": 0.5}, "p >= 1"),

@@ -183,6 +183,59 @@ def test_unit_offset_and_rotation_change_nothing(exponent, offset, seed):
     assert information_imbalance(moved, y) == information_imbalance(x, y)
 
 
+def moved(x: torch.Tensor, seed: int, exponent: float, offset: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    rotation = torch.linalg.qr(torch.randn(x.shape[-1], x.shape[-1], dtype=x.dtype, generator=generator)).Q
+    return (
+        x @ rotation + offset * torch.randn(x.shape[-1], dtype=x.dtype, generator=generator)
+    ) * 10.0**exponent
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**20),
+    exponents=st.tuples(st.floats(-6, 6), st.floats(-6, 6)),
+    offset=st.sampled_from([0.0, 10.0, 1000.0]),
+    k=st.integers(1, 20),
+)
+@pytest.mark.parametrize("function", [neighborhood_overlap, jaccard_knn])
+def test_claimed_invariances(function, seed, exponents, offset, k):
+    """Orthogonal maps, isotropic scale and offsets of either side; with the cosine, scale of any row instead."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(50, 6, dtype=torch.float64, generator=generator)
+    y = x[:, :4] + torch.randn(50, 4, dtype=torch.float64, generator=generator)
+    value = function(x, y, k=k)
+    assert 0 <= value <= 1
+    assert (
+        function(moved(x, seed, exponents[0], offset), moved(y, seed + 1, exponents[1], offset), k=k) == value
+    )
+    assert function(y, x, k=k) == value
+    assert function(x, moved(x, seed, exponents[0], offset), k=k) == 1
+    value = function(x, y, k=k, metric="cosine")
+    scaled = moved(x, seed, exponents[0], 0.0) * torch.rand(
+        50, 1, dtype=torch.float64, generator=generator
+    ).add(0.1)
+    assert function(scaled, moved(y, seed + 1, exponents[1], 0.0), k=k, metric="cosine") == value
+
+
+@pytest.mark.parametrize("function", [neighborhood_overlap, jaccard_knn])
+def test_linear_maps_and_offsets_that_are_not_ignored_show(function):
+    x, y = torch.randn(200, 6), torch.randn(200, 6)
+    y[:, :3] += 3 * x[:, :3]
+    value = function(x, y, k=10)
+    assert (function(x * torch.tensor([1, 1, 1, 30, 30, 30]), y, k=10) - value).abs() > 0.01
+    value = function(x, y, k=10, metric="cosine")
+    assert (function(x + 5, y, k=10, metric="cosine") - value).abs() > 0.01
+
+
+def test_bias_with_few_rows_is_the_documented_one():
+    n, k = 40, 12
+    x, y = torch.randn(300, n, 8), torch.randn(300, n, 8)
+    for function, expected in ((neighborhood_overlap, k / (n - 1)), (jaccard_knn, k / (2 * (n - 1) - k))):
+        assert function(x, y, k=k).mean() == pytest.approx(expected, rel=0.05)
+        assert (function(x, y, k=n - 1) == 1).all()
+
+
 @pytest.mark.parametrize("duplicated", [False, True])
 def test_tables_serve_as_well_as_samples(duplicated):
     x, y, label = torch.randn(90, 4), torch.randn(90, 6), torch.randint(0, 3, (90,))

@@ -11,6 +11,11 @@ from tdgeom.neighbors._distinct import expand_table
 
 __all__ = ["Neighbors", "assemble", "distances_to", "flatten", "over_all_rows", "prepare_rows"]
 
+_SMALLEST, _LARGEST = (
+    1e-140,
+    1e150,
+)  # of the largest value; squares of differences between rows are then numbers
+
 
 class Neighbors(NamedTuple):
     """A neighbour table: what ``nearest_neighbors`` returns, in the order that ``NearestNeighbors`` writes."""
@@ -40,10 +45,17 @@ def prepare_rows(x: Tensor, k: int, metric: str | float) -> tuple[Tensor, float]
         x = x.float()
     if x.device.type == "mps":  # no float64 there
         x = x.cpu()
-    if not bool(torch.isfinite(torch.stack(torch.aminmax(x))).all()):  # one pass; NaN wins in both
+    ends = torch.stack(torch.aminmax(x.detach()))  # one pass; NaN wins in both
+    if not bool(torch.isfinite(ends).all()):
         raise ValueError(
             f"nearest neighbours: the rows (shape {tuple(x.shape)}) hold NaN or Inf. Drop such rows first; "
             f"run(..., nonfinite='drop') does it at all sites and counts them."
+        )
+    size = float(ends.abs().max())
+    if size and not _SMALLEST <= size <= _LARGEST:
+        raise ValueError(
+            f"nearest neighbours: the rows reach {size:.0e}, whose square leaves the range of float64. Give them in a "
+            f"unit between {_SMALLEST:.0e} and {_LARGEST:.0e}."
         )
     if metric == "euclidean":
         return x, 2.0

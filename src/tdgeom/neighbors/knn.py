@@ -53,7 +53,8 @@ def nearest_neighbors(
         asks for them.
 
     Raises:
-        ValueError: fewer than two rows, k < 1, k >= N, a non-finite value, or a zero row under ``"cosine"``.
+        ValueError: fewer than two rows, k < 1, k >= N, a non-finite value, rows of a size whose square is no number
+            (beyond 1e150, below 1e-140), or a zero row under ``"cosine"``.
 
     >>> import torch
     >>> table = nearest_neighbors(torch.tensor([[0.0], [1.0], [1.0], [3.0]]), 2)

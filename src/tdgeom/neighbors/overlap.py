@@ -53,7 +53,12 @@ def neighborhood_overlap(
         x, y: (\*B, N, D) and (\*B, N, E), rows matched. k: 1 <= k < N. metric: as in ``nearest_neighbors``.
 
     Returns:
-        (\*B,) in [0, 1], float64; 1 if all neighbourhoods agree, k/(N-1) on average if they are unrelated.
+        (\*B,) in [0, 1], float64; 1 if all neighbourhoods agree.
+
+    Invariances: orthogonal maps, isotropic scale and offsets of either side (``metric="cosine"``: orthogonal maps and
+    positive scale of any row; not offsets); not invertible linear maps. Bias: upwards when rows are few: unrelated
+    sides give k/(N-1) on average, and 1 at k = N-1, so compare at equal N and k only. Rows that are all alike have
+    neighbours by their order alone, which means nothing.
 
     Raises:
         ValueError: rows that do not match, and whatever ``nearest_neighbors`` refuses.
@@ -75,8 +80,16 @@ def jaccard_knn(
 ) -> Tensor:
     r"""Mean Jaccard index of neighbourhoods: mean_i |N_k(i) ∩ N'_k(i)|/|N_k(i) ∪ N'_k(i)|.
 
-    Arguments, conventions and errors as ``neighborhood_overlap``; (\*B,) in [0, 1], float64, never above the
-    overlap.
+    Arguments, conventions and errors as ``neighborhood_overlap``.
+
+    Returns:
+        (\*B,) in [0, 1], float64; 1 if all neighbourhoods agree, never above the overlap.
+
+    Invariances: as ``neighborhood_overlap``: orthogonal maps, isotropic scale and offsets of either side; not invertible
+    linear maps. Bias: upwards when rows are few: unrelated sides give about k/(2(N-1) - k), and 1 at k = N-1.
+
+    Jaccard 1901; Klabunde et al. 2023, arXiv 2305.06329 (survey: k-NN Jaccard similarity); Tavares et al. 2024, arXiv
+    2411.08687.
 
     >>> import torch
     >>> x = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
