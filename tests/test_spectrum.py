@@ -171,6 +171,30 @@ def test_one_degenerate_layer_leaves_the_others_alone():
     assert td["spectrum", "d_pr"][1].isnan() and int(td["spectrum", "k90"][1]) == -1
 
 
+@pytest.mark.parametrize("d", [5, 150])
+def test_the_order_of_the_eigenvalues_does_not_matter(d):
+    values = decaying(d)
+    expected = reference(values)
+    shuffled = values[torch.randperm(d, generator=torch.Generator().manual_seed(d))]
+    for given_order in (values.flip(0), shuffled):  # ascending is what torch.linalg.eigvalsh gives
+        found = F.spectrum_metrics(given_order)
+        for name in expected:
+            assert float(found[name]) == pytest.approx(expected[name], rel=1e-9, nan_ok=True), name
+        slopes = (F.log_spectrum_slope, F.alpha_req)
+        assert [float(f(given_order).nan_to_num()) for f in slopes] == [
+            float(f(values).nan_to_num()) for f in slopes
+        ]
+
+
+def test_rows_in_place_of_eigenvalues_are_refused():
+    rows = torch.tensor([[3.0, -2.0, 1.0], [1.0, 0.5, 0.2]])
+    with pytest.raises(
+        ValueError,
+        match=r"'eigenvalues' to hold the eigenvalues of a covariance.*got -2 \(shape \(2, 3\)\).*EigenSpectrum",
+    ):
+        tg.SpectrumMetrics()(eigenvalues=rows)
+
+
 def test_tiny_negative_eigenvalues_count_as_zero():
     values = decaying(20)
     found = F.spectrum_metrics(torch.cat([values, torch.tensor([-1e-18])]))

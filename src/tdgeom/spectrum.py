@@ -150,15 +150,20 @@ def _slope_over_ranks(values: Tensor, first: int, last: int, x: Tensor, weight: 
     return torch.where(real.sum(-1) > 5, slope, torch.full_like(slope, torch.nan))
 
 
+def _descending(eigenvalues: Tensor) -> Tensor:
+    # torch.linalg.eigvalsh gives them ascending, and every measure of rank would be of the wrong end, without a word.
+    return eigenvalues.double().sort(-1, descending=True).values
+
+
 def log_spectrum_slope(eigenvalues: Tensor, first: int = 10, last: int = 200) -> Tensor:
     """Least-squares slope of ln λ on 0-based rank over ranks first..min(last, D)-1: (*B, D) -> (*B,).
 
-    Eigenvalues at rounding level (λ <= D·eps·λ₁) are left out; NaN with 5 or fewer points.
+    Eigenvalues, in any order, at rounding level (λ <= D·eps·λ₁) are left out; NaN with 5 or fewer points.
 
     >>> round(float(log_spectrum_slope(torch.exp(-0.1 * torch.arange(50.0).double()))), 6)
     -0.1
     """
-    values = eigenvalues.double()
+    values = _descending(eigenvalues)
     last = max(min(last, values.shape[-1]), first)
     rank = torch.arange(first, last, dtype=torch.float64, device=values.device)
     return _slope_over_ranks(values, first, last, rank, torch.ones_like(rank))
@@ -167,28 +172,28 @@ def log_spectrum_slope(eigenvalues: Tensor, first: int = 10, last: int = 200) ->
 def alpha_req(eigenvalues: Tensor, first: int = 11, last: int = 100) -> Tensor:
     """Power-law exponent of the spectrum: minus the slope of ln λ on ln rank, (*B, D) -> (*B,).
 
-    1-based ranks first..min(last, D), squared residuals weighted 1/rank, λ above rounding only; NaN with 5 or fewer
-    points. Stringer et al. (2019), High-dimensional geometry of population responses in visual cortex; Agrawal et al.
-    (2022), alpha-ReQ.
+    1-based ranks first..min(last, D) of λ given in any order, squared residuals weighted 1/rank, λ above rounding only; NaN
+    with 5 or fewer points. Stringer et al. (2019), High-dimensional geometry of population responses in visual cortex;
+    Agrawal et al. (2022), alpha-ReQ.
 
     >>> round(float(alpha_req(torch.arange(1.0, 101.0).double() ** -1.5)), 6)
     1.5
     """
-    values = eigenvalues.double()
+    values = _descending(eigenvalues)
     last = max(min(last, values.shape[-1]), first - 1)
     rank = torch.arange(first, last + 1, dtype=torch.float64, device=values.device)
     return -_slope_over_ranks(values, first - 1, last, rank.log(), 1 / rank)
 
 
 def spectrum_metrics(eigenvalues: Tensor, *, alpha_ranks: tuple[int, int] = (11, 100)) -> dict[str, Tensor]:
-    """Every measure of ``SpectrumMetrics`` by name: (*B, D) descending eigenvalues -> (*B,) each.
+    """Every measure of ``SpectrumMetrics`` by name: (*B, D) eigenvalues in any order -> (*B,) each.
 
     float64, except the counts k90, k95, k99 (int64, -1 when undefined) and near_rank1 (bool).
 
     >>> round(float(spectrum_metrics(torch.tensor([1.0, 1.0, 0.0]))["d_pr"]), 6)
     2.0
     """
-    values = eigenvalues.double().clamp(min=0)
+    values = _descending(eigenvalues).clamp(min=0)
     d = values.shape[-1]
     total = values.sum(-1)
     defined = total > 0
@@ -230,8 +235,11 @@ class SpectrumMetrics(Stage):
     ``k99`` = smallest k with that cumulative share; ``log_spectrum_slope_10_200``; ``alpha_req``; ``isoscore`` =
     (d_pr-1)/(D-1); ``near_rank1`` = top1_share >= 0.99 and k90 <= 1. All are free of the data's scale and rotation.
 
-    Reads ``"eigenvalues"`` (*B, D), descending; writes ``("spectrum", name)`` (*B,). Without variance every measure is
+    Reads ``"eigenvalues"`` (*B, D), in any order; writes ``("spectrum", name)`` (*B,). Without variance every measure is
     NaN (counts -1) and one ``UndefinedMeasureWarning`` says so.
+
+    Raises:
+        ValueError: negative values beyond rounding, which no covariance has.
 
         >>> import torch, tdgeom as tg
         >>> from tensordict import TensorDict
@@ -255,13 +263,26 @@ class SpectrumMetrics(Stage):
 
     def compute(self, eigenvalues: Tensor) -> Mapping[str, Tensor]:
         """See ``spectrum_metrics``."""
-        if not torch.compiler.is_compiling() and not bool((eigenvalues.sum(-1) > 0).all()):
+        if not torch.compiler.is_compiling():
+            self._check(eigenvalues)
+        return spectrum_metrics(eigenvalues, alpha_ranks=self.alpha_ranks)
+
+    def _check(self, eigenvalues: Tensor) -> None:
+        negative = eigenvalues.amin(-1) < -1e-3 * eigenvalues.abs().amax(-1)
+        flags = torch.stack([negative.any(), (eigenvalues.sum(-1) > 0).all()])  # one wait for the device
+        below_zero, varied = flags.tolist()
+        if below_zero:
+            raise ValueError(
+                f"SpectrumMetrics expects {self.in_keys[0]!r} to hold the eigenvalues of a covariance, which are not "
+                f"negative; got {float(eigenvalues.min()):.3g} (shape {tuple(eigenvalues.shape)}). From rows: "
+                f"StreamingCovariance, then EigenSpectrum."
+            )
+        if not varied:
             warnings.warn(
                 f"SpectrumMetrics: {self.in_keys[0]!r} has no variance (or NaN), so its measures are NaN and -1",
                 UndefinedMeasureWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        return spectrum_metrics(eigenvalues, alpha_ranks=self.alpha_ranks)
 
 
 def rankme(count: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:

@@ -123,8 +123,7 @@ def model_inputs(
         if value is None:
             raise KeyError(
                 f"Capture expected the model's input {name!r} under the key {key!r}; the TensorDict has "
-                f"{sorted(map(str, tensordict.keys()))}. Remedy: add it, or Capture(..., "
-                "in_keys={{name!r}: <key>})."
+                f"{sorted(map(str, tensordict.keys()))}. Remedy: add it, or Capture(..., in_keys={{{name!r}: <key>}})."
             )
         given[name] = value
     kept_back = {*CARRIED, *withhold}
