@@ -153,6 +153,36 @@ def test_norm_outputs():
     torch.testing.assert_close(acts["mlp_norm.1"], acts["residual_output.1"], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["BitNet", "Llama4", "DeepseekV3"])
+def test_norms_inside_attention_are_not_the_block_s(name):
+    import transformers as tf
+
+    latent = {
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 4,
+    }
+    dense = {
+        "first_k_dense_replace": 9,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    changes = {
+        "BitNet": {},
+        "Llama4": {"head_dim": 4, "num_local_experts": 2, "intermediate_size_mlp": 32},
+        "DeepseekV3": {"num_key_value_heads": 4, **latent, **dense},
+    }[name]
+    config = getattr(tf, "Llama4TextConfig" if name == "Llama4" else f"{name}Config")
+    model = models._seeded(getattr(tf, f"{name}ForCausalLM"), config(**{**models._LLAMA, **changes}))
+    acts = Capture(model, ["attn_norm", "attn_input"])(TensorDict(models.text_batch()))["acts"]
+    for layer in range(models.DEPTH):
+        assert torch.equal(acts[f"attn_norm.{layer}"], acts[f"attn_input.{layer}"])
+
+
 def test_heads_are_selected():
     model, batch = models.llama(), TensorDict(models.text_batch())
     kinds = ["k", "z", "head_output", "attn_pattern", "residual_input"]
@@ -267,6 +297,25 @@ def test_gradients_are_those_of_autograd():
     for site in ("residual_mid.1", "attn_output.1"):
         torch.testing.assert_close((grads[site] * noise).sum(), slope, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(grads["head_output.1"][:, :, 2], grads["attn_output.1"])
+
+
+@pytest.mark.parametrize("name", ["gemma2", "olmo2"])
+def test_heads_behind_a_norm_have_the_gradient_of_their_sum(name):
+    model, batch = models.TEXT_MODELS[name](), models.text_batch()
+    target = lambda out: out.logits[:, -1, 3].sum()
+    capture = Capture(model, ["head_output", "attn_output"], direction="backward", target=target)
+    for grads in (capture(TensorDict(batch))["grads"], _around(model, capture, batch, target)):
+        for layer in range(models.DEPTH):
+            heads, whole = grads[f"head_output.{layer}"], grads[f"attn_output.{layer}"]
+            assert whole.abs().max() > 0
+            torch.testing.assert_close(heads, whole[:, :, None].expand_as(heads))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def _around(model, capture, batch, target):
+    with capture as calls:
+        target(model(**batch)).backward()
+    return calls[0]["grads"]
 
 
 def test_gradients_around_the_user_s_own_backward():

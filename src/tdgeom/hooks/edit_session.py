@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tdgeom.hooks.edits import Edit
 from tdgeom.hooks.inputs import bound_tensors, read_signature
-from tdgeom.hooks.kernel import eager_attention, watch_softmax
+from tdgeom.hooks.kernel import eager_attention, padding_cutters, watch_softmax, whole_batches
 from tdgeom.hooks.readers import read_input, read_output, write_output
 from tdgeom.hooks.resolve import ResolvedSite
 from tdgeom.hooks.sites import PATTERN_KINDS
@@ -66,6 +66,7 @@ class EditSession:
         self.leading: dict[str, torch.Size] = {}
         self.fired: dict[tuple[str, str], int] = defaultdict(int)
         self.around: dict[str, list[Tensor]] = defaultdict(list)
+        self.behind: dict[nn.Module, list[Tensor]] = defaultdict(list)
         self.special = special
         try:
             self._install(model, plan)
@@ -80,6 +81,7 @@ class EditSession:
         self.undo.close()
         self.calls.clear()
         self.around.clear()
+        self.behind.clear()
 
     def _install(self, model: nn.Module, plan: Sequence[tuple[ResolvedSite, Sequence[Any]]]) -> None:
         places: dict[tuple[str, str], list[tuple[ResolvedSite, Sequence[Any], str]]] = defaultdict(list)
@@ -87,6 +89,8 @@ class EditSession:
             places[entry.module_path, entry.side].append((entry, edits, _owner(model, entry)))
         if any(entry.side in ("scores", "pattern") for entry, _ in plan):
             self.undo.enter_context(eager_attention(model))
+        if padding_cutters(model):
+            self.undo.enter_context(whole_batches(model))
         for owner in sorted({owner for entries in places.values() for *_, owner in entries}):
             self.calls[owner] = CallInfo()
             module = model.get_submodule(owner)
@@ -102,6 +106,8 @@ class EditSession:
             # before every other hook on the block's output: it belongs to what the block gives
             hook = partial(self._on_block_end, path)
             self.handles.append(model.get_submodule(path).register_forward_hook(hook, prepend=True))
+        for module in {entry.behind for entry, _ in plan} - {None}:
+            self.handles.append(module.register_forward_hook(self._on_behind, prepend=True))
         for (path, side), entries in places.items():
             module = model.get_submodule(path)
             if side in ("scores", "pattern"):
@@ -134,7 +140,12 @@ class EditSession:
         if not changes:
             return output
         value = read_output(args, {}, output)
-        return write_output(args, {}, output, value + sum(changes))
+        # a part of the block may work on flattened tokens
+        return write_output(args, {}, output, value + sum(change.reshape(value.shape) for change in changes))
+
+    def _on_behind(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        changes = self.behind.pop(module, None)
+        return output if not changes else output + sum(change.to(output) for change in changes)
 
     def _on_input(self, place: tuple, entries: list, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         for entry, edits, owner in self._due(place, entries):
@@ -149,7 +160,10 @@ class EditSession:
         self, place: tuple, entries: list, module: nn.Module, args: tuple, kwargs: dict, output: Any
     ) -> Any:
         for entry, edits, owner in self._due(place, entries):
-            value = self._edit(entry, edits, owner, entry.read(args, kwargs, output))
+            before = entry.read(args, kwargs, output)
+            value = self._edit(entry, edits, owner, before)
+            if entry.behind is not None:
+                self.behind[entry.behind].append((value - before).sum(-2) / entry.scale)
             output = entry.write(args, kwargs, output, value)
         return output
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 Watcher = Callable[[str, Tensor], Tensor]
 _SOFTMAX = {functional.softmax, torch.softmax, Tensor.softmax}
 _WATCHED: WeakKeyDictionary[nn.Module, list[Watcher]] = WeakKeyDictionary()
+_CUTTERS: WeakKeyDictionary[nn.Module, list[ref]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -50,6 +51,27 @@ def _configs(model: nn.Module) -> list[Any]:
         found[id(config)] = config
         waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ()]
     return list(found.values())
+
+
+def padding_cutters(model: nn.Module) -> list[nn.Module]:
+    """The ``nn.TransformerEncoder`` in a model that may cut padding out of its batches (nested tensors)."""
+    if model not in _CUTTERS:
+        # one look a model: this is asked for at every call
+        _CUTTERS[model] = [ref(m) for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    return [module for found in _CUTTERS[model] if (module := found()) is not None]
+
+
+@contextmanager
+def whole_batches(model: nn.Module) -> Iterator[None]:
+    """Inside, batches stay (B, T, D): layers with hooks have no fast path, and the slow one takes no nested tensors."""
+    changed = [module for module in padding_cutters(model) if module.use_nested_tensor]
+    try:
+        for module in changed:
+            module.use_nested_tensor = False
+        yield
+    finally:
+        for module in changed:
+            module.use_nested_tensor = True
 
 
 @contextmanager

@@ -18,7 +18,7 @@ _ATTENTION = re.compile(r"attn|attention", re.I)
 _CROSS = re.compile(r"cross|encdec|encoder_?attn|encoder_?attention", re.I)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|(^|_)ffw?(_|$)|moe|layerff|denserelu|denseact|densegated", re.I)
 _ROUTER = re.compile(r"router", re.I)
-_QK = re.compile(r"(^|_)[qk]_?(layer)?_?norm|(query|key)_?(layer)?_?norm", re.I)
+_QK = re.compile(r"(^|_)q?[qk]_?(layer)?_?norm|(query|key)_?(layer)?_?norm", re.I)
 _DOWN = re.compile(r"down|out|(^|_)c_proj|fc2|^w2$|^wo$|4h_to_h|lin2", re.I)
 
 
@@ -85,6 +85,11 @@ def find_parts(block: nn.Module) -> dict[str, Place]:
 def adds_stream(module: nn.Module) -> bool:
     """Whether a module takes the residual stream as a second input and adds it itself."""
     return bool({"residual", "input_tensor"} & set(inspect.signature(module.forward).parameters))
+
+
+def has_cross_attention(block: nn.Module) -> bool:
+    """Whether a block also attends to another sequence."""
+    return any(_CROSS.search(name) for name, _ in block.named_modules())
 
 
 def is_neutral(module: nn.Module) -> bool:
@@ -224,7 +229,10 @@ def _norm_parts(block: nn.Module, parts: dict[str, Place], attention: str) -> di
     norms = [(p, m) for p, m in norms if p not in branch and not _QK.search(p.rpartition(".")[2])]
     norms = [(p, m) for p, m in norms if not _CROSS.search(p)]
     inner = parts["mlp_input"].path
-    norms = [(p, m) for p, m in norms if not p.startswith(inner + ".")]
+    # norms of queries and keys, of latents, or in front of the output projection are the attention's own
+    core = parts["attn_input"].path
+    norms = [(p, m) for p, m in norms if not p.startswith((inner + ".", core + "."))]
+    norms.sort(key=lambda entry: "input" not in entry[0].rpartition(".")[2])  # one family registers it last
     if _is_parallel(block) or (len(norms) < 2 and not branch):
         if norms and not branch:
             found["attn_norm"] = Place(norms[0][0], "output")

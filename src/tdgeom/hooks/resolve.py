@@ -26,7 +26,7 @@ from tdgeom.hooks.sites import (
     select_layers,
     unknown_kind,
 )
-from tdgeom.hooks.views import View, take_heads
+from tdgeom.hooks.views import HeadOutput, View, take_heads
 
 # Which of the two outputs in a block the residual stream receives: what else transforms them is worth an
 # error.
@@ -55,6 +55,11 @@ class ResolvedSite:
     heads: tuple[int, ...] | None = None
     groups: int = 1
     bypass: bool = False
+
+    @property
+    def behind(self) -> nn.Module | None:
+        """The norm or scale between a projection and the sum that its heads' shares add up to, where there is one."""
+        return self.view.behind if isinstance(self.view, HeadOutput) else None
 
     @property
     def head_axis(self) -> int | None:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdgeom.hooks.kernel import eager_attention, watch_softmax
+from tdgeom.hooks.kernel import eager_attention, padding_cutters, watch_softmax, whole_batches
 from tdgeom.hooks.parts import is_neutral
 from tdgeom.hooks.readers import read_input
 from tdgeom.hooks.resolve import ADDED_KINDS, ResolvedSite
 from tdgeom.hooks.sites import Site
+from tdgeom.hooks.verify import Reads, unverified
 
 
 class StopForward(Exception):
@@ -70,6 +71,7 @@ class Session:
         self.current: Pass | None = None
         self.early: Pass | None = None
         self.handles: list[Any] = []
+        self.doubts: list[Reads] = []
         try:
             self._install(modules, watch, model)
         except BaseException:
@@ -77,6 +79,10 @@ class Session:
             raise
 
     def _install(self, modules: dict[str, nn.Module], watch: bool, model: nn.Module | None) -> None:
+        if watch and model is not None:  # before the hooks that may stop the pass
+            self.doubts = unverified(model, self.sites)
+            for reads in self.doubts:
+                self.handles += reads.install()
         places: dict[tuple[str, str], list[ResolvedSite]] = defaultdict(list)
         for entry in self.sites:
             places[entry.module_path, entry.side].append(entry)
@@ -89,6 +95,11 @@ class Session:
             self.handles.append(modules[path].register_forward_pre_hook(hook, with_kwargs=True))
         if model is not None and any(e.side in ("scores", "pattern") for e in self.sites):
             self.undo.enter_context(eager_attention(model))
+        if model is not None and padding_cutters(model):
+            self.undo.enter_context(whole_batches(model))
+        if self.backward:
+            for behind in {e.behind for e in self.sites} - {None}:
+                self.handles.append(behind.register_forward_hook(self._on_behind))
         for (path, side), entries in places.items():
             if side in ("scores", "pattern"):
                 self.undo.enter_context(
@@ -111,6 +122,7 @@ class Session:
         while self.handles:
             self.handles.pop().remove()
         self.undo.close()
+        self.doubts = []
         self.current = self.early = None
 
     def begin(self) -> None:
@@ -122,6 +134,9 @@ class Session:
         done, self.current = self.current, None
         done = done or Pass()
         done.check_unmodified()
+        doubts, self.doubts = self.doubts, []
+        for reads in doubts:
+            reads.check_call()
         done.raw.clear()
         return done
 
@@ -178,6 +193,16 @@ class Session:
 
         return hook
 
+    def _on_behind(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        """Heads' shares add up to what a norm or scale gives: the gradient is taken there."""
+        if self.disabled:
+            return
+        step = self._pass()
+        for entry in self.sites:
+            if entry.behind is module and entry.site in step.acts and entry.site not in step.roots:
+                step.roots[entry.site] = _with_graph(entry, args, {}, output)
+                return
+
     def _on_softmax(self, place: tuple, entries: list, side: str, value: Tensor) -> Tensor:
         if side == place[1]:
             self._store(place, entries, (), {}, value)
@@ -227,7 +252,7 @@ class Session:
                 if value.is_contiguous()
                 else value.reshape(*leading, -1)
             )
-        if self.backward:
+        if self.backward and entry.behind is None:
             step.roots[entry.site] = _with_graph(entry, args, kwargs, output)
         value = value if self.keep_graph else value.detach()
         if self.callback is not None:

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from tdgeom.hooks.bound import eval_mode, may_stop
 from tdgeom.hooks.inputs import made_up_inputs, read_signature
+from tdgeom.hooks.parts import has_cross_attention
 from tdgeom.hooks.quiet import replaced_forwards, without_hooks
 from tdgeom.hooks.readers import read_input, read_output
 from tdgeom.hooks.resolve import ResolvedSite, available_sites
@@ -19,6 +20,7 @@ from tdgeom.hooks.views import HeadSlice
 
 CHECKED = ("q", "k", "v", "head_output", "residual_mid")
 _DONE: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()
+_READERS = ("tdgeom.hooks.session", "tdgeom.hooks.verify")  # whose hooks change nothing
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 
 
@@ -27,7 +29,8 @@ def verify(model: nn.Module, entries: Sequence[ResolvedSite]) -> None:
 
     Checked in one block of each stack, once a model: that the values read from a fused projection are those the
     pattern weighs, that the heads' shares add up to ``attn_output``, that ``residual_mid`` is ``residual_input`` plus
-    ``attn_output``. Models whose inputs cannot be made up, and blocks with cross-attention, are taken at their word.
+    ``attn_output``. Models whose inputs cannot be made up are checked in the first call that is read (:func:`unverified`);
+    in blocks with cross-attention, that ``residual_mid`` plus ``mlp_output`` is ``residual_output``.
     """
     done = _DONE.setdefault(model, set())
     wanted = {(e.site.stack, e.site.kind) for e in entries if e.site.kind in CHECKED and _in_doubt(e)} - done
@@ -37,7 +40,7 @@ def verify(model: nn.Module, entries: Sequence[ResolvedSite]) -> None:
     if not may_stop(modules) or any(p.is_meta for p in model.parameters()):
         return
     known = available_sites(model)
-    reads = [_Reads(model, stack, known) for stack in sorted({stack for stack, _ in wanted}, key=str)]
+    reads = [Reads(model, stack, known) for stack in sorted({stack for stack, _ in wanted}, key=str)]
     given = made_up_inputs(model, signature, 2, 5)
     if given is None:
         return
@@ -58,16 +61,32 @@ def verify(model: nn.Module, entries: Sequence[ResolvedSite]) -> None:
     done |= wanted
 
 
+def unverified(model: nn.Module, entries: Sequence[ResolvedSite]) -> list[Reads]:
+    """What ``verify`` could not check, for want of inputs, and a call of the user's can: readers for that call."""
+    kinds = ("head_output", "residual_mid")
+    done = _DONE.get(model, set())
+    wanted = {(e.site.stack, e.site.kind) for e in entries if e.site.kind in kinds} - done
+    if not wanted:
+        return []
+    known = available_sites(model)
+    return [
+        Reads(model, stack, known, [kind for own, kind in sorted(wanted, key=str) if own == stack])
+        for stack in sorted({stack for stack, _ in wanted}, key=str)
+    ]
+
+
 def _in_doubt(entry: ResolvedSite) -> bool:
     fused = isinstance(entry.view, HeadSlice) and (entry.view.start, entry.view.stop) != (0, entry.view.width)
     return fused or entry.site.kind in ("head_output", "residual_mid")
 
 
-class _Reads:
-    """What one tiny pass shows in a block of a stack."""
+class Reads:
+    """What one pass shows in a block of a stack."""
 
-    def __init__(self, model: nn.Module, stack: str | None, known: Sequence[ResolvedSite]) -> None:
-        self.model, self.stack = model, stack
+    def __init__(
+        self, model: nn.Module, stack: str | None, known: Sequence[ResolvedSite], kinds: Sequence[str] = ()
+    ) -> None:
+        self.model, self.stack, self.kinds = model, stack, kinds
         layers: dict[int, dict[str, ResolvedSite]] = {}
         for entry in known:
             if entry.site.stack == stack and entry.site.layer is not None:
@@ -82,7 +101,9 @@ class _Reads:
     def install(self) -> list[Any]:
         """Hooks that keep copies of what is read."""
         handles = []
-        for kind in ("v", "head_output", "attn_output", "residual_input", "residual_mid"):
+        for kind in (
+            "v", "head_output", "attn_output", "residual_input", "residual_mid", "mlp_output", "residual_output",
+        ):  # fmt: skip
             entry = self.entries.get(kind)
             if entry is None:
                 continue
@@ -119,6 +140,22 @@ class _Reads:
 
         return run
 
+    def check_call(self) -> None:
+        """``check`` after a call of the user's, unless hooks of others (edits) may have changed what was read."""
+        block = self.model.get_submodule(self.entries[self.kinds[0]].block_path or "")
+        hooks = [
+            h for m in block.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+        ]
+        if all(
+            getattr(h, "func", h).__module__ in _READERS
+            for h in hooks
+            if hasattr(getattr(h, "func", h), "__module__")
+        ):
+            for kind in self.kinds:
+                self.check(kind)
+                if {kind, "attn_output"} <= self.values.keys():
+                    _DONE.setdefault(self.model, set()).add((self.stack, kind))
+
     def check(self, kind: str) -> None:
         """Raise if the numbers contradict the structure; silent where they cannot tell."""
         if kind in ("q", "k", "v"):
@@ -130,17 +167,27 @@ class _Reads:
                 whole = shares.sum(-2) + (0 if bias is None else bias * self.entries[kind].scale)
                 self._compare(kind, whole, total, "the heads' shares do not add up to attn_output", "'z'")
         else:
-            read, before, added = (self.values.get(k) for k in (kind, "residual_input", "attn_output"))
-            block = self.model.get_submodule(self.entries[kind].block_path or "")
-            crossed = any("cross" in n.lower() or "encdec" in n.lower() for n, _ in block.named_modules())
-            if read is not None and before is not None and added is not None and not crossed:
-                self._compare(
-                    kind,
-                    before + added,
-                    read,
-                    "residual_input + attn_output is not what is read there",
-                    "'module_input:<path>'",
-                )
+            self._check_middle(kind, self.entries[kind])
+
+    def _check_middle(self, kind: str, entry: ResolvedSite) -> None:
+        """The stream before the MLP: with cross-attention on the way to it, told by what comes after."""
+        block = self.model.get_submodule(entry.block_path or "")
+        read, before, attention, mlp, after = (
+            self.values.get(k)
+            for k in (kind, "residual_input", "attn_output", "mlp_output", "residual_output")
+        )
+        norm = self.entries.get("attn_norm")
+        remedy = (
+            f"'module_input:{norm.module_path}' where that norm stands behind the attention" if norm else ""
+        )
+        remedy = remedy or "'module_input:<path>'"
+        if entry.bypass and has_cross_attention(block):
+            if read is not None and mlp is not None and after is not None:
+                what = "it and mlp_output do not add up to residual_output"
+                self._compare(kind, read.reshape(after.shape) + mlp.reshape(after.shape), after, what, remedy)
+        elif read is not None and before is not None and attention is not None:
+            what = "residual_input + attn_output is not what is read there"
+            self._compare(kind, before + attention, read, what, remedy)
 
     def _check_values(self, kind: str) -> None:
         values = self.values.get("v")

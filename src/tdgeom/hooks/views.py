@@ -54,7 +54,7 @@ class HeadOutput:
     """Each head's share of the output projection, (..., T, H, D): ``z_h W_h``, the bias left out.
 
     A learned scale behind the projection is applied to every share. A norm behind it is taken at the statistics of
-    the whole output, so that the shares still add up to what the stream receives.
+    the whole output, so that the shares still add up to what the stream receives; edits keep these statistics.
     """
 
     projection: nn.Module
@@ -75,24 +75,20 @@ class HeadOutput:
         return self._norm(value, shares) if self.is_norm else self.behind.forward(shares)
 
     def write(self, value: Tensor, new: Tensor) -> Tensor:
-        """The projection's output with the shares replaced; what is not a share (the bias) stays."""
-        if self.behind is not None:
-            raise ValueError(
-                "'head_output' cannot be edited in a block that normalises or scales the attention's output before "
-                "it is added. Remedy: edit 'z', each head's input to the output projection."
-            )
+        """The projection's output with the shares replaced; what is not a share (the bias) stays.
+
+        Where a norm or scale follows, the numbers stay: who edits adds the change of the sum behind it.
+        """
         bias = getattr(self.projection, "bias", None)
-        total = new.sum(-2) if bias is None else new.sum(-2) + bias
+        if self.behind is not None:
+            total = value.view_as(value)
+        else:
+            total = new.sum(-2) if bias is None else new.sum(-2) + bias
         total._head_output = new  # a later reader of the same call sees the edited shares
         return total
 
     def gradient(self, value: Tensor) -> Tensor:
-        """Every share enters the sum alike: the same gradient for every head."""
-        if self.behind is not None:
-            raise ValueError(
-                "the gradient of 'head_output' is not defined by the sum alone in a block that normalises or scales "
-                "the attention's output before it is added. Remedy: take the gradient at 'z'."
-            )
+        """Every share enters the sum alike: the same gradient for every head, that of the sum (behind a norm or scale)."""
         return value.unsqueeze(-2).expand(*value.shape[:-1], self.heads, value.shape[-1])
 
     def _split(self, weight: Tensor) -> Tensor:
