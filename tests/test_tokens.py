@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
+from tensordict.nn import TensorDictSequential
 
 import tdgeom as tg
 from tdgeom import functional as F
@@ -228,6 +229,41 @@ def test_no_mask_means_all_positions_with_a_warning_where_pad_ids_occur():
     with pytest.warns(UserWarning, match=r"no 'attention_mask' but its input_ids hold the padding id 0"):
         assert len(tg.SelectTokens(["x"], pad_id=0)(td.copy())["row_id"]) == 4 * T
     assert len(tg.SelectTokens(["x"], pad_id=1)(td.copy())["row_id"]) == 4 * T
+
+
+@pytest.mark.parametrize("form", ["bool", "float"])
+def test_the_padding_mask_of_torchs_encoders_says_where_padding_is(form):
+    td = texts("left")
+    padding = ~td["attention_mask"].bool()
+    additive = torch.zeros(padding.shape).masked_fill(padding, -torch.inf)
+    td["src_key_padding_mask"] = padding if form == "bool" else additive
+    del td["attention_mask"]
+    assert places(select(td)) == ALL
+    assert tg.SelectTokens(["x"]).count_rows(td) == len(ALL)
+    td["src_key_padding_mask"] = padding.mT
+    with pytest.raises(ValueError, match=r"'src_key_padding_mask', \(7, 4\), got \(4, 7\).*batch_first=True"):
+        tg.SelectTokens(["x"])(td)
+    td["tgt"] = torch.zeros(4, 3, 2)  # an encoder-decoder: whose positions these are is not known
+    assert len(tg.SelectTokens(["x"])(td)["row_id"]) == 4 * T
+
+
+def test_feature_maps_are_no_rows():
+    site = "module_output:conv"
+    maps = TensorDict({"acts": {site: torch.rand(2, 3, 5, 5)}})
+    with pytest.raises(
+        ValueError, match=r"\(2, 3, 5, 5\).*neither 'attention_mask' nor 'input_ids'.*callback"
+    ):
+        tg.SelectTokens([site])(maps)
+    heads = maps.set(
+        "input_ids", torch.zeros(2, 3, dtype=torch.int64)
+    )  # the ids tell that these are three positions
+    assert tg.SelectTokens([site])(heads)["tokens", site].shape == (6, 25)
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), torch.nn.ReLU())
+    capture = tg.Capture(model, "module_output:*", callback=lambda site, x: x.mean((2, 3)))
+    pipeline = TensorDictSequential(
+        capture, tg.SelectTokens(capture.sites), tg.RowSample(capture.sites, size=9)
+    )
+    assert tg.run(pipeline, [torch.rand(4, 1, 6, 6)])["sample", "module_output:0"].shape == (4, 3)
 
 
 def test_the_mask_may_have_another_name_and_type():

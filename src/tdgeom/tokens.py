@@ -11,12 +11,16 @@ from torch import Tensor
 
 from tdgeom.hooks.edits import is_pattern
 from tdgeom.hooks.positions import Positions, is_position, position_mask
+from tdgeom.hooks.sites import HEAD_KINDS
 from tdgeom.keys import Key, key_tuple
 from tdgeom.stage import Stage
 
 __all__ = ["POSITION_BITS", "SelectTokens", "selection_mask"]
 
 POSITION_BITS = 20
+
+# torch's own encoders know no attention_mask: True (or -inf) stands at padding.
+_TORCH_PADDING = "src_key_padding_mask"
 
 
 def selection_mask(
@@ -63,10 +67,11 @@ def selection_mask(
 class SelectTokens(Stage):
     """Turn activations (B, T, D) of all sites into rows (N, D), one selection for all sites.
 
-    The attention mask decides which positions are rows, always; without one all positions are (with a warning when
-    ``pad_id`` occurs among the ids). Row ids are ``sequence << 20 | position`` with the position's rank among attended
-    tokens, so padding and batch size change neither rows nor ids. (B, D) activations give one row a sequence; those of
-    sites with heads, (B, T, H, Dh), rows of all heads side by side, (N, H·Dh): one head's with ``Capture(heads=)``.
+    The attention mask decides which positions are rows, always; in its place the ``src_key_padding_mask`` of torch's own
+    encoders; without either all positions are (with a warning when ``pad_id`` occurs among the ids). Row ids are
+    ``sequence << 20 | position`` with the position's rank among attended tokens, so padding and batch size change neither
+    rows nor ids. (B, D) activations give one row a sequence; those of sites with heads, (B, T, H, Dh), rows of all heads
+    side by side, (N, H·Dh): one head's with ``Capture(heads=)``.
 
     Args:
         sites: the sites to select from, such as ``capture.sites``.
@@ -148,6 +153,9 @@ class SelectTokens(Stage):
         acts = values[: self._sites]
         carried = values[self._sites : self._sites + self._also]
         attended = self._attended(acts, tensordict)
+        guessed = all(
+            tensordict.get(key, None) is None for key in (self.mask_key, _TORCH_PADDING, "input_ids")
+        )
         keep, rank = self._keep(attended, tensordict)
         if self._is_cached_step(acts[0], attended, tensordict):
             # A step of generate with a cache sees its new tokens only; the mask covers the whole sequence so far.
@@ -158,12 +166,16 @@ class SelectTokens(Stage):
         if self.pool == "mean":
             used = keep.any(-1)
             rows = [
-                _pooled(self._fit(value, key, keep), keep)[used] for key, value in zip(self.in_keys, acts)
+                _pooled(self._fit(value, key, keep, guessed), keep)[used]
+                for key, value in zip(self.in_keys, acts)
             ]
             extra = [self._one_per_sequence(value, key, keep)[used] for key, value in self._named(carried)]
             ids = (sequence << POSITION_BITS)[used]
         else:
-            rows = [_rows(self._fit(value, key, keep), keep, whole) for key, value in zip(self.in_keys, acts)]
+            rows = [
+                _rows(self._fit(value, key, keep, guessed), keep, whole)
+                for key, value in zip(self.in_keys, acts)
+            ]
             extra = [
                 _rows(self._per_position(value, key, keep), keep, whole)
                 for key, value in self._named(carried)
@@ -177,7 +189,8 @@ class SelectTokens(Stage):
 
     def count_rows(self, tensordict: TensorDictBase) -> int | None:
         """How many rows a batch will give, from the batch alone; None when only the model's output tells."""
-        known = [tensordict.get(key, None) for key in (self.mask_key, "input_ids", *self._chosen_key())]
+        names = (self.mask_key, _TORCH_PADDING, "input_ids", *self._chosen_key())
+        known = [tensordict.get(key, None) for key in names]
         shape = next((value.shape for value in known if value is not None and value.ndim == 2), None)
         if shape is None:
             return None
@@ -193,6 +206,8 @@ class SelectTokens(Stage):
 
     def _mask(self, tensordict: TensorDictBase, shape: Sequence[int], device: torch.device | None) -> Tensor:
         mask = tensordict.get(self.mask_key, None)
+        if mask is None:
+            mask = _not_padding(tensordict, shape)
         if mask is None:
             self._warn_about_padding(tensordict)
             return torch.ones(tuple(shape), dtype=torch.bool, device=device)
@@ -278,14 +293,21 @@ class SelectTokens(Stage):
         self.sequences += batch
         return numbers
 
-    def _fit(self, value: Tensor, key: Key, keep: Tensor) -> Tensor:
+    def _fit(self, value: Tensor, key: Key, keep: Tensor, guessed: bool) -> Tensor:
         if value.ndim == 4 and is_pattern(key_tuple(key)[-1]):
             raise ValueError(
                 f"SelectTokens turns activations of positions into rows; {key!r} holds attention between positions, "
                 f"{tuple(value.shape)}. Remedy: GroupAttention or AggregateActs for patterns, or a site such as 'z'."
             )
         value = value.unsqueeze(1) if value.ndim == 2 and keep.shape[1] == 1 else value
-        value = value.flatten(2) if value.ndim == 4 else value  # heads side by side
+        if value.ndim == 4:
+            if guessed and not _has_heads(key):
+                raise ValueError(
+                    f"SelectTokens expects {key!r} of shape (B, T, D) or (B, D), got {tuple(value.shape)}, and the batch has "
+                    f"neither {self.mask_key!r} nor 'input_ids' to tell positions by. Feature maps (B, C, H, W) become one row "
+                    f"an image with Capture(..., callback=lambda site, x: x.mean((2, 3)))."
+                )
+            value = value.flatten(2)  # heads side by side
         if value.ndim != 3 or value.shape[:2] != keep.shape:
             raise ValueError(
                 f"SelectTokens expects {key!r} of shape ({keep.shape[0]}, {keep.shape[1]}, D) to fit {self.mask_key!r}, got "
@@ -326,6 +348,23 @@ class SelectTokens(Stage):
                 f"counts as a row. Pass the tokenizer's attention mask.",
                 stacklevel=2,
             )
+
+
+def _has_heads(key: Key) -> bool:
+    name = key_tuple(key)[-1]
+    return ":" not in name and any(part in HEAD_KINDS for part in name.rpartition("/")[2].split("."))
+
+
+def _not_padding(tensordict: TensorDictBase, shape: Sequence[int]) -> Tensor | None:
+    padding = tensordict.get(_TORCH_PADDING, None)
+    if padding is None or "tgt" in tensordict.keys():  # of two stacks it tells about one
+        return None
+    if tuple(padding.shape) != tuple(shape):
+        raise ValueError(
+            f"SelectTokens expects activations (B, T, ...) of the shape of {_TORCH_PADDING!r}, {tuple(padding.shape)}, got "
+            f"{tuple(shape)} first. Build the encoder with batch_first=True: (T, B, D) would take sequences for positions."
+        )
+    return ~padding if padding.dtype == torch.bool else padding == 0
 
 
 def _rows(value: Tensor, keep: Tensor, whole: bool) -> Tensor:
