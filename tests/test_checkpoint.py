@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import random
@@ -12,11 +13,13 @@ import time
 
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from tensordict import TensorDict
-from tensordict.nn import TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictSequential
 
 import models
 import tdgeom as tg
+from tdgeom.streaming import StreamingStage
 
 
 def loader(batches: int = 12) -> list[dict[str, torch.Tensor]]:
@@ -28,23 +31,61 @@ def loader(batches: int = 12) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": i, "attention_mask": m, "label": y} for i, m, y in zip(ids, mask, labels)]
 
 
-def pipeline() -> TensorDictSequential:
-    """One of every kind of streaming stage."""
-    capture = tg.Capture(models.gpt2(), "residual_input")
+def parts(model=None) -> list:
+    """Every streaming stage that tdgeom has, behind a model."""
+    capture = tg.Capture(models.gpt2() if model is None else model, "residual_input")
     s = capture.sites
-    return TensorDictSequential(
+    return [
         capture,
-        tg.SelectTokens(s, also=["label"]),
+        tg.ContextWindow(before=2, after=1),
+        tg.SelectTokens(s, also=["label", "context"]),
         tg.ForEach(tg.StreamingCovariance(), s),
         tg.RowSample(s, size=40, also=["label"]),
         tg.Collect(s),
         tg.ForEach(tg.StreamingMean(), s),
         tg.StreamingCrossMoments(s, pairs="all"),
         tg.ForEach(tg.StreamingSketch(k=2, size=4), s),
+        tg.ForEach(tg.RouterLoad(), s),
+        *(tg.MaxActivating(site, k=5) for site in s),
+        tg.ForEach(tg.StreamingLabelMoments(), s),
         tg.ForEach(tg.LinearProbe(), s),
+        tg.ForEach(tg.LinearProbe(solver="ridge", out_keys="ridge"), s),
+        tg.ForEach(tg.MeanDifferenceProbe(out_keys="difference"), s),
+        tg.ForEach(tg.SklearnProbe(LogisticRegression(), out_keys="theirs"), s),
+        tg.ForEach(tg.TorchProbe(linear_head, epochs=2, out_keys="torch"), s),
+        TensorDictModule(lambda x: x[:, :2].contiguous(), [("tokens", s[0])], ["decision"]),
+        tg.ProbeScore(in_keys=["decision", ("tokens", "label"), "row_id"], out_keys="score"),
         tg.ForEach(tg.EigenSpectrum(), s),
         tg.ForEach(tg.SpectrumMetrics(), s),
+    ]
+
+
+def linear_head(width: int, targets: int) -> torch.nn.Module:
+    return torch.nn.Linear(width, targets)
+
+
+def pipeline(model=None) -> TensorDictSequential:
+    return TensorDictSequential(*parts(model))
+
+
+def few(model=None) -> TensorDictSequential:
+    """Enough for what is not about single stages."""
+    capture = tg.Capture(models.gpt2() if model is None else model, "residual_input")
+    s = capture.sites
+    sample = tg.RowSample(s, size=40, also=["label"])
+    return TensorDictSequential(
+        capture, tg.SelectTokens(s, also=["label"]), tg.ForEach(tg.StreamingCovariance(), s), sample
     )
+
+
+def test_every_streaming_stage_is_in_the_pipeline() -> None:
+    public = {
+        name
+        for name in tg.__all__
+        if inspect.isclass(kind := getattr(tg, name)) and issubclass(kind, StreamingStage)
+    }
+    used = {type(stage).__name__ for stage in pipeline().modules()}
+    assert public - used == {"StreamingStage", "Probe", "StoreActivations"}  # the last is in tests/store
 
 
 class Interrupted(Exception):
@@ -56,6 +97,16 @@ def until(batches, count):
         if index == count:
             raise Interrupted
         yield batch
+
+
+def spoiled(batches, batch: int):
+    """A model, and batches that make it give NaN in one of them, at every token of two sequences."""
+    model = models.gpt2()
+    with torch.no_grad():
+        model.transformer.wte.weight[3] = torch.nan
+    batches = [{**one, "input_ids": one["input_ids"].clamp(min=4)} for one in batches]
+    batches[batch]["input_ids"][1:, 4] = 3
+    return model, batches
 
 
 def same(result: TensorDict, expected: TensorDict) -> None:
@@ -79,7 +130,7 @@ SETTINGS = [
 def test_interrupted_at_any_batch(tmp_path, settings) -> None:
     data = loader()
     expected = tg.run(pipeline(), data, **settings)
-    for count in (1, 2, 3, 6, 11):
+    for count in (1, 2, 6, 11):
         path = tmp_path / f"{count}.state"
         options = {"checkpoint": path, "every": 2, **settings}
         try:
@@ -89,6 +140,25 @@ def test_interrupted_at_any_batch(tmp_path, settings) -> None:
             result = tg.run(pipeline(), data, **options)
         same(result, expected)
         assert not path.exists()
+
+
+@pytest.mark.parametrize("block_rows", [7, 64, 2048])
+@pytest.mark.parametrize("max_rows", [60, 61, 150, 10_000])
+def test_rows_dropped_and_a_budget_of_rows_together(tmp_path, max_rows, block_rows) -> None:
+    for batch in (0, 3):
+        model, data = spoiled(loader(), batch)
+        settings = {"max_rows": max_rows, "block_rows": block_rows, "nonfinite": "drop"}
+        expected = tg.run(few(model), data, **settings)
+        dropped = int(expected["run", "dropped_rows"])
+        assert dropped == (16 if batch == 0 or max_rows > 100 else 0)
+        assert int(expected["run", "rows"]) + dropped == min(max_rows, 270)
+        for count in (1, 4, 5):
+            path = tmp_path / f"{batch}.{count}"
+            try:
+                result = tg.run(few(model), until(data, count), checkpoint=path, every=1, **settings)
+            except Interrupted:
+                result = tg.run(few(model), data, checkpoint=path, every=1, **settings)
+            same(result, expected)
 
 
 def test_interrupted_twice_and_batches_are_run_once(tmp_path) -> None:
@@ -120,28 +190,94 @@ def test_rows_that_are_dropped_stay_counted(tmp_path) -> None:
 
 def half_done(path, **settings) -> None:
     with pytest.raises(Interrupted):
-        tg.run(pipeline(), until(loader(), 4), checkpoint=path, every=2, **settings)
+        tg.run(few(), until(loader(), 4), checkpoint=path, every=2, **settings)
 
 
 def test_another_pipeline_or_setting_is_refused_with_the_difference(tmp_path) -> None:
     path = tmp_path / "state"
     half_done(path)
     with pytest.raises(ValueError, match=r"another run: settings.max_rows is None there and 99 here"):
-        tg.run(pipeline(), loader(), checkpoint=path, max_rows=99)
+        tg.run(few(), loader(), checkpoint=path, max_rows=99)
     rows = TensorDictSequential(tg.StreamingCovariance())
     with pytest.raises(ValueError, match=r"another run: stages is \[.* there and"):
         tg.run(rows, [{"tokens": torch.ones(2, 2)}], checkpoint=path)
-    other = pipeline()
+    other = few()
     next(stage for stage in other if isinstance(stage, tg.RowSample)).seed = 5
     with pytest.raises(ValueError, match=r"stages\[\d+\].settings.seed is 0 there and 5 here"):
         tg.run(other, loader(), checkpoint=path)
     assert path.exists()
 
 
+def trained(model, steps=1):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1e-4 * steps
+    return model
+
+
+def test_another_model_is_refused_with_the_difference(tmp_path) -> None:
+    path = tmp_path / "state"
+    half_done(path)
+    weights = r"another run: stages\[0\].model.weights.sha256 is \w{64} there and \w{64} here"
+    with pytest.raises(ValueError, match=weights):
+        tg.run(few(trained(models.gpt2())), loader(), checkpoint=path)
+    with pytest.raises(ValueError, match=r"stages\[0\].model.class is GPT2LMHeadModel there and .* here"):
+        tg.run(few(models.llama()), loader(), checkpoint=path)
+    result = tg.run(few(models.gpt2()), loader(), checkpoint=path)  # another object with the same weights
+    same(result, tg.run(few(), loader()))
+
+
+def test_a_model_behind_an_intervention_and_weights_of_a_stage_count_too(tmp_path) -> None:
+    ids = [{"input_ids": batch["input_ids"]} for batch in loader(4)]
+
+    def edited(coefficient):
+        model = models.gpt2()
+        steer = tg.Intervene(
+            model, {"residual_output.0": tg.Steer(torch.ones(models.WIDTH), coefficient=coefficient)}
+        )
+        rows = tg.SelectTokens(["logits"], in_keys=["logits"])
+        return TensorDictSequential(steer, rows, tg.ForEach(tg.StreamingMean(), ["logits"]))
+
+    with pytest.raises(Interrupted):
+        tg.run(edited(1.0), until(ids, 2), checkpoint=tmp_path / "state", every=1)
+    with pytest.raises(
+        ValueError, match=r"stages\[0\].settings.edits.0.coefficient is 1.0 there and 2.0 here"
+    ):
+        tg.run(edited(2.0), ids, checkpoint=tmp_path / "state")
+    same(tg.run(edited(1.0), ids, checkpoint=tmp_path / "state"), tg.run(edited(1.0), ids))
+
+
+def test_other_results_of_an_earlier_run_are_refused(tmp_path) -> None:
+    rows = [{"tokens": torch.randn(5, 3)} for _ in range(4)]
+
+    def second():
+        project = TensorDictModule(lambda x, mean: x - mean, ["tokens", ("mean", "mean")], ["moved"])
+        return TensorDictSequential(project, tg.StreamingMean(in_keys=["moved"], out_keys="second"))
+
+    first = tg.run(TensorDictSequential(tg.StreamingMean()), rows)
+    with pytest.raises(Interrupted):
+        tg.run(second(), until(rows, 2), inputs=first, checkpoint=tmp_path / "state", every=1)
+    other = tg.run(TensorDictSequential(tg.StreamingMean()), rows[:2])
+    with pytest.raises(ValueError, match=r"another run: settings.inputs is \w{64} there and \w{64} here"):
+        tg.run(second(), rows, inputs=other, checkpoint=tmp_path / "state")
+    same(
+        tg.run(second(), rows, inputs=first, checkpoint=tmp_path / "state"),
+        tg.run(second(), rows, inputs=first),
+    )
+
+
+def test_what_a_killed_writer_left_beside_the_file_is_cleared_away(tmp_path) -> None:
+    half_done(tmp_path / "state[1]")
+    (tmp_path / ".state[1].77.draft").write_bytes(b"half")
+    (tmp_path / ".state1.77.draft").write_bytes(b"another run's")
+    tg.run(few(), loader(), checkpoint=tmp_path / "state[1]")
+    assert [path.name for path in tmp_path.iterdir()] == [".state1.77.draft"]
+
+
 def test_another_loader_is_refused(tmp_path) -> None:
     half_done(tmp_path / "state")
     with pytest.raises(ValueError, match="first batch is not the one of then"):
-        tg.run(pipeline(), loader()[::-1], checkpoint=tmp_path / "state")
+        tg.run(few(), loader()[::-1], checkpoint=tmp_path / "state")
 
 
 def test_a_damaged_file_is_refused(tmp_path) -> None:
@@ -152,13 +288,13 @@ def test_a_damaged_file_is_refused(tmp_path) -> None:
     for damaged in (b"", whole[:100], whole[:-1], b"\xff" * 8 + whole[8:], b"PK\x03\x04" + whole, b"{}" * 50):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="checkpoint.*Remove it to start anew"):
-            tg.run(pipeline(), loader(), checkpoint=path)
+            tg.run(few(), loader(), checkpoint=path)
     header = int.from_bytes(whole[:8], "little")
     for _ in range(60):  # any byte of the header: a clear error, or the very same numbers (a changed blank)
         at = 8 + draw.randrange(header)
         path.write_bytes(whole[:at] + bytes([draw.randrange(256)]) + whole[at + 1 :])
         try:
-            tg.run(pipeline(), loader(), checkpoint=path)
+            tg.run(few(), loader(), checkpoint=path)
         except ValueError as error:
             assert str(error)
 
@@ -173,16 +309,16 @@ def test_a_flipped_bit_in_the_state_is_refused(tmp_path) -> None:
         at = draw.randrange(data, len(whole))
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :])
         with pytest.raises(ValueError, match="checkpoint"):
-            tg.run(pipeline(), loader(), checkpoint=path)
+            tg.run(few(), loader(), checkpoint=path)
 
 
 def test_what_cannot_be_resumed_says_so(tmp_path) -> None:
     with pytest.raises(ValueError, match="every counts batches"):
-        tg.run(pipeline(), loader(), checkpoint=tmp_path / "state", every=0)
+        tg.run(few(), loader(), checkpoint=tmp_path / "state", every=0)
     with pytest.raises(ValueError, match="lies in no folder that exists"):
-        tg.run(pipeline(), loader(), checkpoint=tmp_path / "no" / "state")
+        tg.run(few(), loader(), checkpoint=tmp_path / "no" / "state")
     with pytest.raises(ValueError, match="for one process"):
-        tg.run(pipeline(), loader(), checkpoint=tmp_path / "state", sharded=True)
+        tg.run(few(), loader(), checkpoint=tmp_path / "state", sharded=True)
 
 
 PROGRAM = """

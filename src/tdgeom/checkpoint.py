@@ -6,6 +6,7 @@ nothing. A run started again with the same call goes on where the file stands.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Mapping
@@ -13,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from tdgeom.bundle import plain
 from tdgeom.compose import RenamedStream
-from tdgeom.keys import key_tuple
-from tdgeom.run.plan import Plan, describe
+from tdgeom.run.plan import Plan
+from tdgeom.signature import bytes_of, differences, pipeline_signature
 from tdgeom.store.errors import StoreError
 from tdgeom.store.json_text import canonical, read_json
 from tdgeom.store.shard_writing import write_shard
@@ -28,12 +28,11 @@ from tdgeom.store.shards import Shard
 from tdgeom.streaming import StreamingStage
 from tdgeom.tokens import SelectTokens
 
-__all__ = ["Checkpoint", "fingerprint"]
+__all__ = ["Checkpoint"]
 
 FORMAT = 1
 RECORD = "record"
 _LARGEST_RECORD = 16 * 2**20
-_HASHED = 1 << 20  # bytes of each tensor of the first batch that are compared
 
 
 class Checkpoint:
@@ -44,6 +43,9 @@ class Checkpoint:
         every: batches between two writes.
         plan: the run's stages.
         settings: the run's own settings that change a number.
+
+    What the state must fit is that, and for every stage up to the streaming ones its name, keys, settings, weights, and the
+    model it runs (``tdgeom.signature``).
 
     Raises:
         ValueError: every below 1, or no folder.
@@ -61,7 +63,7 @@ class Checkpoint:
             )
         self.stages = [stage_of(unit) for unit in plan.stream]
         self.selects = [unit for unit in plan.batch if isinstance(unit, SelectTokens)]
-        self.fits = {"format": FORMAT, "settings": plain(dict(settings)), "stages": _signature(plan)}
+        self.fits = {"format": FORMAT, "settings": plain(dict(settings)), "stages": pipeline_signature(plan)}
 
     def save(self, rows: Mapping[str, Tensor], place: Mapping[str, Any]) -> None:
         """Write the state of all stages, the rows not yet handed to them, and the place in the loader."""
@@ -85,6 +87,7 @@ class Checkpoint:
         Raises:
             ValueError: a damaged file, or one of another pipeline, other settings or another format: what differs is shown.
         """
+        self._remove_drafts()
         if not self.path.exists():
             return None
         try:
@@ -117,6 +120,11 @@ class Checkpoint:
         """The run has ended: nothing is left to resume."""
         self.path.unlink(missing_ok=True)
 
+    def _remove_drafts(self) -> None:
+        """Delete what a process left that was killed while it wrote."""
+        for path in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.draft"):
+            path.unlink(missing_ok=True)
+
     def _put(
         self, stage: StreamingStage, state: Mapping[str, Tensor | None], device: torch.device | None
     ) -> None:
@@ -136,11 +144,11 @@ class Checkpoint:
             raise ValueError(
                 f"the checkpoint {self.path} has format {found['format']!r}; this version reads {FORMAT}. Remove it."
             )
-        differences = _differences(found, self.fits, "")
-        if differences:
+        differing = differences(found, self.fits)
+        if differing:
             raise ValueError(
-                f"the checkpoint {self.path} belongs to another run: {'; '.join(differences[:4])}"
-                f"{' ...' if len(differences) > 4 else ''}. Call run as before, or remove the file to start anew."
+                f"the checkpoint {self.path} belongs to another run: {'; '.join(differing[:4])}"
+                f"{' ...' if len(differing) > 4 else ''}. Call run as before, or remove the file to start anew."
             )
 
 
@@ -167,68 +175,10 @@ def _sha256(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(canonical([name, list(value.shape), str(value.dtype)]).encode())
-        digest.update(_bytes(value))
+        digest.update(bytes_of(value))
     return digest.hexdigest()
-
-
-def _bytes(value: Tensor) -> memoryview:
-    flat = value.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 
 def stage_of(unit: TensorDictModuleBase) -> StreamingStage:
     """The streaming stage in a unit of the plan, which may be renamed for a site."""
     return unit.module if isinstance(unit, RenamedStream) else unit  # type: ignore[return-value]
-
-
-def fingerprint(td: TensorDictBase) -> str:
-    """SHA-256 of a batch's tensors (their names, shapes and first MiB), to see that a loader starts as it did before."""
-    digest = hashlib.sha256()
-    for key in sorted(td.keys(True, True), key=lambda key: key_tuple(key)):
-        value = td.get(key)
-        if isinstance(value, Tensor):
-            digest.update(repr((key_tuple(key), tuple(value.shape), str(value.dtype))).encode())
-            digest.update(_bytes(value)[:_HASHED])
-    return digest.hexdigest()
-
-
-def _signature(plan: Plan) -> list[dict[str, Any]]:
-    """Every stage up to the streaming ones: its name, its keys and the settings that change its numbers."""
-    return [
-        {
-            "stage": describe(unit),
-            "in_keys": ["/".join(key_tuple(key)) for key in unit.in_keys],
-            "out_keys": ["/".join(key_tuple(key)) for key in unit.out_keys],
-            "settings": plain(_settings(unit)),
-        }
-        for unit in (*plan.batch, *plan.stream)
-    ]
-
-
-def _settings(unit: TensorDictModuleBase) -> dict[str, Any]:
-    if isinstance(unit, SelectTokens):
-        return {
-            name: str(getattr(unit, name))
-            for name in ("positions", "pool", "skip_first", "skip_special", "special_ids", "mask_key")
-        }
-    settings = getattr(stage_of(unit), "settings", None)
-    return dict(settings()) if callable(settings) else {}
-
-
-def _differences(found: Any, wanted: Any, where: str) -> list[str]:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        names = sorted(set(found) | set(wanted))
-        return [
-            one
-            for name in names
-            for one in _differences(found.get(name), wanted.get(name), f"{where}.{name}")
-        ]
-    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
-        return [
-            one
-            for number, pair in enumerate(zip(found, wanted))
-            for one in _differences(*pair, f"{where}[{number}]")
-        ]
-    if found == wanted:
-        return []
-    return [f"{where.lstrip('.')} is {str(found)[:120]} there and {str(wanted)[:120]} here"]

@@ -19,6 +19,7 @@ from tdgeom.run.finish import run_end
 from tdgeom.run.one_pass import OnePass
 from tdgeom.run.plan import Plan, make_plan
 from tdgeom.run.rows import BatchRows
+from tdgeom.signature import fingerprint
 
 __all__ = ["run"]
 
@@ -100,7 +101,8 @@ def run(
         sharded=sharded,
     )
     if checkpoint is not None:
-        settings = {"max_rows": max_rows, "block_rows": block_rows, "nonfinite": nonfinite}
+        read = None if inputs is None else fingerprint(inputs)
+        settings = {"max_rows": max_rows, "block_rows": block_rows, "nonfinite": nonfinite, "inputs": read}
         one_pass.resume(Checkpoint(checkpoint, every, plan, settings))
     with tqdm(total=max_rows, unit=" rows", unit_scale=True, disable=not _show(progress), leave=False) as bar:
         one_pass.read(dataloader, bar)

@@ -1,0 +1,190 @@
+"""What a run is: its stages, their settings and the weights they compute with, as JSON values that can be compared."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+
+from tdgeom.bundle import plain
+from tdgeom.compose import RenamedStream
+from tdgeom.keys import key_tuple
+from tdgeom.models import config_summary
+from tdgeom.run.plan import Plan, describe
+from tdgeom.store.json_text import canonical
+from tdgeom.tokens import SelectTokens
+
+__all__ = ["bytes_of", "differences", "fingerprint", "pipeline_signature", "weights_signature"]
+
+_HASHED = 1 << 20  # bytes of each tensor of a batch that are compared
+_SAMPLED = 1024  # values of each tensor of a model that are compared
+_LONGEST_LIST = 4096  # characters of JSON
+_SELECTION = ("positions", "pool", "skip_first", "skip_special", "special_ids", "mask_key")
+_OWN_KEYS = ("training", "in_keys", "out_keys", "cache")
+
+
+def weights_signature(module: nn.Module) -> dict[str, Any]:
+    """{"tensors": how many, "values": how many, "sha256": of their names, shapes, dtypes and sampled values}.
+
+    Of each tensor in the ``state_dict`` 1,024 values are compared, evenly spaced from the first to the last: a model trained
+    further, another seed or another precision differ; one value changed by hand in a large matrix need not. Tensors
+    whose values cannot be had (on the meta device, offloaded) count by name, shape and dtype.
+
+        >>> import torch
+        >>> a, b = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+        >>> weights_signature(a) == weights_signature(a), weights_signature(a) == weights_signature(b)
+        (True, False)
+    """
+    digest, tensors, values = hashlib.sha256(), 0, 0
+    for name, value in sorted(module.state_dict().items()):
+        if isinstance(value, Tensor):
+            tensors, values = tensors + 1, values + value.numel()
+            digest.update(repr((name, tuple(value.shape), str(value.dtype))).encode())
+            digest.update(_sampled(value))
+    return {"tensors": tensors, "values": values, "sha256": digest.hexdigest()}
+
+
+def _sampled(value: Tensor) -> bytes | memoryview:
+    """The bytes of values evenly spaced in a tensor, without a copy of the whole."""
+    try:
+        bits = (
+            value.detach().view(torch.uint8) if value.element_size() == 1 else value.detach()
+        )  # float8 has no indexing
+        if bits.numel() > _SAMPLED:
+            places = torch.arange(_SAMPLED, device=bits.device) * (bits.numel() - 1) // (_SAMPLED - 1)
+            bits = bits[torch.unravel_index(places, bits.shape)]
+        return bytes_of(bits)
+    except (RuntimeError, TypeError):  # no values (meta), or a packed format that cannot be indexed
+        return b""
+
+
+def fingerprint(td: TensorDictBase) -> str:
+    """SHA-256 of a batch's tensors (their names, shapes and first MiB), to see that a loader starts as it did before."""
+    digest = hashlib.sha256()
+    for key in sorted(td.keys(True, True), key=lambda key: key_tuple(key)):
+        value = td.get(key)
+        if isinstance(value, Tensor):
+            digest.update(repr((key_tuple(key), tuple(value.shape), str(value.dtype))).encode())
+            digest.update(bytes_of(value)[:_HASHED])
+    return digest.hexdigest()
+
+
+def bytes_of(value: Tensor) -> memoryview:
+    """A tensor's bytes, in the order of its dimensions."""
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def pipeline_signature(plan: Plan) -> list[dict[str, Any]]:
+    """Every stage up to the streaming ones: its name, its keys, and what else changes its numbers.
+
+    That is the settings of the stage, its own weights, and, where it runs a model, the model's class, configuration and
+    weights. Functions count by their name, objects of other kinds not at all.
+    """
+    models: dict[int, dict[str, Any]] = {}
+    return [
+        {
+            "stage": describe(unit),
+            "in_keys": ["/".join(key_tuple(key)) for key in unit.in_keys],
+            "out_keys": ["/".join(key_tuple(key)) for key in unit.out_keys],
+            "settings": _streaming_settings(unit) if number >= len(plan.batch) else _settings(unit),
+            **(_computes_with(unit, models) if number < len(plan.batch) else {}),
+        }
+        for number, unit in enumerate((*plan.batch, *plan.stream))
+    ]
+
+
+def _streaming_settings(unit: TensorDictModuleBase) -> dict[str, Any]:
+    """What its state must share to be merged, and its functions of rows."""
+    stage = unit.module if isinstance(unit, RenamedStream) else unit
+    functions = {name: value for name, value in vars(stage).items() if inspect.isfunction(value)}
+    return _compared({**functions, **stage.settings()})  # type: ignore[operator]
+
+
+def _settings(unit: TensorDictModuleBase) -> dict[str, Any]:
+    if isinstance(unit, SelectTokens):
+        return {name: str(getattr(unit, name)) for name in _SELECTION}
+    stages = {name: part for name, part in unit.named_modules() if isinstance(part, TensorDictModuleBase)}
+    return _compared(
+        {
+            f"{where}.{name}".lstrip("."): value
+            for where, stage in stages.items()
+            for name, value in vars(stage).items()
+            if not name.startswith("_") and name not in _OWN_KEYS
+        }
+    )
+
+
+def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, given in settings.items() for value in _comparable(given)}
+
+
+def _comparable(value: Any) -> list[Any]:
+    """[the value as JSON], or [] for what another process cannot compare."""
+    if value is None or isinstance(value, str | int | float | torch.dtype):
+        return [plain(value)]
+    if isinstance(value, list | tuple):
+        parts = [_comparable(part) for part in value]
+        return [_shortened([part[0] for part in parts])] if all(parts) else []
+    if isinstance(value, Mapping):
+        kept = {str(name): _comparable(part) for name, part in value.items()}
+        return [{name: part[0] for name, part in kept.items()}] if all(kept.values()) else []
+    if isinstance(value, Tensor):
+        return [
+            hashlib.sha256(
+                repr((tuple(value.shape), str(value.dtype))).encode() + _sampled(value)
+            ).hexdigest()
+        ]
+    if isinstance(value, Callable) and hasattr(value, "__qualname__"):  # type: ignore[arg-type]
+        return [value.__qualname__]
+    return []
+
+
+def _shortened(values: list[Any]) -> list[Any] | str:
+    """Long lists by their hash: a record that holds every direction of a stage would outgrow what is read back."""
+    text = canonical(values)
+    if len(text) <= _LONGEST_LIST:
+        return values
+    return f"{len(values)} entries, SHA-256 {hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _computes_with(unit: TensorDictModuleBase, models: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    own = {} if isinstance(unit, SelectTokens) else weights_signature(unit)
+    if own.get("tensors"):
+        found["weights"] = own
+    model = getattr(unit, "model", None)
+    if isinstance(model, nn.Module):
+        if id(model) not in models:
+            about = {"class": type(model).__name__, "config": plain(config_summary(model))}
+            models[id(model)] = {**about, "weights": weights_signature(model)}
+        found["model"] = models[id(model)]
+    return found
+
+
+def differences(found: Any, wanted: Any, where: str = "") -> list[str]:
+    """Where two signatures differ, a line each.
+
+    >>> differences({"a": [1, 2]}, {"a": [1, 3]})
+    ['a[1] is 2 there and 3 here']
+    """
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        names = sorted(set(found) | set(wanted))
+        return [
+            one for name in names for one in differences(found.get(name), wanted.get(name), f"{where}.{name}")
+        ]
+    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        return [
+            one
+            for number, pair in enumerate(zip(found, wanted))
+            for one in differences(*pair, f"{where}[{number}]")
+        ]
+    if found == wanted:
+        return []
+    return [f"{where.lstrip('.')} is {str(found)[:120]} there and {str(wanted)[:120]} here"]
