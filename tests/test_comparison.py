@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers import models as token_models
-from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
+from transformers import BertTokenizer, GPT2Config, GPT2Model, PreTrainedTokenizerFast
+from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
+from transformers.models.ctrl.tokenization_ctrl import CTRLTokenizer
 
 import models
 import tdgeom as tg
-from tdgeom.alignment import AlignedRows, PairedTexts, matched_ends
+from tdgeom.alignment import AlignedRows, PairedTexts, cut_alike, matched_ends
+from tdgeom.cli.compare import compare as compare_command
+from tdgeom.comparison import MAX_ROWS
 from tdgeom.demo import demo_model, demo_texts
+from tdgeom.measures import ALIASES, DEFAULT_MEASURES, MEASURES
 from terminal import refused
 
 
@@ -114,6 +124,85 @@ def test_other_measures_and_the_same_numbers_by_single_calls(wide) -> None:
     assert result.matrix("neighborhood_overlap").iloc[1, 1] == pytest.approx(expected)
 
 
+def test_measures_by_name_are_those_of_the_pure_functions(wide):
+    """Every name, in one pass, against the function of that name on the rows gathered by hand."""
+    result = tg.compare(models.gpt2(), wide, loader(), list(MEASURES), layers=[0, 1], progress=False)
+    assert set(result.measures) == set(MEASURES)
+    a, b = (torch.from_numpy(rows[1]) for rows in (hidden(models.gpt2(), loader()), hidden(wide, loader())))
+    for name in MEASURES:
+        if name.startswith("information_imbalance"):
+            expected = tg.functional.information_imbalance(a, b)[name.endswith("_ba")]
+        else:
+            settings = {"k": 10} if name in ("neighborhood_overlap", "jaccard_knn") else {}
+            expected = getattr(tg.functional, name)(a, b, **settings)
+        assert result.matrix(name).iloc[1, 1] == pytest.approx(float(expected), abs=1e-5), name
+
+
+def test_names_aliases_and_stages_mix(wide):
+    settings = {"layers": [0], "progress": False}
+    one = tg.compare(models.gpt2(), wide, loader(), "cka", **settings)
+    assert one.measures == ["linear_cka_debiased"]
+    mixed = tg.compare(models.gpt2(), wide, loader(), [tg.NeighborhoodOverlap(k=5), "cka", "rsa"], **settings)
+    assert set(mixed.measures) == {"linear_cka_debiased", "rsa", "neighborhood_overlap"}
+    assert mixed.matrix("linear_cka_debiased").equals(one.matrix())
+    assert set(ALIASES.values()) <= set(MEASURES) and set(DEFAULT_MEASURES) <= set(MEASURES)
+    assert not set(ALIASES) & set(MEASURES)
+
+
+def trained(model: torch.nn.Module, batches) -> torch.nn.Module:
+    """A later checkpoint of the same model: a few steps of language modelling."""
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for batch in 2 * batches:
+        model(**batch, labels=batch["input_ids"].where(batch["attention_mask"].bool(), -100)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def test_two_checkpoints_of_one_model_against_numpy(tmp_path):
+    """One model before and after training, the later one opened from its directory, every number by NumPy alone."""
+    before = models.gpt2()
+    after = trained(before, loader())
+    after.save_pretrained(tmp_path / "after")
+    result = tg.compare(
+        before, str(tmp_path / "after"), loader(), ["linear_cka_debiased", "linear_cka", "procrustes", "neighborhood_overlap"],
+        names=("before", "after"), progress=False,
+    )  # fmt: skip
+    a, b = hidden(before, loader()), hidden(after, loader())
+    assert all(np.abs(x - y).max() > 0.01 for x, y in zip(a, b))
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            x0, y0 = x - x.mean(0), y - y.mean(0)
+            x1, y1 = x0 / np.linalg.norm(x0), y0 / np.linalg.norm(y0)
+            k, m = x0 @ x0.T, y0 @ y0.T
+            near = [
+                np.argsort(np.linalg.norm(s[:, None] - s, axis=-1) + 1e9 * np.eye(len(s)), 1)[:, :10]
+                for s in (x, y)
+            ]
+            expected = {
+                "linear_cka_debiased": debiased_cka(x, y),
+                "linear_cka": (k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum()),
+                "procrustes": 2 - 2 * np.linalg.svd(x1.T @ y1, compute_uv=False).sum(),
+                "neighborhood_overlap": np.mean([len(set(p) & set(q)) / 10 for p, q in zip(*near)]),
+            }
+            for name, value in expected.items():
+                assert result.matrix(name).iloc[i, j] == pytest.approx(value, abs=1e-5), (name, i, j)
+    assert list(result.matrix().index) == [f"before/residual_output.{i}" for i in range(3)]
+    assert list(result.matrix().columns) == [f"after/residual_output.{i}" for i in range(3)]
+    assert (result.metrics.groupby("model")["model_label"].nunique() == 1).all()
+
+
+def test_moments_that_would_not_fit_are_refused_with_the_remedy(monkeypatch, wide):
+    from tdgeom import comparison
+
+    small = functools.partial(comparison.StreamingCrossMoments, memory_limit=20_000)
+    monkeypatch.setattr(comparison, "StreamingCrossMoments", small)
+    with pytest.raises(ValueError, match=r"7 sites of width up to 24 and 12 pairs.*Pass sketch=1024"):
+        tg.compare(models.gpt2(), wide, loader(), progress=False)
+    assert tg.compare(models.gpt2(), wide, loader(), sketch=16, layers=[0], progress=False).measures
+
+
 def test_a_sketch_reports_its_error(wide) -> None:
     result = tg.compare(models.gpt2(), wide, loader(), sketch=64, progress=False)
     exact = tg.compare(models.gpt2(), wide, loader(), progress=False).matrix("linear_cka_debiased")
@@ -208,6 +297,67 @@ def test_one_vocabulary_is_compared_token_by_token() -> None:
     assert result.metadata["align"] == "rows" and result.matrix().iloc[0, 0] == pytest.approx(1)
 
 
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    """Tokenizers without a backend that share one vocabulary: BERT's by case, CTRL's by the order of merges."""
+    folder = tmp_path_factory.mktemp("slow")
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "the",
+        "cat",
+        "sat",
+        "##s",
+        "on",
+        "mat",
+        "The",
+        "Cat",
+    ]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    pieces = ["<unk>", "a@@", "b@@", "c@@", "a", "b", "c", "ab@@", "bc", "ab", "abc"]
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    merges = ("a b", "b c</w>")
+    for name, lines in (("first", merges), ("second", merges[::-1])):
+        (folder / f"{name}.txt").write_text("\n".join(["#version: 0.2", *lines, ""]))
+    bert = {case: BertTokenizerLegacy(folder / "vocab.txt", do_lower_case=case) for case in (True, False)}
+    ctrl = {
+        name: CTRLTokenizer(folder / "vocab.json", folder / f"{name}.txt") for name in ("first", "second")
+    }
+    return folder, bert, ctrl
+
+
+def test_slow_tokenizers_are_told_apart_by_what_they_cut(slow):
+    folder, bert, ctrl = slow
+    assert not any(t.is_fast for t in (*bert.values(), *ctrl.values()))
+    assert bert[True].get_vocab() == bert[False].get_vocab()
+    assert not cut_alike(bert[True], bert[False])
+    assert cut_alike(bert[True], BertTokenizerLegacy(folder / "vocab.txt", do_lower_case=True))
+    assert ctrl["first"].get_vocab() == ctrl["second"].get_vocab()
+    assert not cut_alike(ctrl["first"], ctrl["second"])
+    assert cut_alike(ctrl["first"], CTRLTokenizer(folder / "vocab.json", folder / "first.txt"))
+    assert not cut_alike(bert[True], ctrl["first"])
+
+
+def test_a_slow_and_a_fast_tokenizer_of_one_kind_are_alike(slow):
+    folder, bert, _ = slow
+    fast = {case: BertTokenizer(str(folder / "vocab.txt"), do_lower_case=case) for case in (True, False)}
+    assert fast[True].is_fast and fast[True].get_vocab() == bert[True].get_vocab()
+    for case in (True, False):
+        assert cut_alike(bert[case], fast[case])
+        assert not cut_alike(bert[case], fast[not case])
+    assert cut_alike(fast[True], copy.deepcopy(fast[True])) and not cut_alike(fast[True], fast[False])
+
+
+def test_slow_tokenizers_of_one_vocabulary_that_cut_differently_are_not_matched_by_row(slow):
+    _, bert, _ = slow
+    model, _ = demo_model()
+    with pytest.raises(ValueError, match="cut text differently"):
+        tg.compare(model, model, ["The cat"], tokenizer_a=bert[True], tokenizer_b=bert[False], align="rows")
+
+
 def test_saved_and_loaded_and_drawn(wide, tmp_path) -> None:
     result = tg.compare(models.gpt2(), wide, loader(), progress=False)
     loaded = tg.Comparison.load(result.save(tmp_path / "run"))
@@ -231,8 +381,16 @@ def test_mistakes_say_what_to_do(byte_tokenizer) -> None:
         tg.compare(
             model, model, demo_texts()[:2], tokenizer_a=words, tokenizer_b=byte_tokenizer, align="rows"
         )
-    with pytest.raises(TypeError, match="measures are pair stages.*TwoNN"):
+    with pytest.raises(TypeError, match="measures are names.*or pair stages.*TwoNN"):
         tg.compare(model, model, [], [tg.TwoNN()])
+    with pytest.raises(ValueError, match="measures takes any of linear_cka_debiased, .*got cosine"):
+        tg.compare(model, model, [], ["rsa", "cosine"])
+    with pytest.raises(
+        ValueError, match="measures procrustes, cca_r2 need exact moments: leave them out, or sketch"
+    ):
+        tg.compare(model, model, [], ["cka", "procrustes", "cca_r2"], sketch=32)
+    with pytest.raises(ValueError, match="SVCCA with source='moments' needs exact moments, sketch=32"):
+        tg.compare(model, model, [], [tg.SVCCA(source="moments")], sketch=32)
     with pytest.raises(KeyError, match="no measure 'rsa'"):
         tg.compare(models.gpt2(), models.gpt2(), loader(), progress=False).matrix("rsa")
 
@@ -271,3 +429,16 @@ def test_the_command(command, folder, text, tmp_path) -> None:
         "--measures takes",
         "cosine",
     )
+    refused(
+        command("compare", folder, folder, "--text", text, "--measures", "procrustes", "--sketch", 32),
+        "--measures procrustes",
+        "exact moments",
+    )
+
+
+def test_the_command_and_the_function_have_one_default():
+    function, command = (inspect.signature(f).parameters for f in (tg.compare, compare_command))
+    assert function["max_rows"].default == command["max_rows"].default == MAX_ROWS
+    assert ",".join(function["measures"].default) == command["measures"].default
+    for name in ("sites", "layers", "align", "sketch", "batch_size", "seed"):
+        assert function[name].default == command[name].default, name

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, Literal
 
 import torch
@@ -13,7 +15,7 @@ from tdgeom.keys import Key
 from tdgeom.stage import Stage
 from tdgeom.tokens import POSITION_BITS
 
-__all__ = ["AlignedRows", "PairedTexts", "matched_ends"]
+__all__ = ["AlignedRows", "PairedTexts", "cut_alike", "matched_ends"]
 
 Alignment = Literal["characters", "document"]
 
@@ -37,6 +39,44 @@ def matched_ends(
         for spans in (spans_a, spans_b)
     )
     return [(ends_a[end], ends_b[end]) for end in sorted(ends_a.keys() & ends_b.keys())]
+
+
+def cut_alike(a: Any, b: Any) -> bool:
+    """Whether two Hugging Face tokenizers give the same ids for every text.
+
+    They do if they have one vocabulary and one procedure. Fast tokenizers tell their procedure; where one is slow, both cut
+    a text made of words and pieces of their vocabulary, in small and large letters, alone and run together.
+    """
+    if a is b:
+        return True
+    vocabulary = a.get_vocab()
+    if vocabulary != b.get_vocab():
+        return False
+    backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (a, b)]
+    if None not in backends:
+        first, second = (_procedure(backend) for backend in backends)
+        return first == second
+    return all(_ids(a, text) == _ids(b, text) for text in _texts_of(vocabulary))
+
+
+def _procedure(backend: Any) -> dict[str, Any]:
+    told = json.loads(backend.to_str())
+    return {name: told.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "model")}
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, verbose=False)["input_ids"]  # no warning that the text is long
+
+
+def _texts_of(vocabulary: dict[str, int], count: int = 600) -> Iterator[str]:
+    pieces = [re.sub(r"[\W_]", "", piece) for piece in sorted(vocabulary)]
+    pieces = [piece for piece in pieces if piece]
+    pieces = pieces[:: max(1, len(pieces) // count)]
+    words = " ".join(pieces)
+    yield from (words, words.lower(), words.upper(), words.title())
+    yield " ".join(x + y for x, y in pairwise(pieces))
+    yield " ".join(x + y + z for x, y, z in zip(pieces, pieces[1:], pieces[2:]))
+    yield "Na\u00efve caf\u00e9\u2014\uff13,141 don't;  two\tspaces\n\nand \u6771\u4eac \ud55c\uad6d <b>\U0001f642</b>"
 
 
 class PairedTexts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -14,28 +13,29 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import nn
 
-from tdgeom.alignment import AlignedRows, PairedTexts
+from tdgeom.alignment import AlignedRows, PairedTexts, cut_alike
 from tdgeom.analysis.metadata import stage_settings
 from tdgeom.bundle import SCHEMA_VERSION
 from tdgeom.compose import ForEach, ForEachPair
 from tdgeom.frames import site_parts, to_frame
 from tdgeom.hooks import Capture, CaptureSpec
 from tdgeom.keys import key_tuple
+from tdgeom.measures import DEFAULT_MEASURES, named_stages
 from tdgeom.models import config_summary, load_model, model_identity, software_versions
-from tdgeom.neighbors import NearestNeighbors, NeighborhoodOverlap
+from tdgeom.neighbors import NearestNeighbors
 from tdgeom.profiles import relative_depths
 from tdgeom.results import AnalysisResults
 from tdgeom.run import run
-from tdgeom.similarity import LinearCKA
 from tdgeom.stage import PairStage
 from tdgeom.stream.cross import StreamingCrossMoments
 from tdgeom.stream.sample import RowSample
 from tdgeom.text import TextBatches
 from tdgeom.tokens import SelectTokens
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["MAX_ROWS", "Comparison", "compare"]
 
 ALIGNMENTS = ("rows", "characters", "document")
+MAX_ROWS = 100_000
 
 
 @dataclass
@@ -73,7 +73,7 @@ def compare(
     model_a: nn.Module | str,
     model_b: nn.Module | str,
     dataloader: Iterable[Any],
-    measures: Sequence[PairStage] | None = None,
+    measures: str | PairStage | Sequence[str | PairStage] = DEFAULT_MEASURES,
     *,
     sites: str | Sequence[str] = "residual_output",
     layers: str | int | slice | Sequence[int] = "all",
@@ -81,7 +81,7 @@ def compare(
     tokenizer_b: Any = None,
     align: str = "auto",
     names: tuple[str, str] = ("a", "b"),
-    max_rows: int | None = 100_000,
+    max_rows: int | None = MAX_ROWS,
     sample_limit: int = 4096,
     sketch: int | None = None,
     select: dict[str, Any] | None = None,
@@ -97,8 +97,9 @@ def compare(
         model_a, model_b: modules, Hugging Face ids or directories: two models, or two checkpoints of one.
         dataloader: batches that both models take; or documents (strings), with ``tokenizer_a`` and, where it is another,
             ``tokenizer_b``.
-        measures: pair stages. Default: debiased linear CKA over *all* rows (``LinearCKA(estimator="debiased",
-            source="moments")``) and ``NeighborhoodOverlap(k=10)`` (mutual nearest neighbours) of a sample.
+        measures: names (``tdgeom.measures.MEASURES``, those of the command line) or pair stages. Default: debiased linear
+            CKA over *all* rows (``"linear_cka_debiased"``, short ``"cka"``: ``LinearCKA(estimator="debiased",
+            source="moments")``) and ``"neighborhood_overlap"`` of a sample (``NeighborhoodOverlap(k=10)``).
         sites, layers: as for ``Capture``; the same for both models.
         tokenizer_a, tokenizer_b: for documents; ``tokenizer_b`` None: the same.
         align: "rows": the tokens are the same, matched by ``row_id``. "characters": tokens of the two tokenizers that end at
@@ -120,7 +121,8 @@ def compare(
     Memory: 8·D_a·D_b bytes for every pair of layers (144 pairs at D = 768: 0.7 GB), refused above 8 GiB with the remedy.
 
     Raises:
-        ValueError: equal names, an unknown alignment, documents without a tokenizer.
+        ValueError: equal names, an unknown alignment or measure, documents without a tokenizer, a measure that needs exact
+            moments beside ``sketch=``.
 
         >>> from tdgeom.demo import demo_model, demo_texts
         >>> model, tokenizer = demo_model()
@@ -168,7 +170,7 @@ def _alignment(align: str, tokenizer_a: Any, tokenizer_b: Any) -> str:
             f"compare: align={align!r} matches the tokens of two tokenizers: give documents (strings), tokenizer_a= and "
             f"tokenizer_b=."
         )
-    same = tokenizer_a is None or tokenizer_b is None or _cut_alike(tokenizer_a, tokenizer_b)
+    same = tokenizer_a is None or tokenizer_b is None or cut_alike(tokenizer_a, tokenizer_b)
     if align == "rows" and not same:
         raise ValueError(
             "compare: align='rows' matches token by token, but tokenizer_a and tokenizer_b cut text differently. Take "
@@ -182,28 +184,22 @@ def _alignment(align: str, tokenizer_a: Any, tokenizer_b: Any) -> str:
     return "characters" if fast else "document"
 
 
-def _cut_alike(a: Any, b: Any) -> bool:
-    """Whether two tokenizers give the same ids for every text: one vocabulary and, where they can say so, one procedure."""
-    if a.get_vocab() != b.get_vocab():
-        return False
-    procedures = []
-    for tokenizer in (a, b):
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        told = {} if backend is None else json.loads(backend.to_str())
-        procedures.append(
-            {name: told.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "model")}
+def _measures(measures: str | PairStage | Sequence[str | PairStage], sketch: int | None) -> list[PairStage]:
+    given = [measures] if isinstance(measures, (str, nn.Module)) else list(measures)
+    wrong = [type(one).__name__ for one in given if not isinstance(one, (str, PairStage))]
+    if wrong or not given:
+        raise TypeError(
+            f"compare: measures are names such as 'linear_cka_debiased' or pair stages such as tg.LinearCKA(), got "
+            f"{wrong or 'none'}."
         )
-    return procedures[0] == procedures[1]
-
-
-def _measures(measures: Sequence[PairStage] | None, sketch: int | None) -> list[PairStage]:
-    if measures is None:
-        source = "moments" if sketch is None else "sketch"
-        return [LinearCKA(estimator="debiased", source=source), NeighborhoodOverlap(k=10)]  # type: ignore[arg-type]
-    stages = [measures] if isinstance(measures, nn.Module) else list(measures)
-    wrong = [type(stage).__name__ for stage in stages if not isinstance(stage, PairStage)]
-    if wrong or not stages:
-        raise TypeError(f"compare: measures are pair stages, such as tg.LinearCKA(), got {wrong or 'none'}.")
+    named = named_stages([one for one in given if isinstance(one, str)], sketch=sketch is not None)
+    stages = [*named, *(one for one in given if isinstance(one, PairStage))]
+    exact = [type(stage).__name__ for stage in stages if getattr(stage, "source", None) == "moments"]
+    if sketch is not None and exact:
+        raise ValueError(
+            f"compare: {', '.join(exact)} with source='moments' needs exact moments, sketch={sketch} gives projections. "
+            f"Leave sketch out, or take source='sample' (LinearCKA: source='sketch')."
+        )
     return stages
 
 

@@ -30,19 +30,10 @@ from tdgeom.cli.options import (
     say_where,
     sequence_length,
 )
+from tdgeom.comparison import MAX_ROWS
+from tdgeom.measures import DEFAULT_MEASURES, MEASURES, named_stages
 
 __all__: list[str] = []
-
-MEASURES = {
-    "linear_cka_debiased": "debiased linear CKA over all rows",
-    "linear_cka": "linear CKA over all rows",
-    "neighborhood_overlap": "mutual 10 nearest neighbours",
-    "rbf_cka": "RBF CKA",
-    "rsa": "RSA",
-    "procrustes": "Procrustes distance over all rows",
-    "svcca": "SVCCA",
-    "cknna": "CKNNA",
-}
 
 
 def compare(
@@ -57,7 +48,7 @@ def compare(
     dataset: Dataset = None,
     measures: Annotated[
         str, typer.Option(help=f"Comma-separated: {', '.join(MEASURES)}.", metavar="NAMES")
-    ] = "linear_cka_debiased,neighborhood_overlap",
+    ] = ",".join(DEFAULT_MEASURES),
     sites: Sites = "residual_output",
     layers: Layers = "all",
     align: Annotated[
@@ -66,7 +57,7 @@ def compare(
             help="rows (one tokenizer), characters (tokens that end together), document (means), or auto."
         ),
     ] = "auto",
-    max_rows: Annotated[int, typer.Option("--max-rows", min=4, help="Rows to compare.")] = 20_000,
+    max_rows: Annotated[int, typer.Option("--max-rows", min=4, help="Rows to compare.")] = MAX_ROWS,
     sketch: Annotated[
         int | None,
         typer.Option(min=3, help="Random projections a site, for wide models. [exact moments]", metavar="K"),
@@ -82,10 +73,10 @@ def compare(
 ) -> None:
     """Compare every layer of two models, or of two checkpoints, on one text."""
     names = listed(measures)
-    if unknown := [name for name in names if name not in MEASURES]:
-        raise typer.BadParameter(f"--measures takes any of {', '.join(MEASURES)}, got {', '.join(unknown)}")
-    if sketch is not None and "procrustes" in names:
-        raise typer.BadParameter("procrustes needs exact moments: leave it out, or --sketch")
+    try:
+        stages = named_stages(names, sketch=sketch is not None)
+    except ValueError as error:
+        raise typer.BadParameter(f"--{error}") from error
     source, named = documents(text, jsonl, dataset)
     overwrite = check_out(out, overwrite, plots, "bundle")
     quiet_transformers()
@@ -100,7 +91,7 @@ def compare(
         nets[0],
         nets[1],
         source,
-        [_stage(name, sketch) for name in names],
+        stages,
         sites=listed(sites),
         layers=layer_choice(layers),
         tokenizer_a=tokenizers[0],
@@ -122,23 +113,6 @@ def compare(
         if plots:
             _draw(result)
     say_where(result)
-
-
-def _stage(name: str, sketch: int | None) -> Any:
-    import tdgeom as tg
-
-    source = "moments" if sketch is None else "sketch"
-    stages = {
-        "linear_cka_debiased": lambda: tg.LinearCKA(estimator="debiased", source=source),
-        "linear_cka": lambda: tg.LinearCKA(estimator="biased", source=source),
-        "neighborhood_overlap": lambda: tg.NeighborhoodOverlap(k=10),
-        "rbf_cka": tg.RBFCKA,
-        "rsa": tg.RSA,
-        "procrustes": lambda: tg.Procrustes(source="moments"),
-        "svcca": tg.SVCCA,
-        "cknna": tg.CKNNA,
-    }
-    return stages[name]()
 
 
 def _draw(result: Any) -> None:
