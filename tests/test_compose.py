@@ -318,6 +318,8 @@ def test_pair_refusals():
         tg.ForEachPair(tg.StreamingCovariance(), SITES)
     with pytest.raises(TypeError, match="got Linear"):
         tg.ForEachPair(nn.Linear(2, 2), SITES)
+    with pytest.raises(TypeError, match=r"LinearCKA compares two: use ForEachPair\(stage, sites\)"):
+        tg.ForEach(tg.LinearCKA(), SITES)
     with pytest.raises(ValueError, match="twice"):
         tg.ForEachPair(tg.LinearCKA(), SITES, pairs=[("x.0", "x.1"), ("x.0", "x.1")])
 

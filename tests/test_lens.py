@@ -191,6 +191,8 @@ def test_failures_leave_the_model_as_it_was():
         LogitLens(models.llama().model)
     with pytest.raises(ValueError, match="found none"):
         LogitLens(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"inputs by name, such as \{'input_ids': ids\}, got Tensor"):
+        tg.logit_lens(model, torch.ones(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="names among logits"):
         LogitLens(model, outputs=["logit"])
     twin = pickle.loads(pickle.dumps(lens))

@@ -90,8 +90,10 @@ def test_relative_depths() -> None:
 
 
 def test_what_has_no_profile_says_so(samples) -> None:
-    with pytest.raises(KeyError, match="nothing under 'dimension'.*Put tg.ForEach"):
+    with pytest.raises(KeyError, match=r"nothing under 'dimension'.*Put tg.ForEach\(tg.TwoNN\(\).*metrics="):
         tg.intrinsic_dimension_profile(samples)
+    with pytest.raises(KeyError, match=r"nothing of .*neighborhood_overlap.*ForEachPair\(tg.Neighborhood"):
+        tg.overlap_profile(samples)
     with pytest.raises(ValueError, match="AnalysisResults without a result.*source='neighbors'"):
         tg.overlap_profile(tg.AnalysisResults(pd.DataFrame(), pd.DataFrame()))
 

@@ -212,6 +212,10 @@ class ForEach(TensorDictSequential):
                 raise TypeError(
                     "ForEach takes a stage of one site; ForEachPair already runs over pairs of sites."
                 )
+            if isinstance(part, PairStage):
+                raise TypeError(
+                    f"ForEach takes a stage of one site; {type(part).__name__} compares two: use ForEachPair(stage, sites)."
+                )
             keep = _shared_keys(shared, part)
             _check_shared_outputs(part, keep, "ForEach")
             kind = RenamedStream if isinstance(part, StreamingStage) else Renamed

@@ -200,6 +200,10 @@ def logit_lens(
     ``inputs`` are the model's; ``sites`` and ``layers`` as for :class:`Capture`; ``outputs`` and further settings as for
     :class:`LogitLens`. ``("lens", site, "kl")`` compares with the model's own logits.
     """
+    if not isinstance(inputs, TensorDictBase | Mapping):
+        raise TypeError(
+            f"logit_lens expects the model's inputs by name, such as {{'input_ids': ids}}, got {type(inputs).__name__}."
+        )
     batch = inputs if isinstance(inputs, TensorDictBase) else TensorDict(dict(inputs), batch_size=[])
     outputs = check_outputs(outputs)
     lens = LogitLens(model, outputs=outputs, **settings)

@@ -48,7 +48,7 @@ def intrinsic_dimension_profile(result: Any) -> pd.DataFrame:
         >>> frame[["layer", "relative_depth", "estimator"]].values.tolist()
         [[0, 0.0, 'twonn'], [1, 1.0, 'twonn']]
     """
-    return _of_each(result, _dimension_rows, "dimension", "tg.ForEach(tg.TwoNN(), sites)")
+    return _of_each(result, _dimension_rows, "under 'dimension'", "ForEach", "TwoNN")
 
 
 def overlap_profile(result: Any) -> pd.DataFrame:
@@ -73,9 +73,8 @@ def overlap_profile(result: Any) -> pd.DataFrame:
         >>> frame[["measure", "site", "other"]].values.tolist()
         [['neighborhood_overlap', 'attn_input.0', 'attn_input.1']]
     """
-    return _of_each(
-        result, _overlap_rows, "neighborhood' or 'between", "tg.ForEachPair(tg.NeighborhoodOverlap(), sites)"
-    )
+    what = f"of {', '.join(sorted(OVERLAPS))}"
+    return _of_each(result, _overlap_rows, what, "ForEachPair", "NeighborhoodOverlap")
 
 
 def relative_depths(sites: list[str]) -> dict[str, float]:
@@ -110,7 +109,7 @@ def _place(part: Mapping[str, Any], after_inputs: bool) -> int | None:
     )
 
 
-def _of_each(result: Any, rows: Any, root: str, remedy: str) -> pd.DataFrame:
+def _of_each(result: Any, rows: Any, what: str, over: str, stage: str) -> pd.DataFrame:
     """The rows of a result, and of its untrained baseline where it has one."""
     found = []
     for weights, one in _results(result):
@@ -119,7 +118,8 @@ def _of_each(result: Any, rows: Any, root: str, remedy: str) -> pd.DataFrame:
     if not found:
         have = sorted(map(str, _results(result)[0][1].keys()))
         raise KeyError(
-            f"the result has nothing under {root!r}; there is {have}. Put {remedy} in the pipeline."
+            f"the result has nothing {what}; there is {have}. Put tg.{over}(tg.{stage}(), sites) in the pipeline, or "
+            f"tg.{stage}() into the metrics= of analyze_model."
         )
     table = pd.DataFrame(found)
     for column in ("layer", "other_layer", "rows", "duplicates"):

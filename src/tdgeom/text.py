@@ -186,8 +186,8 @@ class TextBatches:
         labels: one number a document.
 
     Raises:
-        TypeError: ``texts`` is one string, or holds something else than strings. ValueError: settings out of range, labels
-            that do not match. RuntimeError: a second pass over a generator.
+        TypeError: ``texts`` is one string, or holds something else than strings; labels that are names. ValueError: settings
+            out of range, labels that do not match. RuntimeError: a second pass over a generator.
 
         >>> from tdgeom.demo import demo_model
         >>> model, tokenizer = demo_model()
@@ -215,6 +215,12 @@ class TextBatches:
             )
         if labels is not None and isinstance(texts, Sized) and len(labels) != len(texts):
             raise ValueError(f"TextBatches expects one label a document, got {len(labels)} for {len(texts)}.")
+        named = labels is not None and next((label for label in labels if isinstance(label, str)), None)
+        if isinstance(named, str):
+            raise TypeError(
+                f"TextBatches expects labels that are numbers, got {named!r}. Number the names: "
+                f"pandas.factorize(labels)[0], or numpy.unique(labels, return_inverse=True)[1]."
+            )
         self.texts, self.tokenizer, self.labels = texts, tokenizer, labels
         self.batch_size, self.seq_len = batch_size, seq_len
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)

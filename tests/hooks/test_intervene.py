@@ -248,6 +248,8 @@ def test_steering_is_the_plain_hook(llama):
     assert torch.equal(out[:, [0, 2]], x[:, [0, 2]])
     with pytest.raises(ValueError, match="2 vectors for 3"):
         tg.Steer(vectors, per_position=True, positions=slice(1, None))(activation=x)
+    with pytest.raises(ValueError, match=r"vector of the 3 features at None, got \(7,\)"):
+        tg.Steer(torch.ones(7))(activation=x)
 
 
 def test_a_steering_vector_can_be_trained(llama):

@@ -189,6 +189,10 @@ class Steer(Edit):
                     f"Steer(per_position=True) has {vector.shape[0]} vectors for {int(order.max()) + 1} selected positions."
                 )
             vector = vector[order.clamp(min=0)]
+        if vector.ndim and vector.shape[-1] not in (1, value.shape[-1]):
+            raise ValueError(
+                f"Steer expected a vector of the {value.shape[-1]} features at {self.site!r}, got {tuple(vector.shape)}."
+            )
         return value + self.coefficient * vector
 
 
