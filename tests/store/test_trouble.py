@@ -337,7 +337,7 @@ def test_verify_finds_shards_that_no_run_has(kept):
     store, run, _ = kept
     store.catalogue.drop_run(run)
     assert [str(damage) for damage in store.verify()] == [
-        f"{run}: shards of a run that the catalogue does not have"
+        f"{run}: shards of a run that the catalogue does not have: import it again, or delete the folder"
     ]
 
 

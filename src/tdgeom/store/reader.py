@@ -12,10 +12,11 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tdgeom.keys import as_key
-from tdgeom.store.catalogue import Catalogue, ShardRecord
+from tdgeom.store.catalogue import Catalogue
 from tdgeom.store.dtypes import decode
 from tdgeom.store.errors import StoreError
 from tdgeom.store.layout import Entry, Layout
+from tdgeom.store.records import ShardRecord
 from tdgeom.store.shard_writing import file_sha256
 from tdgeom.store.shards import Shard, bits_of, from_bits
 from tdgeom.tokens import POSITION_BITS

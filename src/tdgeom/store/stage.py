@@ -13,10 +13,10 @@ from tdgeom._ranks import broadcast_number, rank_and_world
 from tdgeom._sync import gather_states
 from tdgeom.keys import Key, key_tuple
 from tdgeom.store.about import describe, id_of, new_id, number_of
-from tdgeom.store.catalogue import relative_errors
 from tdgeom.store.dtypes import named_dtype
 from tdgeom.store.errors import StoreError
 from tdgeom.store.layout import Layout, entries_of
+from tdgeom.store.records import relative_errors
 from tdgeom.store.resume import ResumedWriter, open_writer, refuse_other_rows
 from tdgeom.store.store import ActivationStore
 from tdgeom.store.writer import RunWriter

@@ -16,13 +16,14 @@ from tensordict import TensorDict
 
 from tdgeom.results import AnalysisResults
 from tdgeom.store.about import About, describe, new_id
-from tdgeom.store.catalogue import BUNDLE, STATES, Catalogue, Record, ShardRecord, relative_errors
+from tdgeom.store.catalogue import BUNDLE, Catalogue
 from tdgeom.store.errors import StoreBusyError, StoreError
 from tdgeom.store.files import explain
 from tdgeom.store.layout import Layout
 from tdgeom.store.memory import Captured, pack, unpack
 from tdgeom.store.query import condition, names
 from tdgeom.store.reader import RowSource, read_tensors
+from tdgeom.store.records import STATES, Record, ShardRecord, relative_errors
 from tdgeom.store.runs import Runs
 from tdgeom.store.shard_writing import write_shard
 from tdgeom.store.transfer import import_runs

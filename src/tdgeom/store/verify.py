@@ -7,9 +7,10 @@ from pathlib import Path
 
 from tdgeom.bundle import read as read_bundle
 from tdgeom.store.about import valid_id
-from tdgeom.store.catalogue import BUNDLE, Catalogue, ShardRecord
+from tdgeom.store.catalogue import BUNDLE, Catalogue
 from tdgeom.store.errors import StoreError
 from tdgeom.store.reader import open_shards
+from tdgeom.store.records import ShardRecord
 from tdgeom.store.shard_writing import file_sha256
 from tdgeom.store.shards import Shard
 
@@ -44,7 +45,12 @@ def verify(catalogue: Catalogue, run: str | None = None) -> list[Damage]:
     for path in sorted(catalogue.folder.iterdir()):
         # a writer killed before it entered its run leaves a folder without shards, which is no damage
         if valid_id(path.name) and path.name not in runs and any(path.glob("*.safetensors")):
-            found.append(Damage("shards of a run that the catalogue does not have", path.name))
+            found.append(
+                Damage(
+                    "shards of a run that the catalogue does not have: import it again, or delete the folder",
+                    path.name,
+                )
+            )
     return found
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tdgeom.store.catalogue import Catalogue, ShardRecord
+from tdgeom.store.catalogue import Catalogue
 from tdgeom.store.dtypes import encode, rounding_error
 from tdgeom.store.errors import StoreBusyError, StoreError
 from tdgeom.store.files import explain, sync_folder
 from tdgeom.store.layout import Layout
 from tdgeom.store.locks import Lock
+from tdgeom.store.records import ShardRecord
 from tdgeom.store.shard_writing import write_shard
 
 __all__ = ["RunLock", "RunWriter", "reason_of"]

@@ -1,0 +1,81 @@
+"""What the catalogue says of a run and of its shards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tdgeom.store.about import About
+
+__all__ = ["KINDS", "STATES", "Record", "ShardRecord", "first_gap", "is_rounding", "relative_errors"]
+
+STATES = ("writing", "complete", "failed", "removing")
+KINDS = ("activations", "capture", "analysis")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as the catalogue has it.
+
+    ``kind``: "activations" (rows from a pipeline), "capture" (saved from memory) or "analysis". ``state``: "writing",
+    "complete", "failed" (``reason`` says why) or "removing". ``created``, ``updated``: seconds since 1970.
+    """
+
+    id: str
+    kind: str
+    state: str
+    reason: str | None
+    created: float
+    updated: float
+    about: About
+    shards: int
+    rows: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard of a run; ``rounding``: by tensor Σ|x-x̂|², Σ|x|² and max |x-x̂|/|x|, where rows were cast."""
+
+    rank: int
+    number: int
+    rows: int
+    bytes: int
+    sha256: str
+    rounding: Mapping[str, Sequence[float]]
+
+    @property
+    def name(self) -> str:
+        """The file's name, from numbers alone."""
+        return f"rank-{self.rank:05d}-{self.number:08d}.safetensors"
+
+
+def first_gap(shards: Sequence[ShardRecord]) -> ShardRecord | None:
+    """The first shard, by rank and number, whose predecessor is missing."""
+    for before, shard in zip([None, *shards], shards):
+        if shard.number != (before.number + 1 if before is not None and before.rank == shard.rank else 0):
+            return shard
+    return None
+
+
+def is_rounding(value: Any) -> bool:
+    """Whether this is a ``ShardRecord.rounding``."""
+    return isinstance(value, dict) and all(
+        isinstance(part, list)
+        and len(part) == 3
+        and all(type(one) in (int, float) and math.isfinite(one) and one >= 0 for one in part)
+        for part in value.values()
+    )
+
+
+def relative_errors(shards: Sequence[ShardRecord]) -> dict[str, dict[str, float]]:
+    """What casting cost, by tensor: ``relative`` = √(Σ|x-x̂|² / Σ|x|²) over all rows, ``worst_row`` = max |x-x̂|/|x|."""
+    found = {}
+    for name in dict.fromkeys(name for shard in shards for name in shard.rounding):
+        parts = [shard.rounding[name] for shard in shards if name in shard.rounding]
+        gap, size = (sum(part[i] for part in parts) for i in (0, 1))
+        worst = max(part[2] for part in parts)
+        found[name] = {"relative": math.sqrt(gap / size) if size else 0.0, "worst_row": worst}
+    return found
