@@ -112,6 +112,23 @@ def test_directions_without_variance_and_labels_without_relation():
         F.leace(F.label_moments(torch.ones(5, 3), torch.eye(2)[torch.arange(5) % 2]))
 
 
+def test_arrays_are_taken_and_mistakes_named():
+    x, label = torch.randn(60, 4), torch.arange(60) % 2
+    from_arrays = tg.Erase.fit(x.numpy(), label.tolist())
+    assert torch.equal(from_arrays(tokens=x), tg.Erase.fit(x, label)(tokens=x))
+    with pytest.raises(TypeError, match="Erase.fit expects numbers at label, got list"):
+        tg.Erase.fit(x, ["a", "b"] * 30)
+    result = TensorDict({"erasure": {"residual_output.1": {"left": x, "right": x, "mean": x[0]}}})
+    with pytest.raises(
+        ValueError, match=r"'left', 'right' and 'mean', got \['erasure'\].*result\['erasure', site\]"
+    ):
+        tg.Erase(result)
+    with pytest.raises(
+        ValueError, match=r"Erase of 'residual_output.1' reads \['tokens'\].*in_keys='activation'"
+    ):
+        tg.Intervene(bert(), {"residual_output.1": from_arrays})
+
+
 def test_erase_edits_any_shape_in_its_own_dtype():
     x, label = torch.randn(200, 4), torch.arange(200) % 2
     eraser = tg.Erase.fit(x, label, in_keys=("acts", "residual_output.1"))

@@ -11,6 +11,7 @@ from torch import Tensor
 from tdgeom.keys import Key, resolve_keys
 from tdgeom.probing._labels import one_hot, row_labels
 from tdgeom.probing.moments import LEAVES, label_moments, pool_folds
+from tdgeom.probing.rules import plain_rows
 from tdgeom.stage import Stage
 
 __all__ = ["LEACE", "Erase", "erase", "leace"]
@@ -106,7 +107,8 @@ class Erase(Stage):
     """Erase a label from activations or rows: x - left·rightᵀ(x - mean), the same entry in and out.
 
     With an eraser of its own, ``Erase(eraser)``, it reads one entry of any shape (..., D) and can edit a model's
-    activations; without one it reads the eraser from ``("erasure", ...)``, for a second pass over a stream.
+    activations; without one it reads the eraser from ``("erasure", ...)``, for a second pass over a stream, where the erased
+    rows need a name of their own: ``tg.ForEach(tg.Erase(out_keys="clean"), sites)``.
 
     Args:
         eraser: what ``leace`` or ``LEACE`` found: a mapping with "left", "right" and "mean". It becomes part of the stage's
@@ -115,6 +117,9 @@ class Erase(Stage):
     Reads ``"tokens"`` (..., D), and without an eraser ``("erasure", "left" | "right" | "mean")``; writes ``"tokens"``, or
     what ``out_keys`` names, in the dtype of what it read. The first of ``in_keys`` is also what it
     writes. ``tg.Intervene(model, {site: Erase(eraser, in_keys="activation")})`` erases inside a model.
+
+    Raises:
+        ValueError: a mapping that is no eraser.
 
         >>> import torch, tdgeom as tg
         >>> x, y = torch.randn(200, 4), torch.arange(200) % 2
@@ -140,12 +145,18 @@ class Erase(Stage):
         if out_keys is None and in_keys is not None:
             out_keys = resolve_keys(in_keys, list(reads), what="in_keys", owner="Erase")[:1]
         super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads)
+        if eraser is not None and not {"left", "right", "mean"} <= set(eraser.keys()):
+            raise ValueError(
+                f"Erase expects an eraser with 'left', 'right' and 'mean', got {sorted(map(str, eraser.keys()))}. Of a result "
+                f"of run it is result['erasure', site]."
+            )
         for name in ("left", "right", "mean"):
             self.register_buffer(name, None if eraser is None else eraser[name].detach().clone())
 
     @classmethod
     def fit(cls, x: Tensor, label: Tensor, **keys: Any) -> Erase:
         """The eraser of a label from rows: (N, D) with classes int (N,) or numbers float (N,), (N, K)."""
+        x, label = plain_rows("Erase.fit", x=x, label=label)
         label, used = row_labels(label, x, "label", -100, None, "Erase.fit")
         x, label = x[used], label[used]
         targets = (

@@ -88,8 +88,9 @@ class StreamingStage(Stage):
         return next(iter(self._state().values())).shape == (0,)
 
     @dispatch(auto_batch_size=False)
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+    def forward(self, tensordict: TensorDictBase, **unknown: Any) -> TensorDictBase:
         """``update`` with the rows in ``tensordict``, then ``publish`` the values so far into it."""
+        self.refuse_unknown(unknown)
         if not torch.compiler.is_compiling():
             self._refuse_nonfinite(tensordict)
         self.update(tensordict)
@@ -102,6 +103,13 @@ class StreamingStage(Stage):
             raise ValueError(
                 f"{type(self).__name__} expects rows at {self.in_keys[0]!r}, (N, ...), got a tensor of shape ()."
             )
+        for key, value, shape in zip(self.in_keys, rows, self._shapes):
+            if value is not None and shape is not None and value.ndim > len(shape.split()):
+                raise ValueError(
+                    f"{type(self).__name__} expects rows at {key!r}, ({', '.join(shape.split())}), got {tuple(value.shape)}. "
+                    f"SelectTokens makes rows of (B, T, D) activations and leaves padding out; without padding "
+                    f"x.flatten(0, -2) does."
+                )
         if not rows[0].shape[0]:
             return
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(rows[0].device.type, enabled=False):

@@ -198,6 +198,9 @@ def test_errors():
     stage.update(TensorDict(tokens=torch.randn(4, 3)))
     with pytest.raises(ValueError, match=r"rows of width 3 and now gets 'tokens' of shape \(4, 5\)"):
         stage.update(TensorDict(tokens=torch.randn(4, 5)))
+    for seen in (stage, tg.StreamingCovariance()):
+        with pytest.raises(ValueError, match=r"rows at 'tokens', \(N, D\), got \(2, 4, 3\). SelectTokens"):
+            seen(tokens=torch.randn(2, 4, 3))
     other = tg.StreamingCovariance()
     other.update(TensorDict(tokens=torch.randn(4, 5)))
     with pytest.raises(ValueError, match="they saw rows of different width"):

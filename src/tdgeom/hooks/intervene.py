@@ -84,6 +84,13 @@ class Intervene(TensorDictModuleBase):
             for edit in listed:
                 if not callable(edit):
                     raise TypeError(f"the edit of {name!r} is no module or function: {edit!r}.")
+                reads = getattr(edit, "in_keys", None)
+                if isinstance(edit, nn.Module) and reads and "activation" not in reads:
+                    kind = type(edit).__name__
+                    raise ValueError(
+                        f"the edit {kind} of {name!r} reads {list(reads)}, and edits are given 'activation'. Remedy: "
+                        f"{kind}(..., in_keys='activation')."
+                    )
             for entry in resolve_sites(model, name, layers=layers):
                 plan.append((entry, listed))
                 found.append(entry)
