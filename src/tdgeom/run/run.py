@@ -58,8 +58,8 @@ def run(
         device: where batches go; default the model's device.
         sharded: the loader already holds this rank's share; batches carry ``sequence_id``, repeats count once.
         checkpoint: a file that keeps the state of the run. Where it exists the run goes on from it: batches already seen are
-            read from the loader, which must give the same ones in the same order, and skipped. Removed when the run ends.
-            For one process.
+            read from the loader, which must give the same ones in the same order, and skipped. Other stages, settings,
+            weights or another first batch are refused with the difference. Removed when the run ends. For one process.
         every: batches between two writes of the checkpoint.
         progress: a progress bar; default only on a terminal.
 
