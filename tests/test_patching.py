@@ -7,6 +7,7 @@ import torch
 from tensordict import TensorDict
 
 import models
+from tdgeom import UndefinedMeasureWarning
 from tdgeom.hooks import Capture
 from tdgeom.patching import activation_patching, answer_probability, kl_from, logit_difference
 
@@ -148,6 +149,64 @@ def test_metrics():
         models.gpt2(), *pair(), metric=lambda value, example: value[:, 7] * 2, layers=0, progress=False
     )
     assert own["grid", "residual_input"].shape == (1, 5)
+
+
+def test_two_stacks_have_positions_of_their_own():
+    """Encoder sites are counted over the prompt, decoder sites over what the decoder reads, padded or not."""
+    model = models.t5()
+    clean, corrupted = pair()
+    start = torch.randint(4, models.VOCAB, (3, 4), generator=torch.Generator().manual_seed(2))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]])
+    clean = {**clean, "decoder_input_ids": start, "decoder_attention_mask": mask}
+    corrupted = {**corrupted, "decoder_input_ids": start.flip(1) * mask, "decoder_attention_mask": mask}
+    kinds = ["encoder.residual_output", "decoder.residual_output", "decoder.z"]
+    out = activation_patching(model, clean, corrupted, kinds, answers=(5, 6), progress=False)
+    shapes = {kind: tuple(out["grid", kind].shape) for kind in kinds}
+    assert shapes == {kinds[0]: (models.DEPTH, 5), kinds[1]: (models.DEPTH, 4), kinds[2]: (models.DEPTH, 4)}
+    assert torch.equal(out["per_example", kinds[1]][0].isnan(), ~mask.bool().T)
+    last = mask.sum(1) - 1
+    for stack, kind, position in ((model.encoder, kinds[0], 1), (model.decoder, kinds[1], 1)):
+        block, seen = stack.block[1], {}
+        with torch.no_grad():
+            handle = block.register_forward_hook(lambda m, a, o, seen=seen: seen.update(x=o[0]))
+            model(**clean)
+            handle.remove()
+
+            def put(module, args, output, seen=seen, position=position):
+                x = output[0].clone()
+                x[:, position] = seen["x"][:, position]
+                return (x, *output[1:])
+
+            handle = block.register_forward_hook(put)
+            logits = model(**corrupted).logits[torch.arange(3), last]
+            handle.remove()
+        expected = (logits[:, 5] - logits[:, 6]).double()
+        torch.testing.assert_close(out["per_example", kind][1, position], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_answers_may_be_lists_and_have_to_fit():
+    model = models.gpt2()
+    clean, corrupted = pair()
+    given = {"sites": "z", "layers": 0, "progress": False}
+    one = activation_patching(model, clean, corrupted, answers=([5, 6, 7], 9), **given)
+    two = activation_patching(model, clean, corrupted, answers=(torch.tensor([5, 6, 7]), 9), **given)
+    assert torch.equal(one["grid", "z"], two["grid", "z"])
+    for answers, match in (
+        (([5, 6], 9), r"one for each of the 3 examples, got torch.int64 of shape \(2,\)"),
+        ((5, models.VOCAB), f"token ids from 0 to {models.VOCAB - 1}, got {models.VOCAB}"),
+        ((0.5, 9), "torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            activation_patching(model, clean, corrupted, answers=answers, **given)
+    with pytest.raises(ValueError, match="by= expects 'position', 'head' or None"):
+        activation_patching(model, clean, corrupted, answers=(5, 9), by="heads", **given)
+
+
+def test_runs_of_one_metric_have_nothing_to_recover():
+    model, (clean, _) = models.gpt2(), pair()
+    with pytest.warns(UndefinedMeasureWarning, match="same metric.*'recovered' of z"):
+        out = activation_patching(model, clean, clean, "z", answers=(5, 6), layers=0, progress=False)
+    assert out["recovered", "z"].isnan().all() and not out["grid", "z"].isnan().any()
 
 
 def test_errors():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Mapping, Sequence
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tdgeom._warnings import UndefinedMeasureWarning
 from tdgeom.hooks.bound import eval_mode
 from tdgeom.hooks.capture import Capture
 from tdgeom.hooks.edits import Edit, canonical, is_pattern
@@ -17,52 +18,16 @@ from tdgeom.hooks.intervene import Intervene
 from tdgeom.hooks.other_runs import Patch
 from tdgeom.hooks.positions import Positions, position_mask
 from tdgeom.hooks.sites import HEAD_KINDS, LayerSpec, Site
+from tdgeom.patching_metrics import (
+    Ids,
+    Metric,
+    answer_probability,
+    kl_from,
+    logit_difference,
+    named_metric,
+)
 
 __all__ = ["activation_patching", "answer_probability", "kl_from", "logit_difference"]
-
-Metric = Callable[[Tensor, Tensor], Tensor]
-
-
-def logit_difference(correct: int | Tensor, wrong: int | Tensor) -> Metric:
-    """The metric logit(correct) - logit(wrong); ids are one number or one per example.
-
-    >>> logit_difference(1, 0)(torch.tensor([[1.0, 4.0]]), torch.tensor([0]))
-    tensor([3.])
-    """
-
-    def metric(logits: Tensor, example: Tensor) -> Tensor:
-        return _pick(logits, correct, example) - _pick(logits, wrong, example)
-
-    return metric
-
-
-def answer_probability(correct: int | Tensor) -> Metric:
-    """The metric softmax probability of an answer; ids are one number or one per example.
-
-    >>> answer_probability(0)(torch.zeros(1, 4), torch.tensor([0]))
-    tensor([0.2500])
-    """
-
-    def metric(logits: Tensor, example: Tensor) -> Tensor:
-        return _pick(logits.float().log_softmax(-1), correct, example).exp()
-
-    return metric
-
-
-def kl_from(reference: Tensor) -> Metric:
-    """The metric KL(reference || patched) in nats, from the reference run's logits (B, V)."""
-
-    def metric(logits: Tensor, example: Tensor) -> Tensor:
-        own, log = reference.to(logits).float().log_softmax(-1)[example], logits.float().log_softmax(-1)
-        return (own.exp() * (own - log)).sum(-1)
-
-    return metric
-
-
-def _pick(values: Tensor, ids: int | Tensor, example: Tensor) -> Tensor:
-    if isinstance(ids, int):
-        return values[:, ids]
-    return values.gather(1, ids.to(values.device)[example][:, None])[:, 0]
 
 
 class _Cells(Edit):
@@ -121,7 +86,7 @@ def activation_patching(
     sites: str | Sequence[str] = "residual_input",
     metric: str | Metric = "logit_diff",
     *,
-    answers: Sequence[int | Tensor] | int | Tensor | None = None,
+    answers: Ids | tuple[Ids, Ids] | None = None,
     by: str | None = None,
     positions: Positions = "all",
     layers: LayerSpec = "all",
@@ -142,7 +107,7 @@ def activation_patching(
         metric: ``"logit_diff"`` (``answers=(correct, wrong)``), ``"probability"`` (``answers=correct``), ``"kl"``
             (KL(unpatched other run || patched run)), or a function of logits (n, V) at the last attended position and
             example indices (n,) that gives (n,).
-        answers: token ids, one number or one per example (B,).
+        answers: token ids, one number or one per example (B,), a tensor or list.
         by: ``"position"`` or ``"head"`` (all positions of one query head); default head for ``z``, ``head_output``, ``q``,
             ``k``, ``v`` and patterns, else position.
         positions: which positions to patch one by one (``by="position"``); counted over the longer of the two runs.
@@ -155,8 +120,12 @@ def activation_patching(
     run's metric; ``("layers", kind)``, ``("columns", kind)``, what the axes are; ``"clean"``, ``"corrupted"`` (B,), the
     metric of the two runs.
 
-    Raises ``ValueError`` for unequal numbers of examples, unknown words and missing answers.
+    In an encoder-decoder, decoder sites are counted over ``decoder_input_ids``, and the logits read at its last position.
+    ``recovered`` is NaN, with a warning, where the two runs have the same metric. Raises ``ValueError`` for unequal numbers
+    of examples, unknown words and missing answers.
     """
+    if by not in (None, "position", "head"):
+        raise ValueError(f"by= expects 'position', 'head' or None, got {by!r}.")
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction= expects 'denoise' or 'noise', got {direction!r}.")
     runs = {"clean": _batch(clean), "corrupted": _batch(corrupted)}
@@ -169,22 +138,21 @@ def activation_patching(
             f"clean and corrupted are paired example by example, got {read['clean']['logits'].shape[0]} and "
             f"{read['corrupted']['logits'].shape[0]} examples."
         )
-    masks = {name: _mask(td) for name, td in read.items()}
-    final = {name: _last(td["logits"], masks[name]) for name, td in read.items()}
-    measure = _metric(metric, answers, final[other])
+    decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    ends = {name: _mask(td, decodes) for name, td in read.items()}
+    final = {name: _last(td["logits"], ends[name]) for name, td in read.items()}
+    measure = named_metric(metric, answers, final[other])
     everyone = torch.arange(examples, device=final[base].device)
     result = TensorDict({name: measure(value, everyone) for name, value in final.items()}, batch_size=[])
-    both = torch.minimum(masks["clean"].sum(1), masks["corrupted"].sum(1))
-    length = int(masks[base].sum(1).max())
-    wanted, _ = position_mask(torch.ones(1, length, dtype=torch.bool), positions)
-    columns = wanted[0].nonzero().flatten().tolist()
-    aligned = _align(read[other], capture.sites, masks[base], masks[other], both)
-    present = masks[base] & (masks[base].cumsum(1) <= both[:, None])
     bar = tqdm(total=0, disable=not progress, desc="patching")
     for kind in dict.fromkeys(_kind(site) for site in capture.sites):
         own = [site for site in capture.sites if _kind(site) == kind]
         along = by or ("head" if own[0].kind in HEAD_KINDS else "position")
-        cells = _heads(capture, own[0]) if along == "head" else columns
+        masks = {name: _mask(td, decodes and "dec" in (own[0].stack or "")) for name, td in read.items()}
+        both = torch.minimum(masks["clean"].sum(1), masks["corrupted"].sum(1))
+        cells = _heads(capture, own[0]) if along == "head" else _columns(masks[base], positions)
+        aligned = _align(read[other], own, masks[base], masks[other], both)
+        present = masks[base] & (masks[base].cumsum(1) <= both[:, None])
         todo = [(str(site), cell) for site in own for cell in cells]
         bar.total += len(todo)
         bar.refresh()
@@ -195,7 +163,7 @@ def activation_patching(
             for start in range(0, len(todo), per):
                 part = todo[start : start + per]
                 values[start : start + len(part)] = _patched(
-                    model, capture, runs[base], masks[base], edit, part, measure
+                    model, capture, runs[base], ends[base], edit, part, measure
                 )
                 bar.update(len(part))
         grid = values.reshape(len(own), len(cells), examples)
@@ -246,7 +214,14 @@ def _store(
     start, end = ((weight * v.double().cpu()).sum(-1) for v in (base, goal))
     result.set(("per_example", kind), grid)
     result.set(("grid", kind), mean)
-    result.set(("recovered", kind), (mean - start) / (end - start))
+    reach = torch.where(end == start, torch.nan, end - start)
+    if bool((reach.isnan() & known.any(-1)).any()):
+        warnings.warn(
+            f"activation_patching: the two runs have the same metric, so 'recovered' of {kind} is undefined (NaN).",
+            UndefinedMeasureWarning,
+            stacklevel=3,
+        )
+    result.set(("recovered", kind), (mean - start) / reach)
     result.set(("layers", kind), torch.tensor([-1 if site.layer is None else site.layer for site in sites]))
     result.set(("columns", kind), torch.tensor(list(cells)))
 
@@ -275,30 +250,23 @@ def _align(
     return out
 
 
-def _metric(metric: str | Metric, answers: Any, reference: Tensor) -> Metric:
-    if callable(metric):
-        return metric
-    if metric == "kl":
-        return kl_from(reference)
-    if metric == "logit_diff":
-        if not isinstance(answers, list | tuple) or len(answers) != 2:
-            raise ValueError(f"metric='logit_diff' needs answers=(correct ids, wrong ids), got {answers!r}.")
-        return logit_difference(*answers)
-    if metric == "probability":
-        if not isinstance(answers, int | Tensor):
-            raise ValueError(f"metric='probability' needs answers=, the correct token's id, got {answers!r}.")
-        return answer_probability(answers)
-    raise ValueError(f"metric= expects 'logit_diff', 'probability', 'kl' or a function, got {metric!r}.")
-
-
 def _batch(inputs: Mapping[str, Tensor] | TensorDictBase) -> TensorDictBase:
     if isinstance(inputs, TensorDictBase):
         return inputs.copy().auto_batch_size_(0)
     return TensorDict(dict(inputs), batch_size=[])
 
 
-def _mask(td: TensorDictBase) -> Tensor:
-    mask, ids, logits = (td.get(key, None) for key in ("attention_mask", "input_ids", "logits"))
+def _columns(mask: Tensor, positions: Positions) -> list[int]:
+    """The positions to patch, counted over the longest sequence."""
+    length = int(mask.sum(1).max())
+    wanted, _ = position_mask(torch.ones(1, length, dtype=torch.bool), positions)
+    return wanted[0].nonzero().flatten().tolist()
+
+
+def _mask(td: TensorDictBase, decoder: bool = False) -> Tensor:
+    names = ("attention_mask", "input_ids")
+    mask, ids = (td.get(f"decoder_{key}" if decoder else key, None) for key in names)
+    logits = td["logits"]
     if mask is not None:
         return mask.bool()
     shape = ids.shape if ids is not None else logits.shape[:2]
