@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 
 from tdgeom.compose import ForEachPair
-from tdgeom.similarity import CCA, PWCCA, SVCCA, LinearCKA, LinearR2, Procrustes
+from tdgeom.similarity import CCA, PWCCA, SVCCA, LinearCKA, LinearR2, Procrustes, linear_cka_debiased
 from tdgeom.stream.cross import StreamingCrossMoments
 
 PAIR = ["s.0", "s.1"]
@@ -176,6 +176,23 @@ def test_debiased_cka_with_massive_features_in_float32(far):
     x, y = x.float(), y.float()
     found = measured(published(streamed((x, y), 2048)), LinearCKA(estimator="debiased", source="moments"))
     assert found["s.0->s.1", "linear_cka_debiased"].item() == pytest.approx(full_debiased(x, y), abs=2e-8)
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 300), (1, 3000), (2, 3000), (16, 3000)])
+def test_debiased_cka_with_massive_rows_in_float32(count, size):
+    """One row with nearly all variance: all but a millionth of Σ(u·w)² is what rows have with themselves."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1500, 64, generator=g, dtype=torch.float64)
+    y = 0.5 * x + torch.randn(1500, 64, generator=g, dtype=torch.float64)
+    massive = torch.randperm(1500, generator=g)[:count]
+    x[massive, 7] += size
+    y[massive, 7] += size * (1 + 0.01 * torch.randn(count, generator=g, dtype=torch.float64))
+    x, y = x.float(), y.float()
+    expected = full_debiased(x.double(), y.double())
+    td = published(streamed((x, y), 700))
+    found = measured(td, LinearCKA(estimator="debiased", source="moments"))["s.0->s.1", "linear_cka_debiased"]
+    assert found.item() == pytest.approx(expected, abs=1e-6)
+    assert linear_cka_debiased(x, y).item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -22,6 +22,9 @@ _REASON_DEBIASED = (
 )
 
 
+_LARGEST = 8  # features a side whose products are always float64
+
+
 class _Side(NamedTuple):
     """What one side contributes: centred rows, or where N < D their Gram matrix without its diagonal."""
 
@@ -29,21 +32,42 @@ class _Side(NamedTuple):
     gram: Tensor | None
     norm2: Tensor  # (..., N) squared row norms, float64
     off: Tensor  # sum over i != j of K_ij², float64
+    largest: Tensor  # (..., m) the features of most variance
 
 
 def _prepare(x: Tensor, measure: str) -> _Side:
     rows = centre(as_rows(x, measure)).rows
-    norm2 = torch.linalg.vector_norm(rows, dim=-1).double().square()
+    norm2 = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).square()
+    energy = torch.linalg.vector_norm(rows.detach(), dim=-2)
+    largest = energy.topk(min(_LARGEST, rows.shape[-1])).indices
     if rows.shape[-2] < rows.shape[-1]:
         # The diagonal is the largest part of K when N < D: left out here, never subtracted later.
         product = rows @ rows.mT
         off = product - torch.diag_embed(torch.diagonal(product, dim1=-2, dim2=-1))
-        return _Side(rows, off, norm2, _square_sum(off))
-    return _Side(rows, None, norm2, _square_sum(gram(rows)) - norm2.square().sum(-1))
+        return _Side(rows, off, norm2, _square_sum(off), largest)
+    side = _Side(rows, None, norm2, norm2, largest)
+    return side._replace(off=_product_sum(gram(rows), side, side) - norm2.square().sum(-1))
 
 
 def _square_sum(matrix: Tensor) -> Tensor:
     return torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64).square()
+
+
+def _product_sum(product: Tensor, a: _Side, b: _Side) -> Tensor:
+    """||XᵀY||²_F in float64. Where a few features hold nearly all variance (a massive row will do), what its diagonal
+    leaves of it is far smaller than float32's rounding: the products among each side's largest features are float64."""
+    total = _square_sum(product)
+    if product.dtype == torch.float64:
+        return total
+    i, j = a.largest.unsqueeze(-1), b.largest.unsqueeze(-2)
+    rounded = product.gather(-2, i.expand(*i.shape[:-1], product.shape[-1]))
+    rounded = rounded.gather(-1, j.expand(*rounded.shape[:-1], j.shape[-1]))
+    return total - _square_sum(rounded) + _square_sum(_columns(a).mT @ _columns(b))
+
+
+def _columns(side: _Side) -> Tensor:
+    index = side.largest.unsqueeze(-2).expand(*side.rows.shape[:-1], side.largest.shape[-1])
+    return side.rows.gather(-1, index).double()
 
 
 def _off_product(a: _Side, b: _Side) -> Tensor:
@@ -51,7 +75,7 @@ def _off_product(a: _Side, b: _Side) -> Tensor:
     if a.gram is not None and b.gram is not None:
         return (a.gram * b.gram).sum((-2, -1), dtype=torch.float64)
     dtype = torch.promote_types(a.rows.dtype, b.rows.dtype)
-    return _square_sum(a.rows.to(dtype).mT @ b.rows.to(dtype)) - (a.norm2 * b.norm2).sum(-1)
+    return _product_sum(a.rows.to(dtype).mT @ b.rows.to(dtype), a, b) - (a.norm2 * b.norm2).sum(-1)
 
 
 def _biased(cross: Tensor, self_a: Tensor, self_b: Tensor) -> Tensor:
@@ -90,7 +114,7 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
 
     Args:
         x: (..., N, D) rows. y: (..., N, E) the same rows on the other side. Half precision is upcast to
-            float32, in which the products are taken; sums are float64.
+            float32, in which the products are taken (but for those of the largest features); sums are float64.
 
     Returns:
         (...) float64 in [0, 1]; 1 for identical rows.

@@ -45,7 +45,8 @@ class StreamingCrossMoments(StreamingStage):
     A block is centred about the running mean that includes it, multiplied in its own precision (float32 for float32
     and narrower rows) and added in float64; what was summed before is moved to that mean by a row more in the product
     and by vectors. So offsets cost no digits, and batch split, order and merging change nothing but rounding. (Debiased
-    CKA subtracts what rows have with themselves: where one or two rows hold nearly all variance, give float64 rows.)
+    CKA subtracts what rows have with themselves: where a single row holds nearly all variance the result has six digits,
+    and all of them from float64 rows.)
 
     Memory: ``8·Σ D·E`` bytes over sites and pairs (8·D² a pair), once as state and once more when published; refused
     above ``memory_limit``. Time: the products, 2·D·E flops a row and pair, and about a tenth more.
@@ -169,24 +170,33 @@ class StreamingCrossMoments(StreamingStage):
         self._move(-delta, before)
         self.trace = self.trace + norms.sum(0)
         self.norm2_product = self.norm2_product + norms.mT @ norms
-        self.x_norm2y = self.x_norm2y + (y[:-1].mT @ norms.to(y.dtype)).double()
-        self._add_products(y)
+        columns, largest = self._largest(y, delta * before.sqrt())
+        moved = (y[:-1].mT @ norms.to(y.dtype)).double()
+        if largest is not None:
+            moved[largest] = columns[:-1].mT @ norms
+        self.x_norm2y = self.x_norm2y + moved
+        self._add_products(y, columns, largest)
         self.count = total
 
-    def _add_products(self, y: Tensor) -> None:
-        """Every panel of products into its float64 sum.
+    def _largest(self, y: Tensor, last: Tensor) -> tuple[Tensor, Tensor | None]:
+        """In float64 the columns of each site's features of most variance, and which they are; None if ``y`` is float64.
 
         A float32 product of 2,048 rows is right to some 1e-7 an entry. That averages out over D x D entries, unless few
-        features hold most variance: the products among each site's largest features are taken in float64.
+        features hold most variance: what comes of these is taken in float64. ``last``: the last row of ``y``, unrounded.
         """
+        if y.dtype == torch.float64:
+            return y, None
         edges = self._edges()
-        largest, exact, m = None, None, 0
-        if y.dtype == torch.float32:
-            energy = torch.linalg.vector_norm(y, dim=0)
-            m = min(_LARGEST, *(b - a for a, b in pairwise(edges)))
-            largest = torch.cat([energy[a:b].topk(m).indices + a for a, b in pairwise(edges)])
-            columns = y[:, largest].double()
-            exact = columns.mT @ columns
+        energy = torch.linalg.vector_norm(y, dim=0)
+        m = min(_LARGEST, *(b - a for a, b in pairwise(edges)))
+        largest = torch.cat([energy[a:b].topk(m).indices + a for a, b in pairwise(edges)])
+        return torch.cat([y[:-1, largest].double(), last[None, largest]]), largest
+
+    def _add_products(self, y: Tensor, columns: Tensor, largest: Tensor | None) -> None:
+        """Every panel of products into its float64 sum, those among the largest features in float64."""
+        edges = self._edges()
+        if largest is not None:
+            exact, m = columns.mT @ columns, len(largest) // len(self.sites)
         for i, first, last in self._runs:
             product = y[:, edges[i] : edges[i + 1]].mT @ y[:, edges[first] : edges[last]]
             panel = self._buffers[f"scatter_{i}_{first}_{last}"]
