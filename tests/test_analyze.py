@@ -200,6 +200,28 @@ def test_errors(options, error, text) -> None:
         tg.analyze_model(**given)
 
 
+def test_a_folder_alone_is_saved_to_and_refused_before_the_model_runs(tmp_path) -> None:
+    saved = tg.analyze_model(models.gpt2(), loader(1), save_dir=tmp_path / "run", progress=False)
+    assert saved.artifact_dir == tmp_path / "run"
+    assert (tmp_path / "run" / "metadata.json").is_file()
+
+    def never():
+        raise AssertionError("the loader was read")
+        yield
+
+    with pytest.raises(FileExistsError, match="exists already"):
+        tg.analyze_model(models.gpt2(), never(), save_dir=tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="save_mode takes 'bundle', 'csv' or 'json', got 'parquet'"):
+        tg.analyze_model(models.gpt2(), never(), save_mode="parquet", save_dir=tmp_path / "new")
+
+
+def test_tuples_are_named_by_in_keys() -> None:
+    pairs = [(batch["input_ids"], batch["attention_mask"]) for batch in loader(2)]
+    named = tg.analyze_model(models.gpt2(), pairs, in_keys=["input_ids", "attention_mask"], progress=False)
+    direct = tg.analyze_model(models.gpt2(), loader(2), progress=False)
+    np.testing.assert_array_equal(named.metrics["d_pr"], direct.metrics["d_pr"])
+
+
 @pytest.mark.parametrize("select", [{}, {"pool": "mean"}, {"positions": "last-2"}, {"positions": [0, 2]}])
 def test_the_capture_is_recorded_and_can_be_made_again(select, tmp_path) -> None:
     model = models.gpt2()

@@ -280,6 +280,14 @@ def test_another_loader_is_refused(tmp_path) -> None:
         tg.run(few(), loader()[::-1], checkpoint=tmp_path / "state")
 
 
+def test_a_shorter_loader_is_refused(tmp_path) -> None:
+    half_done(tmp_path / "state")
+    with pytest.raises(
+        ValueError, match=r"has seen \d+ batches, but the loader ended after 1: it is not the one of then"
+    ):
+        tg.run(few(), loader()[:1], checkpoint=tmp_path / "state")
+
+
 def test_a_damaged_file_is_refused(tmp_path) -> None:
     path = tmp_path / "state"
     half_done(path)

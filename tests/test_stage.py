@@ -135,6 +135,22 @@ def test_refused_inputs():
         Gap()(TensorDict(sample=SAMPLE))
 
 
+def test_inputs_that_are_no_tensor_of_the_stage():
+    td = TensorDict({"sample": {"x.0": SAMPLE, "x.1": SAMPLE}})
+    with pytest.raises(
+        TypeError,
+        match=r"Norms reads one tensor at 'sample', which holds the sites \['x.0', 'x.1'\]\. For all of them: "
+        r"tg.ForEach\(Norms\(\.\.\.\), sites\); for one: in_keys=\[\('sample', 'x.0'\)\]",
+    ):
+        Norms()(td)
+    words = TensorDict(sample=SAMPLE).set_non_tensor("extra", "cat")
+    with pytest.raises(TypeError, match=r"Norms reads a tensor at 'extra', got .*words are numbered first"):
+        Norms(in_keys=["sample", "extra"])(words)
+    for stage, known in ((Norms(), "sample, extra_weight"), (tg.StreamingCovariance(), "tokens")):
+        with pytest.raises(TypeError, match=rf"tensors by keyword: {known}; got \['x'\]\. Name other inputs"):
+            stage(x=SAMPLE)
+
+
 def test_a_square_sample_under_a_batch_size_is_not_taken_for_rows():
     """D == N: TensorDict itself would accept (D, D) outputs as rows."""
     with pytest.raises(ValueError, match=r"td\.auto_batch_size_\(0\)"):
@@ -158,6 +174,25 @@ def test_wrong_outputs_of_compute():
     ):
         stage.outputs = outputs
         with pytest.raises(ValueError, match=match):
+            stage(TensorDict(sample=SAMPLE))
+
+
+def test_compute_must_return_tensors():
+    class Number(tg.Stage):
+        reads, writes = {"sample": "N D"}, ["number"]
+
+        def compute(self, sample):
+            return self.outputs
+
+    stage = Number()
+    for outputs, match in (
+        (0.5, r"Number.compute returned float, but a tensor .*torch.as_tensor\(value\)"),
+        ([0.5], r"Number.compute returned float for 'number', a tensor is needed"),
+        ({"number": SAMPLE.numpy()}, r"Number.compute returned ndarray for 'number'"),
+        ("text", "Number.compute returned str"),
+    ):
+        stage.outputs = outputs
+        with pytest.raises(TypeError, match=match):
             stage(TensorDict(sample=SAMPLE))
 
 

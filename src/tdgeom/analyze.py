@@ -12,8 +12,10 @@ from torch import nn
 
 from tdgeom.analysis.one_model import measured
 from tdgeom.analysis.pipeline import DIAGNOSTICS, FAMILIES, analysis_pipeline
+from tdgeom.bundle import check_target
+from tdgeom.keys import Key
 from tdgeom.models import load_model
-from tdgeom.results import AnalysisResults
+from tdgeom.results import AnalysisResults, default_folder
 from tdgeom.untrained import untrained_copy, with_baseline
 
 __all__ = ["FAMILIES", "analysis_pipeline", "analyze_model"]
@@ -49,6 +51,7 @@ def analyze_model(
     untrained: bool | nn.Module = False,
     checkpoint: str | Path | None = None,
     every: int = 100,
+    in_keys: Sequence[Key] | None = None,
     overwrite: bool = False,
 ) -> AnalysisResults | None:
     """Measure the representation geometry of a model over a dataloader.
@@ -66,8 +69,8 @@ def analyze_model(
         layers: "all", a list (negative counts from the end), a slice or "0,3,7".
         hook_point: the kind of site, when ``sites`` is not given.
         sites: kinds or concrete site names, see ``Capture``.
-        save_mode: None, "bundle", "csv" or "json".
-        save_dir: where the bundle goes.
+        save_mode: "bundle" or "csv" (tables as CSV), or "json"; None: a bundle where ``save_dir`` is given, else nothing.
+        save_dir: the folder to make; default the run's name, or ``tdgeom_run``.
         sample_limit: rows of the uniform sample.
         novelty_k: leading eigenvectors compared between consecutive sites.
         device: moves the model there first.
@@ -84,6 +87,7 @@ def analyze_model(
             column ``weights`` says which. The loader must be one that can be read twice.
         checkpoint, every: as for ``run``: a file that keeps the state, and batches between two writes. Further stacks and the
             untrained model have files of their own beside it.
+        in_keys: names for the entries of tuple batches, such as ["x", "label"].
         overwrite: replace an earlier bundle in ``save_dir``.
 
     Returns:
@@ -91,12 +95,17 @@ def analyze_model(
         of the model's stack. In a process group the results are on rank 0, None elsewhere.
 
     Raises:
-        ValueError: an unknown family or diagnostic, no model or loader, an empty loader.
+        ValueError: an unknown family or diagnostic, no model or loader, an empty loader. FileExistsError: ``save_dir`` is
+            there already (said before the model runs).
     """
     if dataloader is None:
         raise ValueError(
             "analyze_model needs a dataloader: an iterable of tokenized batches, such as a list of dicts."
         )
+    save_mode = "bundle" if save_mode is None and save_dir is not None else save_mode
+    target = None if save_mode is None else Path(save_dir or default_folder(run_name))
+    if target is not None:
+        check_target(target, save_mode, overwrite)
     families, extra = _families(metrics)
     wanted = [diagnostics] if isinstance(diagnostics, str) else list(diagnostics or [])
     if unknown := sorted(set(wanted) - set(DIAGNOSTICS)):
@@ -119,7 +128,13 @@ def analyze_model(
         "sites": hook_point if sites is None else sites,
         "routers": output_router_logits,
     }
-    options = {"max_tokens": max_tokens, "metrics": metrics, "progress": progress, "every": every}
+    options = {
+        "max_tokens": max_tokens,
+        "metrics": metrics,
+        "progress": progress,
+        "every": every,
+        "in_keys": in_keys,
+    }
     if untrained is not False and isinstance(dataloader, Iterator):
         raise ValueError(
             "untrained= reads the data twice, but the dataloader is an iterator that can be read once. Give a list or a "
@@ -141,8 +156,8 @@ def analyze_model(
         "dataset": dataset_name,
         **({"run_metadata": dict(run_metadata)} if run_metadata else {}),
     }
-    if save_mode is not None:
-        results.save(save_dir, save_mode, overwrite=overwrite)
+    if target is not None:
+        results.save(target, save_mode, overwrite=overwrite)
     return results
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 __all__ = ["SCHEMA_VERSION", "plain", "read", "safe_name", "write"]
 
@@ -37,12 +38,12 @@ def safe_name(name: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Plain JSON values: NumPy scalars and arrays unpacked, NaN and Inf as None, anything else as its string."""
+    """Plain JSON values: tensors, NumPy arrays and scalars unpacked, NaN and Inf as None, anything else as its string."""
     if isinstance(value, Mapping):
         return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(part) for part in value]
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray | torch.Tensor):
         return plain(value.tolist())
     if isinstance(value, np.generic):
         return plain(value.item())
@@ -65,10 +66,8 @@ def write(
 
     ``arrays`` are NumPy archives by name (one of ``ARRAYS``), each a mapping from a name inside it; empty ones are left out.
     """
-    if mode not in ("bundle", "csv", "json"):
-        raise ValueError(f"save_mode takes 'bundle', 'csv' or 'json', got {mode!r}.")
+    check_target(folder, mode, overwrite)
     folder = folder.absolute()
-    _refuse_existing(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -97,7 +96,11 @@ def write(
     return folder
 
 
-def _refuse_existing(folder: Path, overwrite: bool) -> None:
+def check_target(folder: Path, mode: str, overwrite: bool) -> None:
+    """Refuse what ``write`` would refuse; to be asked before the work as well."""
+    if mode not in ("bundle", "csv", "json"):
+        raise ValueError(f"save_mode takes 'bundle', 'csv' or 'json', got {mode!r}.")
+    folder = folder.absolute()
     if not folder.exists():
         return
     if not overwrite:
@@ -165,6 +168,8 @@ def read(folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, np.
         raise FileNotFoundError(
             f"{folder} holds no bundle: there is no {METADATA}. Give the folder that --out named."
         )
+    if path.is_symlink():
+        raise ValueError(f"{path} is a symbolic link, which a bundle never holds: it was tampered with.")
     if path.stat().st_size > _LARGEST_JSON:
         raise ValueError(
             f"{path} is {path.stat().st_size:,} bytes; metadata above {_LARGEST_JSON:,} is refused."

@@ -60,8 +60,7 @@ class AnalysisResults:
         Raises:
             FileExistsError: the folder exists. ValueError: an unknown mode.
         """
-        if save_dir is None:
-            save_dir = bundle.safe_name(self.metadata.get("run_name") or "tdgeom_run")
+        save_dir = default_folder(self.metadata.get("run_name")) if save_dir is None else save_dir
         tables = {"metrics": self.metrics, "novelty": self.novelty}
         if not self.router.empty:
             tables["router"] = self.router
@@ -108,6 +107,11 @@ class AnalysisResults:
                 "metadata": self.metadata,
             }
         )
+
+
+def default_folder(run_name: str | None) -> Path:
+    """Where a bundle goes that was given no folder."""
+    return Path(bundle.safe_name(run_name or "tdgeom_run"))
 
 
 def _packed(tables: TensorDictBase | None) -> dict[str, np.ndarray]:

@@ -93,9 +93,19 @@ class Stage(TensorDictModuleBase):
         raise TypeError(f"{type(self).__name__} defines no compute(): write the stage's function there.")
 
     @dispatch(auto_batch_size=False)
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+    def forward(self, tensordict: TensorDictBase, **unknown: Any) -> TensorDictBase:
         """Read ``in_keys``, call ``compute``, write ``out_keys``."""
+        self.refuse_unknown(unknown)
         return self.write(tensordict, self.compute(*self.read(tensordict)))
+
+    def refuse_unknown(self, names: Mapping[str, Any]) -> None:
+        """An error for tensors given by a keyword that no input has."""
+        if names:
+            known = ["_".join(key_tuple(key)) for key in self.in_keys]
+            raise TypeError(
+                f"{type(self).__name__} takes a TensorDict, or tensors by keyword: {', '.join(known)}; got {sorted(names)}. "
+                f"Name other inputs with in_keys=."
+            )
 
     def read(self, tensordict: TensorDictBase) -> list[Tensor | None]:
         """The inputs, checked against the event shapes of ``reads``."""
@@ -112,8 +122,24 @@ class Stage(TensorDictModuleBase):
                 f"{' ...' if len(have) > 12 else ''}. Put the stage that writes it before this one, or name another "
                 f"key with in_keys=."
             )
+        for key, value in zip(self.in_keys, values):
+            if value is not None and not isinstance(value, Tensor):
+                self._refuse_nested(key, value)
         self._check_shapes(values, tensordict.batch_size)
         return values + [None] * (len(self._roles) - len(values))
+
+    def _refuse_nested(self, key: Key, value: Any) -> None:
+        if isinstance(value, TensorDictBase):
+            sites = [str(name) for name in value.keys()]
+            first = (*key_tuple(key), sites[0]) if sites else key
+            raise TypeError(
+                f"{type(self).__name__} reads one tensor at {key!r}, which holds the sites {sites[:6]}. For all of them: "
+                f"tg.ForEach({type(self).__name__}(...), sites); for one: in_keys=[{first!r}]."
+            )
+        raise TypeError(
+            f"{type(self).__name__} reads a tensor at {key!r}, got {type(value).__name__}. Give numbers as a tensor; words are "
+            f"numbered first (sklearn.preprocessing.LabelEncoder)."
+        )
 
     def write(
         self, tensordict: TensorDictBase, outputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -133,9 +159,20 @@ class Stage(TensorDictModuleBase):
             outputs = [outputs[name] for name in self._names]
         elif isinstance(outputs, Tensor):
             outputs = [outputs]
+        elif not isinstance(outputs, Sequence) or isinstance(outputs, str):
+            raise TypeError(
+                f"{type(self).__name__}.compute returned {type(outputs).__name__}, but a tensor (or a sequence or mapping of "
+                f"tensors) is written to a TensorDict. Return a tensor: torch.as_tensor(value)."
+            )
         if len(outputs) != len(self._names):
             raise ValueError(
                 f"{type(self).__name__}.compute returned {len(outputs)} outputs, its documented names are {self._names}."
+            )
+        wrong = [name for name, value in zip(self._names, outputs) if not isinstance(value, Tensor)]
+        if wrong:
+            kind = type(outputs[self._names.index(wrong[0])]).__name__
+            raise TypeError(
+                f"{type(self).__name__}.compute returned {kind} for {wrong[0]!r}, a tensor is needed: torch.as_tensor(value)."
             )
         return list(outputs)
 

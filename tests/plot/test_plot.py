@@ -162,6 +162,12 @@ def test_matrix_reads_results_and_arrays(results, ax):
     assert grid(plot.matrix(results.novelty, "linear_cka", Figure().subplots())).shape == (3, 3)
 
 
+def test_matrix_takes_results_for_their_table_of_pairs(results, ax):
+    drawn = plot.matrix(results, "linear_cka", ax).images[0].get_array()
+    expected = plot.matrix(results.novelty, "linear_cka", Figure().subplots()).images[0].get_array()
+    np.testing.assert_array_equal(drawn.filled(-1), expected.filled(-1))
+
+
 def test_matrix_between_two_models_is_a_rectangle():
     frame = pd.DataFrame(
         [

@@ -168,6 +168,20 @@ def test_an_idle_per_batch_stage():
     )
 
 
+def test_the_remedy_for_an_idle_stage_names_what_was_meant():
+    capture = tg.Capture(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "residual_output", in_keys=["x"])
+    refused(
+        r"The streaming stages read rows: put tg.SelectTokens\(\['residual_output.0', 'residual_output.1'\]\) behind it",
+        capture,
+        tg.RowSample(capture.sites),
+    )
+    refused(
+        r"It reads 'samples', which no stage writes\. Did you mean 'sample'\?",
+        tg.RowSample(),
+        tg.TwoNN(in_keys=["samples"]),
+    )
+
+
 def test_a_compiled_pipeline_and_compiled_parts():
     pipeline = TensorDictSequential(tg.StreamingCovariance(), tg.EigenSpectrum())
     with pytest.raises(TypeError, match="cannot see into a compiled module: its stages would vanish"):
@@ -218,6 +232,13 @@ def test_things_that_are_no_stages():
         make_plan(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="run takes TensorDict modules, got Sequential"):
         tg.run(nn.Sequential(tg.StreamingMean()), [])
+
+
+def test_a_list_of_stages_is_no_pipeline():
+    with pytest.raises(
+        TypeError, match=r"run takes one pipeline, got a list: TensorDictSequential\(\*stages\)"
+    ):
+        tg.run([tg.StreamingMean()], [])
 
 
 def test_no_streaming_stage():

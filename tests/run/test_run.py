@@ -291,6 +291,27 @@ def test_bad_settings():
             run(measures(), batches(), **options)
 
 
+def test_steps_of_generate_count_their_own_positions():
+    """A cached step computes one position a sequence; its mask spans all of them."""
+    prompt = {"input_ids": torch.full((2, 3), 9), "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}
+    capture = tg.Capture(models.gpt2(), "residual_input")
+    with capture as calls:
+        generated = capture.model.generate(**prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert generated.shape == (2, 7) and len(calls) == 4
+    sites = capture.sites
+    pipeline = TensorDictSequential(
+        tg.SelectTokens(sites, in_keys=[("acts", site) for site in sites]),
+        tg.ForEach(tg.StreamingMean(), sites),
+    )
+    result = run(pipeline, calls)
+    # five prompt tokens, then three steps of one token for each of two sequences
+    assert {name: int(result["run", name]) for name in ("rows", "tokens", "padding_rows")} == {
+        "rows": 11,
+        "tokens": 11,
+        "padding_rows": 1,
+    }
+
+
 def test_empty_loader_and_used_up_generator():
     with pytest.raises(ValueError, match=r"run got no rows: 0 batches.*a generator already used up\?"):
         run(measures(), [])

@@ -23,7 +23,7 @@ from tdgeom.analysis.tables import (
     router_table,
 )
 from tdgeom.hooks import Capture, available_sites
-from tdgeom.keys import key_tuple
+from tdgeom.keys import Key, key_tuple
 from tdgeom.models import model_identity
 from tdgeom.results import AnalysisResults
 from tdgeom.run import run
@@ -46,6 +46,7 @@ def measured(
     progress: bool | None,
     checkpoint: str | Path | None,
     every: int,
+    in_keys: Sequence[Key] | None,
 ) -> AnalysisResults | None:
     """One model's analysis: a pass for each stack, and the tables of all."""
     asked = Capture(net, place["sites"], layers=place["layers"])
@@ -58,7 +59,11 @@ def measured(
     frames = []
     for stack, group in _by_stack(asked.sites, dataloader).items():
         own_routers = [site for site in routers if site.stack == stack]
-        options: dict[str, Any] = {"max_rows": max_tokens, "progress": None if progress else False}
+        options: dict[str, Any] = {
+            "max_rows": max_tokens,
+            "progress": None if progress else False,
+            "in_keys": in_keys,
+        }
         if checkpoint is not None:
             options |= {"checkpoint": f"{checkpoint}.{stack}" if frames else checkpoint, "every": every}
         frames.append((_run_stack(net, group, own_routers, dataloader, settings, options), group))

@@ -39,8 +39,8 @@ def matrix(
     """A measure between sites as a matrix: row a, column b.
 
     Args:
-        values: a result of ``run`` (its root "between" is read), a table with columns ``a``, ``b`` and the measure, or a
-            2-D array.
+        values: a result of ``run`` (its root "between" is read), ``Comparison`` or ``AnalysisResults`` (their table
+            ``novelty``), a table with columns ``a``, ``b`` and the measure, or a 2-D array.
         measure: the column drawn; needed unless ``values`` is an array. Of a directed measure give either name
             (``linear_r2_ab`` or ``linear_r2_ba``): both fill the matrix.
         ax: matplotlib axes; made if None.
@@ -62,6 +62,8 @@ def matrix(
         >>> matrix(pairs, "linear_cka").images[0].get_array().tolist()
         [[1.0, 0.5], [0.5, 1.0]]
     """
+    if isinstance(getattr(values, "novelty", None), pd.DataFrame):  # results and comparisons
+        values = values.novelty
     if isinstance(values, pd.DataFrame) or hasattr(values, "batch_size"):
         table = values if isinstance(values, pd.DataFrame) else to_frame(values, "between")
         grid, rows, columns = pair_grid(table, measure, symmetric, diagonal)

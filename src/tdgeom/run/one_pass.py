@@ -75,7 +75,7 @@ class OnePass:
     def read(self, dataloader: Iterable[Any], bar: tqdm) -> None:
         """Batches to blocks to updates, until the data or the budget ends."""
         bar.update(self.claimed)
-        batches = enumerate(iterate(dataloader))
+        batches, given = enumerate(iterate(dataloader)), 0
         while True:
             with self.timed("load"):
                 index, batch = next(batches, (None, None))
@@ -86,7 +86,9 @@ class OnePass:
                 if everyone_done:
                     break
             elif td is None:
+                self._refuse_shorter(given)
                 break
+            given += td is not None
             if td is None or self._spent():
                 continue  # only a sharded loader comes here: others still announce their batches
             if self._seen_before(td, index):
@@ -218,6 +220,13 @@ class OnePass:
                 )
             self.first_batch = found
         return index < self.skipped
+
+    def _refuse_shorter(self, given: int) -> None:
+        if self.checkpoint is not None and given < self.skipped:
+            raise ValueError(
+                f"run resumes from {self.checkpoint.path}, which has seen {self.skipped} batches, but the loader ended after "
+                f"{given}: it is not the one of then. Give the same loader, or remove the file to start anew."
+            )
 
 
 def _sequence_ids(td: TensorDict) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import nn
@@ -42,9 +43,14 @@ def stages(module: nn.Module) -> list[TensorDictModuleBase]:
     if isinstance(module, TensorDictSequential) and type(module).forward is TensorDictSequential.forward:
         parts = module.module.values() if isinstance(module.module, nn.ModuleDict) else module.module
         return [unit for part in parts for unit in stages(part)]
+    if isinstance(module, list | tuple):
+        raise TypeError(
+            f"run takes one pipeline, got a {type(module).__name__}: TensorDictSequential(*stages) makes one of stages."
+        )
     if not TensorDictModuleBase.is_tdmodule_compatible(module):
         raise TypeError(
-            f"run takes TensorDict modules, got {type(module).__name__}, which has no in_keys and out_keys."
+            f"run takes TensorDict modules, got {type(module).__name__}, which has no in_keys and out_keys. Wrap a function in "
+            f"TensorDictModule(function, in_keys=[...], out_keys=[...]), or write a tg.Stage."
         )
     reached = module.module if isinstance(module, RenamedStream) else module
     hidden = [
@@ -154,10 +160,9 @@ def _refuse_idle(plan: Plan) -> None:
     needed = [key_tuple(key) for unit in plan.stream for key in unit.in_keys]
     for unit in reversed(plan.batch):
         if not any(_touches(key_tuple(out), key) for out in unit.out_keys for key in needed):
-            hint = _missing_writer(unit)
             raise ValueError(
                 f"{describe(unit)} runs once a batch and writes {list(unit.out_keys)[:4]}, but nothing it writes reaches a "
-                f"streaming stage, so its results would be lost batch by batch. {hint}"
+                f"streaming stage, so its results would be lost batch by batch. {_remedy(unit, plan)}"
             )
         needed.extend(key_tuple(key) for key in unit.in_keys)
 
@@ -174,9 +179,20 @@ _USUAL_WRITER = {
 }
 
 
-def _missing_writer(unit: nn.Module) -> str:
-    roots: Sequence[str] = [key_tuple(key)[0] for key in unit.in_keys]
-    for root in roots:
+def _remedy(unit: nn.Module, plan: Plan) -> str:
+    """What is most likely meant where a per-batch stage reaches no streaming stage."""
+    acts = [key_tuple(key) for key in unit.out_keys if key_tuple(key)[0] == "acts"]
+    if acts and any(key_tuple(key)[0] == "tokens" for key in plan.stream_keys):
+        sites = [str(parts[-1]) for parts in acts]
+        return f"The streaming stages read rows: put tg.SelectTokens({sites[:4]}) behind it."
+    made = {key_tuple(key)[0] for one in (*plan.batch, *plan.stream, *plan.end) for key in one.out_keys}
+    for key in unit.in_keys:
+        root = key_tuple(key)[0]
+        if root in made:
+            continue
         if root in _USUAL_WRITER:
             return f"It reads {root!r}, which no earlier stage writes: put {_USUAL_WRITER[root]} before it."
+        near = get_close_matches(root, sorted({*made, *_USUAL_WRITER}), n=1, cutoff=0.8)
+        if near:
+            return f"It reads {key!r}, which no stage writes. Did you mean {near[0]!r}?"
     return "Put tg.StreamingMean() or tg.Collect() behind it to keep its values, or leave it out."

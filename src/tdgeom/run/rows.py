@@ -95,13 +95,20 @@ class BatchRows:
         return self._by_shape[shapes]
 
     def tokens_and_padding(self, td: TensorDict) -> tuple[int, int]:
-        """(attended positions, positions of padding) of a batch that ``rows`` has seen."""
-        mask = td.get(self.selects[0].mask_key if self.selects else "attention_mask", None)
-        if mask is not None:
-            attended = int(mask.bool().sum())
-            return attended, mask.numel() - attended
-        ids = td.get("input_ids", None)
-        return (ids.numel() if ids is not None else td.get("row_id").shape[0]), 0
+        """(attended positions, positions of padding) of a batch that ``rows`` has seen.
+
+        A call with a cache (a step of ``generate``) sees its last positions only, its mask all of them.
+        """
+        select = self.selects[0] if self.selects else None
+        mask = td.get(select.mask_key if select else "attention_mask", None)
+        if mask is None:
+            ids = td.get("input_ids", None)
+            return (ids.numel() if ids is not None else td.get("row_id").shape[0]), 0
+        acts = td.get(select.in_keys[0], None) if select else None
+        if acts is not None and acts.ndim > 2 and mask.ndim == 2 and acts.shape[1] < mask.shape[1]:
+            mask = mask[:, -acts.shape[1] :]
+        attended = int(mask.bool().sum())
+        return attended, mask.numel() - attended
 
     def _give_inputs(self, unit: TensorDictModuleBase, td: TensorDict) -> None:
         for key in unit.in_keys if self.inputs is not None else ():
