@@ -73,6 +73,8 @@ def test_ambiguity_and_absence_are_refused(store, three) -> None:
         found[""]
     with pytest.raises(TypeError, match="by position, id or the beginning"):
         found[1.5]
+    with pytest.raises(StoreLookupError, match=r"the query found no run: store.query\(\) shows all"):
+        store.query(model="nothing").rows()
 
 
 def test_html_is_escaped(store) -> None:
@@ -98,6 +100,12 @@ def test_tags_and_experiments(store, three) -> None:
     assert store.query(experiment="third").ids == [three[0]] and found[0]["experiment"] == "third"
     with pytest.raises(ValueError, match="experiment= takes a text"):
         found.rename_experiment("")
+    for odd in (5, [None], "\ud800"):
+        with pytest.raises(ValueError, match="tag="):
+            found.retag(add=odd)
+        with pytest.raises(ValueError, match="tag="):
+            found.retag(remove=odd)
+    assert found[0]["tags"] == ["gpt2", "new", "it's"]
 
 
 def test_delete_leaves_nothing_behind(store, three) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tensordict import TensorDict, lazy_stack
 
+import tdgeom as tg
 from tdgeom.store import ActivationStore, StoreBusyError, StoreError, StoreLookupError
 from tdgeom.store.writer import RunLock
 
@@ -78,6 +79,7 @@ UNSAVED = {
     ),
     "complex128": (lambda: torch.ones(1, dtype=torch.complex128), "complex128, which shards do not hold.*view_as_real"),
     "text array": (lambda: np.array(["a"]), r"\('a',\) holds ndarray: only tensors and JSON values"),
+    "list": (lambda: [torch.ones(1)], r"\('a',\) holds list: only tensors and JSON values"),
     "nan": (lambda: float("nan"), r"\('a',\) holds float: only tensors and JSON values"),
     "too many digits": (lambda: 10**5000, "what was given cannot be saved: Exceeds the limit"),
 }  # fmt: skip
@@ -117,6 +119,17 @@ def test_metadata_says_what_was_said(store):
     assert found["interventions"] == [{"kind": "Ablate"}]
 
 
+def test_tensors_in_metadata_are_kept_as_numbers(store):
+    metadata = {
+        "loss": torch.tensor(0.25, requires_grad=True),
+        "layers": torch.tensor([0, 5]),
+        "half": torch.ones(1).half(),
+    }
+    run = store.save(torch.ones(1), metadata=metadata)
+    assert store.metadata(run)["metadata"] == {"loss": 0.25, "layers": [0, 5], "half": [1.0]}
+    assert store.query(where="metadata.loss < 0.5", metadata={"layers": 5}).ids == [run]
+
+
 def test_ids_are_unique_within_a_second(store):
     runs = [store.save(torch.ones(1)) for _ in range(20)]
     assert len(set(runs)) == 20 and [one.id for one in store.catalogue.records()] == runs
@@ -135,6 +148,29 @@ def test_what_cannot_be_saved_is_refused_by_its_key(store):
 def test_an_unknown_run_is_named(store):
     with pytest.raises(StoreLookupError, match=r"there is no run '\.\./\.\./x'"):
         store.load("../../x")
+    run = store.save(torch.ones(2))
+    with pytest.raises(TypeError, match=r"named by its id, got dict.*query\(...\).load\(0\)"):
+        store.load(store.query()[0])
+    assert store.query().ids == [run]
+
+
+def test_a_data_source_says_what_it_holds(store):
+    keep = tg.StoreActivations(store, ["x.0"], also=["label"])
+    tg.run(keep, [{"tokens": {"x.0": torch.ones(1200, 2), "label": torch.arange(1200)}}], progress=False)
+    assert repr(store.rows(keep.run_id)) == f"RowSource(run {keep.run_id}: 1,200 rows of x.0, label)"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [5, b"r000000000000", "", "r", "\udcff", "r000000000000\n", "R000000000000", "r" * 100_000],
+    ids=str,
+)
+def test_what_is_no_id_names_no_run(store, name):
+    store.save(torch.ones(1))
+    for use in (store.load, store.rows, store.remove, store.metadata, store.verify, store.load_analysis):
+        with pytest.raises(StoreLookupError, match="there is no run"):
+            use(name)
+    assert len(store.query()) == 1
 
 
 def test_a_run_that_nobody_finished_reads_as_failed_and_is_refused(store):

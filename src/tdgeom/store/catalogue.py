@@ -136,7 +136,12 @@ class Catalogue(Database):
 
     def record(self, run: str) -> Record:
         """One run by its whole id."""
-        found = self.records("r.id = ?", (run,))
+        if not isinstance(run, str):
+            raise TypeError(
+                f"a run is named by its id, got {type(run).__name__}. A query's runs load themselves: "
+                f"store.query(...).load(0); their ids are store.query(...).ids."
+            )
+        found = self.records("r.id = ?", (run,)) if valid_id(run) else []
         if not found:
             raise StoreLookupError(f"there is no run {str(run)[:40]!r} in {self.folder}.")
         return found[0]

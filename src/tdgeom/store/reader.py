@@ -61,6 +61,10 @@ class RowSource:
         """How many rows there are."""
         return int(self._starts[-1])
 
+    def __repr__(self) -> str:
+        sites = ", ".join(entry.key[-1] for entry in self._entries if entry.key[0] == "tokens")
+        return f"RowSource(run {self.run}: {self.rows:,} rows of {sites})"
+
     def __len__(self) -> int:
         return sum(-(-one.rows // self.batch_rows) for one in self._records)
 

@@ -75,6 +75,8 @@ class Runs:
             raise TypeError(f"a run is named by position, id or the beginning of an id, got {which!r}.")
         if len(found) == 1:
             return found[0]
+        if not len(self):
+            raise StoreLookupError("the query found no run: store.query() shows all there are.")
         if not found:
             raise StoreLookupError(f"none of the {len(self)} runs found is {which!r}: {self.ids[:12]}.")
         raise StoreLookupError(
@@ -120,7 +122,7 @@ class Runs:
     def retag(self, add: str | Sequence[str] = (), remove: str | Sequence[str] = ()) -> Runs:
         """Give tags to these runs and take others away."""
         new = describe(tag=add).tags
-        old = (remove,) if isinstance(remove, str) else tuple(remove)
+        old = describe(tag=remove).tags
         with self._store.catalogue.writing() as connection:
             for run in self.ids:
                 connection.executemany(
