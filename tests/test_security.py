@@ -121,6 +121,13 @@ def test_a_link_in_place_of_a_file_is_refused(folder) -> None:
         tg.AnalysisResults.load(folder)
 
 
+def test_a_link_in_place_of_the_metadata_is_refused(folder) -> None:
+    (folder / "metadata.json").rename(folder.parent / "elsewhere.json")
+    (folder / "metadata.json").symlink_to(folder.parent / "elsewhere.json")
+    with pytest.raises(ValueError, match="metadata.json is a symbolic link, which a bundle never holds"):
+        tg.AnalysisResults.load(folder)
+
+
 def test_a_link_in_place_of_a_folder_is_refused(folder) -> None:
     outside = folder.parent / "outside"
     outside.mkdir()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,13 +96,13 @@ def describe(
         "positions": positions,
         "metadata": metadata,
     }
-    tags = (tag,) if isinstance(tag, str) else tuple(tag or ())
+    tags = tuple(tag or ()) if isinstance(tag, Iterable) and not isinstance(tag, str) else (tag,)
     return About(
         model=_name(model, "model") if model is not None else None,
         revision=_name(revision, "revision") if revision is not None else None,
         dataset=_name(dataset, "dataset") if dataset is not None else None,
         experiment=_name(experiment, "experiment"),
-        tags=tuple(dict.fromkeys(_name(one, "tag") for one in tags)),
+        tags=tuple(dict.fromkeys(_name(one, "tag") for one in tags if tag is not None)),
         details=_details({name: value for name, value in given.items() if value is not None}),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -111,9 +112,19 @@ def _collect(
         value = node
         if is_non_tensor(node):  # a stack of values, such as one text a sequence, comes back as a list
             value = node.data if isinstance(node, NonTensorData) else node.tolist()
-        if isinstance(value, np.ndarray) or plain(value) != value:
+        if not _is_json(value):
             raise TypeError(f"{key} holds {type(value).__name__}: only tensors and JSON values can be saved.")
         values[key] = plain(value)
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_json, value))
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and _is_json(part) for name, part in value.items())
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, str | int | np.integer | np.bool_)
 
 
 def _items(node: Any, key: tuple[str, ...]) -> list[tuple[Any, Any]]:

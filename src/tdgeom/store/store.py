@@ -151,7 +151,7 @@ class ActivationStore:
 
     def metadata(self, run: str | Record) -> dict[str, Any]:
         """Everything the catalogue says of a run, as JSON values."""
-        record = self.catalogue.record(run) if isinstance(run, str) else run
+        record = run if isinstance(run, Record) else self.catalogue.record(run)
         about = record.about
         return {
             "id": record.id,
