@@ -234,6 +234,14 @@ def test_bias_with_few_rows_is_the_documented_one():
     for function, expected in ((neighborhood_overlap, k / (n - 1)), (jaccard_knn, k / (2 * (n - 1) - k))):
         assert function(x, y, k=k).mean() == pytest.approx(expected, rel=0.05)
         assert (function(x, y, k=n - 1) == 1).all()
+    for k in (1, 5):
+        assert information_imbalance(x, 2 * x + 1, k=k)[0].mean() == pytest.approx((k + 1) / n)
+        assert information_imbalance(x, y, k=k)[0].mean() == pytest.approx(1, rel=0.02)
+    label = torch.arange(n) // 30  # 30 rows of one class, 10 of the other
+    assert label_overlap(x, label, k=12).mean() == pytest.approx((30 * 29 + 10 * 9) / (n * (n - 1)), rel=0.02)
+    assert label_overlap(x, label, k=12, balanced=True).mean() == pytest.approx(
+        (29 + 9) / 2 / (n - 1), rel=0.02
+    )
 
 
 @pytest.mark.parametrize("duplicated", [False, True])

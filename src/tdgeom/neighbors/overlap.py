@@ -138,10 +138,16 @@ def label_overlap_of(
             \*B.
 
     Returns:
-        (\*B,) in [0, 1], float64; unrelated labels give Σ_c (n_c/N)(n_c-1)/(N-1), plain.
+        (\*B,) in [0, 1], float64.
+
+    Invariances: those of the table (Euclidean: orthogonal maps, isotropic scale, offsets), and any renaming of the
+    labels. Bias: unrelated labels give Σ_c (n_c/N)(n_c-1)/(N-1), plain, and the mean of (n_c-1)/(N-1), balanced.
 
     Raises:
         ValueError: labels that do not match the rows, a table with too few columns.
+
+    Doimo et al.: "Hierarchical nucleation in deep neural networks", NeurIPS 2020; Valeriani et al.: "The geometry of
+    hidden representations of large transformer models", NeurIPS 2023.
 
     >>> import torch
     >>> index, label = torch.tensor([[1], [0], [1], [0]]), torch.tensor([7, 7, 7, 8])
