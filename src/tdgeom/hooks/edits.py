@@ -30,7 +30,8 @@ class Edit(Stage):
     these keys, attention scores and patterns as (B, Tq, H, Tk).
 
     Args:
-        positions: where to edit, in the vocabulary of :mod:`tdgeom.hooks.positions`.
+        positions: where to edit, in the vocabulary of :mod:`tdgeom.hooks.positions`; a boolean mask of a prompt selects
+            nothing in later, cached steps.
         heads: query heads to edit; where queries share key/value heads, ``k`` and ``v`` of a head belong to its group.
         features: features to edit: an int, a list of ints or a slice.
 
@@ -114,7 +115,11 @@ class Edit(Stage):
                 f"{tuple(whole.shape)}. Remedy: call the model with its (B, S) padding mask."
             )
         whole = whole.to(value.device)
-        keep, _ = position_mask(whole, self.positions, input_ids=ids, special=special)
+        positions, later = self.positions, whole.shape[1] - value.shape[1]
+        if later and isinstance(positions, Tensor) and positions.shape[1] < whole.shape[1]:
+            # a step with a cache: a mask of the prompt says nothing of the tokens after it
+            positions = torch.nn.functional.pad(positions, (0, whole.shape[1] - positions.shape[1]))
+        keep, _ = position_mask(whole, positions, input_ids=ids, special=special)
         return keep[:, whole.shape[1] - value.shape[1] :]
 
     def _where(self, value: Tensor, keep: Tensor | None) -> Tensor | None:
@@ -232,6 +237,10 @@ class ProjectOut(Edit):
         if columns.ndim != 2 or columns.shape[1] > columns.shape[0]:
             raise ValueError(
                 f"{type(self).__name__} expects a basis (D, k) with k <= D, got {tuple(basis.shape)}."
+            )
+        if not bool(torch.isfinite(columns).all()) or not bool(columns.any()):
+            raise ValueError(
+                f"{type(self).__name__} expects a basis with directions, got {tuple(basis.shape)} of zeros, NaN or Inf."
             )
         u, s, _ = torch.linalg.svd(columns, full_matrices=False)
         self.register_buffer("basis", u[:, s > s.max() * 1e-10])
