@@ -1,7 +1,8 @@
-"""``python -m tdgeom``."""
+"""``python -m tdgeom``: the command line."""
 
 import sys
 
 from tdgeom.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,11 +86,16 @@ def _configured(name: str, trust_remote_code: bool) -> tuple[Any, Any]:
 
 
 def _unreadable(doing: str, name: str, error: Exception, files: str) -> ValueError:
-    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ValueError(
-        f"could not {doing} {name!r}: {said} Give a Hugging Face id that is in the cache or reachable, or a local directory "
-        f"with {files}."
+        f"could not {doing} {name!r}: {first_reason(name, error)} Give a Hugging Face id that is in the cache or reachable, or "
+        f"a local directory with {files}."
     )
+
+
+def first_reason(name: str, error: Exception) -> str:
+    """Why a name could not be loaded, in a line; where it is no folder, that first."""
+    said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return said if Path(name).is_dir() else f"there is no folder {name}, and as an id: {said}"
 
 
 def model_identity(model: nn.Module, name: str | None = None) -> tuple[str, str]:

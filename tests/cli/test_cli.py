@@ -96,8 +96,9 @@ def test_errors_of_the_library_are_one_line(command, folder, text, tmp_path):
     assert refused(command(*start, "--sites", "residual_inptu"), "Did you mean 'residual_input'?")
     assert refused(command(*start, "--metrics", "spectra"), "unknown metric families ['spectra']")
     assert refused(command(*start, "--diagnostics", "x"), "unknown diagnostics ['x']")
-    assert refused(command("analyze", tmp_path / "nowhere", "--text", text), "nowhere", "--tokenizer")
-    assert refused(command("sites", tmp_path / "nowhere"), "nowhere", "config.json")
+    no_folder = f"there is no folder {tmp_path / 'nowhere'}, and as an id:"
+    assert refused(command("analyze", tmp_path / "nowhere", "--text", text), no_folder, "--tokenizer")
+    assert refused(command("sites", tmp_path / "nowhere"), no_folder, "config.json")
     assert refused(command("show", tmp_path), "no metadata.json")
     assert refused(command("analyze", folder, "--bogus"), "--bogus", "--help")
     assert refused(command("analyse"), "analyse")
@@ -161,6 +162,24 @@ def test_help(command, arguments):
     assert code == 0 and err == "" and "Usage" in out
     if arguments[0] != "--help":
         assert "Example" in out
+
+
+def test_without_a_command_help_comes_first(command):
+    for arguments, text in (([], "Measure the geometry"), (["runs"], "Find, check, move")):
+        code, out, err = command(*arguments)
+        assert code == 2 and text in out
+        assert err == f"tdgeom: error: name a command. See: {' '.join(['tdgeom', *arguments])} --help\n"
+
+
+def test_python_dash_m_is_the_command_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "tdgeom", "show", "no-such-folder"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("tdgeom: error: no-such-folder holds no bundle")
 
 
 def test_warnings_of_ours_are_one_line_and_others_none(command):

@@ -117,6 +117,7 @@ def test_mistakes_are_one_line(command, folder, text, labels, tmp_path):
     refused(
         command("overlap", folder, "--text", text, "--labels", labels),
         "holds 2 labels, but there are 12 documents",
+        "blank lines separate documents",
     )
     refused(command("overlap", folder, "--text", text, "--labels", tmp_path / "none"), "does not exist")
 

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except UsageError as error:
-        said = error.format_message().strip().removeprefix("Invalid value: ")
+        said = error.format_message().strip().removeprefix("Invalid value: ") or "name a command"
         code = _fail(f"{said}{'' if said.endswith(('.', '?')) else '.'} See: {_help_for(error)}")
     except Exception as error:
         if debug:

@@ -100,7 +100,10 @@ def dimension(
     seed: Seed = 0,
     trust_remote_code: Remote = False,
 ) -> None:
-    """Intrinsic dimension over the layers of a model."""
+    """Intrinsic dimension over the layers of a model.
+
+    A row is a sequence (the mean over its tokens), or with --pool none a token; Gride wants more than 64 rows.
+    """
     import tdgeom as tg
     from tdgeom.profiles import intrinsic_dimension_profile
 
@@ -202,7 +205,8 @@ def read_labels(path: Path, wanted: int) -> tuple[list[int], list[str]]:
     names = path.read_text(encoding="utf-8").splitlines()
     if len(names) != wanted:
         raise ValueError(
-            f"{path} holds {len(names)} labels, but there are {wanted} documents: give a label a line, one for each document."
+            f"{path} holds {len(names)} labels, but there are {wanted} documents: give a label a line, one for each document "
+            f"(in a text file blank lines separate documents, a new line does not)."
         )
     classes = sorted(set(names))
     number = {name: index for index, name in enumerate(classes)}

@@ -116,14 +116,15 @@ def layer_choice(text: str) -> str | slice:
 def load_tokenizer(name: str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
+    from tdgeom.models import first_reason
+
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (
         Exception
     ) as error:  # a backend that is missing, a repository that is not there, files that do not fit
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
-            f"could not load the tokenizer of {name!r}: {said} Name another one with --tokenizer."
+            f"could not load the tokenizer of {name!r}: {first_reason(name, error)} Name another one with --tokenizer."
         ) from error
 
 
