@@ -97,9 +97,10 @@ def compare(
         model_a, model_b: modules, Hugging Face ids or directories: two models, or two checkpoints of one.
         dataloader: batches that both models take; or documents (strings), with ``tokenizer_a`` and, where it is another,
             ``tokenizer_b``.
-        measures: names (``tdgeom.measures.MEASURES``, those of the command line) or pair stages. Default: debiased linear
-            CKA over *all* rows (``"linear_cka_debiased"``, short ``"cka"``: ``LinearCKA(estimator="debiased",
-            source="moments")``) and ``"neighborhood_overlap"`` of a sample (``NeighborhoodOverlap(k=10)``).
+        measures: names (those of the pure functions; ``tdgeom.measures.MEASURES`` lists them, and so does the command
+            line) or pair stages. Default: debiased linear CKA over *all* rows (``"linear_cka_debiased"``, short
+            ``"cka"``: ``LinearCKA(estimator="debiased", source="moments")``) and ``"neighborhood_overlap"`` of a sample
+            (``NeighborhoodOverlap(k=10)``).
         sites, layers: as for ``Capture``; the same for both models.
         tokenizer_a, tokenizer_b: for documents; ``tokenizer_b`` None: the same.
         align: "rows": the tokens are the same, matched by ``row_id``. "characters": tokens of the two tokenizers that end at

@@ -11,6 +11,7 @@ from scipy.optimize import linprog
 from scipy.spatial.distance import cdist, pdist
 from scipy.stats import kendalltau, spearmanr
 from sklearn.cross_decomposition import CCA as SkCCA
+from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 
@@ -102,6 +103,25 @@ def test_pwcca_against_explicit_canonical_variables():
     assert pwcca_ab(x, y).item() == pytest.approx(_pwcca(x, y), rel=1e-9)
     assert pwcca_ba(x, y).item() == pytest.approx(_pwcca(y, x), rel=1e-9)
     assert pwcca_ab(x, y) != pwcca_ba(x, y)
+
+
+def test_pwcca_of_equal_correlations_takes_the_principal_axes():
+    """Three features are shared, so three correlations are 1: by the definition alone any rotation of them would do."""
+    x, _ = _pair(d=6)
+    y = torch.cat([x[:, :3] @ torch.randn(3, 3, dtype=torch.float64), _pair(seed=1)[1]], 1)
+    centred = np.asarray(x - x.mean(0))
+    basis, other = (np.linalg.qr(np.asarray(side - side.mean(0)))[0] for side in (x, y))
+    u, rho, _ = np.linalg.svd(basis.T @ other, full_matrices=False)
+    assert np.allclose(rho[:3], 1) and rho[3] < 0.99
+    h = basis @ u
+    axes = PCA().fit(h[:, :3] @ h[:, :3].T @ centred).transform(h[:, :3] @ h[:, :3].T @ centred)[:, :3]
+    h[:, :3] = axes / np.linalg.norm(axes, axis=0)
+    weights = np.abs(h.T @ centred).sum(1)
+    expected = (weights * rho).sum() / weights.sum()
+    assert pwcca_ab(x, y).item() == pytest.approx(expected, rel=1e-9)
+    order = torch.randperm(len(x))
+    turned = y @ torch.randn(7, 7, dtype=torch.float64) + 3
+    assert pwcca_ab(1e3 * x[order] + 10, turned[order]).item() == pytest.approx(expected, rel=1e-7)
 
 
 def test_svcca_against_its_recipe():

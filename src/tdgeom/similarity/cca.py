@@ -14,6 +14,7 @@ from tdgeom.similarity._linear import Factor, LinearPairStage, factor_rows, over
 __all__ = ["CCA", "PWCCA", "SVCCA", "cca_mean", "cca_r2", "pwcca_ab", "pwcca_ba", "svcca"]
 
 _REASON = "one side has no variance over the rows."
+_TIE = 1e-9  # correlations no further apart are equal, but for rounding
 
 
 def _factors(x: Tensor, y: Tensor, measure: str, share: float | None = None) -> tuple[Factor, Factor]:
@@ -110,8 +111,9 @@ def pwcca_ab(x: Tensor, y: Tensor) -> Tensor:
         (...) float64 in [0, 1]. Directed: ``pwcca_ba`` takes the weights from y.
 
     Invariances: of x isotropic scale and offsets (the sum of magnitudes over features is not kept by rotations), of y
-    every invertible linear map. Bias: as ``cca_mean``. Equal correlations leave h_i undetermined up to rotation among
-    them. NaN with one warning without variance.
+    every invertible linear map. Bias: as ``cca_mean``. Equal correlations leave their h_i undetermined: they are then the
+    principal axes of x in what these span (equal to 1e-9, which moments of float32 rows do not tell). NaN with one warning
+    without variance.
 
     Morcos, Raghu & Bengio 2018, arXiv 1806.05759.
 
@@ -137,8 +139,19 @@ def pwcca_ba(x: Tensor, y: Tensor) -> Tensor:
 def _weighted(m: Tensor, a: Factor, b: Factor) -> Tensor:
     left, correlations, _ = torch.linalg.svd(m, full_matrices=False)
     counted = torch.arange(correlations.shape[-1], device=m.device) < torch.minimum(a.rank, b.rank)[..., None]
-    weights = (left.mT @ a.coefficients).abs().sum(-1) * counted
+    weights = _untied(left.mT @ a.coefficients, correlations).abs().sum(-1) * counted
     return (weights * correlations.clamp(max=1)).sum(-1) / weights.sum(-1)
+
+
+def _untied(loadings: Tensor, correlations: Tensor) -> Tensor:
+    """Canonical variables' loadings (..., r, D), those of equal correlation (..., r) turned to their principal axes."""
+    group = torch.nn.functional.pad((correlations.diff(dim=-1) < -_TIE).cumsum(-1), (1, 0))
+    tied = group.unsqueeze(-1) == group.unsqueeze(-2)
+    products = torch.where(tied, loadings @ loadings.mT, 0)
+    # Blocks of one group each, shifted apart: the eigenvectors of the whole are those of the blocks, in their order.
+    size = torch.diagonal(products, dim1=-2, dim2=-1).sum(-1)[..., None]
+    shift = 2 * size * group
+    return torch.linalg.eigh(torch.nan_to_num(products + torch.diag_embed(shift)))[1].mT @ loadings
 
 
 class CCA(LinearPairStage):
