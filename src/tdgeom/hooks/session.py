@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tdgeom.hooks.kernel import eager_attention, padding_cutters, watch_softmax, whole_batches
 from tdgeom.hooks.parts import is_neutral
-from tdgeom.hooks.readers import read_input
+from tdgeom.hooks.readers import read_input, write_input
 from tdgeom.hooks.resolve import ADDED_KINDS, ResolvedSite
 from tdgeom.hooks.sites import Site
 from tdgeom.hooks.verify import Reads, unverified
@@ -108,7 +108,8 @@ class Session:
                     )
                 )
             elif side == "input":
-                hook = partial(self._on_input, (path, side), entries)
+                read = self._on_input_apart if self.backward else self._on_input
+                hook = partial(read, (path, side), entries)
                 self.handles.append(modules[path].register_forward_pre_hook(hook, with_kwargs=True))
             else:
                 hook = self._output_hook((path, side), entries)
@@ -156,6 +157,18 @@ class Session:
 
     def _on_input(self, place: tuple, entries: list, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._store(place, entries, args, kwargs, None)
+
+    def _on_input_apart(
+        self, place: tuple, entries: list, module: nn.Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict]:
+        """The gradient of what a module receives goes through this module alone: others that use the tensor have their own."""
+        value = read_input(args, kwargs)
+        if value is not None and value.requires_grad and not self.disabled:
+            apart = value.view_as(value)
+            apart._stream = value  # for sites that mean the stream around the module too
+            args, kwargs = write_input(args, kwargs, None, apart)
+        self._store(place, entries, args, kwargs, None)
+        return args, kwargs
 
     def _on_output(
         self, place: tuple, entries: list, module: nn.Module, args: tuple, kwargs: dict, output: Any
@@ -298,6 +311,7 @@ class Session:
 
 def _with_graph(entry: ResolvedSite, args: tuple, kwargs: dict, output: Any) -> Tensor:
     raw = entry.raw(args, kwargs, output)
+    raw = getattr(raw, "_stream", raw) if entry.bypass else raw
     if raw is None or not raw.requires_grad:
         raise RuntimeError(
             f"the site {str(entry.site)!r} has no gradient: its tensor does not require one. Remedy: leave no_grad and "
