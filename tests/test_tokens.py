@@ -351,6 +351,11 @@ def test_errors_of_shape():
     td = texts("left").set("sequence_id", torch.arange(3))
     with pytest.raises(ValueError, match=r"'sequence_id' of shape \(4,\), got \(3,\)"):
         tg.SelectTokens(["x"])(td)
+    one = {"acts": {"x": torch.ones(1, 7, 2)}, "input_ids": torch.arange(7), "sequence_id": torch.arange(7)}
+    with pytest.raises(
+        ValueError, match=r"input_ids are \(7,\), expected \(B, T\). One sequence is ids\[None\]"
+    ):
+        tg.SelectTokens(["x"])(TensorDict(one))
     td = texts("left")
     td["acts", "y"] = torch.ones(4, 3, 2)
     with pytest.raises(

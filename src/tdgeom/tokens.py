@@ -285,6 +285,11 @@ class SelectTokens(Stage):
         given = tensordict.get("sequence_id", None)
         if given is not None:
             if given.shape != (batch,):
+                ids = tensordict.get("input_ids", None)
+                if ids is not None and ids.ndim == 1:
+                    raise ValueError(
+                        f"the batch's input_ids are {tuple(ids.shape)}, expected (B, T). One sequence is ids[None]."
+                    )
                 raise ValueError(
                     f"SelectTokens expects 'sequence_id' of shape ({batch},), got {tuple(given.shape)}."
                 )

@@ -175,6 +175,20 @@ def test_the_remedy_for_an_idle_stage_names_what_was_meant():
         capture,
         tg.RowSample(capture.sites),
     )
+    site = capture.sites[0]
+    rows = (capture, tg.SelectTokens(capture.sites))
+    refused(
+        r"It reads \('sample', 'residual_output.0'\), which RowSample writes further on: put TwoNN at residual_output.0 behind",
+        *rows,
+        tg.ForEach(tg.TwoNN(), [site]),
+        tg.RowSample(capture.sites),
+    )
+    refused(
+        r"It reads \('sample', 'residual_output'\), which no stage writes; under 'sample' there is \['residual_output.0', ",
+        *rows,
+        tg.RowSample(capture.sites),
+        tg.ForEach(tg.TwoNN(), ["residual_output"]),
+    )
     refused(
         r"It reads 'samples', which no stage writes\. Did you mean 'sample'\?",
         tg.RowSample(),

@@ -257,8 +257,10 @@ def test_strings_none_and_nested_values_in_a_batch(gpt2):
 
 
 def test_refused_batches():
-    with pytest.raises(TypeError, match=r"got str\. Give the loader a collate_fn"):
+    with pytest.raises(TypeError, match=r"got str\. Texts become batches with tdgeom.text.TextBatches"):
         run(measures(), ["text"])
+    with pytest.raises(TypeError, match=r"got int\. Give the loader a collate_fn"):
+        run(measures(), [3])
     with pytest.raises(ValueError, match=r"batch of 2 unnamed value\(s\): name them with in_keys="):
         run(measures(), [(ROWS, ROWS)])
     for single in (TensorDict(tokens=ROWS), {"tokens": ROWS}, ROWS, "text"):

@@ -29,7 +29,12 @@ def as_batch(batch: object, in_keys: Sequence[Key] | None, device: torch.device 
         if values is None:
             raise TypeError(
                 f"run takes batches that are a dict, a BatchEncoding, a TensorDict, a tensor or a tuple of tensors, got "
-                f"{type(batch).__name__}. Give the loader a collate_fn, such as the tokenizer's data collator."
+                f"{type(batch).__name__}. "
+                + (
+                    "Texts become batches with tdgeom.text.TextBatches(texts, tokenizer)."
+                    if isinstance(batch, str)
+                    else "Give the loader a collate_fn, such as the tokenizer's data collator."
+                )
             )
         if in_keys is None or len(in_keys) < len(values):
             raise ValueError(

@@ -185,10 +185,19 @@ def _remedy(unit: nn.Module, plan: Plan) -> str:
     if acts and any(key_tuple(key)[0] == "tokens" for key in plan.stream_keys):
         sites = [str(parts[-1]) for parts in acts]
         return f"The streaming stages read rows: put tg.SelectTokens({sites[:4]}) behind it."
-    made = {key_tuple(key)[0] for one in (*plan.batch, *plan.stream, *plan.end) for key in one.out_keys}
+    later = (*plan.stream, *plan.end)  # had they come before this stage, it would run at the end itself
+    written = [key_tuple(key) for one in (*plan.batch, *later) for key in one.out_keys]
+    made = {parts[0] for parts in written}
     for key in unit.in_keys:
-        root = key_tuple(key)[0]
+        parts = key_tuple(key)
+        root = parts[0]
+        writer = next((o for o in later if any(_touches(key_tuple(k), parts) for k in o.out_keys)), None)
+        if writer is not None:
+            return f"It reads {key!r}, which {describe(writer)} writes further on: put {describe(unit)} behind that."
         if root in made:
+            if not any(_touches(other, parts) for other in written):
+                have = [other[1] for other in written if other[0] == root and len(other) > 1]
+                return f"It reads {key!r}, which no stage writes; under {root!r} there is {list(dict.fromkeys(have))[:4]}."
             continue
         if root in _USUAL_WRITER:
             return f"It reads {root!r}, which no earlier stage writes: put {_USUAL_WRITER[root]} before it."
