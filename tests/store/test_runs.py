@@ -117,6 +117,12 @@ def test_delete_leaves_nothing_behind(store, three) -> None:
     assert {path.name for path in store.path.iterdir() if path.is_dir()} == {three[1]}
 
 
+def test_what_is_gone_already_does_not_stop_a_delete(store, three) -> None:
+    found = store.query()
+    store.remove(three[1])
+    assert found.delete() == 2 and len(store.query()) == 0
+
+
 def test_a_run_being_written_stops_the_whole_delete(store, three) -> None:
     from tdgeom.store.writer import RunLock
 

@@ -11,6 +11,7 @@ import tempfile
 import threading
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,25 @@ def test_a_full_disk_can_still_be_read(store):
         with pytest.raises(StoreError, match="no space is left"):
             store.remove(run)
     store.remove(run)
+
+
+def test_on_a_full_disk_a_run_can_still_be_removed(store, monkeypatch):
+    first, second, small = (store.save(torch.ones(n)) for n in (300_000, 300_000, 9))
+
+    def set_state(run, state, reason=None):
+        raise StoreError("writing the catalogue: database or disk is full")
+
+    monkeypatch.setattr(store.catalogue, "set_state", set_state)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    store.remove(first)
+    assert store.query().ids == [second, small] and not (store.path / first).exists() and store.verify() == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    with pytest.raises(StoreError, match="disk is full"):  # refused for another reason: nothing is touched
+        store.remove(second)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(StoreError, match="disk is full"):  # its files would not make room for the catalogue
+        store.remove(small)
+    assert store.load(second)[0]["tensor"].sum() == 300_000 and store.load(small)[0]["tensor"].sum() == 9
 
 
 @contextmanager

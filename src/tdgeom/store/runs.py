@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
@@ -114,9 +115,12 @@ class Runs:
             raise StoreBusyError(
                 f"{busy} are being written: nothing was removed. Stop the writer, or leave them out."
             )
+        removed = 0
         for run in self.ids:
-            self._store.remove(run)
-        removed, self._records = len(self), []
+            with suppress(StoreLookupError):  # somebody else removed it since the query
+                self._store.remove(run)
+                removed += 1
+        self._records = []
         return removed
 
     def retag(self, add: str | Sequence[str] = (), remove: str | Sequence[str] = ()) -> Runs:

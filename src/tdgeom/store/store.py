@@ -33,6 +33,7 @@ from tdgeom.store.writer import RunLock, reason_of
 __all__ = ["ActivationStore"]
 
 VARIABLE = "TDGEOM_STORE"
+_ROOM_FOR_A_MARK = 1 << 20  # bytes, many times what SQLite asks for
 
 
 class ActivationStore:
@@ -231,10 +232,16 @@ class ActivationStore:
         Raises:
             StoreBusyError: it is being written. StoreLookupError: no such run. StoreError: the disk refused.
         """
-        folder = self.catalogue.folder_of(self.catalogue.record(run).id)
+        record = self.catalogue.record(run)
+        folder = self.catalogue.folder_of(run)
         if self.catalogue.is_being_written(run):
             raise StoreBusyError(f"run {run} is being written: stop its writer, then remove it.")
-        self.catalogue.set_state(run, "removing")
+        try:
+            self.catalogue.set_state(run, "removing")
+        except StoreError:
+            # on a full disk nothing can be marked before something is removed: then the files of a large run go first
+            if shutil.disk_usage(self.path).free > _ROOM_FOR_A_MARK or record.bytes < _ROOM_FOR_A_MARK:
+                raise
         try:
             shutil.rmtree(folder)
         except FileNotFoundError:
