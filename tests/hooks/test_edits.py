@@ -114,6 +114,16 @@ def test_ablations(llama):
         tg.Ablate("mean")
 
 
+def test_a_mean_of_some_heads_is_no_reference_for_all():
+    model = models.gpt2()
+    some = tg.Capture(model, "z", heads=[0])(TensorDict(models.text_batch()))
+    with tg.Intervene(model, {"z.1": tg.Ablate("mean", reference=some, heads=[0])}):
+        with pytest.raises(
+            ValueError, match=r"Ablate\('mean'\) at z.1 .*\(4, 4\) a position, its reference holds \(1, 4\)"
+        ):
+            model(**models.text_batch())
+
+
 def test_projections():
     x, basis = torch.randn(2, 3, 5), torch.randn(5, 2)
     q = torch.linalg.qr(basis).Q

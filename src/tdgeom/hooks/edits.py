@@ -314,6 +314,11 @@ class Ablate(Edit):
         if self.how == "mean":
             acts, own = find_acts(self.reference, self.site, "Ablate")
             acts = canonical(acts, self.site)
+            if acts.shape[2:] != value.shape[2:]:
+                raise ValueError(
+                    f"Ablate('mean') at {self.site} replaces values of shape {tuple(value.shape[2:])} a position, its reference "
+                    f"holds {tuple(acts.shape[2:])}. Remedy: capture the reference whole, without heads=."
+                )
             rows = acts.flatten(0, 1) if own is None or acts.ndim < 3 else acts[own.bool().to(acts.device)]
             return rows.double().mean(0).to(value).expand_as(value)
         return self._drawn(value, mask)

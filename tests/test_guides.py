@@ -1,0 +1,84 @@
+"""The Python of the guides in docs, block after block, on tiny models."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictSequential
+
+import models
+import tdgeom as tg
+
+matplotlib.use("Agg")
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def batches(count: int, rows: int = 8) -> list[dict[str, torch.Tensor]]:
+    """Sequences of which those labelled 1 end in token 9, those labelled 0 in token 5; padded on the left and right."""
+    made = []
+    for seed in range(count):
+        ids = torch.randint(10, models.VOCAB, (rows, 7), generator=torch.Generator().manual_seed(seed))
+        label = torch.arange(rows) % 2
+        ids[:, -1] = 5 + 4 * label
+        mask = torch.ones_like(ids)
+        mask[0, :2] = 0
+        made.append({"input_ids": ids, "attention_mask": mask, "label": label})
+    return made
+
+
+def ran(page: str, **given) -> dict:
+    names = {"torch": torch, "tg": tg, "TensorDict": TensorDict, "TensorDictSequential": TensorDictSequential}
+    names |= {"model": models.gpt2(), "loader": batches(12), **given}
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+    assert len(blocks) >= 3
+    return names
+
+
+def test_reading_and_changing_a_model() -> None:
+    batch = {name: value for name, value in batches(1)[0].items() if name != "label"}
+    other = {**batch, "input_ids": batch["input_ids"].flip(0)}
+    names = ran("models.md", batch=batch, other_batch=other)
+    assert names["td"]["acts", "attn_pattern.0"].shape == (8, 2, 7, 7)
+    # the prompt's attended tokens and three cached steps of eight sequences
+    assert int(names["generated"]["run", "rows"]) == int(batch["attention_mask"].sum()) + 3 * 8
+    with tg.Capture(names["model"], "residual_output.0") as plain:
+        names["model"](**batch)
+    edited, own = (calls[0]["acts", "residual_output.0"] for calls in (names["edited"], plain))
+    last = (edited - own)[:, -1]
+    torch.testing.assert_close(last, 4 * names["direction"].expand_as(last))
+    recovered = names["grid"]["recovered", "residual_input"]
+    assert recovered.shape == (models.DEPTH, 7)
+    assert names["found"]["exemplars", "mlp_act.0", "values"].shape[1] == 5
+    assert not any(module._forward_hooks for module in names["model"].modules())
+
+
+@pytest.mark.filterwarnings("ignore::tdgeom.UndefinedMeasureWarning")
+def test_probes_concepts_erasure() -> None:
+    whole = batches(12)
+    names = ran("probes.md", train_batches=whole[:8], test_batches=whole[8:])
+    assert set(names["table"]["site"]) == {f"residual_output.{i}" for i in range(models.DEPTH)}
+    # the last token is the label: a probe of the last position reads it off
+    assert (names["probing"].table()["accuracy"] == 1).all()
+    assert names["found"]["collected", names["s"][0]].shape == (
+        sum(int(b["attention_mask"].sum()) for b in whole),
+        4,
+    )
+    site = names["s"][0]
+    erased = tg.Erase(names["erasers"][site])(tokens=torch.randn(5, models.WIDTH))
+    assert erased.shape == (5, models.WIDTH)
+
+
+@pytest.mark.filterwarnings("ignore::tdgeom.UndefinedMeasureWarning")
+def test_comparing_representations() -> None:
+    names = ran("comparing.md", other_model=models.bert())
+    pairs = models.DEPTH * (models.DEPTH - 1) // 2
+    assert len(tg.to_frame(names["result"], "between")) == pairs
+    assert names["compared"].matrix("linear_cka_debiased").shape == (models.DEPTH, models.DEPTH)
+    assert {"twonn", "gride"} == set(tg.intrinsic_dimension_profile(names["results"])["estimator"])
