@@ -117,11 +117,13 @@ def test_ablations(llama):
 def test_a_mean_of_some_heads_is_no_reference_for_all():
     model = models.gpt2()
     some = tg.Capture(model, "z", heads=[0])(TensorDict(models.text_batch()))
-    with tg.Intervene(model, {"z.1": tg.Ablate("mean", reference=some, heads=[0])}):
-        with pytest.raises(
+    with (
+        tg.Intervene(model, {"z.1": tg.Ablate("mean", reference=some, heads=[0])}),
+        pytest.raises(
             ValueError, match=r"Ablate\('mean'\) at z.1 .*\(4, 4\) a position, its reference holds \(1, 4\)"
-        ):
-            model(**models.text_batch())
+        ),
+    ):
+        model(**models.text_batch())
 
 
 def test_projections():
