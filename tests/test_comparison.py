@@ -240,7 +240,11 @@ def test_matched_ends_by_hand() -> None:
 def test_tokens_that_end_together_have_read_the_same_text(byte_tokenizer) -> None:
     _, words = demo_model()
     texts = demo_texts()[:5]
-    batch = next(iter(PairedTexts(texts, words, byte_tokenizer, batch_size=5, seq_len=60)))
+    with pytest.warns(
+        UserWarning, match=r"a document has \d+ tokens: .* beyond seq_len=60 is left out"
+    ) as caught:
+        (batch,) = PairedTexts(texts, words, byte_tokenizer, batch_size=5, seq_len=60)
+    assert len(caught) == 1, "one warning for all documents of both sides"
     for row, text in enumerate(texts):
         spans = [t(text, return_offsets_mapping=True)["offset_mapping"] for t in (words, byte_tokenizer)]
         pairs = [
@@ -255,10 +259,11 @@ def test_tokens_that_end_together_have_read_the_same_text(byte_tokenizer) -> Non
 def test_two_tokenizers_against_rows_gathered_by_hand(align, byte_tokenizer, byte_model) -> None:
     model, words = demo_model()
     texts = demo_texts()[:40]
-    result = tg.compare(
-        model, byte_model, texts, tokenizer_a=words, tokenizer_b=byte_tokenizer, align=align,
-        layers=[0], seq_len=48, progress=False,
-    )  # fmt: skip
+    with pytest.warns(UserWarning, match="what is beyond seq_len=48 is left out"):
+        result = tg.compare(
+            model, byte_model, texts, tokenizer_a=words, tokenizer_b=byte_tokenizer, align=align,
+            layers=[0], seq_len=48, progress=False,
+        )  # fmt: skip
     assert result.metadata["align"] == ("characters" if align == "auto" else "document")
     rows: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for text in texts:  # one by one: no padding at all
@@ -401,6 +406,8 @@ def test_mistakes_say_what_to_do(byte_tokenizer) -> None:
         PairedTexts(["a"], Slow(), words)
     with pytest.raises(TypeError, match="put it in a list"):
         PairedTexts("one text", words, byte_tokenizer)
+    with pytest.raises(TypeError, match="documents as strings, got dict: give the texts themselves"):
+        next(iter(PairedTexts([{"input_ids": torch.ones(1, 2)}], words, byte_tokenizer)))
 
 
 def test_aligned_rows_leave_out_a_document_without_words() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from typing import Any, Literal
@@ -82,10 +83,10 @@ def _texts_of(vocabulary: dict[str, int], count: int = 600) -> Iterator[str]:
 class PairedTexts:
     """Documents as batches for two tokenizers, with what matches their tokens.
 
-    Every document is one sequence a side, cut off at ``seq_len`` tokens. Each batch is a dict with ``"a"`` and ``"b"``
-    (``input_ids``, ``attention_mask`` and what else the tokenizer makes), ``document_id`` (B,), and under ``"aligned"``:
-    for "characters" ``a`` and ``b`` (B, M) int64, the matched positions, -1 beyond the last; for "document" ``a`` (B, Ta)
-    and ``b`` (B, Tb) bool, the positions that are averaged (special tokens are not).
+    Every document is one sequence a side, cut off at ``seq_len`` tokens, with one warning. Each batch is a dict with ``"a"``
+    and ``"b"`` (``input_ids``, ``attention_mask`` and what else the tokenizer makes), ``document_id`` (B,), and under
+    ``"aligned"``: for "characters" ``a`` and ``b`` (B, M) int64, the matched positions, -1 beyond the last; for "document"
+    ``a`` (B, Ta) and ``b`` (B, Tb) bool, the positions that are averaged (special tokens are not).
 
     Args:
         texts: documents; iterable again if the loader is to be read twice.
@@ -94,7 +95,7 @@ class PairedTexts:
         batch_size: documents a batch. seq_len: longest sequence, special tokens included.
 
     Raises:
-        ValueError: "characters" with a slow tokenizer. TypeError: one string instead of documents.
+        ValueError: "characters" with a slow tokenizer. TypeError: one string instead of documents, or no strings.
     """
 
     def __init__(
@@ -121,7 +122,8 @@ class PairedTexts:
         self.batch_size, self.seq_len = batch_size, seq_len
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        numbered = ((index, text) for index, text in enumerate(self.texts) if text.strip())
+        self._told = False
+        numbered = ((index, text) for index, text in enumerate(self.texts) if _document(text).strip())
         while group := list(islice(numbered, self.batch_size)):
             yield self._batch([index for index, _ in group], [text for _, text in group])
 
@@ -152,6 +154,7 @@ class PairedTexts:
             return_attention_mask=True,
             return_offsets_mapping=spans,
         )
+        self._warn_of_cuts(tokenizer, texts, made["input_ids"])
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         fill = {"input_ids": next(token for token in pads if token is not None), "special_tokens_mask": 1}
         length = max(map(len, made["input_ids"]))
@@ -162,6 +165,24 @@ class PairedTexts:
         }
         words = padded.pop("special_tokens_mask") == 0
         return padded, words & padded["attention_mask"].bool(), made["offset_mapping"] if spans else []
+
+    def _warn_of_cuts(self, tokenizer: Any, texts: list[str], ids: list[list[int]]) -> None:
+        for text, row in zip(texts, ids):
+            if not self._told and len(row) == self.seq_len < len(_ids(tokenizer, text)):
+                self._told = True
+                warnings.warn(
+                    f"a document has {len(_ids(tokenizer, text)):,} tokens: here and in others what is beyond "
+                    f"seq_len={self.seq_len} is left out. Split long documents, or raise seq_len where the models take more.",
+                    stacklevel=2,
+                )
+
+
+def _document(text: Any) -> str:
+    if not isinstance(text, str):
+        raise TypeError(
+            f"two tokenizers need documents as strings, got {type(text).__name__}: give the texts themselves, not their batches."
+        )
+    return text
 
 
 class AlignedRows(Stage):

@@ -111,7 +111,7 @@ def compare(
         sample_limit: rows of the uniform sample that sample-based measures see.
         sketch: random projections a site in place of exact moments, for wide models (CKA then has a standard error).
         select: further settings of ``SelectTokens``, with "rows".
-        batch_size, seq_len: of documents.
+        batch_size, seq_len: of documents. One tokenizer splits longer documents; with two they are cut off, with a warning.
         device: moves both models there first.
         progress: a progress bar on a terminal.
         seed: of the sample and the sketch.
