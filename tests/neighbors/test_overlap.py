@@ -14,7 +14,7 @@ from scipy.spatial.distance import cdist
 from scipy.stats import rankdata
 from tensordict import TensorDict
 
-from tdgeom import ForEach, ForEachPair
+from tdgeom import ForEach, ForEachPair, UndefinedMeasureWarning
 from tdgeom.neighbors import (
     InformationImbalance,
     JaccardKNN,
@@ -226,6 +226,36 @@ def test_linear_maps_and_offsets_that_are_not_ignored_show(function):
     assert (function(x * torch.tensor([1, 1, 1, 30, 30, 30]), y, k=10) - value).abs() > 0.01
     value = function(x, y, k=10, metric="cosine")
     assert (function(x + 5, y, k=10, metric="cosine") - value).abs() > 0.01
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda x, y: neighborhood_overlap(x, y, k=5),
+        lambda x, y: jaccard_knn(x, y, k=5),
+        lambda x, y: information_imbalance(x, y)[1],
+        lambda x, y: label_overlap(x, torch.arange(20) % 3, k=5),
+        lambda x, y: NeighborhoodOverlap(k=5)(sample_a=x, sample_b=y),
+        lambda x, y: JaccardKNN(k=5)(sample_a=x, sample_b=y),
+        lambda x, y: InformationImbalance()(sample_a=x, sample_b=y)[0],
+        lambda x, y: LabelOverlap(k=5)(sample=x, label=torch.arange(20) % 3),
+    ],
+)
+def test_rows_that_are_all_alike_have_no_neighbourhoods(measure):
+    x = torch.stack([torch.full((20, 3), 0.1), torch.randn(20, 3)])
+    with pytest.warns(UndefinedMeasureWarning, match="all alike") as caught:
+        value = measure(x, torch.randn(2, 20, 4))
+    assert value.isnan().tolist() == [True, False] and len(caught) == 1
+
+
+def test_over_pairs_a_side_that_is_all_alike_is_undefined():
+    td = TensorDict({"sample": {"x": torch.ones(20, 3), "y": torch.randn(20, 3), "z": torch.randn(20, 3)}})
+    with pytest.warns(UndefinedMeasureWarning, match="information_imbalance"):
+        ForEachPair(InformationImbalance(), list("xyz"), pairs=[("x", "y"), ("y", "z")])(td)
+    with pytest.warns(UndefinedMeasureWarning, match="neighborhood_overlap"):
+        ForEachPair(NeighborhoodOverlap(k=4), list("xyz"), pairs=[("x", "y"), ("y", "z")])(td)
+    for name in ("information_imbalance_ab", "information_imbalance_ba", "neighborhood_overlap"):
+        assert td["between", "x->y", name].isnan() and td["between", "y->z", name].isfinite()
 
 
 def test_bias_with_few_rows_is_the_documented_one():

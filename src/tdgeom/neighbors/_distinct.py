@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["expand_table", "first_copies"]
+__all__ = ["all_alike", "expand_table", "first_copies"]
+
+
+def all_alike(x: Tensor) -> Tensor:
+    """(*B,): whether every row of (*B, N, D) equals the first. Such rows have neighbours by their order alone."""
+    return (x == x[..., :1, :]).all(-1).all(-1)
 
 
 def first_copies(x: Tensor) -> Tensor:

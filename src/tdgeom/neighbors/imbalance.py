@@ -19,10 +19,11 @@ from tdgeom.neighbors._blocks import (
     key_of,
     pair_distances,
 )
-from tdgeom.neighbors._distinct import first_copies
+from tdgeom.neighbors._distinct import all_alike, first_copies
 from tdgeom.neighbors._search import search_distinct
 from tdgeom.neighbors._table import flatten, prepare_rows
 from tdgeom.neighbors.knn import nearest_neighbors
+from tdgeom.similarity._inputs import warn_undefined
 from tdgeom.stage import PairStage
 
 __all__ = ["InformationImbalance", "conditional_ranks", "information_imbalance"]
@@ -50,7 +51,7 @@ def information_imbalance(
 
     Invariances: orthogonal maps, isotropic scale and offsets of either side (``metric="cosine"``: orthogonal maps and
     positive scale of any row; not offsets); not invertible linear maps. Bias: identical sides give (k+1)/N, not 0;
-    unrelated ones 1 on average at any N.
+    unrelated ones 1 on average at any N. NaN with one warning where the rows of a side are all alike.
 
     Raises:
         ValueError: rows that do not match, and whatever ``nearest_neighbors`` refuses.
@@ -75,7 +76,12 @@ def information_imbalance(
     step = max(1, budget(memory) // (8 * n * n))
     pairs = [_both_directions(a[s : s + step], b[s : s + step], k, p, memory) for s in range(0, len(a), step)]
     ab, ba = (torch.cat(side).view(x.shape[:-2]) for side in zip(*pairs))
-    return ab, ba
+    return _defined(ab, ba, all_alike(x) | all_alike(y))
+
+
+def _defined(ab: Tensor, ba: Tensor, alike: Tensor) -> tuple[Tensor, Tensor]:
+    ab, ba = (torch.where(alike, torch.nan, value) for value in (ab, ba))
+    return warn_undefined(ab, "information_imbalance", "the rows of one side are all alike."), ba
 
 
 def _both_directions(x: Tensor, y: Tensor, k: int, p: float, memory: int | None) -> tuple[Tensor, Tensor]:
@@ -247,4 +253,5 @@ class InformationImbalance(PairStage):
         n = a[0].shape[-2]
         to_b = conditional_ranks(b[0], a[1], metric=self.metric, memory=self.memory)
         to_a = conditional_ranks(a[0], b[1], metric=self.metric, memory=self.memory)
-        return 2 / n * to_b.mean((-1, -2)), 2 / n * to_a.mean((-1, -2))
+        ab, ba = (2 / n * ranks.mean((-1, -2)) for ranks in (to_b, to_a))
+        return _defined(ab, ba, all_alike(a[0]) | all_alike(b[0]))

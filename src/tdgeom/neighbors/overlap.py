@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from tdgeom.keys import Key
+from tdgeom.neighbors._distinct import all_alike
 from tdgeom.neighbors.knn import nearest_neighbors
+from tdgeom.similarity._inputs import warn_undefined
 from tdgeom.stage import PairStage, Stage
 
 __all__ = [
@@ -57,8 +59,8 @@ def neighborhood_overlap(
 
     Invariances: orthogonal maps, isotropic scale and offsets of either side (``metric="cosine"``: orthogonal maps and
     positive scale of any row; not offsets); not invertible linear maps. Bias: upwards when rows are few: unrelated
-    sides give k/(N-1) on average, and 1 at k = N-1, so compare at equal N and k only. Rows that are all alike have
-    neighbours by their order alone, which means nothing.
+    sides give k/(N-1) on average, and 1 at k = N-1, so compare at equal N and k only. NaN with one warning where the rows
+    of a side are all alike.
 
     Raises:
         ValueError: rows that do not match, and whatever ``nearest_neighbors`` refuses.
@@ -72,7 +74,8 @@ def neighborhood_overlap(
     1.0
     """
     tables = [nearest_neighbors(rows, k, metric=metric, memory=memory).index for rows in (x, y)]
-    return common_neighbors(*tables).double().mean(-1) / k
+    value = common_neighbors(*tables).double().mean(-1) / k
+    return _defined(value, all_alike(x) | all_alike(y), "neighborhood_overlap")
 
 
 def jaccard_knn(
@@ -98,7 +101,14 @@ def jaccard_knn(
     """
     tables = [nearest_neighbors(rows, k, metric=metric, memory=memory).index for rows in (x, y)]
     common = common_neighbors(*tables).double()
-    return (common / (2 * k - common)).mean(-1)
+    return _defined((common / (2 * k - common)).mean(-1), all_alike(x) | all_alike(y), "jaccard_knn")
+
+
+def _defined(value: Tensor, alike: Tensor, measure: str) -> Tensor:
+    """NaN, with a warning, where rows are all alike."""
+    return warn_undefined(
+        torch.where(alike, torch.nan, value), measure, "the rows of one side are all alike."
+    )
 
 
 def label_overlap(
@@ -113,6 +123,8 @@ def label_overlap(
 ) -> Tensor:
     r"""Mean share of a row's k nearest neighbours that carry its label: see ``label_overlap_of``.
 
+    NaN with one warning where the rows are all alike.
+
     >>> import torch
     >>> x = torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.1]])
     >>> label_overlap(x, torch.tensor([0, 0, 0, 1, 1]), k=1).item()
@@ -120,7 +132,8 @@ def label_overlap(
     """
     most = k if class_fraction is None else int(_class_k(label, class_fraction).max())
     index = nearest_neighbors(x, most, metric=metric, memory=memory).index
-    return label_overlap_of(index, label, k=k, class_fraction=class_fraction, balanced=balanced)
+    value = label_overlap_of(index, label, k=k, class_fraction=class_fraction, balanced=balanced)
+    return _defined(value, all_alike(x), "label_overlap")
 
 
 def label_overlap_of(
@@ -228,16 +241,26 @@ class _TablePair(PairStage):
         )
         self.k, self.metric, self.source, self.memory = k, metric, source, memory
 
-    def prepare(self, given: Tensor) -> Tensor:
-        """The indices of the k nearest neighbours (N, k)."""
+    def prepare(self, given: Tensor) -> tuple[Tensor, Tensor]:
+        """The indices of the k nearest neighbours (N, k), and whether the rows are known to be all alike ()."""
         if self.source == "sample":
-            return nearest_neighbors(given, self.k, metric=self.metric, memory=self.memory).index
+            index = nearest_neighbors(given, self.k, metric=self.metric, memory=self.memory).index
+            return index, all_alike(given)
         if given.shape[-1] < self.k:
             raise ValueError(
                 f"{type(self).__name__} compares {self.k} neighbours, the table has {given.shape[-1]} (shape "
                 f"{tuple(given.shape)}). Use NearestNeighbors(k={self.k}) or more."
             )
-        return given[..., : self.k]
+        return given[..., : self.k], given.new_zeros(given.shape[:-2], dtype=torch.bool)
+
+    def compare(self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+        """The mean over rows."""
+        value = self.mean(common_neighbors(a[0], b[0]).double())
+        return _defined(value, a[1] | b[1], self.measure)
+
+    def mean(self, common: Tensor) -> Tensor:
+        """The measure, from the number of shared neighbours of each row (..., N)."""
+        raise TypeError(f"{type(self).__name__} defines no mean().")
 
 
 class NeighborhoodOverlap(_TablePair):
@@ -249,7 +272,7 @@ class NeighborhoodOverlap(_TablePair):
         k: neighbours a row, 1 <= k < N.
         metric: as in ``nearest_neighbors``.
         source: ``"sample"`` (searches each side, in ``memory`` bytes) or ``"neighbors"`` (reads
-            ``NearestNeighbors``'s ``index``, k columns or more).
+            ``NearestNeighbors``'s ``index``, k columns or more; it does not tell rows that are all alike).
         in_keys: default ``("sample", "a")``, ``("sample", "b")``, or ``("neighbors", "a", "index")``,
             ``("neighbors", "b", "index")``.
         out_keys: default ``("between", "neighborhood_overlap")``, ().
@@ -262,9 +285,9 @@ class NeighborhoodOverlap(_TablePair):
 
     measure = "neighborhood_overlap"
 
-    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+    def mean(self, common: Tensor) -> Tensor:
         """The mean overlap."""
-        return common_neighbors(a, b).double().mean(-1) / self.k
+        return common.mean(-1) / self.k
 
 
 class JaccardKNN(_TablePair):
@@ -280,9 +303,8 @@ class JaccardKNN(_TablePair):
 
     measure = "jaccard_knn"
 
-    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+    def mean(self, common: Tensor) -> Tensor:
         """The mean index."""
-        common = common_neighbors(a, b).double()
         return (common / (2 * self.k - common)).mean(-1)
 
 
