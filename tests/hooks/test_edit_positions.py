@@ -77,6 +77,34 @@ def test_a_mask_of_the_prompt_selects_nothing_in_later_steps(llama):
         llama(**given)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_caches_of_fixed_size_change_nothing(name):
+    """Generate then makes the whole attention bias itself: what is padding is read from it."""
+    model = models.TEXT_MODELS[name]() if name != "gemma3" else sliding()
+    given = models.text_batch()
+    given["attention_mask"][0, :3] = 0
+    settings = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
+    for edits in (
+        {"z.1": tg.Scale(0.0, heads=1, positions=slice(3, None))},
+        {"attn_pattern.1": tg.BlockAttention(queries="last", keys=slice(0, 2), renormalise=True)},
+        {"attn_scores.1": tg.BlockAttention(queries=[5, 8], keys=1)},
+    ):
+        with Intervene(model, edits), Capture(model, "residual_output.2") as calls:
+            expected = model.generate(**given, **settings)
+        with Intervene(model, edits), Capture(model, "residual_output.2") as fixed:
+            found = model.generate(**given, **settings, cache_implementation="static")
+        assert torch.equal(found, expected)
+        for one, other in zip(calls, fixed, strict=True):
+            one, other = (call["acts", "residual_output.2"][:, -1] for call in (one, other))
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def sliding():
+    import transformers as tf
+
+    return models._seeded(tf.Gemma3ForCausalLM, tf.Gemma3TextConfig(**models._GEMMA, sliding_window=4))
+
+
 def test_generation_with_two_stacks():
     model = models.t5()
     torch.manual_seed(1)

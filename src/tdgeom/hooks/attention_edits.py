@@ -66,11 +66,9 @@ class BlockAttention(Edit):
             if mask is None
             else mask.bool().to(value.device)
         )
-        if mask.shape[1] < size:
-            raise ValueError(
-                f"BlockAttention: {size} keys, but an attention mask of {mask.shape[1]} positions."
-            )
-        columns = position_mask(mask, self.keys, input_ids=ids, special=special)[0][:, -size:]
+        columns = position_mask(mask, self.keys, input_ids=ids, special=special)[0]
+        # a cache with a window holds the newest keys only; behind the keys there may be room for more, or a sink
+        columns = torch.nn.functional.pad(columns, (0, max(size - columns.shape[1], 0)))[:, -size:]
         columns = columns[:, None, None]
         if self.site is None or "attn_scores" not in self.site:
             new = torch.where(columns, value * self.factor, value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
+from tdgeom.hooks.align import attended_keys
 from tdgeom.hooks.edits import Edit
 from tdgeom.hooks.inputs import bound_tensors, read_signature
 from tdgeom.hooks.kernel import eager_attention, padding_cutters, watch_softmax, whole_batches
@@ -28,6 +29,7 @@ class CallInfo:
         self.tensors: dict[str, Tensor] = {}
         self.past = 0
         self.history: Tensor | None = None
+        self.attended: Tensor | None = None
 
     def begin(self, tensors: dict[str, Tensor], past: int) -> None:
         """A call starts."""
@@ -39,6 +41,15 @@ class CallInfo:
             self.history = torch.cat([self.history, ids], 1)  # pivots may lie in cached tokens
         else:
             self.history = ids
+        bias = tensors.get("attention_mask")
+        self.attended = None if bias is None or bias.ndim != 4 else self._attended(bias, past)
+
+    def _attended(self, bias: Tensor, past: int) -> Tensor | None:
+        """The padding mask behind a (B, 1, Tq, Tk) bias, which generate makes itself for caches of fixed size."""
+        known, (batch, length) = self.attended, (bias.shape[0], bias.shape[2])
+        if past and known is not None and known.shape == (batch, past):
+            return torch.cat([known, known.new_ones(batch, length)], 1)
+        return attended_keys(bias, past) if bias.shape[3] >= past + length else None
 
     def mask(self, value: Tensor, length: int) -> Tensor | None:
         """(B, past + length) attention mask of an activation with ``length`` positions; ``None`` without padding."""
@@ -46,6 +57,8 @@ class CallInfo:
         whole = self.past + length
         if mask is not None and mask.ndim == 2 and mask.shape[1] >= whole and mask.shape[0] == value.shape[0]:
             return mask[:, :whole]
+        if self.attended is not None and self.attended.shape == (value.shape[0], whole):
+            return self.attended
         if not self.past:
             return None
         return torch.ones(value.shape[0], whole, dtype=torch.bool, device=value.device)
@@ -125,7 +138,12 @@ class EditSession:
     def _on_call(self, owner: str, signature: Any, module: nn.Module, args: tuple, kwargs: dict) -> None:
         past = kwargs.get("past_key_values")
         length = past.get_seq_length() if hasattr(past, "get_seq_length") else 0
-        self.calls[owner].begin(bound_tensors(signature, args, kwargs), int(length))
+        tensors = bound_tensors(signature, args, kwargs)
+        masks = kwargs.get("attention_mask")
+        if isinstance(masks, Mapping):  # one for each kind of layer
+            mask = masks.get("full_attention", next(iter(masks.values()), None))
+            tensors.update({"attention_mask": mask} if isinstance(mask, Tensor) else {})
+        self.calls[owner].begin(tensors, int(length))
         for place in [p for p in self.fired if not owner or p[0].startswith(owner + ".")]:
             self.fired[place] = 0
 
