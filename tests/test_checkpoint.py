@@ -325,6 +325,8 @@ def test_what_cannot_be_resumed_says_so(tmp_path) -> None:
         tg.run(few(), loader(), checkpoint=tmp_path / "state", every=0)
     with pytest.raises(ValueError, match="lies in no folder that exists"):
         tg.run(few(), loader(), checkpoint=tmp_path / "no" / "state")
+    with pytest.raises(ValueError, match=r"is a folder: name a file .* such as .*state"):
+        tg.run(few(), loader(), checkpoint=tmp_path)
     with pytest.raises(ValueError, match="for one process"):
         tg.run(few(), loader(), checkpoint=tmp_path / "state", sharded=True)
 

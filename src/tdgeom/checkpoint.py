@@ -28,7 +28,7 @@ from tdgeom.store.shards import Shard
 from tdgeom.streaming import StreamingStage
 from tdgeom.tokens import SelectTokens
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "stage_of"]
 
 FORMAT = 1
 RECORD = "record"
@@ -60,6 +60,10 @@ class Checkpoint:
         if not self.path.parent.is_dir():
             raise ValueError(
                 f"run: checkpoint={str(path)!r} lies in no folder that exists. Make {self.path.parent} first."
+            )
+        if self.path.is_dir():
+            raise ValueError(
+                f"run: checkpoint={str(path)!r} is a folder: name a file to keep the state in, such as {self.path / 'state'}."
             )
         self.stages = [stage_of(unit) for unit in plan.stream]
         self.selects = [unit for unit in plan.batch if isinstance(unit, SelectTokens)]
