@@ -7,7 +7,7 @@ from tdgeom.analyze import analysis_pipeline, analyze_model
 from tdgeom.attention_view import AttentionView, attention_view
 from tdgeom.comparison import Comparison, compare
 from tdgeom.compose import ForEach, ForEachPair
-from tdgeom.concepts import ConceptBasis, FisherBasis, Interpolate, Project, Reconstruct
+from tdgeom.concepts import LEACE, ConceptBasis, Erase, FisherBasis, Interpolate, Project, Reconstruct
 from tdgeom.dimension import (
     CAPCA,
     MOM,
@@ -21,7 +21,6 @@ from tdgeom.dimension import (
     ParticipationRatio,
     TwoNN,
 )
-from tdgeom.erasure import LEACE, Erase
 from tdgeom.exemplars import ContextWindow, MaxActivating, describe_exemplars
 from tdgeom.frames import to_frame
 from tdgeom.hooks import (

@@ -3,8 +3,10 @@
 from tdgeom.ablation import normalized
 from tdgeom.concepts import (
     concept_basis,
+    erase,
     fisher_basis,
     interpolate,
+    leace,
     project,
     reconstruct,
     token_context,
@@ -31,7 +33,6 @@ from tdgeom.dimension import (
     twonn_curve,
     twonn_from_distances,
 )
-from tdgeom.erasure import erase, leace
 from tdgeom.exemplars import top_rows
 from tdgeom.hooks.aggregate import aggregate_positions, group_attention
 from tdgeom.hooks.positions import position_mask
