@@ -31,6 +31,8 @@ def test_every_block_runs(tmp_path, monkeypatch) -> None:
         exec(compile(block, "README.md", "exec"), names)
     assert len(blocks) == 5
     assert len(names["calls"]) == 8
+    steps = 7 * len(batch["input_ids"])  # the last generated token is never read
+    assert names["moments"]["run", "rows"] == int(batch["attention_mask"].sum()) + steps
     frame = tg.to_frame(names["result"], "dimension")
     assert list(frame["estimator"].unique()) == ["id"]
     assert (frame["estimate"] > 0).all()
