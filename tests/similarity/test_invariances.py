@@ -195,9 +195,13 @@ def test_leading_dimensions_are_batched(name):
     for i in range(2):
         for j in range(2):
             torch.testing.assert_close(value[i, j], measure(name, x[i, j], y[i, j]), rtol=0, atol=1e-12)
-    every = measure(name, x[0, :, None], y[0])
-    assert every.shape == (2, 2)
-    torch.testing.assert_close(every[1, 0], measure(name, x[0, 1], y[0, 0]), rtol=0, atol=1e-12)
+    for dtype in (torch.float64, torch.float32):
+        a, b = x[0].to(dtype), y[0].to(dtype)
+        every = measure(name, a[:, None], b)
+        assert every.shape == (2, 2)
+        for i in range(2):
+            for j in range(2):
+                torch.testing.assert_close(every[i, j], measure(name, a[i], b[j]), rtol=0, atol=1e-7)
 
 
 def test_kendalls_count_is_batched_over_broadcast_data_sets():

@@ -59,9 +59,10 @@ def _product_sum(product: Tensor, a: _Side, b: _Side) -> Tensor:
     total = _square_sum(product)
     if product.dtype == torch.float64:
         return total
+    lead, width = product.shape[:-2], product.shape[-1]  # of both sides together, where they are broadcast
     i, j = a.largest.unsqueeze(-1), b.largest.unsqueeze(-2)
-    rounded = product.gather(-2, i.expand(*i.shape[:-1], product.shape[-1]))
-    rounded = rounded.gather(-1, j.expand(*rounded.shape[:-1], j.shape[-1]))
+    rounded = product.gather(-2, i.expand(*lead, i.shape[-2], width))
+    rounded = rounded.gather(-1, j.expand(*lead, i.shape[-2], j.shape[-1]))
     return total - _square_sum(rounded) + _square_sum(_columns(a).mT @ _columns(b))
 
 
