@@ -69,6 +69,24 @@ def test_cross_attention_on_the_way_to_the_mlp():
     torch.testing.assert_close(middle + mlp, after)
 
 
+def test_a_block_that_scales_what_it_adds_by_a_parameter_of_its_own():
+    config = tf.BeitConfig(
+        hidden_size=models.WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=8,
+        patch_size=4,
+    )  # fmt: skip
+    model = models._seeded(tf.BeitForImageClassification, config)
+    for kind in ("attn_output", "mlp_output"):
+        with pytest.raises(
+            RuntimeError, match=f"'{kind}' of Beit.*parameter of its own.*scaled as the block does"
+        ):
+            Capture(model, kind)
+    Capture(model, ["residual_output", "z"])
+    with torch.no_grad():
+        for block in model.beit.layers if hasattr(model.beit, "layers") else model.beit.encoder.layer:
+            block.lambda_1.fill_(1.0), block.lambda_2.fill_(1.0)
+    Capture(model, ["attn_output", "mlp_output", "residual_mid"])
+
+
 def test_a_block_that_registers_its_first_norm_last():
     config = tf.FalconConfig(
         vocab_size=models.VOCAB, hidden_size=models.WIDTH, num_hidden_layers=2, num_attention_heads=4,

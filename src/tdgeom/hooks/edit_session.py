@@ -13,55 +13,13 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from tdgeom.hooks.align import attended_keys
+from tdgeom.hooks.call_info import CallInfo
 from tdgeom.hooks.edits import Edit
 from tdgeom.hooks.inputs import bound_tensors, read_signature
 from tdgeom.hooks.kernel import eager_attention, padding_cutters, watch_softmax, whole_batches
 from tdgeom.hooks.readers import read_input, read_output, write_output
 from tdgeom.hooks.resolve import ResolvedSite
 from tdgeom.hooks.sites import PATTERN_KINDS
-
-
-class CallInfo:
-    """What the running call of a (part of a) model was given: mask, ids and how many tokens are cached."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self.past = 0
-        self.history: Tensor | None = None
-        self.attended: Tensor | None = None
-
-    def begin(self, tensors: dict[str, Tensor], past: int) -> None:
-        """A call starts."""
-        self.tensors, self.past = tensors, past
-        ids = tensors.get("input_ids")
-        if ids is None or not past:
-            self.history = ids
-        elif self.history is not None and self.history.shape == (ids.shape[0], past):
-            self.history = torch.cat([self.history, ids], 1)  # pivots may lie in cached tokens
-        else:
-            self.history = ids
-        bias = tensors.get("attention_mask")
-        self.attended = None if bias is None or bias.ndim != 4 else self._attended(bias, past)
-
-    def _attended(self, bias: Tensor, past: int) -> Tensor | None:
-        """The padding mask behind a (B, 1, Tq, Tk) bias, which generate makes itself for caches of fixed size."""
-        known, (batch, length) = self.attended, (bias.shape[0], bias.shape[2])
-        if past and known is not None and known.shape == (batch, past):
-            return torch.cat([known, known.new_ones(batch, length)], 1)
-        return attended_keys(bias, past) if bias.shape[3] >= past + length else None
-
-    def mask(self, value: Tensor, length: int) -> Tensor | None:
-        """(B, past + length) attention mask of an activation with ``length`` positions; ``None`` without padding."""
-        mask = self.tensors.get("attention_mask")
-        whole = self.past + length
-        if mask is not None and mask.ndim == 2 and mask.shape[1] >= whole and mask.shape[0] == value.shape[0]:
-            return mask[:, :whole]
-        if self.attended is not None and self.attended.shape == (value.shape[0], whole):
-            return self.attended
-        if not self.past:
-            return None
-        return torch.ones(value.shape[0], whole, dtype=torch.bool, device=value.device)
 
 
 class EditSession:

@@ -15,10 +15,10 @@ from tdgeom.hooks.inputs import made_up_inputs, read_signature
 from tdgeom.hooks.parts import has_cross_attention
 from tdgeom.hooks.quiet import replaced_forwards, without_hooks
 from tdgeom.hooks.readers import read_input, read_output
-from tdgeom.hooks.resolve import ResolvedSite, available_sites
+from tdgeom.hooks.resolve import ADDED_KINDS, ResolvedSite, available_sites
 from tdgeom.hooks.views import HeadSlice
 
-CHECKED = ("q", "k", "v", "head_output", "residual_mid")
+CHECKED = ("q", "k", "v", "head_output", "residual_mid", *ADDED_KINDS)
 _DONE: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()
 _READERS = ("tdgeom.hooks.session", "tdgeom.hooks.verify")  # whose hooks change nothing
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
@@ -29,11 +29,14 @@ def verify(model: nn.Module, entries: Sequence[ResolvedSite]) -> None:
 
     Checked in one block of each stack, once a model: that the values read from a fused projection are those the
     pattern weighs, that the heads' shares add up to ``attn_output``, that ``residual_mid`` is ``residual_input`` plus
-    ``attn_output``. Models whose inputs cannot be made up are checked in the first call that is read (:func:`unverified`);
-    in blocks with cross-attention, that ``residual_mid`` plus ``mlp_output`` is ``residual_output``.
+    ``attn_output`` (with cross-attention on the way, that ``residual_output`` is it plus ``mlp_output``), and that a block
+    with parameters of its own does not scale by them what it adds. Models whose inputs cannot be made up are checked in
+    the first call that is read (:func:`unverified`).
     """
     done = _DONE.setdefault(model, set())
-    wanted = {(e.site.stack, e.site.kind) for e in entries if e.site.kind in CHECKED and _in_doubt(e)} - done
+    wanted = {
+        (e.site.stack, e.site.kind) for e in entries if e.site.kind in CHECKED and _in_doubt(model, e)
+    } - done
     if not wanted:
         return
     signature, modules = read_signature(model), list(model.modules())
@@ -75,7 +78,10 @@ def unverified(model: nn.Module, entries: Sequence[ResolvedSite]) -> list[Reads]
     ]
 
 
-def _in_doubt(entry: ResolvedSite) -> bool:
+def _in_doubt(model: nn.Module, entry: ResolvedSite) -> bool:
+    if entry.site.kind in ADDED_KINDS:  # a block's own parameters may scale what it adds
+        block = model.get_submodule(entry.block_path or "")
+        return any(True for _ in block.parameters(recurse=False))
     fused = isinstance(entry.view, HeadSlice) and (entry.view.start, entry.view.stop) != (0, entry.view.width)
     return fused or entry.site.kind in ("head_output", "residual_mid")
 
@@ -166,8 +172,22 @@ class Reads:
             if shares is not None and total is not None and self.entries[kind].view.behind is None:  # type: ignore[union-attr]
                 whole = shares.sum(-2) + (0 if bias is None else bias * self.entries[kind].scale)
                 self._compare(kind, whole, total, "the heads' shares do not add up to attn_output", "'z'")
+        elif kind in ADDED_KINDS:
+            self._check_added(kind)
         else:
             self._check_middle(kind, self.entries[kind])
+
+    def _check_added(self, kind: str) -> None:
+        """What is added to the stream, in a block with parameters of its own (that does not normalise at its end)."""
+        middle = self.entries.get("residual_mid")
+        parts = [
+            self.values.get(k) for k in ("residual_input", "attn_output", "mlp_output", "residual_output")
+        ]
+        if (middle is None or middle.bypass) and not any(part is None for part in parts):
+            *added, after = parts
+            what = "the block scales it by a parameter of its own before it is added"
+            remedy = f"'module_output:{self.entries[kind].module_path}', scaled as the block does"
+            self._compare(kind, sum(part.reshape(after.shape) for part in added), after, what, remedy)
 
     def _check_middle(self, kind: str, entry: ResolvedSite) -> None:
         """The stream before the MLP: with cross-attention on the way to it, told by what comes after."""
