@@ -167,6 +167,9 @@ class StreamingStage(Stage):
     def settle(self) -> None:
         """Called before the state is saved: a stage that holds rows outside of it brings them to rest here."""
 
+    def release(self) -> None:
+        """Called where a run ends in an exception: a stage that holds files or locks lets go of them here."""
+
     def sync_(self) -> None:
         """Merge the states of all ranks into rank 0; the others become empty, so a second call changes nothing."""
         for state in gather_states(self._state()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from tqdm import tqdm
 
 from tdgeom._ranks import sum_over_ranks
-from tdgeom.checkpoint import Checkpoint
+from tdgeom.checkpoint import Checkpoint, stage_of
 from tdgeom.keys import Key, as_key, key_tuple
 from tdgeom.run.finish import run_end
 from tdgeom.run.one_pass import OnePass
@@ -104,10 +105,18 @@ def run(
         read = None if inputs is None else fingerprint(inputs)
         settings = {"max_rows": max_rows, "block_rows": block_rows, "nonfinite": nonfinite, "inputs": read}
         one_pass.resume(Checkpoint(checkpoint, every, plan, settings))
-    with tqdm(total=max_rows, unit=" rows", unit_scale=True, disable=not _show(progress), leave=False) as bar:
-        one_pass.read(dataloader, bar)
-    with one_pass.timed("finish"):
-        ended = _ended(one_pass, inputs, keep)
+    try:
+        with tqdm(
+            total=max_rows, unit=" rows", unit_scale=True, disable=not _show(progress), leave=False
+        ) as bar:
+            one_pass.read(dataloader, bar)
+        with one_pass.timed("finish"):
+            ended = _ended(one_pass, inputs, keep)
+    except BaseException:
+        for unit in plan.stream:
+            with suppress(Exception):  # the first error is the one to report
+                stage_of(unit).release()
+        raise
     if one_pass.checkpoint is not None:
         one_pass.checkpoint.remove()
     return None if ended is None else _result(ended, one_pass, pipeline, keep)

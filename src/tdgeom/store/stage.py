@@ -30,8 +30,9 @@ class StoreActivations(StreamingStage):
 
     Rows are gathered in buffers of ``shard_bytes`` (all the memory it takes) and written as a shard when these are full.
     The run is complete when the stream has ended: at the end of ``run``, or when ``sync_()`` is called by hand. Until then
-    its state is "writing"; if the process dies, all finished shards can be read and the run can be resumed. In a process
-    group every rank writes shards of its own into one run on a file system that all ranks see, and ``reset`` is collective.
+    its state is "writing"; if ``run`` ends in an exception or the process dies, its state is "failed", all finished shards
+    can be read and the run can be resumed. In a process group every rank writes shards of its own into one run on a file
+    system that all ranks see, and ``reset`` is collective.
 
     Args:
         store: an ``ActivationStore``, or the path of one.
@@ -168,6 +169,10 @@ class StoreActivations(StreamingStage):
         """Write what is held, so that a state that is saved claims no rows that are not on the disk."""
         if self._writer is not None:
             self._writer.flush()
+
+    def release(self) -> None:
+        """The stream broke off: what came is written, and the run, which counts as failed, can be resumed at once."""
+        self._stop()
 
     def sync_(self) -> None:
         """The stream has ended: the last rows are written, and once all ranks have done so, the run is complete."""
