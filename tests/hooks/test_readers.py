@@ -54,6 +54,7 @@ def test_inputs(args, kwargs):
 
 def test_a_scaled_site_writes_what_it_reads():
     entry = ResolvedSite(Site("mlp_output.0"), "mlp", "output", scale=0.25)
+    assert repr(entry) == "<mlp_output.0: output of mlp>"
     torch.testing.assert_close(entry.read((), {}, (X, None)), X * 0.25)
     changed = entry.write((), {}, (X, None), Y)
     torch.testing.assert_close(entry.read((), {}, changed), Y)

@@ -175,6 +175,14 @@ def test_the_remedy_for_an_idle_stage_names_what_was_meant():
         capture,
         tg.RowSample(capture.sites),
     )
+    refused(
+        r"LabelOverlap at residual_output.0 reads \[\('sample', 'label'\)\], which nothing put into the sample.*"
+        r"SelectTokens\(..., also=\['label'\]\) and RowSample\(..., also=\['label'\]\), or analyze_model",
+        capture,
+        tg.SelectTokens(capture.sites),
+        tg.RowSample(capture.sites),
+        tg.ForEach(tg.LabelOverlap(), capture.sites),
+    )
     site = capture.sites[0]
     rows = (capture, tg.SelectTokens(capture.sites))
     refused(

@@ -33,7 +33,7 @@ from tdgeom.hooks.views import HeadOutput, View, take_heads
 ADDED_KINDS = ("attn_output", "mlp_output")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ResolvedSite:
     """A site of one model: the module, the side of it, and which of the module's calls in a pass is meant.
 
@@ -55,6 +55,9 @@ class ResolvedSite:
     heads: tuple[int, ...] | None = None
     groups: int = 1
     bypass: bool = False
+
+    def __repr__(self) -> str:
+        return f"<{self.site}: {self.side} of {self.module_path or 'the model'}>"
 
     @property
     def behind(self) -> nn.Module | None:

@@ -148,6 +148,13 @@ def _phase(unit: nn.Module, phases: dict[Key, str]) -> str:
             )
         return "stream"
     if finished and per_batch:
+        carried = [key_tuple(key)[-1] for key in per_batch if key_tuple(key)[0] == "sample"]
+        if carried:
+            raise ValueError(
+                f"{describe(unit)} reads {[as_key(('sample', name)) for name in carried]}, which nothing put into the sample. "
+                f"Sites are named to RowSample; what batches hold is carried by SelectTokens(..., also={carried}) and "
+                f"RowSample(..., also={carried}), or analyze_model(..., select={{'also': {carried}}})."
+            )
         raise ValueError(
             f"{describe(unit)} reads finished results {finished} together with {per_batch}, which no streaming stage wrote. "
             f"If these are rows of a batch, {SECOND_PASS}; if they are misspelt, name the keys with in_keys=."
