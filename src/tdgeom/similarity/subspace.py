@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,16 +83,6 @@ class SubspaceNovelty(PairStage):
         return feature_subspace_novelty(a[..., :k], b[..., :k])
 
 
-def _unit_rows(x: Tensor) -> Tensor:
-    """Rows of unit norm in float64; zero rows stay zero."""
-    x = x.double()
-    # The largest magnitude is divided out first: rows of any scale have a norm.
-    size = x.detach().abs().amax(-1, keepdim=True)
-    x = x / torch.where(size == 0, 1, size)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(size == 0, 1, norm)
-
-
 def layer_cosine_sim(x: Tensor, y: Tensor) -> Tensor:
     """Mean cosine between matched rows, uncentred: ``mean_i <x_i, y_i>/(|x_i||y_i|)``.
 
@@ -113,13 +103,30 @@ def layer_cosine_sim(x: Tensor, y: Tensor) -> Tensor:
         tensor(0.8536, dtype=torch.float64)
     """
     check_matched(x, y, "layer_cosine_sim", same_width=True)
-    return _mean_cosine(*(_unit_rows(as_rows(side, "layer_cosine_sim")) for side in (x, y)))
+    return _mean_cosine(*(_directions(side, "layer_cosine_sim") for side in (x, y)))
 
 
-def _mean_cosine(a: Tensor, b: Tensor) -> Tensor:
+class _Directions(NamedTuple):
+    rows: Tensor  # (..., N, D) of unit norm, or zero; float64
+    directed: Tensor  # (..., N) which are not zero
+
+
+def _directions(x: Tensor, measure: str) -> _Directions:
+    rows = as_rows(x, measure)
+    if rows.dtype == torch.float64:
+        # The largest magnitude is divided out first: rows of any scale have a norm (narrower ones have one in float64).
+        size = rows.detach().abs().amax(-1, keepdim=True)
+        rows = rows / torch.where(size == 0, 1, size)
+    rows = rows.double()
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     # NaN is not 0: a row that is not finite counts, and shows
-    counted = (a != 0).any(-1) & (b != 0).any(-1)
-    cosine = torch.where(counted, (a * b).sum(-1), 0.0)
+    directed = norm != 0
+    return _Directions(rows / torch.where(directed, norm, 1), directed[..., 0])
+
+
+def _mean_cosine(a: _Directions, b: _Directions) -> Tensor:
+    counted = a.directed & b.directed
+    cosine = torch.where(counted, torch.linalg.vecdot(a.rows, b.rows), 0.0)
     value = (cosine.sum(-1) / counted.sum(-1)).clamp(-1, 1)
     return warn_undefined(
         value, "layer_cosine_sim", "every row is zero on one side, or there are values that are not finite."
@@ -137,10 +144,10 @@ class LayerCosine(PairStage):
     reads: ClassVar = {("sample", "a"): "N D", ("sample", "b"): "N D"}
     writes: ClassVar = [("between", "layer_cosine_sim")]
 
-    def prepare(self, sample: Tensor) -> Tensor:
+    def prepare(self, sample: Tensor) -> _Directions:
         """Rows of unit norm."""
-        return _unit_rows(as_rows(sample, "LayerCosine"))
+        return _directions(sample, "LayerCosine")
 
-    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+    def compare(self, a: _Directions, b: _Directions) -> Tensor:
         """One elementwise product."""
         return _mean_cosine(a, b)
