@@ -178,6 +178,30 @@ def test_what_the_model_is_called_with():
         Capture(Model())(TensorDict({"z": torch.ones(2)}))
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_more_tokens_than_learned_positions_are_refused(name):
+    model = getattr(models, name)()
+    limit = model.config.max_position_embeddings
+    ids = torch.ones(2, limit + 1, dtype=torch.int64)
+    with pytest.raises(
+        ValueError, match=rf"{limit + 1} tokens, {type(model).__name__} takes {limit}. Cut them: seq_len"
+    ):
+        Capture(model)(TensorDict(input_ids=ids))
+    acts = Capture(model)(TensorDict(input_ids=ids[:, :limit]))["acts", "residual_input.0"]
+    assert acts.shape[1] == limit
+
+
+def test_padding_beyond_the_learned_positions_and_rotary_positions_are_no_matter(gpt2):
+    ids = torch.ones(1, gpt2.config.n_positions + 6, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    mask[:, :6] = 0
+    padded = Capture(gpt2)(TensorDict(input_ids=ids, attention_mask=mask))["acts", "residual_input.0"]
+    plain = Capture(gpt2)(TensorDict(input_ids=ids[:, 6:]))["acts", "residual_input.0"]
+    torch.testing.assert_close(padded[:, 6:], plain)
+    llama = models.llama(max_position_embeddings=16)
+    assert Capture(llama)(TensorDict(input_ids=ids))["acts", "residual_input.0"].shape[1] == ids.shape[1]
+
+
 def test_every_training_flag_is_restored(gpt2):
     gpt2.train()
     gpt2.transformer.h[1].eval()

@@ -136,6 +136,7 @@ def model_inputs(
         mask = given.get("attention_mask")
         if mask is not None and mask.ndim == 2:
             given["position_ids"] = position_ids(mask)
+    _refuse_too_long(model, given)
     if "use_cache" in signature.names:
         given.setdefault("use_cache", False)
     if needs_decoder_ids(signature, given) and "labels" in tensordict.keys():
@@ -143,6 +144,29 @@ def model_inputs(
         if make is not None:
             given["decoder_input_ids"] = make(tensordict.get("labels"))
     return [given.pop(name) for name in signature.positional_only if name in given], given
+
+
+def _refuse_too_long(model: nn.Module, given: Mapping[str, Any]) -> None:
+    """More tokens than a table of learned positions has rows would be an index error deep inside the model."""
+    config, ids = getattr(model, "config", None), given.get("input_ids")
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    limits = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    if not limits or not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] <= max(limits):
+        return  # so that nothing is looked for or waited for in the usual case
+    numbered = given.get("position_ids")
+    needed = ids.shape[1] if numbered is None else int(numbered.max()) + 1
+    learned = (
+        module.num_embeddings
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and ("position" in (own := name.rpartition(".")[2]) or own == "wpe")
+    )
+    if any(rows < needed for rows in learned):
+        most = max(limits)
+        raise ValueError(
+            f"the batch has sequences of {needed} tokens, {type(model).__name__} takes {most}. Cut them: seq_len={most} where "
+            f"texts are tokenized, or the tokenizer's truncation=True, max_length={most}."
+        )
 
 
 def needs_decoder_ids(signature: Signature, given: Mapping[str, Any]) -> bool:
