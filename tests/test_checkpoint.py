@@ -19,6 +19,9 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 
 import models
 import tdgeom as tg
+from tdgeom import checkpoint
+from tdgeom.store.shard_writing import write_shard
+from tdgeom.store.shards import Shard
 from tdgeom.streaming import StreamingStage
 
 
@@ -318,6 +321,31 @@ def test_a_flipped_bit_in_the_state_is_refused(tmp_path) -> None:
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :])
         with pytest.raises(ValueError, match="checkpoint"):
             tg.run(few(), loader(), checkpoint=path)
+
+
+def test_rows_that_do_not_fit_are_refused_even_under_a_fitting_hash(tmp_path) -> None:
+    path, data = tmp_path / "state", [{"tokens": torch.randn(5, 3)} for _ in range(6)]
+    stage = TensorDictSequential(tg.StreamingCovariance())
+    with pytest.raises(Interrupted):
+        tg.run(stage, until(data, 4), checkpoint=path, every=1, block_rows=7)
+    file = Shard(path)
+    record = json.loads(bytes(file.whole("record").numpy()))
+    record.pop("sha256")
+    held = {name: file.whole(name) for name in file.tensors if name != "record"}
+    assert held["rows/tokens"].shape == (6, 3)
+    longer = {**record, "place": {**record["place"], "origin": [[3, 7]]}}
+    changes = [
+        ({**held, "rows/other": torch.zeros(6)}, record), ({**held, "rows/tokens": torch.zeros(5, 3)}, record),
+        ({name: value for name, value in held.items() if name != "rows/row_id"}, record), (held, longer),
+    ]  # fmt: skip
+    for tensors, told in changes:
+        text = json.dumps({**told, "sha256": checkpoint._sha256(tensors, told)}).encode()
+        write_shard(path, {**tensors, "record": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
+        with pytest.raises(
+            ValueError,
+            match=r"should hold \d rows of \['row_id', 'tokens'\], it holds .*Remove it to start anew",
+        ):
+            tg.run(stage, data, checkpoint=path, block_rows=7)
 
 
 def test_what_cannot_be_resumed_says_so(tmp_path) -> None:

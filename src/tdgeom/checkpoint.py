@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tdgeom.bundle import plain
 from tdgeom.compose import RenamedStream
+from tdgeom.keys import key_tuple
 from tdgeom.run.plan import Plan
 from tdgeom.signature import bytes_of, differences, pipeline_signature
 from tdgeom.store.errors import StoreError
@@ -67,6 +68,7 @@ class Checkpoint:
             )
         self.stages = [stage_of(unit) for unit in plan.stream]
         self.selects = [unit for unit in plan.batch if isinstance(unit, SelectTokens)]
+        self.row_keys = {"/".join(key_tuple(key)) for key in (*plan.stream_keys, "row_id")}
         self.fits = {"format": FORMAT, "settings": plain(dict(settings)), "stages": pipeline_signature(plan)}
 
     def save(self, rows: Mapping[str, Tensor], place: Mapping[str, Any]) -> None:
@@ -118,6 +120,7 @@ class Checkpoint:
             name.removeprefix("rows/"): value if device is None else value.to(device)
             for name, value in held.items()
         }
+        self._refuse_other_rows(rows, sum(count for _, count in record["place"]["origin"]))
         return rows, record["place"]
 
     def remove(self) -> None:
@@ -139,6 +142,16 @@ class Checkpoint:
                     f"to start anew."
                 )
             setattr(stage, name, value if device is None else value.to(device))
+
+    def _refuse_other_rows(self, rows: Mapping[str, Tensor], count: int) -> None:
+        """Held rows are those of every key, as many as the place says; none are held where it says none."""
+        wanted = self.row_keys if count else set()
+        if set(rows) != wanted or any(value.shape[:1] != (count,) for value in rows.values()):
+            found = {name: tuple(value.shape) for name, value in rows.items()}
+            raise ValueError(
+                f"the checkpoint {self.path} should hold {count} rows of {sorted(wanted)}, it holds {found}: it was changed. "
+                f"Remove it to start anew."
+            )
 
     def _refuse_other(self, record: Any) -> None:
         if not isinstance(record, dict) or not _is_place(record.get("place")):
