@@ -126,6 +126,26 @@ def test_a_mean_of_some_heads_is_no_reference_for_all():
         model(**models.text_batch())
 
 
+@pytest.mark.parametrize("kind", ["attn_pattern", "attn_scores"])
+def test_mean_patterns_stay_causal(llama, kind):
+    batch = models.text_batch()
+    reference = Capture(llama, kind)(TensorDict(other_for("llama")))
+    edit = {f"{kind}.1": tg.Ablate("mean", reference=reference, heads=2)}
+    with torch.no_grad(), Intervene(llama, edit), Capture(llama, "attn_pattern.1") as calls:
+        llama(**batch)
+    found = calls[0]["acts", "attn_pattern.1"][:, 2]
+    expected = reference["acts", f"{kind}.1"][:, 2].mean(0)
+    expected = expected.softmax(-1) if kind == "attn_scores" else expected
+    torch.testing.assert_close(found, expected.expand_as(found))
+    assert found.triu(1).abs().max() == 0
+    padded = {**batch, "attention_mask": batch["attention_mask"].clone()}
+    padded["attention_mask"][0, 0] = 0
+    shorter = {name: value[:, 1:] for name, value in batch.items()}
+    for given, text in ((padded, "with padding"), (shorter, r"here \(6,\) and in the reference \(7,\)")):
+        with pytest.raises(ValueError, match=text), Intervene(llama, edit):
+            llama(**given)
+
+
 def test_projections():
     x, basis = torch.randn(2, 3, 5), torch.randn(5, 2)
     q = torch.linalg.qr(basis).Q

@@ -39,6 +39,16 @@ def test_patching_the_last_layer_gives_the_other_run_s_logits(listed):
         torch.testing.assert_close(logits(model, batch), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_patching_every_site_of_the_last_layer_at_once_gives_the_other_run_s_logits(listed):
+    name, model, batch = listed
+    other = other_for(name)
+    sites = [str(e.site) for e in tg.available_sites(model) if e.site.layer == models.DEPTH - 1]
+    acts = Capture(model, sites)(TensorDict(other))
+    with Intervene(model, {site: tg.Patch(acts) for site in sites}):
+        torch.testing.assert_close(logits(model, batch), logits(model, other), rtol=1e-4, atol=1e-4)
+    assert hook_count(model) == 0
+
+
 def test_activation_addition(llama):
     batch = models.text_batch()
     positive, negative = {"input_ids": batch["input_ids"][:1]}, {"input_ids": batch["input_ids"][1:2]}

@@ -274,9 +274,10 @@ class Ablate(Edit):
     """Replace by zero, by a mean, or by values drawn from elsewhere.
 
     Args:
-        how: ``"zero"``; ``"mean"``, the mean over all attended rows of the reference; ``"resample"``, for each sequence the
-            values of another sequence (of the reference, if one is given) at the same position among attended tokens (Chan
-            et al. 2022, causal scrubbing). Where that sequence is shorter it is gone through again from its first token.
+        how: ``"zero"``; ``"mean"``, the mean over all attended rows of the reference (of patterns, over its texts, query by
+            query); ``"resample"``, for each sequence the values of another sequence (of the reference, if one is given) at
+            the same position among attended tokens (Chan et al. 2022, causal scrubbing). Where that sequence is shorter it
+            is gone through again from its first token.
         reference: a TensorDict with the keys of ``Capture`` (``("acts", site)`` and, where there is padding,
             ``"attention_mask"``), or a tensor (B, T, ...). ``"resample"`` without one draws from the batch itself.
         seed: of the draw.
@@ -314,6 +315,8 @@ class Ablate(Edit):
         if self.how == "mean":
             acts, own = find_acts(self.reference, self.site, "Ablate")
             acts = canonical(acts, self.site)
+            if is_pattern(self.site):
+                return self._mean_pattern(value, mask, acts, own)
             if acts.shape[2:] != value.shape[2:]:
                 raise ValueError(
                     f"Ablate('mean') at {self.site} replaces values of shape {tuple(value.shape[2:])} a position, its reference "
@@ -322,6 +325,24 @@ class Ablate(Edit):
             rows = acts.flatten(0, 1) if own is None or acts.ndim < 3 else acts[own.bool().to(acts.device)]
             return rows.double().mean(0).to(value).expand_as(value)
         return self._drawn(value, mask)
+
+    def _mean_pattern(self, value: Tensor, mask: Tensor | None, acts: Tensor, own: Tensor | None) -> Tensor:
+        # a mean over queries would let the first ones attend to what comes after them
+        padded = any(m is not None and not bool(m.bool().all()) for m in (mask, own))
+        if padded or acts.shape[1:] != value.shape[1:]:
+            raise ValueError(
+                f"Ablate('mean') at {self.site} takes the mean over texts, query by query and key by key: it needs texts of one "
+                f"length without padding, here {tuple(value.shape[1:2])} and in the reference {tuple(acts.shape[1:2])} positions"
+                f"{', with padding' if padded else ''}. Remedy: such texts, how='resample', or ablate 'z'."
+            )
+        if is_scores(self.site):
+            blocked = (acts <= torch.finfo(acts.dtype).min / 2).any(0)
+            return (
+                torch.where(blocked, torch.finfo(value.dtype).min, acts.double().mean(0))
+                .to(value)
+                .expand_as(value)
+            )
+        return acts.double().mean(0).to(value).expand_as(value)
 
     def _drawn(self, value: Tensor, mask: Tensor | None) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
