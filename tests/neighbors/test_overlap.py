@@ -314,6 +314,14 @@ def test_imbalance_over_pairs_equals_the_function():
     assert td["between", "x->z", "information_imbalance_ba"] == ba
 
 
+def test_labels_of_a_continuous_kind_are_no_classes():
+    x, label = torch.randn(12, 3), torch.arange(12) % 2
+    assert LabelOverlap(k=2)(x, label.float()) == LabelOverlap(k=2)(x, label)
+    for wrong in (torch.rand(12), torch.full((12,), torch.nan)):
+        with pytest.raises(ValueError, match=r"compares classes, got torch.float32 labels.*torch.bucketize"):
+            LabelOverlap(k=2)(x, wrong)
+
+
 def test_label_overlap_at_sites_reads_one_set_of_labels():
     stage = ForEach(LabelOverlap(k=4), ["x", "y"])
     labels = [key for key in stage.in_keys if "label" in key]

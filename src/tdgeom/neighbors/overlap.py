@@ -157,7 +157,7 @@ def label_overlap_of(
     labels. Bias: unrelated labels give Σ_c (n_c/N)(n_c-1)/(N-1), plain, and the mean of (n_c-1)/(N-1), balanced.
 
     Raises:
-        ValueError: labels that do not match the rows, a table with too few columns.
+        ValueError: labels that do not match the rows or are no classes, a table with too few columns.
 
     Doimo et al.: "Hierarchical nucleation in deep neural networks", NeurIPS 2020; Valeriani et al.: "The geometry of
     hidden representations of large transformer models", NeurIPS 2023.
@@ -171,6 +171,11 @@ def label_overlap_of(
     if label.shape[-1:] != (n,) or label.ndim > index.ndim - 1:
         raise ValueError(
             f"label_overlap expects one label a row, {tuple(index.shape[:-1])} or ({n},), got {tuple(label.shape)}."
+        )
+    if label.is_floating_point() and bool((label != label.round()).any()):
+        raise ValueError(
+            f"label_overlap compares classes, got {label.dtype} labels that are no whole numbers (or NaN), so that no two need "
+            f"be equal. Bin a continuous label first: torch.bucketize(label, edges)."
         )
     label = label.expand(index.shape[:-1])
     group = _groups(label)
