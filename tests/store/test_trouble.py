@@ -290,10 +290,10 @@ def test_a_reader_that_may_not_write_never_takes_a_torn_answer(open_folder, monk
 
     def changed_meanwhile(connection):
         checked(connection)
-        os.utime(store.catalogue.path, ns=(1, 1)) if os.geteuid() == 0 else None
-        os.seteuid(os.getuid())
+        reader = os.geteuid()
+        os.seteuid(os.getuid())  # as the writer
         os.utime(store.catalogue.path, ns=(1, 1))
-        os.seteuid(65534)
+        os.seteuid(reader)
 
     with read_only(open_folder):
         assert [record.id for record in store.catalogue.records()] == [run]
