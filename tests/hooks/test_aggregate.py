@@ -31,12 +31,53 @@ def test_means_leave_padding_out():
     td = tg.AggregateActs(capture.sites, positions=[0, -1])(capture(TensorDict(batch)))["acts"]
     torch.testing.assert_close(td["residual_output.1"][1], whole["residual_output.1"][1][[3, 6]])
     torch.testing.assert_close(td["attn_pattern.1"][1], whole["attn_pattern.1"][1][:, [3, 6]])
-    td = tg.AggregateActs(capture.sites, positions="last", reduce="sum", over_examples="mean")(
+    td = tg.AggregateActs(["residual_output.1"], positions="last", reduce="sum", over_examples="mean")(
         capture(TensorDict(batch))
     )["acts"]
     torch.testing.assert_close(td["residual_output.1"], whole["residual_output.1"][:, -1].mean(0))
     with pytest.raises(ValueError, match=r"select \[7, 4, 7\] tokens.*reduce='mean'"):
         tg.AggregateActs(capture.sites)(capture(TensorDict(batch)))
+
+
+def test_averages_over_texts_never_mix_tokens_with_padding():
+    model, batch = models.llama(), padded()
+    for kind in ("residual_output", "attn_pattern"):
+        with pytest.raises(
+            ValueError, match=r"select \[7, 4, 7\] tokens|same column is another token.*GroupAttention"
+        ):
+            tg.CaptureSpec(kind, over_examples="mean").build(model)(TensorDict(batch))
+    spec = tg.CaptureSpec("attn_pattern", positions="last", over_examples="sum")
+    with pytest.raises(ValueError, match="same column is another token"):
+        spec.build(model)(TensorDict(batch))
+    groups = {"row_groups": {"last": "last"}, "column_groups": {"first": "first"}}
+    found = tg.CaptureSpec("attn_pattern", over_examples="mean", **groups).build(model)(TensorDict(batch))
+    whole = Capture(model, "attn_pattern")(TensorDict(batch))["acts", "attn_pattern.1"]
+    expected = torch.stack(
+        [whole[i, :, -1, int(batch["attention_mask"][i].argmax())] for i in range(3)]
+    ).mean(0)
+    torch.testing.assert_close(found["acts", "attn_pattern.1"].flatten(), expected)
+
+
+def test_the_mean_of_no_positions_is_no_number():
+    found = aggregate_positions(torch.ones(2, 3, 1), torch.tensor([[1, 0, 0], [0, 0, 0]]).bool(), "mean")
+    assert found[0].item() == 1.0 and found[1].isnan().all()
+
+
+def test_the_decoder_has_padding_of_its_own():
+    model, batch = models.t5(), padded()
+    decoder = {
+        "decoder_input_ids": batch["input_ids"][:, :4],
+        "decoder_attention_mask": torch.ones(3, 4).long(),
+    }
+    decoder["decoder_attention_mask"][1, 2:] = 0
+    capture = Capture(model, ["encoder.residual_output.1", "decoder.residual_output.1"])
+    whole = capture(TensorDict({**batch, **decoder}))["acts"]
+    td = tg.AggregateActs(capture.sites, reduce="mean")(capture(TensorDict({**batch, **decoder})))["acts"]
+    for site, mask in zip(
+        capture.sites, (batch["attention_mask"], decoder["decoder_attention_mask"]), strict=True
+    ):
+        expected = [value[keep.bool()].mean(0) for value, keep in zip(whole[site], mask)]
+        torch.testing.assert_close(td[site], torch.stack(expected))
 
 
 def test_nan_at_padding_reaches_no_mean():
@@ -88,6 +129,7 @@ def test_a_spec_says_it_all():
     td = plain.build(model)(batch.copy())
     assert td["acts"].keys() == {"z.1", "z.2"}
     assert td["acts", "z.1"].shape == (3, 7, 1, 4)
+    batch = TensorDict(models.text_batch())
     over = tg.CaptureSpec("attn_pattern", over_examples="mean").build(model)(batch.copy())[
         "acts", "attn_pattern.0"
     ]

@@ -9,7 +9,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import dispatch
 from torch import Tensor
 
-from tdgeom.hooks.edits import canonical
+from tdgeom.hooks.edits import canonical, is_pattern
 from tdgeom.hooks.positions import Positions, check_positions, position_mask
 from tdgeom.keys import Key
 from tdgeom.stage import Stage
@@ -20,7 +20,8 @@ __all__ = ["AggregateActs", "GroupAttention", "aggregate_positions", "group_atte
 def aggregate_positions(value: Tensor, keep: Tensor, how: str | None) -> Tensor:
     """(B, T, ...) at the kept positions (B, T): ``"mean"`` or ``"sum"`` (B, ...), or with ``None`` themselves (B, P, ...).
 
-    Means and sums are taken in float32 at least. Without ``how`` every sequence must keep the same number of positions.
+    Means and sums are taken in float32 at least; the mean of no positions is NaN. Without ``how`` every sequence must keep
+    the same number of positions.
 
     >>> value, keep = torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[True, True, False]])
     >>> aggregate_positions(value, keep, "mean")
@@ -38,7 +39,7 @@ def aggregate_positions(value: Tensor, keep: Tensor, how: str | None) -> Tensor:
     wide = value if value.dtype in (torch.float32, torch.float64) else value.float()
     # where(), not a product: a NaN at a padding position must not reach the sum
     total = torch.where(where, wide, torch.zeros((), dtype=wide.dtype, device=wide.device)).sum(1)
-    return total if how == "sum" else total / count.clamp(min=1).reshape(-1, *[1] * (value.ndim - 2))
+    return total if how == "sum" else total / count.reshape(-1, *[1] * (value.ndim - 2))
 
 
 def group_attention(pattern: Tensor, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
@@ -61,8 +62,10 @@ def group_attention(pattern: Tensor, rows: Sequence[Tensor], columns: Sequence[T
 class _PerSite(Stage):
     """What the two stages share: the batch's attention mask in the columns of an activation."""
 
-    def mask(self, tensordict: TensorDictBase, value: Tensor, positions: Positions) -> Tensor:
-        given = tensordict.get("attention_mask", None)
+    def mask(self, tensordict: TensorDictBase, value: Tensor, positions: Positions, site: str) -> Tensor:
+        # the other stack of an encoder-decoder has tokens, and padding, of its own
+        side = "decoder_" if site.rpartition("/")[2].startswith("decoder.") else ""
+        given = tensordict.get(side + "attention_mask", None)
         whole = (
             value.new_ones(value.shape[:2], dtype=torch.bool)
             if given is None
@@ -76,8 +79,8 @@ class _PerSite(Stage):
         keep, _ = position_mask(
             whole,
             positions,
-            input_ids=tensordict.get("input_ids", None),
-            special=tensordict.get("special_tokens_mask", None),
+            input_ids=tensordict.get(side + "input_ids", None),
+            special=None if side else tensordict.get("special_tokens_mask", None),
         )
         return keep[:, whole.shape[1] - value.shape[1] :]
 
@@ -87,7 +90,8 @@ class AggregateActs(_PerSite):
 
     Reads ``("acts", site)`` and where present ``"attention_mask"``, ``"input_ids"``, ``"special_tokens_mask"``; writes
     ``("acts", site)`` anew: (B, ...) with ``reduce``, (B, P, ...) without, and without the first axis with
-    ``over_examples``. Patterns (B, H, Tq, Tk) are reduced over their queries. (B, D) activations have no positions.
+    ``over_examples``. Patterns (B, H, Tq, Tk) are reduced over their queries, and over examples only without
+    padding. (B, D) activations have no positions. Sites of a decoder go by ``"decoder_attention_mask"``.
 
     Args:
         sites: such as ``capture.sites``.
@@ -128,7 +132,16 @@ class AggregateActs(_PerSite):
         for site, value in zip(self._sites, self.read(tensordict)):
             turned = canonical(value, site) if value.ndim == 4 else value
             if value.ndim > 2:
-                keep = self.mask(tensordict, turned, self.positions)
+                keep = self.mask(tensordict, turned, self.positions, site)
+                if (
+                    self.over_examples
+                    and is_pattern(site)
+                    and not bool(self.mask(tensordict, turned, "all", site).all())
+                ):
+                    raise ValueError(
+                        f"AggregateActs(over_examples={self.over_examples!r}) at {site!r}: with padding the same column is "
+                        "another token in every text. Remedy: GroupAttention (row_groups=), or texts of one length."
+                    )
                 turned = aggregate_positions(turned, keep, self.reduce)
                 value = canonical(turned, site) if turned.ndim == 4 and value.ndim == 4 else turned
             if self.over_examples == "sum":
@@ -185,8 +198,12 @@ class GroupAttention(_PerSite):
                     f"GroupAttention expects {key!r} of shape (B, H, Tq, Tk), got {tuple(pattern.shape)}."
                 )
             rows = [
-                self.mask(tensordict, pattern.transpose(1, 2), positions) for positions in self.rows.values()
+                self.mask(tensordict, pattern.transpose(1, 2), positions, key[-1])
+                for positions in self.rows.values()
             ]
-            columns = [self.mask(tensordict, pattern.permute(0, 3, 1, 2), p) for p in self.columns.values()]
+            turned = pattern.permute(0, 3, 1, 2)
+            columns = [
+                self.mask(tensordict, turned, positions, key[-1]) for positions in self.columns.values()
+            ]
             results.append(group_attention(pattern, rows, columns))
         return self.write(tensordict, results)

@@ -110,8 +110,6 @@ class CaptureSpec:
                 AggregateActs(
                     rest, positions=self.positions, reduce=self.reduce, over_examples=self.over_examples
                 )
-                if not everything
-                else _OverExamples(rest, self.over_examples)
             )
         if grouped and self.over_examples is not None:
             stages.append(_OverExamples(grouped, self.over_examples))
@@ -158,7 +156,7 @@ class CaptureSpec:
 
 
 class _OverExamples(AggregateActs):
-    """Examples reduced, positions and their padding left as they are."""
+    """Averages between groups, which padding does not enter, reduced over examples."""
 
     def __init__(self, sites: Sequence[str], over_examples: str | None) -> None:
         super().__init__(sites, over_examples=over_examples)
