@@ -69,6 +69,16 @@ def test_debiased_cka_is_song_hsic(shape):
     assert linear_cka(x, y).item() == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("n", [30, 85, 100, 300])
+def test_debiased_cka_of_float32_rows_beside_a_massive_one(n):
+    x, y = _pair(n, 90, 80)
+    y = y + x[:, :80]
+    x[1, 3] += 3000
+    y[1, 3] += 3000
+    x, y = x.float(), y.float()
+    assert linear_cka_debiased(x, y).item() == pytest.approx(debiased(x, y), abs=1e-6)
+
+
 def test_independent_data_is_at_zero_debiased_and_far_from_it_biased():
     values = []
     for seed in range(8):

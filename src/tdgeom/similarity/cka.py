@@ -31,21 +31,27 @@ class _Side(NamedTuple):
     rows: Tensor
     gram: Tensor | None
     norm2: Tensor  # (..., N) squared row norms, float64
+    sums: Tensor  # (..., N) sum over j != i of K_ij, float64
     off: Tensor  # sum over i != j of K_ij², float64
     largest: Tensor  # (..., m) the features of most variance
 
 
 def _prepare(x: Tensor, measure: str) -> _Side:
-    rows = centre(as_rows(x, measure)).rows
+    x = as_rows(x, measure)
+    few = x.shape[-2] < x.shape[-1]
+    rows = centre(x.double() if few else x).rows  # the fewer the rows, the more a massive one weighs
     norm2 = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).square()
     energy = torch.linalg.vector_norm(rows.detach(), dim=-2)
     largest = energy.topk(min(_LARGEST, rows.shape[-1])).indices
-    if rows.shape[-2] < rows.shape[-1]:
+    if few:
         # The diagonal is the largest part of K when N < D: left out here, never subtracted later.
         product = rows @ rows.mT
         off = product - torch.diag_embed(torch.diagonal(product, dim1=-2, dim2=-1))
-        return _Side(rows, off, norm2, _square_sum(off), largest)
-    side = _Side(rows, None, norm2, norm2, largest)
+        return _Side(rows, off, norm2, off.sum(-1, dtype=torch.float64), _square_sum(off), largest)
+    # -norm2 but for what rounding left of the rows' mean, which beside a massive row is not small
+    rest = rows.sum(-2, dtype=torch.float64).to(rows.dtype)
+    sums = (rows @ rest.unsqueeze(-1)).squeeze(-1) - norm2
+    side = _Side(rows, None, norm2, sums, norm2, largest)
     return side._replace(off=_product_sum(gram(rows), side, side) - norm2.square().sum(-1))
 
 
@@ -84,12 +90,15 @@ def _biased(cross: Tensor, self_a: Tensor, self_b: Tensor) -> Tensor:
 
 
 def _hsic1_of(off: Tensor, a: _Side, b: _Side, n: int) -> Tensor:
-    return _hsic1(off, (a.norm2 * b.norm2).sum(-1), a.norm2.sum(-1), b.norm2.sum(-1), n)
+    return _hsic1(off, (a.sums * b.sums).sum(-1), a.sums.sum(-1), b.sums.sum(-1), n)
 
 
-def _hsic1(off: Tensor, norm2_product: Tensor, trace_a: Tensor, trace_b: Tensor, n: Tensor | float) -> Tensor:
-    """n(n-3) HSIC₁ of Song et al. for centred rows, where K1 = 0 leaves only traces and diagonals."""
-    return off + trace_a * trace_b / ((n - 1) * (n - 2)) - 2 / (n - 2) * norm2_product
+def _hsic1(off: Tensor, sums_product: Tensor, sum_a: Tensor, sum_b: Tensor, n: Tensor | float) -> Tensor:
+    """n(n-3) HSIC₁ of Song et al. from Σ_i≠j K_ij L_ij, Σ_i k_i l_i and the sums of k and l, the row sums without diagonal.
+
+    For centred rows ``k_i = -|x_i|²``: only traces and diagonals are left.
+    """
+    return off + sum_a * sum_b / ((n - 1) * (n - 2)) - 2 / (n - 2) * sums_product
 
 
 def _debiased(cross: Tensor, self_a: Tensor, self_b: Tensor) -> Tensor:
@@ -115,7 +124,8 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
 
     Args:
         x: (..., N, D) rows. y: (..., N, E) the same rows on the other side. Half precision is upcast to
-            float32, in which the products are taken (but for those of the largest features); sums are float64.
+            float32, in which the products are taken (but for those of the largest features, and all where N < D); sums are
+            float64.
 
     Returns:
         (...) float64 in [0, 1]; 1 for identical rows.
