@@ -43,6 +43,19 @@ def test_a_run_patched_with_itself_padded_on_the_other_side(name, kind, width):
         torch.testing.assert_close(logits(model, batch), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_decoder_is_matched_by_padding_of_its_own():
+    """As many decoder tokens as prompt tokens: the prompt's padding says nothing of them."""
+    model = models.t5()
+    batch = {**padded(TEXTS[:3], "right", 7), "decoder_input_ids": models.text_batch()["input_ids"]}
+    with torch.no_grad():
+        expected = model(**batch).logits
+    for kind in ("decoder.residual_output", "decoder.attn_pattern", "encoder.z"):
+        own = Capture(model, kind)(TensorDict(batch))
+        with torch.no_grad(), Intervene(model, {kind: tg.Patch(own)}):
+            found = model(**batch).logits
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max(), kind
+
+
 def test_attention_to_positions_that_are_not_there_is_refused():
     model = models.bert()
     longer = Capture(model, ["attn_pattern", "attn_scores"])(TensorDict(padded(TEXTS[:1], "right", 7)))

@@ -395,7 +395,9 @@ def find_acts(source: TensorDictBase | Tensor, site: str | None, owner: str) -> 
         raise KeyError(
             f"{owner} needs ('acts', {site!r}) in the other run, which has {have[:12]}. Remedy: capture that site."
         )
-    mask = source.get("attention_mask", None)
+    # a decoder has tokens, and padding, of its own
+    side = "decoder_" if site is not None and site.rpartition("/")[2].startswith("decoder.") else ""
+    mask = source.get(side + "attention_mask", None)
     fits = mask is not None and mask.ndim == 2 and acts.ndim >= 3 and mask.shape[0] == acts.shape[0]
     length = acts.shape[2] if is_pattern(site) else acts.shape[1] if acts.ndim > 1 else 0
     return acts, mask if fits and mask.shape[1] == length else None
