@@ -1,10 +1,11 @@
 """Hooking contexts: named places of a model, read and edited around the user's calls or as a stage of a pipeline."""
 
+from tdgeom.hooks.ablation import Ablate
 from tdgeom.hooks.aggregate import AggregateActs, GroupAttention
 from tdgeom.hooks.attention_edits import BlockAttention
 from tdgeom.hooks.blocks import find_stacks
 from tdgeom.hooks.capture import Capture
-from tdgeom.hooks.edits import Ablate, Edit, ProjectOnto, ProjectOut, Scale, Steer
+from tdgeom.hooks.edits import Edit, ProjectOnto, ProjectOut, Scale, Steer
 from tdgeom.hooks.hidden import hidden_state_sites
 from tdgeom.hooks.intervene import Intervene
 from tdgeom.hooks.other_runs import ActivationAddition, Patch
