@@ -215,6 +215,13 @@ def test_a_folder_alone_is_saved_to_and_refused_before_the_model_runs(tmp_path) 
         tg.analyze_model(models.gpt2(), never(), save_mode="parquet", save_dir=tmp_path / "new")
 
 
+def test_results_show_in_a_line_and_as_a_table_in_notebooks(results) -> None:
+    shape = f"{len(results.metrics)} x {len(results.metrics.columns)}"
+    assert repr(results).startswith(f"AnalysisResults(GPT2LMHeadModel: metrics {shape}, novelty ")
+    assert "normalization_ablation" in repr(results)
+    assert results._repr_html_().count("<tr") == len(results.metrics) + 1
+
+
 def test_tuples_are_named_by_in_keys() -> None:
     pairs = [(batch["input_ids"], batch["attention_mask"]) for batch in loader(2)]
     named = tg.analyze_model(models.gpt2(), pairs, in_keys=["input_ids", "attention_mask"], progress=False)

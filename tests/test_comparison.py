@@ -363,6 +363,14 @@ def test_slow_tokenizers_of_one_vocabulary_that_cut_differently_are_not_matched_
         tg.compare(model, model, ["The cat"], tokenizer_a=bert[True], tokenizer_b=bert[False], align="rows")
 
 
+def test_shown_in_a_line_and_as_a_matrix_in_notebooks(wide) -> None:
+    result = tg.compare(models.gpt2(), wide, loader(), measures="cka", progress=False)
+    assert repr(result) == (
+        f"Comparison(a GPT2LMHeadModel, b {type(wide).__name__}: {len(result.novelty)} pairs of sites, linear_cka_debiased)"
+    )
+    assert result._repr_html_() == result.matrix("linear_cka_debiased").to_html()
+
+
 def test_saved_and_loaded_and_drawn(wide, tmp_path) -> None:
     result = tg.compare(models.gpt2(), wide, loader(), progress=False)
     loaded = tg.Comparison.load(result.save(tmp_path / "run"))

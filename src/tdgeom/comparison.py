@@ -38,13 +38,20 @@ ALIGNMENTS = ("rows", "characters", "document")
 MAX_ROWS = 100_000
 
 
-@dataclass
+@dataclass(repr=False)
 class Comparison(AnalysisResults):
     """Two models side by side.
 
     ``novelty`` holds one row a pair of sites (columns ``a``, ``b`` and a column a measure), ``metrics`` one row a site;
     ``matrix`` gives a measure as a layer x layer table. Saved and loaded as ``AnalysisResults`` is.
     """
+
+    def __repr__(self) -> str:
+        models = ", ".join(f"{side} {one['id']}" for side, one in self.metadata.get("models", {}).items())
+        return f"Comparison({models}: {len(self.novelty)} pairs of sites, {', '.join(self.measures)})"
+
+    def _repr_html_(self) -> str:
+        return self.matrix().to_html() if self.measures else repr(self)
 
     def matrix(self, measure: str | None = None) -> pd.DataFrame:
         """A measure as a table: the first model's sites down, the second's across.

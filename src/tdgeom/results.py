@@ -47,6 +47,15 @@ class AnalysisResults:
     result: TensorDictBase | None = field(default=None, repr=False)
     baseline: AnalysisResults | None = field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        label = self.metadata.get("model_id") or self.metadata.get("model_class") or "no model"
+        held = {"metrics": self.metrics, "novelty": self.novelty, "router": self.router, **self.diagnostics}
+        tables = [f"{name} {len(table)} x {len(table.columns)}" for name, table in held.items() if len(table)]
+        return f"{type(self).__name__}({label}: {', '.join(tables) or 'no tables'})"
+
+    def _repr_html_(self) -> str:
+        return self.metrics.to_html(max_rows=60, index=False)
+
     def save(
         self, save_dir: str | Path | None = None, save_mode: str = "bundle", *, overwrite: bool = False
     ) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDictBase, is_non_tensor
 from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
 
@@ -129,7 +129,7 @@ class Stage(TensorDictModuleBase):
         return values + [None] * (len(self._roles) - len(values))
 
     def _refuse_nested(self, key: Key, value: Any) -> None:
-        if isinstance(value, TensorDictBase):
+        if isinstance(value, TensorDictBase) and not is_non_tensor(value):
             sites = [str(name) for name in value.keys()]
             first = (*key_tuple(key), sites[0]) if sites else key
             raise TypeError(

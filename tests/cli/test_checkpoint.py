@@ -96,4 +96,4 @@ def test_a_damaged_or_misplaced_checkpoint_is_one_line(command, folder, text, tm
     assert refused(command(*start, tmp_path / "no" / "state"), "lies in no folder that exists")
     (tmp_path / "state").write_bytes(b"\x80\x04.")
     assert refused(command(*start, tmp_path / "state"), "cannot be read", "Remove it to start anew")
-    assert refused(command(*start, tmp_path), "is no regular file")
+    assert refused(command(*start, tmp_path), "is a folder: name a file to keep the state in")

@@ -191,6 +191,15 @@ def test_more_tokens_than_learned_positions_are_refused(name):
     assert acts.shape[1] == limit
 
 
+@pytest.mark.parametrize("wrong", [models.VOCAB, -100])
+def test_token_ids_beyond_the_embedding_are_refused(gpt2, wrong):
+    ids = torch.tensor([[5, wrong, 7]])
+    least, most = sorted((5, wrong))[0], max(7, wrong)
+    match = rf"embeddings for token ids 0 to {models.VOCAB - 1}, the batch holds {least} to {most}\. Remedy: the tokenizer"
+    with pytest.raises(ValueError, match=match):
+        Capture(gpt2, "residual_input")(input_ids=ids)
+
+
 def test_padding_beyond_the_learned_positions_and_rotary_positions_are_no_matter(gpt2):
     ids = torch.ones(1, gpt2.config.n_positions + 6, dtype=torch.int64)
     mask = torch.ones_like(ids)

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from tdgeom.hooks.bound import Bound, eval_mode, may_stop, refuse_compiled
 from tdgeom.hooks.entries import write_entries
 from tdgeom.hooks.gradients import await_gradients, differentiable, replace_by_gradients
-from tdgeom.hooks.inputs import bound_tensors, input_keys, model_inputs, needs_decoder_ids
+from tdgeom.hooks.inputs import (
+    bound_tensors,
+    ids_beyond_vocabulary,
+    input_keys,
+    model_inputs,
+    needs_decoder_ids,
+)
 from tdgeom.hooks.resolve import ResolvedSite, resolve_sites
 from tdgeom.hooks.session import Pass, Session, StopForward, read_named_outputs
 from tdgeom.hooks.sites import LayerSpec, Site
@@ -233,6 +239,10 @@ class Capture(TensorDictModuleBase):
                     output = model(*args, **kwargs)
                 except StopForward:
                     output = None
+                except IndexError as error:
+                    if (said := ids_beyond_vocabulary(model, kwargs)) is None:
+                        raise
+                    raise ValueError(said) from error
                 except (ValueError, TypeError, AttributeError) as error:
                     if not needs_decoder_ids(bound.signature, kwargs):
                         raise

@@ -169,6 +169,24 @@ def _refuse_too_long(model: nn.Module, given: Mapping[str, Any]) -> None:
         )
 
 
+def ids_beyond_vocabulary(model: nn.Module, given: Mapping[str, Any]) -> str | None:
+    """What to say where token ids have no row in the model's embedding; None where they all have one."""
+    try:
+        rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    ids = given.get("input_ids")
+    if not isinstance(ids, Tensor) or not ids.numel():
+        return None
+    least, most = int(ids.min()), int(ids.max())
+    if least >= 0 and most < rows:
+        return None
+    return (
+        f"{type(model).__name__} has embeddings for token ids 0 to {rows - 1}, the batch holds {least} to {most}. Remedy: "
+        f"the tokenizer that belongs to the model (padding is often -100 or -1 in labels, never in input_ids)."
+    )
+
+
 def needs_decoder_ids(signature: Signature, given: Mapping[str, Any]) -> bool:
     """Whether forward names decoder inputs and none are given."""
     return "decoder_input_ids" in signature.names and not {

@@ -13,13 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tdgeom._ranks import Repeats, rank_and_world
-from tdgeom.checkpoint import Checkpoint
 from tdgeom.keys import Key, key_tuple
 from tdgeom.run.batches import iterate
 from tdgeom.run.blocks import Buffer
+from tdgeom.run.checkpoint import Checkpoint
 from tdgeom.run.plan import Plan
 from tdgeom.run.rows import BatchRows
-from tdgeom.signature import fingerprint
+from tdgeom.run.signature import fingerprint
 from tdgeom.streaming import rows_finite
 from tdgeom.tokens import POSITION_BITS
 

@@ -21,7 +21,7 @@ from tdgeom.bundle import plain
 from tdgeom.compose import RenamedStream
 from tdgeom.keys import key_tuple
 from tdgeom.run.plan import Plan
-from tdgeom.signature import bytes_of, differences, pipeline_signature
+from tdgeom.run.signature import bytes_of, differences, pipeline_signature
 from tdgeom.store.errors import StoreError
 from tdgeom.store.json_text import canonical, read_json
 from tdgeom.store.shard_writing import write_shard
@@ -46,7 +46,7 @@ class Checkpoint:
         settings: the run's own settings that change a number.
 
     What the state must fit is that, and for every stage up to the streaming ones its name, keys, settings, weights, and the
-    model it runs (``tdgeom.signature``).
+    model it runs (``tdgeom.run.signature``).
 
     Raises:
         ValueError: every below 1, or no folder.

@@ -18,9 +18,9 @@ from torch import nn
 import models
 import tdgeom as tg
 from tdgeom.run.plan import make_plan
-from tdgeom.signature import differences, fingerprint, pipeline_signature, weights_signature
+from tdgeom.run.signature import differences, fingerprint, pipeline_signature, weights_signature
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent.parent
 
 
 def pipeline(model=None, coefficient=1.0, linear=None, select=None) -> TensorDictSequential:
@@ -57,7 +57,7 @@ def test_the_same_pipeline_made_again_has_the_same_signature() -> None:
 
 def test_another_process_makes_the_same_signature() -> None:
     program = "import json, test_signature; print(json.dumps(test_signature.signature()))"
-    paths = os.pathsep.join([str(TESTS), str(Path(tg.__file__).parents[1])])
+    paths = os.pathsep.join([str(TESTS), str(TESTS / "run"), str(Path(tg.__file__).parents[1])])
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
     said = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True

@@ -19,7 +19,7 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 
 import models
 import tdgeom as tg
-from tdgeom import checkpoint
+from tdgeom.run import checkpoint
 from tdgeom.store.shard_writing import write_shard
 from tdgeom.store.shards import Shard
 from tdgeom.streaming import StreamingStage
