@@ -71,7 +71,7 @@ def sample_eigenvalues(sample: Tensor) -> Tensor:
 def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows at unit L2 norm (*B, N, D), rows of zeros stay zero; and which have a direction, bool (*B, N)."""
     # The largest magnitude is divided out first, so that the squares of rows of any scale are numbers.
-    scale = rows.abs().amax(-1, keepdim=True)
+    scale = torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True)).detach()
     rows = rows / torch.where(scale > 0, scale, torch.ones_like(scale))
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     return rows / torch.where(norm > 0, norm, torch.ones_like(norm)), norm[..., 0] > 0

@@ -314,6 +314,53 @@ def test_steps_of_generate_count_their_own_positions():
     }
 
 
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_end_stages_side_by_side_give_what_they_give_in_turn(threads):
+    sites = [f"x.{i}" for i in range(5)]
+    rows = torch.randn(300, 5, 160, generator=torch.Generator().manual_seed(3))
+    parts = rows.split(64)
+    loader = [TensorDict({"tokens": {site: part[:, i] for i, site in enumerate(sites)}}) for part in parts]
+    ends = [tg.EigenSpectrum(k=4), tg.SampleSpectrum(), tg.SpectrumMetrics(), tg.NormalizationAblation()]
+    pipeline = TensorDictSequential(
+        tg.ForEach(tg.StreamingCovariance(), sites),
+        tg.RowSample(sites, size=200),
+        *(tg.ForEach(stage, sites) for stage in ends),
+    )
+    results = []
+    for count in (1, 3):
+        threads(count)
+        results.append(run(pipeline, loader))
+    assert torch.get_num_threads() == 3
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_error_of_a_stage_beside_others_names_its_site(threads, count):
+    class Picky(tg.Stage):
+        reads, writes, one_thread_a_site = {"sample": "N D"}, [("picked", "least")], True
+
+        def compute(self, sample):
+            if bool((sample < 0).any()):
+                raise ValueError("Picky takes no negative numbers")
+            return sample.amin((-2, -1))
+
+    sites = ["x.0", "x.1", "x.2"]
+    rows = {"x.0": torch.ones(4, 2), "x.1": -torch.ones(4, 2), "x.2": torch.ones(4, 2)}
+    threads(count)
+    with pytest.raises(ValueError, match=r"Picky takes no negative numbers \[at x.1\]"):
+        run(
+            TensorDictSequential(tg.RowSample(sites, size=9), tg.ForEach(Picky(), sites)),
+            [TensorDict({"tokens": rows})],
+        )
+    assert torch.get_num_threads() == count
+
+
 def test_empty_loader_and_used_up_generator():
     with pytest.raises(ValueError, match=r"run got no rows: 0 batches.*a generator already used up\?"):
         run(measures(), [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -12,7 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from tdgeom.compose import Renamed
 from tdgeom.keys import as_key, key_tuple
-from tdgeom.run.plan import describe
+from tdgeom.run.plan import describe, touches
 from tdgeom.stage import Stage
 
 __all__ = ["call", "run_end"]
@@ -55,12 +56,13 @@ def run_end(
                     td.del_(as_key(parts))
 
 
-def _groups(units: Sequence[TensorDictModuleBase]) -> Iterator[list[Renamed]]:
-    """Runs of units that are one pure stage at several sites; every other unit alone."""
-    group: list[Renamed] = []
+def _groups(units: Sequence[TensorDictModuleBase]) -> Iterator[list[TensorDictModuleBase]]:
+    """Runs of units that are pure stages at single sites and read nothing of each other; every other unit alone."""
+    group: list[TensorDictModuleBase] = []
     for unit in units:
-        same = group and isinstance(unit, Renamed) and unit.module is group[-1].module and _may_share(unit)
-        if group and not same:
+        written = [key_tuple(key) for one in group for key in one.out_keys]
+        reads = any(touches(key_tuple(key), other) for key in unit.in_keys for other in written)
+        if group and (reads or not (_may_share(unit) and _may_share(group[-1]))):
             yield group
             group = []
         group.append(unit)
@@ -68,8 +70,17 @@ def _groups(units: Sequence[TensorDictModuleBase]) -> Iterator[list[Renamed]]:
         yield group
 
 
-def _may_share(unit: Renamed) -> bool:
-    return isinstance(unit.module, Stage) and unit.module.one_thread_a_site and not unit._forward_hooks
+def _may_share(unit: TensorDictModuleBase) -> bool:
+    pure = isinstance(unit, Renamed) and isinstance(unit.module, Stage) and unit.module.one_thread_a_site
+    return pure and not unit._forward_hooks
+
+
+def _in_turn(group: Sequence[Renamed]) -> list[Renamed]:
+    """One unit of each stage in turn: some solvers hold Python's lock, others run beside them."""
+    by_stage: dict[int, list[Renamed]] = {}
+    for unit in group:
+        by_stage.setdefault(id(unit.module), []).append(unit)
+    return [unit for row in zip_longest(*by_stage.values()) for unit in row if unit is not None]
 
 
 def _side_by_side(group: Sequence[Renamed], td: TensorDict) -> None:
@@ -95,7 +106,8 @@ def _side_by_side(group: Sequence[Renamed], td: TensorDict) -> None:
         # torch counts threads by itself; NumPy's and SciPy's LAPACK is told by threadpoolctl
         pool = ThreadPoolExecutor(min(threads, len(group)), initializer=torch.set_num_threads, initargs=(1,))
         with threadpool_limits(1, user_api="blas"), pool:
-            for unit, inner in zip(group, pool.map(one, group)):
+            in_turn = _in_turn(group)
+            for unit, inner in zip(in_turn, pool.map(one, in_turn)):
                 unit.outward(inner, td)
     finally:
         torch.set_num_threads(threads)

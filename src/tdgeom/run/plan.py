@@ -13,7 +13,7 @@ from tdgeom.compose import Renamed, RenamedStream
 from tdgeom.keys import Key, as_key, key_tuple
 from tdgeom.streaming import StreamingStage
 
-__all__ = ["Plan", "describe", "is_streaming", "make_plan", "stages"]
+__all__ = ["Plan", "describe", "is_streaming", "make_plan", "stages", "touches"]
 
 SECOND_PASS = "run it in a second pass, tg.run(second_pipeline, loader, inputs=first_result)"
 
@@ -82,7 +82,7 @@ def describe(unit: nn.Module) -> str:
     return type(unit).__name__
 
 
-def _touches(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
+def touches(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
     """A key, its parent or its leaf: writing one is writing the other."""
     return a[: len(b)] == b or b[: len(a)] == a
 
@@ -107,7 +107,7 @@ class _Writers:
         written = self._by_root.get(parts[0], {})
         if parts in written:
             return [(parts, written[parts])]
-        return [(other, entry) for other, entry in written.items() if _touches(other, parts)]
+        return [(other, entry) for other, entry in written.items() if touches(other, parts)]
 
 
 def make_plan(pipeline: nn.Module, given: Iterable[Key] = ()) -> Plan:
@@ -126,7 +126,7 @@ def make_plan(pipeline: nn.Module, given: Iterable[Key] = ()) -> Plan:
             found = {phase for _, (_, phase) in writers.find(parts)}
             if found:
                 phases[as_key(parts)] = "batch" if found == {"batch"} else "end"
-            elif any(_touches(parts, other) for other in known):
+            elif any(touches(parts, other) for other in known):
                 phases[as_key(parts)] = "given"
             elif not may_miss:
                 phases[as_key(parts)] = "batch"
@@ -166,7 +166,7 @@ def _refuse_idle(plan: Plan) -> None:
     """Every per-batch stage must reach a streaming stage, or its work is thrown away batch by batch."""
     needed = [key_tuple(key) for unit in plan.stream for key in unit.in_keys]
     for unit in reversed(plan.batch):
-        if not any(_touches(key_tuple(out), key) for out in unit.out_keys for key in needed):
+        if not any(touches(key_tuple(out), key) for out in unit.out_keys for key in needed):
             raise ValueError(
                 f"{describe(unit)} runs once a batch and writes {list(unit.out_keys)[:4]}, but nothing it writes reaches a "
                 f"streaming stage, so its results would be lost batch by batch. {_remedy(unit, plan)}"
@@ -198,11 +198,11 @@ def _remedy(unit: nn.Module, plan: Plan) -> str:
     for key in unit.in_keys:
         parts = key_tuple(key)
         root = parts[0]
-        writer = next((o for o in later if any(_touches(key_tuple(k), parts) for k in o.out_keys)), None)
+        writer = next((o for o in later if any(touches(key_tuple(k), parts) for k in o.out_keys)), None)
         if writer is not None:
             return f"It reads {key!r}, which {describe(writer)} writes further on: put {describe(unit)} behind that."
         if root in made:
-            if not any(_touches(other, parts) for other in written):
+            if not any(touches(other, parts) for other in written):
                 have = [other[1] for other in written if other[0] == root and len(other) > 1]
                 return f"It reads {key!r}, which no stage writes; under {root!r} there is {list(dict.fromkeys(have))[:4]}."
             continue

@@ -41,18 +41,23 @@ def _prepare(x: Tensor, measure: str) -> _Side:
     few = x.shape[-2] < x.shape[-1]
     rows = centre(x.double() if few else x).rows  # the fewer the rows, the more a massive one weighs
     norm2 = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).square()
-    energy = torch.linalg.vector_norm(rows.detach(), dim=-2)
-    largest = energy.topk(min(_LARGEST, rows.shape[-1])).indices
     if few:
         # The diagonal is the largest part of K when N < D: left out here, never subtracted later.
         product = rows @ rows.mT
         off = product - torch.diag_embed(torch.diagonal(product, dim1=-2, dim2=-1))
+        largest = _most_varied(rows.detach().square().sum(-2))
         return _Side(rows, off, norm2, off.sum(-1, dtype=torch.float64), _square_sum(off), largest)
     # -norm2 but for what rounding left of the rows' mean, which beside a massive row is not small
     rest = rows.sum(-2, dtype=torch.float64).to(rows.dtype)
     sums = (rows @ rest.unsqueeze(-1)).squeeze(-1) - norm2
+    product = gram(rows)
+    largest = _most_varied(product.detach().diagonal(dim1=-2, dim2=-1))
     side = _Side(rows, None, norm2, sums, norm2, largest)
-    return side._replace(off=_product_sum(gram(rows), side, side) - norm2.square().sum(-1))
+    return side._replace(off=_product_sum(product, side, side) - norm2.square().sum(-1))
+
+
+def _most_varied(variance: Tensor) -> Tensor:
+    return variance.topk(min(_LARGEST, variance.shape[-1])).indices
 
 
 def _square_sum(matrix: Tensor) -> Tensor:
