@@ -15,7 +15,8 @@ from torch import nn
 import models
 import tdgeom as tg
 from tdgeom.hooks import Capture, Intervene
-from tdgeom.lens import LogitLens, TunedLens, lens_measures, logit_lens
+from tdgeom.lens import LogitLens, lens_measures, logit_lens
+from tdgeom.tuned_lens import TunedLens
 
 IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 HEADS = [name for name in models.TEXT_MODELS if not name.endswith("_bare")]

@@ -31,7 +31,7 @@ THEMES = {
     "Comparing two sites": ("similarity",),
     "Neighbours": ("neighbors",),
     "Intrinsic dimension": ("dimension",),
-    "Probing and lenses": ("probing", "lens"),
+    "Probing and lenses": ("probing", "lens", "tuned_lens"),
     "Analyses, results, reports": (
         "analyze",
         "analysis",

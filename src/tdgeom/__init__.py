@@ -45,7 +45,7 @@ from tdgeom.hooks import (
     available_sites,
     hidden_state_sites,
 )
-from tdgeom.lens import LogitLens, TunedLens, logit_lens
+from tdgeom.lens import LogitLens, logit_lens
 from tdgeom.neighbors import (
     InformationImbalance,
     JaccardKNN,
@@ -99,6 +99,7 @@ from tdgeom.stream.sample import RowSample
 from tdgeom.stream.sketch import StreamingSketch
 from tdgeom.streaming import StreamingStage
 from tdgeom.tokens import SelectTokens
+from tdgeom.tuned_lens import TunedLens
 from tdgeom.untrained import untrained_copy
 
 __version__ = "0.1.0"

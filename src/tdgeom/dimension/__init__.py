@@ -1,30 +1,26 @@
 """Intrinsic dimension: how many coordinates a set of rows needs, at which scale, and how sure that is."""
 
 from tdgeom.dimension._estimate import DimensionEstimate, DimensionStage
+from tdgeom.dimension.ca_pca import CAPCA, ca_pca, ca_pca_dimension
 from tdgeom.dimension.decimation import Decimation
 from tdgeom.dimension.gride import Gride, gride, gride_from_distances
 from tdgeom.dimension.likelihood import (
     MOM,
-    TLE,
     LevinaBickel,
     levina_bickel,
     levina_bickel_from_distances,
     mom,
     mom_from_distances,
-    tle,
-    tle_from_neighbors,
 )
 from tdgeom.dimension.local import (
-    CAPCA,
     LocalKNN,
     LocalPCA,
-    ca_pca,
-    ca_pca_dimension,
     local_knn,
     local_knn_from_distances,
     local_pca,
 )
 from tdgeom.dimension.pca import GlobalPCA, ParticipationRatio, global_pca, participation_ratio, pca_dimension
+from tdgeom.dimension.tle import TLE, tle, tle_from_neighbors
 from tdgeom.dimension.twonn import TwoNN, twonn, twonn_curve, twonn_from_distances
 
 __all__ = [

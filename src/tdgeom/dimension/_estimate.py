@@ -17,6 +17,7 @@ from tdgeom.stage import Stage
 __all__ = [
     "DimensionEstimate",
     "DimensionStage",
+    "copies_of",
     "masked_mean",
     "mean_estimate",
     "need_columns",
@@ -199,3 +200,7 @@ class NeighborhoodStage(LocalStage):
             )
         result, local = self.local(x, distances, index, duplicates)
         return (*result, local) if self.pointwise else tuple(result)
+
+
+def copies_of(near: Tensor) -> Tensor:
+    return near.shape[-2] - torch.isfinite(near[..., 0]).sum(-1)

@@ -51,7 +51,8 @@ class Capture(TensorDictModuleBase):
         heads: query heads to read at sites with heads, (B, T, heads, Dh) or (B, heads, Tq, Tk); where queries share
             key/value heads, ``k`` and ``v`` give the one that each of these heads uses.
         direction: ``"forward"``, or ``"backward"`` for gradients, ``("grads", site)``: in module form of ``target``, in
-            context form of what the user calls ``backward`` on inside the ``with`` block.
+            context form of what the user calls ``backward`` on inside the ``with`` block. The gradient of what a module
+            receives is the one through that module alone.
         target: output of the model -> scalar, what the module form takes gradients of (needed for ``"backward"``).
         callback: called with the site and its tensor as it is read; what it returns (unless None) is kept instead.
         classes, skip_classes: module classes to take or leave among those that globs and expressions match.

@@ -4,14 +4,12 @@ from tdgeom.neighbors._table import Neighbors
 from tdgeom.neighbors.approximate import approximate_neighbors
 from tdgeom.neighbors.imbalance import InformationImbalance, conditional_ranks, information_imbalance
 from tdgeom.neighbors.knn import NearestNeighbors, distinct_neighbors, nearest_neighbors
+from tdgeom.neighbors.label_overlap import LabelOverlap, label_overlap, label_overlap_of
 from tdgeom.neighbors.overlap import (
     JaccardKNN,
-    LabelOverlap,
     NeighborhoodOverlap,
     common_neighbors,
     jaccard_knn,
-    label_overlap,
-    label_overlap_of,
     neighborhood_overlap,
 )
 

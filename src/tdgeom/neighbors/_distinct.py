@@ -5,12 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["all_alike", "expand_table", "first_copies"]
+from tdgeom.similarity._inputs import warn_undefined
+
+__all__ = ["all_alike", "expand_table", "first_copies", "undefined_where_alike"]
 
 
 def all_alike(x: Tensor) -> Tensor:
     """(*B,): whether every row of (*B, N, D) equals the first. Such rows have neighbours by their order alone."""
     return (x == x[..., :1, :]).all(-1).all(-1)
+
+
+def undefined_where_alike(value: Tensor, alike: Tensor, measure: str) -> Tensor:
+    """NaN, with a warning, where rows are all alike."""
+    value = torch.where(alike, torch.nan, value)
+    return warn_undefined(value, measure, "the rows of one side are all alike.")
 
 
 def first_copies(x: Tensor) -> Tensor:

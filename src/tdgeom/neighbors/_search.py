@@ -53,7 +53,7 @@ def search_distinct(
     """
     with full_precision(x.device):
         b, n, _ = x.shape
-        m = min(k + max(8, k // 4), n - 1)
+        m = min(k + max(5, k // 4), n - 1)
         rows, scale = centred(x)
         size = block_rows(n, b, block=block, memory=memory, device=x.device)
         total = math.ceil(n / size) * size
