@@ -57,6 +57,43 @@ def test_blocks_change_nothing(block):
     assert torch.equal(whole.distance, blocked.distance)
 
 
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_threads_change_nothing(threads, inference):
+    """Blocks come in any order then; ties (small integers) and all."""
+    generator = torch.Generator().manual_seed(4)
+    for x in (
+        torch.randn(2, 700, 9, generator=generator),
+        torch.randint(0, 3, (1, 600, 6), generator=generator).float(),
+    ):
+        tables = []
+        for count in (1, 2, 5):
+            threads(count)
+            with torch.inference_mode(inference):
+                tables.append(nearest_neighbors(x, 7, block=96))
+        assert torch.get_num_threads() == 5
+        for table in tables[1:]:
+            for found, expected in zip(table, tables[0]):
+                torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_error_in_a_block_reaches_the_caller(threads, monkeypatch):
+    def fails(*args, **options):
+        raise MemoryError("no room for a block")
+
+    threads(3)
+    monkeypatch.setattr(search, "_absorb", fails)
+    with pytest.raises(MemoryError, match="no room for a block"):
+        nearest_neighbors(torch.randn(300, 4), 3, block=64)
+    assert torch.get_num_threads() == 3
+
+
 def test_a_small_memory_budget_is_honoured_and_changes_nothing():
     x = torch.randn(700, 9)
     assert blocks.block_rows(700, 1, block=None, memory=2**16, device=x.device) < 100

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "KeyBlocks",
     "block_rows",
     "blocks_of_keys",
     "budget",
@@ -74,30 +75,44 @@ def centred(x: Tensor) -> tuple[Tensor, Tensor]:
     return rows.div_(scale[:, None, None].to(rows.dtype)).float(), scale
 
 
+class KeyBlocks:
+    """The blocks of keys of rows (b, n, D): every pair of blocks I <= J of the first ceil(n/size)·size rows.
+
+    Rows beyond n, and a row and itself, are infinitely far. ``pairs`` lists (I, J) as slices.
+    """
+
+    def __init__(self, rows: Tensor, size: int, p: float) -> None:
+        b, n, _ = rows.shape
+        total = math.ceil(n / size) * size
+        self._half = torch.full((b, total), torch.inf, device=rows.device)
+        self._half[:, :n] = torch.linalg.vector_norm(rows, dim=-1).square_().div_(2) if p == 2 else 0
+        self._rows = torch.nn.functional.pad(rows, (0, 0, 0, total - n)) if total > n else rows
+        self._size, self._p, self.device = size, p, rows.device
+        parts = [slice(start, start + size) for start in range(0, total, size)]
+        self.pairs = [(mine, other) for i, mine in enumerate(parts) for other in parts[i:]]
+
+    def empty(self) -> Tensor:
+        """Room for one block of keys, (b, size, size)."""
+        return torch.empty((len(self._rows), self._size, self._size), device=self.device)
+
+    def fill(self, keys: Tensor, mine: slice, other: slice) -> None:
+        """Write the keys of one pair of blocks."""
+        rows, half = self._rows, self._half
+        keys_between(rows[:, mine], rows[:, other], half[:, mine], half[:, other], self._p, out=keys)
+        if mine == other:
+            keys.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+
+
 def blocks_of_keys(
     rows: Tensor, size: int, *, p: float, keep: bool = False
 ) -> Iterator[tuple[Tensor, slice, slice]]:
-    """(keys (b, size, size), rows I, rows J) for every I <= J, of the first ceil(n/size)·size rows.
-
-    Rows beyond n, and a row and itself, are infinitely far. ``keys`` is overwritten by the next block, unless ``keep``.
-    """
-    b, n, _ = rows.shape
-    total = math.ceil(n / size) * size
-    half = torch.full((b, total), torch.inf, device=rows.device)
-    half[:, :n] = torch.linalg.vector_norm(rows, dim=-1).square_().div_(2) if p == 2 else 0
-    if total > n:
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, total - n))
-    keys = torch.empty((b, size, size), device=rows.device)
-    for i in range(0, total, size):
-        mine = slice(i, i + size)
-        for j in range(i, total, size):
-            other = slice(j, j + size)
-            if keep:
-                keys = torch.empty_like(keys)
-            keys_between(rows[:, mine], rows[:, other], half[:, mine], half[:, other], p, out=keys)
-            if i == j:
-                keys.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-            yield keys, mine, other
+    """(keys (b, size, size), rows I, rows J) of every pair, in turn; ``keys`` is overwritten by the next unless ``keep``."""
+    blocks = KeyBlocks(rows, size, p)
+    keys = blocks.empty()
+    for mine, other in blocks.pairs:
+        keys = torch.empty_like(keys) if keep else keys
+        blocks.fill(keys, mine, other)
+        yield keys, mine, other
 
 
 def keys_between(a: Tensor, b: Tensor, half_a: Tensor, half_b: Tensor, p: float, *, out: Tensor) -> None:

@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 from tdgeom.neighbors._blocks import (
+    KeyBlocks,
     block_rows,
     blocks_of_keys,
     budget,
@@ -34,6 +37,7 @@ from tdgeom.neighbors._blocks import (
 __all__ = ["search_distinct", "search_rows_exactly"]
 
 _GROUP = 32  # keys per minimum
+_WORKERS = 4  # a block is looked through in a fifth of the time that multiplying it takes one core
 
 
 def search_distinct(
@@ -60,16 +64,50 @@ def search_distinct(
         best = torch.full((b, total, m), torch.inf, device=x.device)
         where = torch.zeros((b, total, m), dtype=torch.int64, device=x.device)
         limit = torch.full((b, total), torch.inf, device=x.device)
-        for keys, mine, other in blocks_of_keys(rows, size, p=p, keep=keep):
+
+        def take(keys: Tensor, mine: slice, other: slice) -> None:
             _absorb(keys, best[:, mine], where[:, mine], limit[:, mine], other.start)
             if mine != other:
                 _absorb(keys, best[:, other], where[:, other], limit[:, other], mine.start, columns=True)
-            if also is not None:
+
+        if also is None:
+            _over_blocks(KeyBlocks(rows, size, p), take)
+        else:
+            for keys, mine, other in blocks_of_keys(rows, size, p=p, keep=keep):
+                take(keys, mine, other)
                 also(keys, mine, other)
         if m == n - 1:  # nothing was left out
             limit.fill_(torch.inf)
         best, where, limit = best[:, :n], where[:, :n], limit[:, :n]
         return _rerank(x, rows, scale, best, where, limit, k, p=p, memory=memory)
+
+
+def _over_blocks(blocks: KeyBlocks, take: Callable[[Tensor, slice, slice], None]) -> None:
+    """``take`` every block: on a CPU one worker multiplies while another's block is looked through."""
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    workers = min(threads, _WORKERS, len(blocks.pairs)) if blocks.device.type == "cpu" else 1
+    pairs, turn = iter(blocks.pairs), Lock()  # a list's iterator gives each pair to one thread only
+
+    def work() -> None:
+        # whether gradients and inference mode are on belongs to a thread
+        with torch.inference_mode(inference), torch.no_grad():
+            keys = blocks.empty()
+            for mine, other in pairs:
+                blocks.fill(keys, mine, other)
+                with turn:
+                    take(keys, mine, other)
+
+    if workers == 1:
+        return work()
+    try:
+        with ThreadPoolExecutor(
+            workers, initializer=torch.set_num_threads, initargs=(threads // workers,)
+        ) as pool:
+            for done in [pool.submit(work) for _ in range(workers)]:
+                done.result()
+    finally:
+        torch.set_num_threads(threads)
+    return None
 
 
 def _absorb(
