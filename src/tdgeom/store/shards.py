@@ -1,7 +1,7 @@
 """Shards: rows of all sites in one safetensors file, whose header is checked in full before a byte of it is believed.
 
-Why safetensors and not memory-mapped TensorDicts: written and brought to the disk nearly twice as fast, random batches read
-up to twice as fast (``tests/benchmarks/store.py`` measures both); and one file a shard makes the rename, the hash and the
+Why safetensors and not memory-mapped TensorDicts: written and brought to the disk twice as fast, random batches read at least
+as fast (``tests/benchmarks/store.py`` measures both); and one file a shard makes the rename, the hash and the
 flipped bit one thing each. Any safetensors reader opens it.
 """
 
