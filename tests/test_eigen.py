@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from tdgeom import _eigen
 from tdgeom._eigen import leading_eigenpairs, symmetric_eigenvalues
@@ -65,3 +66,17 @@ def test_gradients_pass_through_torch():
     values, _ = leading_eigenpairs(matrix, 4)
     values.sum().backward()
     torch.testing.assert_close(matrix.grad, torch.eye(300, dtype=torch.float64), atol=1e-10, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # what torch itself uses for make_dual
+def test_transforms_pass_through_torch():
+    batch = torch.stack([CASES["wishart"], CASES["rank 20"]])
+    mapped = torch.vmap(lambda one: leading_eigenpairs(one, 8)[0])(batch)
+    torch.testing.assert_close(mapped, symmetric_eigenvalues(batch), rtol=1e-12, atol=1e-10)
+    torch.testing.assert_close(torch.vmap(symmetric_eigenvalues)(batch), mapped, rtol=1e-12, atol=1e-10)
+    matrix, direction = CASES["wishart"], torch.eye(300, dtype=torch.float64)
+    ones = torch.ones(300, dtype=torch.float64)  # moving along the identity moves every eigenvalue alike
+    torch.testing.assert_close(torch.func.jvp(symmetric_eigenvalues, (matrix,), (direction,))[1], ones)
+    with forward_ad.dual_level():
+        values, _ = leading_eigenpairs(forward_ad.make_dual(matrix, direction), 4)
+        torch.testing.assert_close(forward_ad.unpack_dual(values).tangent, ones)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal, lapack
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = ["leading_eigenpairs", "symmetric_eigenvalues"]
 
@@ -14,9 +15,8 @@ _SMALLEST = 128  # below this width all vectors cost no more than a few
 
 def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
     """Ascending eigenvalues of finite symmetric (*B, D, D) in float64: (*B, D)."""
-    if _beyond_numpy(matrix):
-        return torch.linalg.eigvalsh(matrix)
-    return torch.from_numpy(np.linalg.eigvalsh(matrix.numpy()))
+    array = _values(matrix)
+    return torch.linalg.eigvalsh(matrix) if array is None else torch.from_numpy(np.linalg.eigvalsh(array))
 
 
 def leading_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ def leading_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     only k vectors are taken from that form, and those are turned back: less than half the time of all D vectors.
     """
     d = matrix.shape[-1]
-    if d < _SMALLEST or 4 * k > d or _beyond_numpy(matrix):
+    if d < _SMALLEST or 4 * k > d or _values(matrix) is None:
         values, vectors = torch.linalg.eigh(matrix)
         return values, vectors[..., d - k :]
     flat = matrix.reshape(-1, d, d)
@@ -35,8 +35,15 @@ def leading_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, torch.stack([pair[1] for pair in pairs]).reshape(*matrix.shape[:-2], d, k)
 
 
-def _beyond_numpy(matrix: Tensor) -> bool:
-    return matrix.device.type != "cpu" or matrix.requires_grad or torch.compiler.is_compiling()
+def _values(matrix: Tensor) -> np.ndarray | None:
+    """The numbers, where nothing but the numbers is asked for: None on other devices, in graphs and under transforms."""
+    if matrix.device.type != "cpu" or matrix.requires_grad or torch.compiler.is_compiling():
+        return None
+    try:
+        array = matrix.numpy()
+    except RuntimeError:  # vmap, jvp: a tensor that stands for others has no values of its own
+        return None
+    return array if forward_ad.unpack_dual(matrix).tangent is None else None
 
 
 def _by_tridiagonal(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:

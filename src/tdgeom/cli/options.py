@@ -60,6 +60,7 @@ Remote = Annotated[
 
 
 def quiet_transformers() -> None:
+    """Silence transformers' logs and bars, unless --debug wants them."""
     if not STATE["debug"]:
         from transformers.utils import logging
 
@@ -68,6 +69,7 @@ def quiet_transformers() -> None:
 
 
 def console() -> Any:
+    """Where tables are printed."""
     from rich.console import Console
 
     return Console(highlight=False, soft_wrap=False)
@@ -98,6 +100,7 @@ def check_out(out: Path | None, overwrite: bool, plots: bool, save_mode: str) ->
 
 
 def listed(text: str) -> list[str]:
+    """``"a, b"`` as ``["a", "b"]``."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
@@ -114,6 +117,7 @@ def layer_choice(text: str) -> str | slice:
 
 
 def load_tokenizer(name: str, trust_remote_code: bool) -> Any:
+    """The tokenizer of that name, or an error that names --tokenizer."""
     from transformers import AutoTokenizer
 
     from tdgeom.models import first_reason

@@ -203,4 +203,5 @@ class NeighborhoodStage(LocalStage):
 
 
 def copies_of(near: Tensor) -> Tensor:
+    """(*B,): rows of a table (*B, N, k) that are left out, later copies of others; their distances are NaN."""
     return near.shape[-2] - torch.isfinite(near[..., 0]).sum(-1)
