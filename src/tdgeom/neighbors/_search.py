@@ -59,7 +59,8 @@ def search_distinct(
         b, n, _ = x.shape
         m = min(k + max(5, k // 4), n - 1)
         rows, scale = centred(x)
-        size = block_rows(n, b, block=block, memory=memory, device=x.device)
+        workers = _workers(x.device) if also is None else 1
+        size = block_rows(n, b * workers, block=block, memory=memory, device=x.device)
         total = math.ceil(n / size) * size
         best = torch.full((b, total, m), torch.inf, device=x.device)
         where = torch.zeros((b, total, m), dtype=torch.int64, device=x.device)
@@ -71,7 +72,7 @@ def search_distinct(
                 _absorb(keys, best[:, other], where[:, other], limit[:, other], mine.start, columns=True)
 
         if also is None:
-            _over_blocks(KeyBlocks(rows, size, p), take)
+            _over_blocks(KeyBlocks(rows, size, p), take, workers)
         else:
             for keys, mine, other in blocks_of_keys(rows, size, p=p, keep=keep):
                 take(keys, mine, other)
@@ -82,10 +83,15 @@ def search_distinct(
         return _rerank(x, rows, scale, best, where, limit, k, p=p, memory=memory)
 
 
-def _over_blocks(blocks: KeyBlocks, take: Callable[[Tensor, slice, slice], None]) -> None:
+def _workers(device: torch.device) -> int:
+    """How many blocks are worked on at a time."""
+    return min(torch.get_num_threads(), _WORKERS) if device.type == "cpu" else 1
+
+
+def _over_blocks(blocks: KeyBlocks, take: Callable[[Tensor, slice, slice], None], workers: int) -> None:
     """``take`` every block: on a CPU one worker multiplies while another's block is looked through."""
     threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
-    workers = min(threads, _WORKERS, len(blocks.pairs)) if blocks.device.type == "cpu" else 1
+    workers = min(workers, len(blocks.pairs))
     pairs, turn = iter(blocks.pairs), Lock()  # a list's iterator gives each pair to one thread only
 
     def work() -> None:
