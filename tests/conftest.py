@@ -29,9 +29,8 @@ def _seed() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random BERT of three layers with a real tokenizer, as ``from_pretrained`` reads it."""
-    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
-
     from tdgeom.demo import demo_model_path
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
     folder = tmp_path_factory.mktemp("models") / "tiny-bert"
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path())

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 
 import tdgeom as tg
 from tdgeom import functional as F
-from tdgeom.streaming import StreamingStage
+from tdgeom.core.streaming_stage import StreamingStage
 
 # Not stages with keys of their own; each is tested where the reason says.
 NOT_STAGES = {

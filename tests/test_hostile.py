@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from tensordict.nn import TensorDictSequential
 
 import tdgeom as tg
-from tdgeom.store import StoreError
-from tdgeom.store.shards import Shard
+from tdgeom.files.errors import StoreError
+from tdgeom.files.shards import Shard
 
 CORPUS = Path(__file__).parent / "data" / "hostile"
 CANARY = "tdgeom-hostile-file-was-executed"

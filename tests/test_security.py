@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tdgeom as tg
-from tdgeom import bundle
+from tdgeom.files import bundle
 
 SOURCE = Path(tg.__file__).parent
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

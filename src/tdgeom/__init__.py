@@ -1,108 +1,89 @@
 """tdgeom: the geometry of neural representations, measured by TensorDict modules that compose."""
 
+import sys
+
 from tdgeom import functional, plot
-from tdgeom._warnings import UndefinedMeasureWarning
-from tdgeom.ablation import NormalizationAblation
-from tdgeom.analyze import analysis_pipeline, analyze_model
-from tdgeom.attention_view import AttentionView, attention_view
-from tdgeom.comparison import Comparison, compare
-from tdgeom.compose import ForEach, ForEachPair
-from tdgeom.concepts import LEACE, ConceptBasis, Erase, FisherBasis, Interpolate, Project, Reconstruct
-from tdgeom.dimension import (
-    CAPCA,
-    MOM,
-    TLE,
-    Decimation,
-    GlobalPCA,
-    Gride,
-    LevinaBickel,
-    LocalKNN,
-    LocalPCA,
-    ParticipationRatio,
-    TwoNN,
-)
-from tdgeom.exemplars import ContextWindow, MaxActivating, describe_exemplars
-from tdgeom.frames import to_frame
-from tdgeom.hooks import (
-    Ablate,
-    ActivationAddition,
-    AggregateActs,
-    Between,
-    BlockAttention,
-    Capture,
-    CaptureSpec,
-    Edit,
-    GroupAttention,
-    Intervene,
-    Patch,
-    ProjectOnto,
-    ProjectOut,
-    RandomPositions,
-    Scale,
-    Site,
-    SpecialTokens,
-    Steer,
-    available_sites,
-    hidden_state_sites,
-)
-from tdgeom.lens import LogitLens, logit_lens
-from tdgeom.neighbors import (
-    InformationImbalance,
-    JaccardKNN,
-    LabelOverlap,
-    NearestNeighbors,
-    NeighborhoodOverlap,
-)
-from tdgeom.patching import activation_patching
-from tdgeom.probing import (
-    BilinearProbe,
-    LinearProbe,
-    LowRankBilinearProbe,
-    MeanDifferenceProbe,
-    Probe,
-    ProbePredict,
-    ProbeScore,
-    Probing,
-    SklearnProbe,
-    StreamingLabelMoments,
-    TorchProbe,
-)
-from tdgeom.profiles import intrinsic_dimension_profile, overlap_profile
-from tdgeom.results import AnalysisResults
-from tdgeom.router import RouterLoad
-from tdgeom.run import run
-from tdgeom.sample_metrics import SampleMetrics, SampleSpectrum
-from tdgeom.similarity import (
-    CCA,
-    CKNNA,
-    PWCCA,
-    RBFCKA,
-    RSA,
-    RV,
-    SVCCA,
-    DistanceCorrelation,
-    LayerCosine,
-    LinearCKA,
-    LinearR2,
-    Procrustes,
-    SoftMatching,
-    SubspaceNovelty,
-)
-from tdgeom.spectrum import EigenSpectrum, RankMe, SpectrumMetrics
-from tdgeom.stage import PairStage, Stage
-from tdgeom.store import ActivationStore, Runs, StoreActivations
+from tdgeom.analysis.analyze_model import analysis_pipeline, analyze_model
+from tdgeom.analysis.compare import Comparison, compare
+from tdgeom.analysis.profiles import intrinsic_dimension_profile, overlap_profile
+from tdgeom.analysis.results import AnalysisResults
+from tdgeom.cli import demo
+from tdgeom.concepts.bases import ConceptBasis, FisherBasis
+from tdgeom.concepts.coordinates import Interpolate, Project, Reconstruct
+from tdgeom.concepts.erasure import LEACE, Erase
+from tdgeom.core.for_each import ForEach, ForEachPair
+from tdgeom.core.stage import PairStage, Stage
+from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.core.warnings import UndefinedMeasureWarning
+from tdgeom.measures.dimension.ca_pca import CAPCA
+from tdgeom.measures.dimension.decimation import Decimation
+from tdgeom.measures.dimension.gride import Gride
+from tdgeom.measures.dimension.likelihood import MOM, LevinaBickel
+from tdgeom.measures.dimension.local import LocalKNN, LocalPCA
+from tdgeom.measures.dimension.pca import GlobalPCA, ParticipationRatio
+from tdgeom.measures.dimension.tle import TLE
+from tdgeom.measures.dimension.twonn import TwoNN
+from tdgeom.measures.neighbors.information_imbalance import InformationImbalance
+from tdgeom.measures.neighbors.label_overlap import LabelOverlap
+from tdgeom.measures.neighbors.nearest_neighbors import NearestNeighbors
+from tdgeom.measures.neighbors.neighborhood_overlap import JaccardKNN, NeighborhoodOverlap
+from tdgeom.measures.normalization import NormalizationAblation
+from tdgeom.measures.router import RouterLoad
+from tdgeom.measures.sample_metrics import SampleMetrics, SampleSpectrum
+from tdgeom.measures.similarity.cca import CCA, PWCCA, SVCCA
+from tdgeom.measures.similarity.cka import RV, LinearCKA
+from tdgeom.measures.similarity.cknna import CKNNA
+from tdgeom.measures.similarity.kernel_alignment import RBFCKA, DistanceCorrelation
+from tdgeom.measures.similarity.linear_r2 import LinearR2
+from tdgeom.measures.similarity.matching import SoftMatching
+from tdgeom.measures.similarity.procrustes import Procrustes
+from tdgeom.measures.similarity.rsa import RSA
+from tdgeom.measures.similarity.subspace import LayerCosine, SubspaceNovelty
+from tdgeom.measures.spectrum import EigenSpectrum, RankMe, SpectrumMetrics
+from tdgeom.model.aggregate import AggregateActs, GroupAttention
+from tdgeom.model.capture import Capture
+from tdgeom.model.capture_spec import CaptureSpec
+from tdgeom.model.edits.ablate import Ablate
+from tdgeom.model.edits.attention_edits import BlockAttention
+from tdgeom.model.edits.edit import Edit, ProjectOnto, ProjectOut, Scale, Steer
+from tdgeom.model.edits.other_runs import ActivationAddition, Patch
+from tdgeom.model.intervene import Intervene
+from tdgeom.model.lens.logit_lens import LogitLens, logit_lens
+from tdgeom.model.lens.tuned_lens import TunedLens
+from tdgeom.model.patching import activation_patching
+from tdgeom.model.positions import Between, RandomPositions, SpecialTokens
+from tdgeom.model.sites import Site
+from tdgeom.model.structure.hidden_states import hidden_state_sites
+from tdgeom.model.structure.resolve import available_sites
+from tdgeom.model.untrained import untrained_copy
+from tdgeom.plot.attention_view import AttentionView, attention_view
+from tdgeom.probing.bilinear import BilinearProbe, LowRankBilinearProbe
+from tdgeom.probing.estimators import SklearnProbe, TorchProbe
+from tdgeom.probing.label_moments import StreamingLabelMoments
+from tdgeom.probing.linear import LinearProbe
+from tdgeom.probing.mean_difference import MeanDifferenceProbe
+from tdgeom.probing.predict import ProbePredict, ProbeScore
+from tdgeom.probing.probe import Probe
+from tdgeom.probing.probing import Probing
+from tdgeom.rows import text
+from tdgeom.rows.select_tokens import SelectTokens
+from tdgeom.run.run import run
+from tdgeom.run.to_frame import to_frame
+from tdgeom.store.runs import Runs
+from tdgeom.store.store import ActivationStore
+from tdgeom.store.store_activations import StoreActivations
 from tdgeom.stream.collect import Collect
 from tdgeom.stream.covariance import StreamingCovariance
-from tdgeom.stream.cross import StreamingCrossMoments
+from tdgeom.stream.cross_moments import StreamingCrossMoments
+from tdgeom.stream.exemplars import ContextWindow, MaxActivating, describe_exemplars
 from tdgeom.stream.mean import StreamingMean
-from tdgeom.stream.sample import RowSample
+from tdgeom.stream.row_sample import RowSample
 from tdgeom.stream.sketch import StreamingSketch
-from tdgeom.streaming import StreamingStage
-from tdgeom.tokens import SelectTokens
-from tdgeom.tuned_lens import TunedLens
-from tdgeom.untrained import untrained_copy
 
 __version__ = "0.1.0"
+
+# The room of rows and that of the command line hold these two; their short names are documented and stay importable.
+sys.modules |= {f"{__name__}.text": text, f"{__name__}.demo": demo}
 
 __all__ = [
     # the spine

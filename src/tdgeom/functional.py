@@ -1,54 +1,50 @@
 """The pure functions behind the stages: tensors in, tensors out, batched over leading dimensions."""
 
-from tdgeom.ablation import normalized
-from tdgeom.concepts import (
-    concept_basis,
-    erase,
-    fisher_basis,
-    interpolate,
-    leace,
-    project,
-    reconstruct,
-    token_context,
-    top_activating,
-)
-from tdgeom.dimension import (
-    ca_pca,
-    ca_pca_dimension,
-    global_pca,
-    gride,
-    gride_from_distances,
+from tdgeom.concepts.bases import concept_basis, fisher_basis
+from tdgeom.concepts.concept_examples import token_context, top_activating
+from tdgeom.concepts.coordinates import interpolate, project, reconstruct
+from tdgeom.concepts.erasure import erase, leace
+from tdgeom.measures.dimension.ca_pca import ca_pca, ca_pca_dimension
+from tdgeom.measures.dimension.gride import gride, gride_from_distances
+from tdgeom.measures.dimension.likelihood import (
     levina_bickel,
     levina_bickel_from_distances,
-    local_knn,
-    local_knn_from_distances,
-    local_pca,
     mom,
     mom_from_distances,
-    participation_ratio,
-    pca_dimension,
-    tle,
-    tle_from_neighbors,
-    twonn,
-    twonn_curve,
-    twonn_from_distances,
 )
-from tdgeom.exemplars import top_rows
-from tdgeom.hooks.aggregate import aggregate_positions, group_attention
-from tdgeom.hooks.positions import position_mask
-from tdgeom.lens import lens_measures
-from tdgeom.neighbors import (
-    approximate_neighbors,
-    common_neighbors,
-    conditional_ranks,
-    distinct_neighbors,
-    information_imbalance,
-    jaccard_knn,
-    label_overlap,
-    label_overlap_of,
-    nearest_neighbors,
-    neighborhood_overlap,
+from tdgeom.measures.dimension.local import local_knn, local_knn_from_distances, local_pca
+from tdgeom.measures.dimension.pca import global_pca, participation_ratio, pca_dimension
+from tdgeom.measures.dimension.tle import tle, tle_from_neighbors
+from tdgeom.measures.dimension.twonn import twonn, twonn_curve, twonn_from_distances
+from tdgeom.measures.neighbors.approximate import approximate_neighbors
+from tdgeom.measures.neighbors.information_imbalance import conditional_ranks, information_imbalance
+from tdgeom.measures.neighbors.label_overlap import label_overlap, label_overlap_of
+from tdgeom.measures.neighbors.nearest_neighbors import distinct_neighbors, nearest_neighbors
+from tdgeom.measures.neighbors.neighborhood_overlap import common_neighbors, jaccard_knn, neighborhood_overlap
+from tdgeom.measures.normalization import normalized
+from tdgeom.measures.router import router_load
+from tdgeom.measures.sample_metrics import cosine_similarity, sample_eigenvalues, sample_metrics
+from tdgeom.measures.similarity.cca import cca_mean, cca_r2, pwcca_ab, pwcca_ba, svcca
+from tdgeom.measures.similarity.cka import linear_cka, linear_cka_debiased, rv_coefficient
+from tdgeom.measures.similarity.cknna import cknna
+from tdgeom.measures.similarity.kernel_alignment import distance_correlation, rbf_cka
+from tdgeom.measures.similarity.linear_r2 import linear_r2_ab, linear_r2_ba
+from tdgeom.measures.similarity.matching import soft_matching
+from tdgeom.measures.similarity.procrustes import angular_shape, procrustes
+from tdgeom.measures.similarity.rsa import rdm, rsa
+from tdgeom.measures.similarity.subspace import feature_subspace_novelty, layer_cosine_sim
+from tdgeom.measures.spectrum import (
+    alpha_req,
+    eigen_spectrum,
+    entropy_dimension,
+    log_spectrum_slope,
+    rankme,
+    spectrum_metrics,
 )
+from tdgeom.model.aggregate import aggregate_positions, group_attention
+from tdgeom.model.lens.logit_lens import lens_measures
+from tdgeom.model.positions import position_mask
+from tdgeom.numerics.hashing import hash_ids
 from tdgeom.probing.bilinear import bilinear_ridge
 from tdgeom.probing.closed_form import (
     class_means,
@@ -59,47 +55,15 @@ from tdgeom.probing.closed_form import (
     ridge_probe,
     within_scatter,
 )
-from tdgeom.probing.control import control_labels
+from tdgeom.probing.control_task import control_labels
+from tdgeom.probing.label_moments import label_moments, pool_folds
 from tdgeom.probing.linear import logistic_probe
-from tdgeom.probing.moments import label_moments, pool_folds
 from tdgeom.probing.predict import linear_decision
 from tdgeom.probing.scores import clustered_error, permutation_null, probe_scores
 from tdgeom.probing.splits import fold_index, holdout_mask, row_groups
-from tdgeom.router import router_load
-from tdgeom.sample_metrics import cosine_similarity, sample_eigenvalues, sample_metrics
-from tdgeom.similarity import (
-    angular_shape,
-    cca_mean,
-    cca_r2,
-    cknna,
-    distance_correlation,
-    feature_subspace_novelty,
-    layer_cosine_sim,
-    linear_cka,
-    linear_cka_debiased,
-    linear_r2_ab,
-    linear_r2_ba,
-    procrustes,
-    pwcca_ab,
-    pwcca_ba,
-    rbf_cka,
-    rdm,
-    rsa,
-    rv_coefficient,
-    soft_matching,
-    svcca,
-)
-from tdgeom.spectrum import (
-    alpha_req,
-    eigen_spectrum,
-    entropy_dimension,
-    log_spectrum_slope,
-    rankme,
-    spectrum_metrics,
-)
+from tdgeom.rows.select_tokens import selection_mask
 from tdgeom.stream.covariance import covariance
-from tdgeom.stream.sample import hash_ids
-from tdgeom.tokens import selection_mask
+from tdgeom.stream.exemplars import top_rows
 
 __all__ = [
     "aggregate_positions",

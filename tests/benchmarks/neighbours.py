@@ -49,7 +49,7 @@ def tdgeom_twonn(x: np.ndarray, _: np.ndarray) -> list[float]:
     """Ours, from raw rows to the estimate."""
     import torch
 
-    from tdgeom.dimension import twonn
+    from tdgeom.measures.dimension.twonn import twonn
 
     return [float(twonn(torch.from_numpy(x)).estimate)]
 
@@ -81,7 +81,7 @@ def tdgeom_imbalance(x: np.ndarray, y: np.ndarray) -> list[float]:
     """Ours, both directions, all ranks."""
     import torch
 
-    from tdgeom.neighbors import information_imbalance
+    from tdgeom.measures.neighbors.information_imbalance import information_imbalance
 
     return [float(value) for value in information_imbalance(torch.from_numpy(x), torch.from_numpy(y))]
 
@@ -102,7 +102,7 @@ def tdgeom_overlaps(x: np.ndarray, _: np.ndarray) -> list[float]:
     from tensordict import TensorDict
 
     from tdgeom import ForEachPair
-    from tdgeom.neighbors import NeighborhoodOverlap
+    from tdgeom.measures.neighbors.neighborhood_overlap import NeighborhoodOverlap
 
     generator = torch.Generator().manual_seed(0)
     rows = torch.from_numpy(x)
@@ -118,7 +118,7 @@ def tdgeom_search(x: np.ndarray, _: np.ndarray) -> list[float]:
     """Ours: one search for 30 neighbours."""
     import torch
 
-    from tdgeom.neighbors import nearest_neighbors
+    from tdgeom.measures.neighbors.nearest_neighbors import nearest_neighbors
 
     return [float(nearest_neighbors(torch.from_numpy(x), 30).distance.mean())]
 
@@ -335,7 +335,7 @@ def gpu_table(options: argparse.Namespace, folder: Path) -> None:
     """TwoNN on an accelerator, rows already there."""
     import torch
 
-    from tdgeom.dimension import twonn
+    from tdgeom.measures.dimension.twonn import twonn
 
     if not torch.cuda.is_available():
         print("no accelerator here")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
+from tdgeom.text import TextBatches
 from transformers import AutoModelForMaskedLM
 
 import tdgeom as tg
-from tdgeom.text import TextBatches
 from terminal import refused
 
 EVERY_BATCH = ("--every", 1, "--batch-size", 2, "--seq-len", 48)
@@ -34,7 +34,7 @@ def interrupt_after(monkeypatch):
 @pytest.fixture
 def passes(monkeypatch):
     """How often a model was run."""
-    from tdgeom.hooks import Capture
+    from tdgeom.model.capture import Capture
 
     forward, calls = Capture.forward, []
     monkeypatch.setattr(

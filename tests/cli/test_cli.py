@@ -15,14 +15,14 @@ import warnings
 import pandas as pd
 import pytest
 from rich.console import Console
+from tdgeom.demo import demo_texts
+from tdgeom.text import TextBatches, read_text
 from transformers import AutoTokenizer
 
 import models
 import tdgeom as tg
 from tdgeom import cli
 from tdgeom.cli.print_results import print_results
-from tdgeom.demo import demo_texts
-from tdgeom.text import TextBatches, read_text
 from terminal import refused
 
 

@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pandas as pd
 import pytest
+from tdgeom.text import TextBatches, read_text
 
 import tdgeom as tg
 from tdgeom import cli
-from tdgeom.text import TextBatches, read_text
 from terminal import refused
 
 SITES = ["attn_input.0", "attn_input.1", "attn_input.2", "residual_output.2"]
@@ -26,7 +26,7 @@ def labels(text, tmp_path):
 def loaded(folder, text, **settings):
     from transformers import AutoTokenizer
 
-    from tdgeom.models import load_model
+    from tdgeom.model.loading import load_model
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return load_model(folder), TextBatches(read_text(text), tokenizer, seq_len=32, **settings)

@@ -13,7 +13,7 @@ from tensordict.nn import TensorDictSequential
 import tdgeom as tg
 from models import VOCAB, bert, gpt2, text_batch
 from tdgeom import functional as F
-from tdgeom.probing.moments import LEAVES
+from tdgeom.probing.label_moments import LEAVES
 
 NAMES = ("basis", "dual", "eigenvalues", "explained_variance", "mean")
 

@@ -37,7 +37,7 @@ def feed():
         while start < len(x):
             size = sizes[turn % len(sizes)]
             part = [t[start : start + size] for t in (x, label, *rest)]
-            from tdgeom.probing._labels import Loose
+            from tdgeom.probing.labelled_rows import Loose
 
             stage.update(Loose(dict(zip(stage.in_keys, part))))
             start, turn = start + size, turn + 1

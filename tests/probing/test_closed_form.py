@@ -11,7 +11,7 @@ from sklearn.model_selection import GridSearchCV, PredefinedSplit
 
 import tdgeom as tg
 from tdgeom import functional as F
-from tdgeom.probing.moments import LEAVES
+from tdgeom.probing.label_moments import LEAVES
 
 SPLITS = [(600,), (1, 7, 64), (37,)]
 ALPHAS = [1e-3, 1.0, 1e3]

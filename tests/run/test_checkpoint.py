@@ -19,10 +19,10 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 
 import models
 import tdgeom as tg
+from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.files.shard_writing import write_shard
+from tdgeom.files.shards import Shard
 from tdgeom.run import checkpoint
-from tdgeom.store.shard_writing import write_shard
-from tdgeom.store.shards import Shard
-from tdgeom.streaming import StreamingStage
 
 
 def loader(batches: int = 12) -> list[dict[str, torch.Tensor]]:

@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock
 
 import rank_programs
-from tdgeom._ranks import Repeats
+from tdgeom.core.process_groups import Repeats
 
 TESTS = Path(__file__).parent.parent
 

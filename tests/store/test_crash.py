@@ -16,7 +16,8 @@ from tensordict import TensorDict
 
 import crash_writer
 import tdgeom as tg
-from tdgeom.store import ActivationStore, StoreError
+from tdgeom.files.errors import StoreError
+from tdgeom.store.store import ActivationStore
 
 TESTS = Path(__file__).parents[1]
 

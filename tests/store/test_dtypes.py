@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tdgeom.store.dtypes import decode, encode, named_dtype, rounding_error
-from tdgeom.store.errors import StoreError
+from tdgeom.files.errors import StoreError
+from tdgeom.store.stored_dtypes import decode, encode, named_dtype, rounding_error
 
 FLOAT8 = [(torch.float8_e4m3fn, 448.0, 3), (torch.float8_e5m2, 57344.0, 2)]
 

@@ -13,10 +13,10 @@ import torch
 
 import models
 import tdgeom as tg
+from tdgeom.files.atomic import explain, open_regular, write_whole
+from tdgeom.files.errors import StoreBusyError, StoreError
+from tdgeom.files.json_text import DEEPEST_JSON, LARGEST_JSON, canonical, read_json
 from tdgeom.store.about import describe, id_of, new_id, number_of, valid_id
-from tdgeom.store.errors import StoreBusyError, StoreError
-from tdgeom.store.files import explain, open_regular, write_whole
-from tdgeom.store.json_text import DEEPEST_JSON, LARGEST_JSON, canonical, read_json
 from tdgeom.store.locks import Lock, is_locked
 
 

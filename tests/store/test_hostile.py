@@ -12,10 +12,11 @@ import safetensors.torch
 import torch
 
 import tdgeom as tg
-from tdgeom.store import ActivationStore, StoreError
-from tdgeom.store.layout import Layout
-from tdgeom.store.shard_writing import write_shard
-from tdgeom.store.shards import Shard
+from tdgeom.files.errors import StoreError
+from tdgeom.files.shard_writing import write_shard
+from tdgeom.files.shards import Shard
+from tdgeom.store.shard_layout import Layout
+from tdgeom.store.store import ActivationStore
 
 
 @pytest.fixture

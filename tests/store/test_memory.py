@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
-from tdgeom.store.errors import StoreError
-from tdgeom.store.layout import Layout
-from tdgeom.store.memory import pack, unpack
+from tdgeom.files.errors import StoreError
+from tdgeom.store.capture_tree import pack, unpack
+from tdgeom.store.shard_layout import Layout
 
 # names that clash once joined by slashes, and those that shards use themselves
 NAMES = st.sampled_from(["a", "b", "a/b", "a#scale", "__metadata__", "a#1", "0", "μ.0", ""])

@@ -53,7 +53,7 @@ def store(tmp_path_factory) -> tg.ActivationStore:
 
 def enter(store, about: dict, created: float | None = None) -> str:
     from tdgeom.store.about import describe, new_id
-    from tdgeom.store.layout import Layout
+    from tdgeom.store.shard_layout import Layout
 
     run = new_id()
     store.catalogue.add_run(run, "capture", describe(**about), Layout(), created)
@@ -188,9 +188,9 @@ def test_every_value_is_bound() -> None:
 
 def test_a_thousand_runs_are_queried_in_milliseconds(tmp_path) -> None:
     store = tg.ActivationStore(tmp_path)
+    from tdgeom.files.json_text import canonical
     from tdgeom.store.about import describe, new_id
-    from tdgeom.store.json_text import canonical
-    from tdgeom.store.layout import Layout
+    from tdgeom.store.shard_layout import Layout
 
     rows = []
     for i in range(1000):

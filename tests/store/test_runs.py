@@ -11,7 +11,7 @@ import torch
 
 import models
 import tdgeom as tg
-from tdgeom.store import StoreBusyError, StoreError, StoreLookupError
+from tdgeom.files.errors import StoreBusyError, StoreError, StoreLookupError
 from terminal import refused
 
 

@@ -8,7 +8,8 @@ import torch
 from tensordict import TensorDict, lazy_stack
 
 import tdgeom as tg
-from tdgeom.store import ActivationStore, StoreBusyError, StoreError, StoreLookupError
+from tdgeom.files.errors import StoreBusyError, StoreError, StoreLookupError
+from tdgeom.store.store import ActivationStore
 from tdgeom.store.writer import RunLock
 
 

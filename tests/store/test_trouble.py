@@ -18,7 +18,8 @@ import torch
 from tensordict import TensorDict
 
 import tdgeom as tg
-from tdgeom.store import ActivationStore, StoreError
+from tdgeom.files.errors import StoreError
+from tdgeom.store.store import ActivationStore
 
 
 @pytest.fixture

@@ -9,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
-from tdgeom.compose import ForEachPair
-from tdgeom.similarity import CCA, PWCCA, SVCCA, LinearCKA, LinearR2, Procrustes, linear_cka_debiased
-from tdgeom.stream.cross import StreamingCrossMoments
+from tdgeom.core.for_each import ForEachPair
+from tdgeom.measures.similarity.cca import CCA, PWCCA, SVCCA
+from tdgeom.measures.similarity.cka import LinearCKA, linear_cka_debiased
+from tdgeom.measures.similarity.linear_r2 import LinearR2
+from tdgeom.measures.similarity.procrustes import Procrustes
+from tdgeom.stream.cross_moments import StreamingCrossMoments
 
 PAIR = ["s.0", "s.1"]
 

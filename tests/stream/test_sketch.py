@@ -7,7 +7,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from tdgeom._warnings import UndefinedMeasureWarning
+from tdgeom.core.warnings import UndefinedMeasureWarning
 from tdgeom.stream.sketch import StreamingSketch
 
 

@@ -1,1 +1,5 @@
-"""The default analysis of a model: its pipeline, its pass over a model, its tables."""
+"""One model's whole analysis, comparisons and profiles: settings, pipeline, pass, tables.
+
+Comes in: models and loaders, or bundles. Goes out: results objects, which plot themselves.
+Uses: every room before it.
+"""

@@ -9,10 +9,11 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
-from tdgeom.ablation import NormalizationAblation
-from tdgeom.bundle import SCHEMA_VERSION
-from tdgeom.hooks import Capture, CaptureSpec
-from tdgeom.models import config_summary, model_identity, software_versions
+from tdgeom.files.bundle import SCHEMA_VERSION
+from tdgeom.measures.normalization import NormalizationAblation
+from tdgeom.model.capture import Capture
+from tdgeom.model.capture_spec import CaptureSpec
+from tdgeom.model.loading import config_summary, model_identity, software_versions
 
 __all__: list[str] = []
 

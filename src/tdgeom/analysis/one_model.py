@@ -12,9 +12,9 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
 from torch import nn
 
+from tdgeom.analysis.default_pipeline import HELD, analysis_pipeline
 from tdgeom.analysis.metadata import run_metadata as recorded
-from tdgeom.analysis.pipeline import HELD, analysis_pipeline
-from tdgeom.analysis.tables import (
+from tdgeom.analysis.result_tables import (
     Identity,
     diagnostics_table,
     eigenvalue_arrays,
@@ -22,14 +22,15 @@ from tdgeom.analysis.tables import (
     novelty_table,
     router_table,
 )
-from tdgeom.hooks import Capture, available_sites
-from tdgeom.keys import Key, key_tuple
-from tdgeom.models import model_identity
-from tdgeom.results import AnalysisResults
-from tdgeom.run import run
+from tdgeom.analysis.results import AnalysisResults
+from tdgeom.core.keys import Key, key_tuple
+from tdgeom.model.capture import Capture
+from tdgeom.model.loading import model_identity
+from tdgeom.model.structure.resolve import available_sites
 from tdgeom.run.plan import make_plan
+from tdgeom.run.run import run
 from tdgeom.stream.covariance import StreamingCovariance
-from tdgeom.stream.sample import RowSample
+from tdgeom.stream.row_sample import RowSample
 
 __all__ = ["measured"]
 

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from tdgeom.cli.analyze import analyze, demo
-from tdgeom.cli.compare import compare
-from tdgeom.cli.geometry import dimension, overlap
-from tdgeom.cli.look import show, sites
+from tdgeom.cli.analyze_command import analyze, demo
+from tdgeom.cli.compare_command import compare
+from tdgeom.cli.geometry_commands import dimension, overlap
+from tdgeom.cli.look_commands import show, sites
 from tdgeom.cli.options import STATE
-from tdgeom.cli.runs import app as runs
+from tdgeom.cli.runs_command import app as runs
 
 __all__ = ["app", "main"]
 

@@ -120,7 +120,7 @@ def load_tokenizer(name: str, trust_remote_code: bool) -> Any:
     """The tokenizer of that name, or an error that names --tokenizer."""
     from transformers import AutoTokenizer
 
-    from tdgeom.models import first_reason
+    from tdgeom.model.loading import first_reason
 
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -166,7 +166,7 @@ def documents(text: str | None, jsonl: str | None, dataset: str | None) -> tuple
         raise typer.BadParameter(
             "give the text by exactly one of --text FILE, --jsonl FILE:FIELD and --dataset NAME"
         )
-    from tdgeom.text import read_dataset, read_jsonl, read_text
+    from tdgeom.rows.text import read_dataset, read_jsonl, read_text
 
     if text is not None:
         return read_text(text), text
@@ -187,8 +187,8 @@ def loaded(
 ) -> tuple[Any, Any]:
     """The model with its weights, and its tokenizer's batches of the documents."""
     quiet_transformers()
-    from tdgeom.models import load_model
-    from tdgeom.text import TextBatches
+    from tdgeom.model.loading import load_model
+    from tdgeom.rows.text import TextBatches
 
     words = load_tokenizer(tokenizer or model, trust_remote_code)
     net = load_model(model, trust_remote_code=trust_remote_code)

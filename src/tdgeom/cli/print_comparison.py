@@ -8,8 +8,8 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from tdgeom.cli.tables import cells_of, plain_table, titled
-from tdgeom.plot.grids import pair_grid, short_names
+from tdgeom.cli.terminal_tables import cells_of, plain_table, titled
+from tdgeom.plot.pair_grids import pair_grid, short_names
 
 __all__: list[str] = []
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tdgeom.cli.print_results import headline
-from tdgeom.cli.tables import cells_of, plain_table, titled
+from tdgeom.cli.terminal_tables import cells_of, plain_table, titled
 
 __all__: list[str] = []
 

@@ -10,7 +10,7 @@ import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
-from tdgeom.cli.tables import bar_of, broken, cell, cells_of, decimals_of, plain_table, titled
+from tdgeom.cli.terminal_tables import bar_of, broken, cell, cells_of, decimals_of, plain_table, titled
 
 __all__ = ["headline", "print_results"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from tdgeom.cli.tables import plain_table
+from tdgeom.cli.terminal_tables import plain_table
 
 __all__ = ["print_sites"]
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdgeom.keys import Key
+from tdgeom.core.keys import Key
+from tdgeom.core.stage import Stage
+from tdgeom.measures.spectrum import eigen_spectrum
 from tdgeom.probing.closed_form import within_scatter
-from tdgeom.probing.moments import LEAVES, class_counts, pool_folds
-from tdgeom.spectrum import eigen_spectrum
-from tdgeom.stage import Stage
+from tdgeom.probing.label_moments import LEAVES, class_counts, pool_folds
 
 __all__ = ["CONCEPT_LEAVES", "ConceptBasis", "FisherBasis", "concept_basis", "fisher_basis"]
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tdgeom.keys import Key
-from tdgeom.stage import Stage
+from tdgeom.core.keys import Key
+from tdgeom.core.stage import Stage
 
 __all__ = ["Interpolate", "Project", "Reconstruct", "interpolate", "project", "reconstruct"]
 

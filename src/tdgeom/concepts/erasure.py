@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdgeom.keys import Key, resolve_keys
-from tdgeom.probing._labels import one_hot, row_labels
-from tdgeom.probing.moments import LEAVES, label_moments, pool_folds
+from tdgeom.core.keys import Key, resolve_keys
+from tdgeom.core.stage import Stage
+from tdgeom.probing.label_moments import LEAVES, label_moments, pool_folds
+from tdgeom.probing.labelled_rows import one_hot, row_labels
 from tdgeom.probing.rules import plain_rows
-from tdgeom.stage import Stage
 
 __all__ = ["LEACE", "Erase", "erase", "leace"]
 

@@ -1,9 +1,9 @@
 """Pictures of results: every function takes axes (or makes them) and returns them; nothing is shown or saved unasked."""
 
 from tdgeom.plot.depth import intrinsic_dimension, overlap
-from tdgeom.plot.files import write_plots
 from tdgeom.plot.lines import profile
 from tdgeom.plot.matrices import matrix
+from tdgeom.plot.picture_files import write_plots
 from tdgeom.plot.spectra import spectrum
 from tdgeom.plot.style import require_matplotlib
 

@@ -8,16 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tdgeom.frames import to_frame
-from tdgeom.plot.grids import pair_grid, short_names, side_name
-from tdgeom.plot.style import (
-    GRADIENT,
-    as_array,
-    axes_or_new,
-    axis_name,
-    require_matplotlib,
-    thinned,
-)
+from tdgeom.plot.pair_grids import pair_grid, short_names, side_name
+from tdgeom.plot.style import GRADIENT, as_array, axes_or_new, axis_name, require_matplotlib, thinned
+from tdgeom.run.to_frame import to_frame
 
 __all__ = ["matrix"]
 

@@ -7,14 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tdgeom.frames import to_frame
-from tdgeom.plot.style import (
-    COLOURS,
-    GRADIENT,
-    as_array,
-    axes_or_new,
-    tidy,
-)
+from tdgeom.plot.style import COLOURS, GRADIENT, as_array, axes_or_new, tidy
+from tdgeom.run.to_frame import to_frame
 
 __all__ = ["spectrum"]
 

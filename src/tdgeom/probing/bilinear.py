@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdgeom.keys import Key, as_key, key_tuple
-from tdgeom.probing._labels import loose_inputs, one_hot
-from tdgeom.probing.control import control_map, type_buckets
+from tdgeom.core.keys import Key, as_key, key_tuple
+from tdgeom.core.stage import PairStage
+from tdgeom.probing.control_task import control_map, type_buckets
+from tdgeom.probing.labelled_rows import loose_inputs, one_hot
 from tdgeom.probing.rules import Fitted, Metric, ProbeRules, Task, check_settings, plain_rows
 from tdgeom.probing.scores import SCORES, complete
 from tdgeom.probing.splits import holdout_mask, row_groups
-from tdgeom.stage import PairStage
 
 __all__ = ["BilinearProbe", "LowRankBilinearProbe", "bilinear_ridge"]
 

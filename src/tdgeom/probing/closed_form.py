@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tdgeom.probing.moments import class_counts, pool_folds
+from tdgeom.probing.label_moments import class_counts, pool_folds
 
 __all__ = [
     "class_means",

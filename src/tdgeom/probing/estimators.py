@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tdgeom.probing.base import Probe
+from tdgeom.probing.probe import Probe
 from tdgeom.probing.rules import Fitted, Task
 
 __all__ = ["SklearnProbe", "TorchProbe", "train_module"]

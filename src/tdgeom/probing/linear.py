@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdgeom.probing._labels import one_hot
-from tdgeom.probing.base import Probe
 from tdgeom.probing.closed_form import (
     default_alphas,
     fold_errors,
@@ -18,8 +16,8 @@ from tdgeom.probing.closed_form import (
     ridge_probe,
     signed_targets,
 )
-from tdgeom.probing.control import BUCKETS, control_map
-from tdgeom.probing.moments import (
+from tdgeom.probing.control_task import BUCKETS, control_map
+from tdgeom.probing.label_moments import (
     LEAVES,
     add_rows,
     class_counts,
@@ -29,6 +27,8 @@ from tdgeom.probing.moments import (
     widen,
     zero_moments,
 )
+from tdgeom.probing.labelled_rows import one_hot
+from tdgeom.probing.probe import Probe
 from tdgeom.probing.rules import Fitted, Task
 from tdgeom.probing.splits import fold_index, row_groups
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdgeom.keys import Key
-from tdgeom.probing._labels import LabelledStage, row_labels
+from tdgeom.core.keys import Key
+from tdgeom.core.stage import Stage
+from tdgeom.probing.labelled_rows import LabelledStage, row_labels
 from tdgeom.probing.scores import SCORES, probe_scores
 from tdgeom.probing.splits import row_groups
-from tdgeom.stage import Stage
 
 __all__ = ["ProbePredict", "ProbeScore", "linear_decision"]
 

@@ -14,19 +14,19 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 
-from tdgeom.compose import ForEach, ForEachPair, pair_list
-from tdgeom.frames import to_frame
-from tdgeom.hooks import Capture
-from tdgeom.keys import Key, as_key, key_tuple
-from tdgeom.probing.base import Probe
+from tdgeom.core.for_each import ForEach, ForEachPair, pair_list
+from tdgeom.core.keys import Key, as_key, key_tuple
+from tdgeom.core.stage import Stage
+from tdgeom.model.capture import Capture
 from tdgeom.probing.bilinear import BilinearProbe
-from tdgeom.probing.control import control_labels
+from tdgeom.probing.control_task import control_labels
 from tdgeom.probing.predict import ProbeScore
+from tdgeom.probing.probe import Probe
 from tdgeom.probing.scores import SCORES
-from tdgeom.run import run
-from tdgeom.stage import Stage
-from tdgeom.stream.sample import RowSample
-from tdgeom.tokens import SelectTokens
+from tdgeom.rows.select_tokens import SelectTokens
+from tdgeom.run.run import run
+from tdgeom.run.to_frame import to_frame
+from tdgeom.stream.row_sample import RowSample
 
 __all__ = ["Probing"]
 

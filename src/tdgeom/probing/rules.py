@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdgeom.keys import Key
-from tdgeom.probing._labels import row_labels
+from tdgeom.core.keys import Key
+from tdgeom.probing.labelled_rows import row_labels
 from tdgeom.probing.scores import SCORES, probe_scores
 from tdgeom.probing.splits import row_groups
 

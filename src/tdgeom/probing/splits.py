@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch  # noqa: F401 (for the examples)
 from torch import Tensor
 
-from tdgeom.stream.sample import hash_ids
-from tdgeom.tokens import POSITION_BITS
+from tdgeom.core.row_ids import POSITION_BITS
+from tdgeom.numerics.hashing import hash_ids
 
 __all__ = ["fold_index", "holdout_mask", "row_groups"]
 

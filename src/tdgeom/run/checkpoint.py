@@ -17,17 +17,17 @@ import torch
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from tdgeom.bundle import plain
-from tdgeom.compose import RenamedStream
-from tdgeom.keys import key_tuple
+from tdgeom.core.for_each import RenamedStream
+from tdgeom.core.keys import key_tuple
+from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.files.bundle import plain
+from tdgeom.files.errors import StoreError
+from tdgeom.files.json_text import canonical, read_json
+from tdgeom.files.shard_writing import write_shard
+from tdgeom.files.shards import Shard
+from tdgeom.rows.select_tokens import SelectTokens
 from tdgeom.run.plan import Plan
 from tdgeom.run.signature import bytes_of, differences, pipeline_signature
-from tdgeom.store.errors import StoreError
-from tdgeom.store.json_text import canonical, read_json
-from tdgeom.store.shard_writing import write_shard
-from tdgeom.store.shards import Shard
-from tdgeom.streaming import StreamingStage
-from tdgeom.tokens import SelectTokens
 
 __all__ = ["Checkpoint", "stage_of"]
 

@@ -11,10 +11,10 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from threadpoolctl import threadpool_limits
 
-from tdgeom.compose import Renamed
-from tdgeom.keys import as_key, key_tuple
+from tdgeom.core.for_each import Renamed
+from tdgeom.core.keys import as_key, key_tuple
+from tdgeom.core.stage import Stage
 from tdgeom.run.plan import describe, touches
-from tdgeom.stage import Stage
 
 __all__ = ["call", "run_end"]
 

@@ -12,16 +12,16 @@ from tensordict import TensorDict
 from torch import Tensor
 from tqdm import tqdm
 
-from tdgeom._ranks import Repeats, rank_and_world
-from tdgeom.keys import Key, key_tuple
-from tdgeom.run.batches import iterate
-from tdgeom.run.blocks import Buffer
+from tdgeom.core.keys import Key, key_tuple
+from tdgeom.core.process_groups import Repeats, rank_and_world
+from tdgeom.core.row_ids import POSITION_BITS
+from tdgeom.core.streaming_stage import rows_finite
+from tdgeom.rows.batches import iterate
+from tdgeom.run.batch_rows import BatchRows
 from tdgeom.run.checkpoint import Checkpoint
 from tdgeom.run.plan import Plan
-from tdgeom.run.rows import BatchRows
+from tdgeom.run.row_blocks import Buffer
 from tdgeom.run.signature import fingerprint
-from tdgeom.streaming import rows_finite
-from tdgeom.tokens import POSITION_BITS
 
 __all__ = ["OnePass"]
 

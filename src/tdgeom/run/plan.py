@@ -9,9 +9,9 @@ from difflib import get_close_matches
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import nn
 
-from tdgeom.compose import Renamed, RenamedStream
-from tdgeom.keys import Key, as_key, key_tuple
-from tdgeom.streaming import StreamingStage
+from tdgeom.core.for_each import Renamed, RenamedStream
+from tdgeom.core.keys import Key, as_key, key_tuple
+from tdgeom.core.streaming_stage import StreamingStage
 
 __all__ = ["Plan", "describe", "is_streaming", "make_plan", "stages", "touches"]
 

@@ -13,13 +13,13 @@ from tensordict import NonTensorData, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from tqdm import tqdm
 
-from tdgeom._ranks import sum_over_ranks
-from tdgeom.keys import Key, as_key, key_tuple
+from tdgeom.core.keys import Key, as_key, key_tuple
+from tdgeom.core.process_groups import sum_over_ranks
+from tdgeom.run.batch_rows import BatchRows
 from tdgeom.run.checkpoint import Checkpoint, stage_of
 from tdgeom.run.finish import run_end
 from tdgeom.run.one_pass import OnePass
 from tdgeom.run.plan import Plan, make_plan
-from tdgeom.run.rows import BatchRows
 from tdgeom.run.signature import fingerprint
 
 __all__ = ["run"]

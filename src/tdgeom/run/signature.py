@@ -12,13 +12,13 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from tdgeom.bundle import plain
-from tdgeom.compose import RenamedStream
-from tdgeom.keys import key_tuple
-from tdgeom.models import config_summary
+from tdgeom.core.for_each import RenamedStream
+from tdgeom.core.keys import key_tuple
+from tdgeom.files.bundle import plain
+from tdgeom.files.json_text import canonical
+from tdgeom.model.loading import config_summary
+from tdgeom.rows.select_tokens import SelectTokens
 from tdgeom.run.plan import Plan, describe
-from tdgeom.store.json_text import canonical
-from tdgeom.tokens import SelectTokens
 
 __all__ = ["bytes_of", "differences", "fingerprint", "pipeline_signature", "weights_signature"]
 

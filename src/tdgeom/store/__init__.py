@@ -1,8 +1,5 @@
-"""Keeping activations and runs: shards in a folder, a catalogue beside them."""
+"""Keeping activations and runs: shards in a folder, a catalogue beside them.
 
-from tdgeom.store.errors import StoreBusyError, StoreError, StoreLookupError
-from tdgeom.store.runs import Runs
-from tdgeom.store.stage import StoreActivations
-from tdgeom.store.store import ActivationStore
-
-__all__ = ["ActivationStore", "Runs", "StoreActivations", "StoreBusyError", "StoreError", "StoreLookupError"]
+Comes in: rows while a model runs, captures, bundles. Goes out: the same rows as a loader, and bundles.
+Uses: every room up to run; its files are those of ``files``.
+"""

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from tdgeom.bundle import plain
-from tdgeom.models import config_summary, model_identity
-from tdgeom.store.json_text import canonical, read_json
+from tdgeom.files.bundle import plain
+from tdgeom.files.json_text import canonical, read_json
+from tdgeom.model.loading import config_summary, model_identity
 
 __all__ = ["DETAILS", "About", "capture_of", "describe", "id_of", "new_id", "number_of", "valid_id"]
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tdgeom.files.errors import StoreError, StoreLookupError
+from tdgeom.files.json_text import canonical, read_json
 from tdgeom.store.about import DETAILS, About, valid_id
 from tdgeom.store.database import Database
-from tdgeom.store.errors import StoreError, StoreLookupError
-from tdgeom.store.json_text import canonical, read_json
-from tdgeom.store.layout import Layout
 from tdgeom.store.locks import is_locked
 from tdgeom.store.records import KINDS, STATES, Record, ShardRecord, first_gap, is_rounding
+from tdgeom.store.shard_layout import Layout
 
 __all__ = ["BUNDLE", "Catalogue"]
 

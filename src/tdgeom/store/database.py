@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from tdgeom.store.errors import StoreError
+from tdgeom.files.errors import StoreError
 
 __all__ = ["Database"]
 

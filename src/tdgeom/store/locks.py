@@ -11,9 +11,9 @@ import weakref
 from datetime import datetime, timezone
 from pathlib import Path
 
-from tdgeom.store.errors import StoreBusyError, StoreError
-from tdgeom.store.files import NO_LINK, explain
-from tdgeom.store.json_text import read_json
+from tdgeom.files.atomic import NO_LINK, explain
+from tdgeom.files.errors import StoreBusyError, StoreError
+from tdgeom.files.json_text import read_json
 
 try:
     import fcntl

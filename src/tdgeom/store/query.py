@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from tdgeom.bundle import plain
-from tdgeom.models import model_identity
+from tdgeom.files.bundle import plain
+from tdgeom.files.json_text import canonical
+from tdgeom.model.loading import model_identity
 from tdgeom.store.about import capture_of
-from tdgeom.store.json_text import canonical
 
 __all__ = ["condition", "names"]
 

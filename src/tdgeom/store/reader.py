@@ -11,15 +11,15 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from tdgeom.keys import as_key
+from tdgeom.core.keys import as_key
+from tdgeom.core.row_ids import POSITION_BITS
+from tdgeom.files.errors import StoreError
+from tdgeom.files.shard_writing import file_sha256
+from tdgeom.files.shards import Shard, bits_of, from_bits
 from tdgeom.store.catalogue import Catalogue
-from tdgeom.store.dtypes import decode
-from tdgeom.store.errors import StoreError
-from tdgeom.store.layout import Entry, Layout
 from tdgeom.store.records import ShardRecord
-from tdgeom.store.shard_writing import file_sha256
-from tdgeom.store.shards import Shard, bits_of, from_bits
-from tdgeom.tokens import POSITION_BITS
+from tdgeom.store.shard_layout import Entry, Layout
+from tdgeom.store.stored_dtypes import decode
 
 __all__ = ["RowSource", "open_shards", "read_tensors"]
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tdgeom.files.errors import StoreError
 from tdgeom.store.about import About
 from tdgeom.store.catalogue import Catalogue
-from tdgeom.store.errors import StoreError
-from tdgeom.store.layout import Entry, Layout
 from tdgeom.store.reader import RowSource
+from tdgeom.store.shard_layout import Entry, Layout
 from tdgeom.store.writer import RunLock, RunWriter
 
 __all__ = ["ResumedWriter", "open_writer", "refuse_other_rows"]

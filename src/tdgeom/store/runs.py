@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 import pandas as pd
 
+from tdgeom.files.errors import StoreBusyError, StoreLookupError
 from tdgeom.store.about import describe
-from tdgeom.store.errors import StoreBusyError, StoreLookupError
 from tdgeom.store.records import Record
 
 if TYPE_CHECKING:

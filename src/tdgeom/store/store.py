@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 
-from tdgeom.results import AnalysisResults
+from tdgeom.analysis.results import AnalysisResults
+from tdgeom.files.atomic import explain
+from tdgeom.files.errors import StoreBusyError, StoreError
+from tdgeom.files.shard_writing import write_shard
 from tdgeom.store.about import About, describe, new_id
+from tdgeom.store.capture_tree import Captured, pack, unpack
 from tdgeom.store.catalogue import BUNDLE, Catalogue
-from tdgeom.store.errors import StoreBusyError, StoreError
-from tdgeom.store.files import explain
-from tdgeom.store.layout import Layout
-from tdgeom.store.memory import Captured, pack, unpack
+from tdgeom.store.integrity import Damage, verify
 from tdgeom.store.query import condition, names
 from tdgeom.store.reader import RowSource, read_tensors
 from tdgeom.store.records import STATES, Record, ShardRecord, relative_errors
 from tdgeom.store.runs import Runs
-from tdgeom.store.shard_writing import write_shard
+from tdgeom.store.shard_layout import Layout
 from tdgeom.store.transfer import import_runs
-from tdgeom.store.verify import Damage, verify
 from tdgeom.store.writer import RunLock, reason_of
 
 __all__ = ["ActivationStore"]

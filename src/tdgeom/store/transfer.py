@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tdgeom.bundle import METADATA
-from tdgeom.bundle import read as read_bundle
+from tdgeom.files.atomic import explain, open_regular, sync_folder, write_whole
+from tdgeom.files.bundle import METADATA
+from tdgeom.files.bundle import read as read_bundle
+from tdgeom.files.errors import StoreError
+from tdgeom.files.json_text import canonical, read_json
+from tdgeom.files.shard_writing import file_sha256
 from tdgeom.store.about import About, describe, valid_id
 from tdgeom.store.catalogue import BUNDLE
-from tdgeom.store.errors import StoreError
-from tdgeom.store.files import explain, open_regular, sync_folder, write_whole
-from tdgeom.store.json_text import canonical, read_json
-from tdgeom.store.layout import Layout
 from tdgeom.store.reader import open_shards
 from tdgeom.store.records import KINDS, Record, ShardRecord, first_gap, is_rounding
-from tdgeom.store.shard_writing import file_sha256
+from tdgeom.store.shard_layout import Layout
 from tdgeom.store.writer import RunLock
 
 if TYPE_CHECKING:

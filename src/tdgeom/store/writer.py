@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tdgeom.files.atomic import explain, sync_folder
+from tdgeom.files.errors import StoreBusyError, StoreError
+from tdgeom.files.shard_writing import write_shard
 from tdgeom.store.catalogue import Catalogue
-from tdgeom.store.dtypes import encode, rounding_error
-from tdgeom.store.errors import StoreBusyError, StoreError
-from tdgeom.store.files import explain, sync_folder
-from tdgeom.store.layout import Layout
 from tdgeom.store.locks import Lock
 from tdgeom.store.records import ShardRecord
-from tdgeom.store.shard_writing import write_shard
+from tdgeom.store.shard_layout import Layout
+from tdgeom.store.stored_dtypes import encode, rounding_error
 
 __all__ = ["RunLock", "RunWriter", "reason_of"]
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tdgeom.keys import Key
-from tdgeom.stream.rows import RowsStage
+from tdgeom.core.keys import Key
+from tdgeom.stream.held_rows import RowsStage
 
 __all__ = ["Collect"]
 

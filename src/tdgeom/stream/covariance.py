@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tdgeom._moments import block_moments, merge_moments
-from tdgeom._warnings import UndefinedMeasureWarning
-from tdgeom.keys import Key
-from tdgeom.streaming import StreamingStage
+from tdgeom.core.keys import Key
+from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.core.warnings import UndefinedMeasureWarning
+from tdgeom.numerics.moments import block_moments, merge_moments
 
 __all__ = ["StreamingCovariance", "covariance"]
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tdgeom.keys import Key
-from tdgeom.streaming import StreamingStage
+from tdgeom.core.keys import Key
+from tdgeom.core.streaming_stage import StreamingStage
 
 __all__ = ["StreamingMean"]
 

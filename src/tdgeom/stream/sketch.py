@@ -9,9 +9,9 @@ import torch
 from scipy.special import gammaincinv
 from torch import Tensor
 
-from tdgeom._warnings import UndefinedMeasureWarning
-from tdgeom.keys import Key
-from tdgeom.streaming import StreamingStage
+from tdgeom.core.keys import Key
+from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.core.warnings import UndefinedMeasureWarning
 
 __all__ = ["StreamingSketch", "gaussian_columns", "nystrom"]
 

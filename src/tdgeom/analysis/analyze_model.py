@@ -1,0 +1,200 @@
+"""``analyze_model``: the default pipeline over a model, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict.nn import TensorDictModuleBase
+from torch import nn
+
+from tdgeom.analysis.baseline import with_baseline
+from tdgeom.analysis.default_pipeline import DIAGNOSTICS, FAMILIES, analysis_pipeline
+from tdgeom.analysis.one_model import measured
+from tdgeom.analysis.results import AnalysisResults, default_folder
+from tdgeom.core.keys import Key
+from tdgeom.files.bundle import check_target
+from tdgeom.model.loading import load_model
+from tdgeom.model.untrained import untrained_copy
+
+__all__ = ["FAMILIES", "analysis_pipeline", "analyze_model"]
+
+
+def analyze_model(
+    model_name: str | nn.Module | None = None,
+    dataloader: Iterable[Any] | None = None,
+    *,
+    model: nn.Module | None = None,
+    max_tokens: int | None = 100_000,
+    metrics: str | TensorDictModuleBase | Sequence[str | TensorDictModuleBase] | None = "default",
+    diagnostics: Sequence[str] | None = None,
+    layers: str | int | slice | Sequence[int] = "all",
+    hook_point: str = "residual_input",
+    sites: str | Sequence[str] | None = None,
+    save_mode: str | None = None,
+    save_dir: str | None = None,
+    sample_limit: int = 4096,
+    novelty_k: int = 32,
+    device: str | torch.device | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    output_router_logits: bool | str = "auto",
+    run_name: str | None = None,
+    tokenizer_name: str | None = None,
+    dataset_name: str | None = None,
+    run_metadata: Mapping[str, Any] | None = None,
+    progress: bool | None = True,
+    seed: int = 0,
+    select: Mapping[str, Any] | None = None,
+    neighbors: bool | int = False,
+    untrained: bool | nn.Module = False,
+    checkpoint: str | Path | None = None,
+    every: int = 100,
+    in_keys: Sequence[Key] | None = None,
+    overwrite: bool = False,
+) -> AnalysisResults | None:
+    """Measure the representation geometry of a model over a dataloader.
+
+    Builds ``analysis_pipeline``, runs it with ``run``, and returns tables.
+
+    Args:
+        model_name: a Hugging Face id, a local directory, or a module.
+        dataloader: an iterable of batches, see ``run``.
+        model: a loaded module; takes precedence, ``model_name`` then only labels it.
+        max_tokens: rows to measure; reaching it is recorded in the metadata.
+        metrics: "default" or None for all families ("spectrum", "sample", "novelty", "router"), or a list of families
+            and of stages of one's own: any TensorDict module whose inputs the pipeline has becomes columns.
+        diagnostics: ["normalization_ablation"] or None.
+        layers: "all", a list (negative counts from the end), a slice or "0,3,7".
+        hook_point: the kind of site, when ``sites`` is not given.
+        sites: kinds or concrete site names, see ``Capture``.
+        save_mode: "bundle" or "csv" (tables as CSV), or "json"; None: a bundle where ``save_dir`` is given, else nothing.
+        save_dir: the folder to make; default the run's name, or ``tdgeom_run``.
+        sample_limit: rows of the uniform sample.
+        novelty_k: leading eigenvectors compared between consecutive sites.
+        device: moves the model there first.
+        model_kwargs: passed to ``from_pretrained``.
+        trust_remote_code: run code that comes with a checkpoint; off unless asked.
+        output_router_logits: measure router load; "auto" where the model has routers.
+        run_name, tokenizer_name, dataset_name, run_metadata: recorded in the metadata.
+        progress: a progress bar on a terminal; False for none.
+        seed: seed of the row sample.
+        select: further settings of ``SelectTokens``, such as {"skip_first": 1}.
+        neighbors: keep a neighbour table of the sample at every site (100 neighbours, or this many), with what
+            ``select={"also": [...]}`` carries: in ``results.neighbors`` and in the bundle.
+        untrained: measure the same model with re-initialised weights too (or the module given here), in the same tables:
+            column ``weights`` says which. The loader must be one that can be read twice.
+        checkpoint, every: as for ``run``: a file that keeps the state, and batches between two writes. Further stacks and the
+            untrained model have files of their own beside it.
+        in_keys: names for the entries of tuple batches, such as ["x", "label"].
+        overwrite: replace an earlier bundle in ``save_dir``.
+
+    Returns:
+        AnalysisResults. Column ``layer_norm_depth`` = layer / last analysed layer; ``relative_depth`` = layer / last layer
+        of the model's stack. In a process group the results are on rank 0, None elsewhere.
+
+    Raises:
+        ValueError: an unknown family or diagnostic, no model or loader, an empty loader. FileExistsError: ``save_dir`` is
+            there already (said before the model runs).
+    """
+    if dataloader is None:
+        raise ValueError(
+            "analyze_model needs a dataloader: an iterable of tokenized batches, such as a list of dicts."
+        )
+    save_mode = "bundle" if save_mode is None and save_dir is not None else save_mode
+    target = None if save_mode is None else Path(save_dir or default_folder(run_name))
+    if target is not None:
+        check_target(target, save_mode, overwrite)
+    families, extra = _families(metrics)
+    wanted = [diagnostics] if isinstance(diagnostics, str) else list(diagnostics or [])
+    if unknown := sorted(set(wanted) - set(DIAGNOSTICS)):
+        raise ValueError(f"unknown diagnostics {unknown}; there is {list(DIAGNOSTICS)}.")
+    net, label = _model(model_name, model, trust_remote_code, model_kwargs)
+    if device is not None and not getattr(net, "hf_device_map", None):
+        net.to(device)
+    settings = {
+        "families": families,
+        "extra": extra,
+        "diagnostics": wanted,
+        "sample_limit": sample_limit,
+        "novelty_k": novelty_k,
+        "seed": seed,
+        "select": dict(select or {}),
+    }
+    settings["neighbors"] = 100 if neighbors is True else (neighbors or None)
+    place = {
+        "layers": layers,
+        "sites": hook_point if sites is None else sites,
+        "routers": output_router_logits,
+    }
+    options = {
+        "max_tokens": max_tokens,
+        "metrics": metrics,
+        "progress": progress,
+        "every": every,
+        "in_keys": in_keys,
+    }
+    if untrained is not False and isinstance(dataloader, Iterator):
+        raise ValueError(
+            "untrained= reads the data twice, but the dataloader is an iterator that can be read once. Give a list or a "
+            "DataLoader."
+        )
+    results = measured(net, label, dataloader, settings, place, checkpoint=checkpoint, **options)
+    if untrained is not False:
+        other = untrained if isinstance(untrained, nn.Module) else untrained_copy(net, seed=seed)
+        beside = None if checkpoint is None else f"{checkpoint}.untrained"
+        baseline = measured(other, label, dataloader, settings, place, checkpoint=beside, **options)
+        results = None if results is None or baseline is None else with_baseline(results, baseline)
+    if results is None:
+        return None  # the result is on rank 0
+    results.metadata |= {
+        "hook_point": hook_point if sites is None else None,
+        "output_router_logits": output_router_logits,
+        "run_name": run_name,
+        "tokenizer": tokenizer_name,
+        "dataset": dataset_name,
+        **({"run_metadata": dict(run_metadata)} if run_metadata else {}),
+    }
+    if target is not None:
+        results.save(target, save_mode, overwrite=overwrite)
+    return results
+
+
+def _families(metrics: Any) -> tuple[list[str], list[TensorDictModuleBase]]:
+    chosen = [metrics] if isinstance(metrics, str | nn.Module) else list(metrics or [])
+    names = [one for one in chosen if isinstance(one, str)]
+    extra = [one for one in chosen if not isinstance(one, str)]
+    if unknown := [name for name in names if name not in (*FAMILIES, "default")]:
+        raise ValueError(
+            f"unknown metric families {unknown}; there is 'default' or any of {list(FAMILIES)}, and any TensorDict module "
+            f"of your own (a tg.Stage reading 'sample', 'eigenvalues' or ('moments', ...))."
+        )
+    for stage in extra:
+        if not TensorDictModuleBase.is_tdmodule_compatible(stage):
+            raise TypeError(
+                f"metrics= takes family names and TensorDict modules, got {type(stage).__name__}. Wrap a function in "
+                f"TensorDictModule(function, in_keys=['sample'], out_keys=[('spectrum', 'name')])."
+            )
+    everything = not chosen or "default" in names
+    return [name for name in FAMILIES if everything or name in names], extra
+
+
+def _model(
+    model_name: str | nn.Module | None,
+    model: nn.Module | None,
+    trust_remote_code: bool,
+    model_kwargs: Mapping[str, Any] | None,
+) -> tuple[nn.Module, str | None]:
+    if model is not None:
+        return model, model_name if isinstance(model_name, str) else None
+    if isinstance(model_name, nn.Module):
+        return model_name, None
+    if isinstance(model_name, str):
+        return load_model(
+            model_name, trust_remote_code=trust_remote_code, model_kwargs=model_kwargs
+        ), model_name
+    raise ValueError(
+        "analyze_model needs a model: model_name= (an id, a directory or a module) or model= (a module)."
+    )

@@ -1,0 +1,191 @@
+"""Profiles: intrinsic dimension and neighbourhood overlap over the layers of a run, as tidy tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tensordict import TensorDictBase, is_tensor_collection
+
+from tdgeom.measures.dimension.estimate import DimensionEstimate
+from tdgeom.run.to_frame import cell, site_parts
+
+__all__ = ["intrinsic_dimension_profile", "overlap_profile", "relative_depths"]
+
+OVERLAPS = (
+    "neighborhood_overlap",
+    "jaccard_knn",
+    "information_imbalance_ab",
+    "information_imbalance_ba",
+)
+
+
+def intrinsic_dimension_profile(result: Any) -> pd.DataFrame:
+    """Every estimate of intrinsic dimension in a result, one row for each site, estimator and scale.
+
+    Columns: ``site``, ``kind``, ``layer``, ``stack``, ``relative_depth``, ``estimator`` (the key part under which the stage
+    wrote), ``step`` (0 for the finest scale; estimators that give one number have only that), ``estimate``,
+    ``standard_error``, ``scale`` (the distance the estimate looks at), ``rows`` used and ``duplicates`` dropped first (-1
+    where unknown). Gride has a row for every n, the decimation profile one for every subset size. Of an analysis with an
+    untrained baseline both, told apart by ``weights``.
+
+    Relative depth runs from 0 (the input of the first block, or the embedding) to 1 (the last site of the stack: the final
+    norm stands one layer after the last block's input).
+
+    Args:
+        result: what ``run`` returned, or ``AnalysisResults`` that still holds it.
+
+    Raises:
+        KeyError: no estimates in it. ValueError: results loaded from a bundle, which keeps tables only.
+
+        >>> import torch, tdgeom as tg
+        >>> from tensordict import TensorDict
+        >>> sites = ["attn_input.0", "attn_input.1"]
+        >>> rows = TensorDict({("sample", site): torch.rand(400, 2) @ torch.rand(2, 9) for site in sites})
+        >>> frame = intrinsic_dimension_profile(tg.ForEach(tg.TwoNN(), sites)(rows))
+        >>> frame[["layer", "relative_depth", "estimator"]].values.tolist()
+        [[0, 0.0, 'twonn'], [1, 1.0, 'twonn']]
+    """
+    return _of_each(result, _dimension_rows, "under 'dimension'", "ForEach", "TwoNN")
+
+
+def overlap_profile(result: Any) -> pd.DataFrame:
+    """Every neighbourhood measure in a result, one row for each site or pair of sites.
+
+    Columns: ``measure`` (``neighborhood_overlap``, ``jaccard_knn``, ``information_imbalance_ab``, ``..._ba`` of two sites;
+    ``label_overlap`` of one, or the name under which the stage wrote), ``site`` (the first of a pair), ``other`` (the
+    second, None for labels), ``kind``, ``layer``, ``stack`` and ``relative_depth`` of the first, ``other_layer`` and
+    ``other_relative_depth`` of the second, ``value``; with a baseline also ``weights``.
+
+    Args:
+        result: what ``run`` returned, or ``AnalysisResults`` that still holds it.
+
+    Raises:
+        KeyError: no overlaps in it. ValueError: results loaded from a bundle, which keeps tables only.
+
+        >>> import torch, tdgeom as tg
+        >>> from tensordict import TensorDict
+        >>> sites = ["attn_input.0", "attn_input.1"]
+        >>> rows = TensorDict({("sample", site): torch.rand(50, 4) for site in sites})
+        >>> frame = overlap_profile(tg.ForEachPair(tg.NeighborhoodOverlap(k=5), sites)(rows))
+        >>> frame[["measure", "site", "other"]].values.tolist()
+        [['neighborhood_overlap', 'attn_input.0', 'attn_input.1']]
+    """
+    what = f"of {', '.join(sorted(OVERLAPS))}"
+    return _of_each(result, _overlap_rows, what, "ForEachPair", "NeighborhoodOverlap")
+
+
+def relative_depths(sites: list[str]) -> dict[str, float]:
+    """Where each site stands in its stack, from 0 to 1; NaN for a site that has no place in one.
+
+    >>> relative_depths(["attn_input.0", "attn_input.1", "final_norm"])
+    {'attn_input.0': 0.0, 'attn_input.1': 0.5, 'final_norm': 1.0}
+    """
+    parts = {site: site_parts(site) for site in sites}
+    inputs = {part["stack"] for part in parts.values() if str(part["kind"]).endswith("_input")}
+    places = {site: _place(part, part["stack"] in inputs) for site, part in parts.items()}
+    last: dict[object, int] = {}
+    for site, place in places.items():
+        last[parts[site]["stack"]] = max(last.get(parts[site]["stack"], 0), place or 0)
+    for site, part in parts.items():
+        if part["kind"] == "final_norm":
+            places[site] = last[part["stack"]] = last[part["stack"]] + 1
+    return {
+        site: float("nan") if place is None else place / max(last[parts[site]["stack"]], 1)
+        for site, place in places.items()
+    }
+
+
+def _place(part: Mapping[str, Any], after_inputs: bool) -> int | None:
+    """A site's layer; beside the inputs of blocks a block's output stands where the next block's input does."""
+    if part["kind"] == "embed":
+        return 0
+    return (
+        part["layer"]
+        if part["layer"] is None or not after_inputs
+        else part["layer"] + (part["kind"] == "residual_output")
+    )
+
+
+def _of_each(result: Any, rows: Any, what: str, over: str, stage: str) -> pd.DataFrame:
+    """The rows of a result, and of its untrained baseline where it has one."""
+    found = []
+    for weights, one in _results(result):
+        for row in rows(one):
+            found.append(row if weights is None else {"weights": weights, **row})
+    if not found:
+        have = sorted(map(str, _results(result)[0][1].keys()))
+        raise KeyError(
+            f"the result has nothing {what}; there is {have}. Put tg.{over}(tg.{stage}(), sites) in the pipeline, or "
+            f"tg.{stage}() into the metrics= of analyze_model."
+        )
+    table = pd.DataFrame(found)
+    for column in ("layer", "other_layer", "rows", "duplicates"):
+        if column in table and table[column].notna().all():
+            table[column] = table[column].astype(int)
+    return table
+
+
+def _results(result: Any) -> list[tuple[str | None, TensorDictBase]]:
+    if is_tensor_collection(result):
+        return [(None, result)]
+    own, baseline = getattr(result, "result", None), getattr(result, "baseline", None)
+    if own is None:
+        raise ValueError(
+            f"a profile is made from what run() returned, or from AnalysisResults fresh from analyze_model; got "
+            f"{type(result).__name__} without a result. A loaded bundle has its tables in .metrics and, saved with "
+            f"neighbors=True, its neighbour tables in .neighbors: run the estimators on those with source='neighbors'."
+        )
+    return [(None, own)] if baseline is None else [("trained", own), ("untrained", baseline.result)]
+
+
+def _dimension_rows(result: TensorDictBase) -> Iterator[dict[str, Any]]:
+    branch = result.get("dimension", None)
+    if branch is None:
+        return
+    depths = relative_depths(list(branch.keys()))
+    for site in branch.keys():
+        for estimator in branch.get(site).keys():
+            leaves = branch.get((site, estimator))
+            if not is_tensor_collection(leaves) or "estimate" not in leaves.keys():
+                continue
+            place = {"site": site, **site_parts(site), "relative_depth": depths[site], "estimator": estimator}
+            yield from ({**place, **scale} for scale in _scales(leaves))
+
+
+def _scales(leaves: TensorDictBase) -> Iterator[dict[str, Any]]:
+    named = {name: cell(leaves.get(name)) for name in DimensionEstimate._fields if name in leaves.keys()}
+    steps = np.size(named["estimate"])
+    columns = {name: np.broadcast_to(np.atleast_1d(value), (steps,)) for name, value in named.items()}
+    for step in range(steps):
+        yield {"step": step, **{name: column[step].item() for name, column in columns.items()}}
+
+
+def _overlap_rows(result: TensorDictBase) -> Iterator[dict[str, Any]]:
+    labels = _branch(result, "neighborhood")
+    pairs = {pair: leaves for pair, leaves in _branch(result, "between").items() if "->" in pair}
+    ends = {pair: tuple(pair.split("->", 1)) for pair in pairs}
+    depths = relative_depths(list(dict.fromkeys([*labels, *(site for two in ends.values() for site in two)])))
+
+    def place(site: str) -> dict[str, Any]:
+        return {"site": site, **site_parts(site), "relative_depth": depths[site]}
+
+    for pair, leaves in pairs.items():
+        a, b = ends[pair]
+        other = {"other": b, "other_layer": site_parts(b)["layer"], "other_relative_depth": depths[b]}
+        for measure in leaves.keys():
+            if measure in OVERLAPS:
+                yield {"measure": measure, **place(a), **other, "value": cell(leaves.get(measure))}
+    for site, leaves in labels.items():
+        for measure in leaves.keys():
+            other = {"other": None, "other_layer": None, "other_relative_depth": float("nan")}
+            yield {"measure": measure, **place(site), **other, "value": cell(leaves.get(measure))}
+
+
+def _branch(result: TensorDictBase, root: str) -> Mapping[str, TensorDictBase]:
+    branch = result.get(root, None)
+    if branch is None or not is_tensor_collection(branch):
+        return {}
+    return {name: branch.get(name) for name in branch.keys() if is_tensor_collection(branch.get(name))}

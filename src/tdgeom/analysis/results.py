@@ -1,0 +1,152 @@
+"""``AnalysisResults``: the tables of one analysis, and its bundle on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tensordict import TensorDict, TensorDictBase
+
+from tdgeom.files import bundle
+
+__all__ = ["AnalysisResults"]
+
+
+@dataclass
+class AnalysisResults:
+    """What ``analyze_model`` measured.
+
+    Attributes:
+        metrics: one row a site: identity columns, then every metric.
+        novelty: one row a pair of consecutive sites.
+        router: one row a router; empty without a mixture of experts.
+        diagnostics: tables by name, such as "normalization_ablation".
+        eigenvalues: covariance eigenvalues, descending, by ``layer_00`` (or by site where kinds or stacks are several).
+        metadata: model, data, settings, versions, counts, times; in a loaded bundle also file hashes.
+        artifact_dir: where the bundle is, once saved or loaded.
+        neighbors: neighbour tables of the sample's rows (with ``neighbors=True``): a TensorDict with ``("neighbors", site,
+            leaf)``, ``"sample_row_id"`` and the labels that the sample carried, for stages with ``source="neighbors"``.
+        result: the TensorDict that the tables were made from (None after ``load``).
+        baseline: the analysis of the untrained model (with ``untrained=True``; None after ``load``, its rows are in the
+            tables).
+    """
+
+    metrics: pd.DataFrame
+    novelty: pd.DataFrame
+    router: pd.DataFrame = field(default_factory=pd.DataFrame)
+    diagnostics: dict[str, pd.DataFrame] = field(default_factory=dict)
+    eigenvalues: dict[str, np.ndarray] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    artifact_dir: Path | None = None
+    neighbors: TensorDictBase | None = field(default=None, repr=False)
+    result: TensorDictBase | None = field(default=None, repr=False)
+    baseline: AnalysisResults | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        label = self.metadata.get("model_id") or self.metadata.get("model_class") or "no model"
+        held = {"metrics": self.metrics, "novelty": self.novelty, "router": self.router, **self.diagnostics}
+        tables = [f"{name} {len(table)} x {len(table.columns)}" for name, table in held.items() if len(table)]
+        return f"{type(self).__name__}({label}: {', '.join(tables) or 'no tables'})"
+
+    def _repr_html_(self) -> str:
+        return self.metrics.to_html(max_rows=60, index=False)
+
+    def save(
+        self, save_dir: str | Path | None = None, save_mode: str = "bundle", *, overwrite: bool = False
+    ) -> Path:
+        """Write the bundle, whole or not at all, and return its folder.
+
+        Args:
+            save_dir: the folder to make; default the run's name, or ``tdgeom_run``.
+            save_mode: "bundle" or "csv" (tables as CSV), or "json" (tables as JSON records).
+            overwrite: replace an earlier bundle there; any other existing folder is always refused.
+
+        Raises:
+            FileExistsError: the folder exists. ValueError: an unknown mode.
+        """
+        save_dir = default_folder(self.metadata.get("run_name")) if save_dir is None else save_dir
+        tables = {"metrics": self.metrics, "novelty": self.novelty}
+        if not self.router.empty:
+            tables["router"] = self.router
+        tables |= {f"diagnostics/{bundle.safe_name(name)}": table for name, table in self.diagnostics.items()}
+        metadata = {**self.metadata, "save_mode": save_mode}
+        arrays = {"eigenvalues": self.eigenvalues, "neighbors": _packed(self.neighbors)}
+        self.artifact_dir = bundle.write(Path(save_dir), tables, arrays, metadata, save_mode, overwrite)
+        self.metadata = metadata
+        return self.artifact_dir
+
+    @classmethod
+    def load(cls, path: str | Path) -> AnalysisResults:
+        """Read a bundle back, after checking the hash of every file.
+
+        Raises:
+            FileNotFoundError: no bundle there. ValueError: a file is missing, added to or changed, or the schema is newer.
+        """
+        tables, arrays, metadata = bundle.read(Path(path))
+        diagnostics = {
+            name.split("/", 1)[1]: table for name, table in tables.items() if name.startswith("diagnostics/")
+        }
+        return cls(
+            metrics=tables["metrics"],
+            novelty=tables["novelty"],
+            router=tables.get("router", pd.DataFrame()),
+            diagnostics=diagnostics,
+            eigenvalues=arrays["eigenvalues"],
+            neighbors=_unpacked(arrays["neighbors"]),
+            metadata=metadata,
+            artifact_dir=Path(path).resolve(),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain Python values, ready for ``json.dumps`` (NaN becomes None)."""
+        return bundle.plain(
+            {
+                "metrics": self.metrics.to_dict(orient="records"),
+                "novelty": self.novelty.to_dict(orient="records"),
+                "router": self.router.to_dict(orient="records"),
+                "diagnostics": {
+                    name: table.to_dict(orient="records") for name, table in self.diagnostics.items()
+                },
+                "eigenvalues": self.eigenvalues,
+                "metadata": self.metadata,
+            }
+        )
+
+
+def default_folder(run_name: str | None) -> Path:
+    """Where a bundle goes that was given no folder."""
+    return Path(bundle.safe_name(run_name or "tdgeom_run"))
+
+
+def _packed(tables: TensorDictBase | None) -> dict[str, np.ndarray]:
+    """A TensorDict as arrays by key; a key is a JSON list, for site names may hold any character."""
+    if tables is None:
+        return {}
+    packed = {}
+    for key in tables.keys(True, True):
+        value = tables.get(key).detach().cpu()
+        # row numbers of a sample fit 32 bits, half the room
+        packed[json.dumps(key)] = (value.int() if key[-1] == "index" else value).numpy()
+    return packed
+
+
+def _unpacked(arrays: dict[str, np.ndarray]) -> TensorDictBase | None:
+    if not arrays:
+        return None
+    tables = TensorDict({}, batch_size=[])
+    for name, values in arrays.items():
+        try:
+            key = json.loads(name)
+            tables.set(tuple(key) if isinstance(key, list) else key, torch.from_numpy(values))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(
+                f"the neighbour tables hold an entry {name[:80]!r} that is no key: {error}"
+            ) from error
+        if key[-1] == "index":
+            tables.set(tuple(key), tables.get(tuple(key)).long())
+    return tables

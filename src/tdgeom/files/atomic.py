@@ -1,0 +1,94 @@
+"""Files of a store: opened without following links, written whole or not at all, failures explained."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from tdgeom.files.errors import StoreError
+
+__all__ = ["NO_LINK", "explain", "open_regular", "sync_folder", "write_whole"]
+
+# Windows lacks these; O_NONBLOCK keeps a pipe that took a file's place from blocking open() for ever.
+NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+
+_FULL = (
+    "no space is left (or a quota or the file size limit is reached). Every shard written before is safe and the run is "
+    "not complete: free space, then continue it with StoreActivations(..., resume=run_id) or remove it."
+)
+_REFUSED = "the folder cannot be written. Give a folder of your own, or mount it writable."
+_GONE = "the folder is gone (removed, moved, or its disk unmounted). Bring it back, then resume the run."
+_LINK = "it is a symbolic link, which a store never holds: the folder was tampered with."
+_REMEDIES = {
+    errno.ENOSPC: _FULL,
+    errno.EFBIG: _FULL,
+    getattr(errno, "EDQUOT", errno.ENOSPC): _FULL,
+    errno.EROFS: _REFUSED,
+    errno.EACCES: _REFUSED,
+    errno.EPERM: _REFUSED,
+    errno.ENOENT: _GONE,
+    errno.ENOTDIR: _GONE,
+    getattr(errno, "ESTALE", errno.ENOENT): _GONE,
+    errno.ELOOP: _LINK,
+    errno.EMFILE: "this process has too many files open. Close some, or raise the limit (ulimit -n).",
+}
+
+
+def explain(error: OSError, doing: str) -> StoreError:
+    """An operating system error as the store's: what was being done, what came, what helps."""
+    remedy = _REMEDIES.get(error.errno or 0, "the disk refused.")
+    return StoreError(f"{doing}: {error.strerror or error}; {remedy}")
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file of a store for reading: a regular file, not a link, a pipe or a device.
+
+    Raises:
+        StoreError: it is missing, unreadable or no regular file.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | NO_LINK | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        raise explain(error, f"opening {path}") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise StoreError(f"{path} is no regular file: the folder was tampered with, or is no store.")
+    return os.fdopen(handle, "rb", buffering=0)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside ``folder`` survive a power cut."""
+    if os.name == "nt":  # folders cannot be opened there; NTFS journals renames
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write beside ``path``, bring the bytes to the disk, then rename: ``path`` is whole or absent, at any moment.
+
+    Raises:
+        StoreError: the disk refused; nothing is left behind.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    try:
+        draft.unlink(missing_ok=True)  # of a killed process that had the same id
+        with open(draft, "xb", buffering=0) as handle:  # never through a link that somebody put there
+            write(handle)
+            os.fsync(handle.fileno())
+        os.replace(draft, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise explain(error, f"writing {path}") from error
+        raise

@@ -1,0 +1,223 @@
+"""Shards: rows of all sites in one safetensors file, whose header is checked in full before a byte of it is believed.
+
+Why safetensors and not memory-mapped TensorDicts: written and brought to the disk twice as fast, random batches read at least
+as fast (``tests/benchmarks/store.py`` measures both); and one file a shard makes the rename, the hash and the
+flipped bit one thing each. Any safetensors reader opens it.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdgeom.files.atomic import explain, open_regular
+from tdgeom.files.errors import StoreError
+from tdgeom.files.json_text import read_json
+
+__all__ = ["CODES", "LARGEST_HEADER", "MOST_DIMENSIONS", "MOST_VALUES", "Shard", "bits_of", "from_bits"]
+
+CODES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+LARGEST_HEADER = 16 * 2**20
+MOST_DIMENSIONS = 16
+MOST_VALUES = 1 << 48  # of one tensor, its empty dimensions counted as 1
+_DTYPES = {code: dtype for dtype, code in CODES.items()}
+_BITS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
+_LARGEST_STEP = 1 << 30  # one read() moves 2 GiB at most
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a tensor lies in a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def end(self) -> int:
+        """The byte behind it."""
+        return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
+
+class Shard:
+    """A safetensors file, open for reading.
+
+    Raises:
+        StoreError: the file is not what its header says (or the catalogue, by ``size``).
+    """
+
+    def __init__(self, path: Path, size: int | None = None) -> None:
+        self.path = path
+        self._map: mmap.mmap | None = None
+        try:
+            with open_regular(path) as handle:
+                self.size = os.fstat(handle.fileno()).st_size
+                if size is not None and self.size != size:
+                    raise StoreError(
+                        f"{path} has {self.size:,} bytes where the catalogue says {size:,}: it was cut short or changed."
+                    )
+                self.tensors = self._read_header(handle)
+        except OSError as error:
+            raise explain(error, f"reading {path}") from error
+
+    def place(self, name: str) -> Placed:
+        """Where a tensor lies."""
+        if name not in self.tensors:
+            raise StoreError(f"{self.path} holds no tensor {name!r}; it holds {sorted(self.tensors)[:12]}.")
+        return self.tensors[name]
+
+    def whole(self, name: str) -> Tensor:
+        """One tensor, as a copy in memory."""
+        one = self.place(name)
+        return self._copy(one, one.offset, one.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of a tensor, as a copy; nothing stays mapped, so memory holds only what is asked for."""
+        one = self.place(name)
+        return self._copy(one, one.offset + start * one.row_bytes, (stop - start, *one.shape[1:]))
+
+    def bits(self, name: str) -> np.ndarray:
+        """A tensor's raw bits, as integers of its item size and of its shape, in the mapped file: read-only."""
+        one = self.place(name)
+        return self._mapped()[one.offset : one.end].view(bits_of(one.dtype)).reshape(one.shape)
+
+    def _copy(self, one: Placed, offset: int, shape: tuple[int, ...]) -> Tensor:
+        data = np.empty(math.prod(shape) * one.dtype.itemsize, dtype=np.int8)
+        rest = memoryview(data)
+        try:
+            with open_regular(self.path) as handle:
+                handle.seek(offset)
+                while rest.nbytes:
+                    step = handle.readinto(rest[:_LARGEST_STEP])  # type: ignore[attr-defined]
+                    if not step:
+                        raise StoreError(f"{self.path} ends early: it was cut short while open.")
+                    rest = rest[step:]
+        except OSError as error:
+            raise explain(error, f"reading {self.path}") from error
+        return from_bits(data.view(bits_of(one.dtype)).reshape(shape), one.dtype)
+
+    def unmap(self) -> None:
+        """Let go of the mapped file, which holds a file handle."""
+        self._map = None
+
+    def _mapped(self) -> np.ndarray:
+        try:
+            if self._map is None:
+                with open_regular(self.path) as handle:
+                    self._refuse_size(os.fstat(handle.fileno()).st_size)
+                    self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+                with suppress(AttributeError, OSError):  # only advice, and not everywhere to be had
+                    self._map.madvise(mmap.MADV_RANDOM)
+            self._refuse_size(
+                self._map.size()
+            )  # to read behind the end of a file that was cut kills a process
+        except OSError as error:
+            raise explain(error, f"reading {self.path}") from error
+        return np.frombuffer(self._map, dtype=np.int8)
+
+    def _refuse_size(self, size: int) -> None:
+        if size != self.size:
+            raise StoreError(f"{self.path} changed its size: shards never change, so it is damaged.")
+
+    def _read_header(self, handle: BinaryIO) -> dict[str, Placed]:
+        length = int.from_bytes(handle.read(8), "little")
+        if self.size < 8 or length > min(LARGEST_HEADER, self.size - 8):
+            raise StoreError(
+                f"{self.path}: its header claims {length:,} bytes in a file of {self.size:,}: no shard, or a damaged one."
+            )
+        header = read_json(handle.read(length), f"the header of {self.path}", LARGEST_HEADER)
+        if not isinstance(header, dict):
+            raise StoreError(f"{self.path}: its header is no JSON object.")
+        header.pop("__metadata__", None)
+        placed = {name: self._placed(name, entry, 8 + length) for name, entry in header.items()}
+        self._refuse_gaps(placed, 8 + length)
+        return placed
+
+    def _placed(self, name: str, entry: Any, base: int) -> Placed:
+        dtype, shape, offsets = _parsed(entry)
+        if dtype is None:
+            raise StoreError(
+                f"{self.path}: the entry of tensor {name[:80]!r} is not one: {str(entry)[:120]}."
+            )
+        placed = Placed(dtype, shape, base + offsets[0])
+        # an empty tensor may not claim a huge other dimension either: it would be allocated by whoever fills it
+        if (
+            placed.end != base + offsets[1]
+            or placed.end > self.size
+            or math.prod(size or 1 for size in shape) >= MOST_VALUES
+        ):
+            raise StoreError(
+                f"{self.path}: tensor {name[:80]!r} of shape {shape} and {dtype} does not fit bytes {offsets}."
+            )
+        return placed
+
+    def _refuse_gaps(self, placed: Mapping[str, Placed], end: int) -> None:
+        for name, one in sorted(placed.items(), key=lambda item: (item[1].offset, item[1].end)):
+            if one.offset != end:
+                raise StoreError(f"{self.path}: tensor {name[:80]!r} overlaps another or leaves a gap.")
+            end = one.end
+        if end != self.size:
+            raise StoreError(f"{self.path}: its tensors end at byte {end:,}, the file at {self.size:,}.")
+
+
+def _parsed(entry: Any) -> tuple[torch.dtype | None, tuple[int, ...], list[int]]:
+    """(dtype, shape, offsets) of a header's entry; no dtype where it is not one."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return None, (), []
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    sizes_fit = (
+        _naturals(shape) and _naturals(offsets) and len(shape) <= MOST_DIMENSIONS and len(offsets) == 2
+    )
+    if not sizes_fit or not isinstance(code, str) or code not in _DTYPES:
+        return None, (), []
+    return _DTYPES[code], tuple(shape), offsets
+
+
+def _naturals(values: Any) -> bool:
+    return isinstance(values, list) and all(type(one) is int and 0 <= one < MOST_VALUES for one in values)
+
+
+def bits_of(dtype: torch.dtype) -> type[np.generic]:
+    """NumPy's integers of the same item size: it has no bfloat16 and no float8."""
+    return _BITS[dtype.itemsize]
+
+
+def from_bits(bits: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """The tensor that shares memory with these bits."""
+    raw = torch.from_numpy(bits)
+    # a hostile file may hold bytes other than 0 and 1 as booleans, which torch does not expect
+    return raw.ne(0) if dtype == torch.bool else raw.view(dtype)

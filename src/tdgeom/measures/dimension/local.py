@@ -1,0 +1,230 @@
+"""Local estimators: the growth of a neighbourhood, and the spectrum of a neighbourhood's covariance."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tdgeom.core.keys import Key
+from tdgeom.measures.dimension.estimate import (
+    DimensionEstimate,
+    LocalStage,
+    NeighborhoodStage,
+    auto_k,
+    mean_estimate,
+    need_columns,
+)
+from tdgeom.measures.dimension.neighbourhoods import over_neighbourhoods
+from tdgeom.measures.dimension.pca import pca_dimension, spectrum_of
+from tdgeom.measures.neighbors.nearest_neighbors import distinct_neighbors
+
+__all__ = ["LocalKNN", "LocalPCA", "local_knn", "local_knn_from_distances", "local_pca"]
+
+
+def local_knn(
+    x: Tensor, *, k: int | Literal["auto"] = "auto", memory: int | None = None
+) -> DimensionEstimate:
+    r"""Dimension of rows (\*B, N, D) from the growth of neighbourhoods: see ``local_knn_from_distances``.
+
+    ``k="auto"``: max(2, min(int(√N), (N-1)//2)). Exact copies are dropped first and counted.
+
+    >>> import torch
+    >>> sheet = torch.rand(2000, 2, generator=torch.Generator().manual_seed(0))
+    >>> print(f"{local_knn(sheet, k=30).estimate:.1f}")
+    2.0
+    """
+    k = auto_k(k, x.shape[-2:][0])  # a single dimension is refused by the search, in words
+    table = distinct_neighbors(x, 2 * k, memory=memory)
+    return local_knn_from_distances(table.distance, table.duplicates, k=k)[0]
+
+
+def local_knn_from_distances(
+    distances: Tensor, duplicates: Tensor | None = None, *, k: int
+) -> tuple[DimensionEstimate, Tensor]:
+    r"""Local k-NN dimension: per row ln 2/ln(r_2k/r_k), averaged over rows.
+
+    Args:
+        distances: (\*B, N, >=2k) ascending; a row of NaN (a later copy) is left out. k >= 1.
+        duplicates: (\*B,) number of copies, passed on; None: the number of NaN rows.
+
+    Returns:
+        The ``DimensionEstimate`` ((\*B,) leaves; ``scale`` = (mean r_k + mean r_2k)/2) and the rows' own
+        estimates (\*B, N). ``standard_error`` is sd/√n over rows, which share neighbours (the actual spread
+        on spheres is up to a third larger). A row with r_2k = r_k has no estimate and is left out; NaN with a
+        warning where no row is left.
+
+    Farahmand, Szepesvári, Audibert: "Manifold-adaptive dimension estimation", ICML 2007. tdhook's
+    ``LocalKnnDimensionEstimator`` gives the rows' own estimates.
+
+    >>> import torch
+    >>> local_knn_from_distances(torch.tensor([[1.0, 2.0], [1.0, 4.0]]), k=1)[1].tolist()
+    [1.0, 0.5]
+    """
+    near = need_columns(distances, 2 * k, "LocalKNN")
+    inner, outer = near[..., k - 1], near[..., 2 * k - 1]
+    apart = (outer > inner) & (inner > 0)
+    ratio = torch.where(apart, outer, 2.0) / torch.where(apart, inner, 1.0)
+    local = torch.where(apart, math.log(2) / ratio.log(), torch.nan)
+    if duplicates is None:
+        duplicates = near.shape[-2] - torch.isfinite(near[..., 0]).sum(-1)
+    reason = f"no row has {2 * k} distinct neighbours, the last farther than number {k}"
+    return mean_estimate(local, (inner + outer) / 2, duplicates, "LocalKNN", reason)
+
+
+def local_pca(
+    x: Tensor,
+    *,
+    k: int = 100,
+    rule: str = "fukunaga_olsen",
+    alpha: float = 0.05,
+    share: float = 0.95,
+    memory: int | None = None,
+) -> DimensionEstimate:
+    r"""Linear dimension of every row's k nearest neighbours (\*B, N, D), averaged: rules as in ``pca_dimension``.
+
+    A neighbourhood is the k neighbours without the row itself, about their own mean (scikit-dimension's
+    ``lPCA().fit_pw``; tdhook adds the row). Exact copies are dropped first and counted. ``scale`` is mean
+    r_k; ``standard_error`` sd/√n over rows, which share neighbours (the actual spread on spheres is up to a
+    third larger).
+
+    >>> import torch
+    >>> angle = 6.28 * torch.rand(500, 1, generator=torch.Generator().manual_seed(0))
+    >>> circle = torch.cat((angle.cos(), angle.sin()), -1)
+    >>> print(f"{local_pca(circle, k=20).estimate:.1f}")
+    1.0
+    """
+    table = distinct_neighbors(x, k, memory=memory)
+    args = (x, table.distance, table.index, table.duplicates)
+    return _local_pca(*args, k=k, rule=rule, alpha=alpha, share=share, memory=memory)[0]
+
+
+def _local_pca(
+    x: Tensor,
+    distances: Tensor,
+    index: Tensor,
+    duplicates: Tensor,
+    *,
+    k: int,
+    memory: int | None,
+    **settings: object,
+) -> tuple[DimensionEstimate, Tensor]:
+    near = need_columns(distances, k, "LocalPCA")
+    local = over_neighbourhoods(
+        x,
+        near,
+        index,
+        k,
+        memory,
+        lambda rows, _: pca_dimension(spectrum_of(rows), **settings),  # type: ignore[arg-type]
+    )
+    return mean_estimate(local, near[..., -1], duplicates, "LocalPCA", f"no row has {k} distinct neighbours")
+
+
+class LocalKNN(LocalStage):
+    r"""Local k-NN dimension ln 2/ln(r_2k/r_k), averaged over rows: see ``local_knn_from_distances``.
+
+    Args:
+        k: neighbours; 2k of them are looked at. ``"auto"``: max(2, min(int(√N), (N-1)//2)).
+        pointwise: also write the rows' own estimates, (N,), as ``pointwise`` (NaN on later copies).
+        source: ``"sample"`` (searches itself, in ``memory`` bytes) or ``"neighbors"`` (reads
+            ``NearestNeighbors``'s ``distinct_distance`` and ``duplicates``).
+        in_keys, out_keys: default roots ``"sample"`` or ``"neighbors"``, and ``("dimension", "local_knn")``.
+
+    Writes ``estimate``, ``standard_error``, ``scale``, ``rows``, ``duplicates``, each ().
+
+    >>> import torch, tdgeom as tg
+    >>> sheet = torch.rand(500, 2, generator=torch.Generator().manual_seed(0))
+    >>> estimate, *_, local = tg.LocalKNN(k=20, pointwise=True)(sample=sheet)
+    >>> print(f"{estimate:.1f}", local.shape)
+    1.9 torch.Size([500])
+    """
+
+    name = "local_knn"
+
+    def __init__(
+        self,
+        *,
+        k: int | Literal["auto"] = "auto",
+        pointwise: bool = False,
+        source: Literal["sample", "neighbors"] = "sample",
+        memory: int | None = None,
+        in_keys: Key | list[Key] | None = None,
+        out_keys: Key | list[Key] | None = None,
+    ) -> None:
+        super().__init__(
+            k=k,
+            least=1,
+            auto=True,
+            pointwise=pointwise,
+            source=source,
+            memory=memory,
+            in_keys=in_keys,
+            out_keys=out_keys,
+        )
+
+    def neighbors_needed(self, n: int) -> int:
+        """2k."""
+        return 2 * auto_k(self.k, n)
+
+    def local(self, distances: Tensor, duplicates: Tensor) -> tuple[DimensionEstimate, Tensor]:
+        """The estimate and the rows' own."""
+        return local_knn_from_distances(distances, duplicates, k=auto_k(self.k, distances.shape[-2]))
+
+
+class LocalPCA(NeighborhoodStage):
+    r"""Linear dimension of the k neighbours of every row, averaged: see ``local_pca``, rules in ``pca_dimension``.
+
+    Args:
+        k: neighbours a row, at least 2.
+        rule, alpha, share: as in ``pca_dimension``.
+        pointwise: also write the rows' own estimates, (N,), as ``pointwise`` (NaN on later copies).
+        source: ``"sample"`` (searches itself, in ``memory`` bytes) or ``"neighbors"`` (reads the sample and
+            ``NearestNeighbors``'s ``index``, ``distinct_distance``, ``duplicates``; with copies in the sample
+            it searches again, for their table cannot serve distinct rows).
+        in_keys, out_keys: default roots ``"sample"`` (and ``"neighbors"``), and ``("dimension",
+            "local_pca")``.
+
+    Writes ``estimate``, ``standard_error``, ``scale``, ``rows``, ``duplicates``, each ().
+
+    >>> import torch, tdgeom as tg
+    >>> sheet = torch.rand(500, 2, generator=torch.Generator().manual_seed(0)) @ torch.eye(2, 5)
+    >>> float(tg.LocalPCA(k=20)(sample=sheet)[0])
+    2.0
+    """
+
+    name = "local_pca"
+
+    def __init__(
+        self,
+        *,
+        k: int = 100,
+        rule: str = "fukunaga_olsen",
+        alpha: float = 0.05,
+        share: float = 0.95,
+        pointwise: bool = False,
+        source: Literal["sample", "neighbors"] = "sample",
+        memory: int | None = None,
+        in_keys: Key | list[Key] | None = None,
+        out_keys: Key | list[Key] | None = None,
+    ) -> None:
+        super().__init__(
+            k=k,
+            least=2,
+            pointwise=pointwise,
+            source=source,
+            memory=memory,
+            in_keys=in_keys,
+            out_keys=out_keys,
+        )
+        self.rule, self.alpha, self.share = rule, alpha, share
+        pca_dimension(torch.ones(1), rule=rule, alpha=alpha, share=share)  # refuses wrong settings now
+
+    def local(
+        self, x: Tensor, distances: Tensor, index: Tensor, duplicates: Tensor
+    ) -> tuple[DimensionEstimate, Tensor]:
+        """The estimate and the rows' own."""
+        settings = {"rule": self.rule, "alpha": self.alpha, "share": self.share}
+        return _local_pca(x, distances, index, duplicates, k=self.k, memory=self.memory, **settings)

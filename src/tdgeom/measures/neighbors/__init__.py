@@ -1,0 +1,4 @@
+"""Neighbourhoods: who is near whom, and whether two sets of rows agree on it.
+
+Comes in: a sample of rows. Goes out: ``("neighbors", site, ...)`` and the measures that read such tables.
+"""

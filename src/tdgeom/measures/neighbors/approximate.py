@@ -1,0 +1,131 @@
+"""Approximate nearest neighbours through FAISS, with the recall measured rather than assumed."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from tdgeom.measures.neighbors.distance_blocks import centred, pair_distances
+from tdgeom.measures.neighbors.neighbor_table import Neighbors, assemble, flatten, prepare_rows
+from tdgeom.measures.neighbors.search import search_rows_exactly
+from tdgeom.numerics.copies import first_copies
+
+__all__ = ["approximate_neighbors"]
+
+_PROBED = 512  # rows whose neighbours are searched exactly to measure the recall
+_SPARE = 8  # candidates beyond k that are re-ranked in float64
+
+
+def approximate_neighbors(
+    x: Tensor, k: int, *, metric: str | float = "euclidean", recall: float = 0.99, memory: int | None = None
+) -> tuple[Neighbors, Tensor]:
+    r"""As ``nearest_neighbors``, from a FAISS inverted-file index that is probed until ``recall`` is reached.
+
+    Rows are grouped into about 4√N cells by k-means; a row's neighbours are sought in the cells nearest to
+    it, in float32, and the candidates' distances are computed again in float64. Starting from few cells,
+    their number is doubled until the neighbours of 512 rows spread over the data agree with an exact search
+    of these rows to the share ``recall``. All cells probed is an exhaustive search, so the target is always
+    met. Distances are exact for the neighbours named; only the choice of neighbours is approximate, and a
+    missed one makes distances larger.
+
+    FAISS is optional (``pip install tdgeom[approximate]``): it is maintained, has wheels for every supported
+    Python, and its cells are compared with blocked matrix products, which suits a table of *all* rows'
+    neighbours.
+
+    Args:
+        x: (\*B, N, D) rows. k: neighbours a row, 1 <= k < N.
+        metric: ``"euclidean"`` or ``"cosine"`` (1 - cos).
+        recall: share of true neighbours to reach, in (0, 1].
+        memory: bytes that the float64 re-rank and the exact check may take (default 256 MiB).
+
+    Returns:
+        The ``Neighbors`` of ``nearest_neighbors``, and the recall measured (\*B,), float64: the share of the
+        k places of the rows checked that hold a neighbour no farther than the true k-th.
+
+    Raises:
+        ImportError: FAISS is missing. ValueError: as ``nearest_neighbors``, and for other metrics.
+
+    Johnson, Douze, Jégou: "Billion-scale similarity search with GPUs", IEEE Transactions on Big Data 7
+        (2021).
+    """
+    faiss = _faiss()
+    if metric not in ("euclidean", "cosine"):
+        raise ValueError(
+            f"the approximate search takes metric 'euclidean' or 'cosine', got {metric!r}. The exact one takes any p."
+        )
+    if not 0 < recall <= 1:
+        raise ValueError(f"recall is a share in (0, 1], got {recall!r}.")
+    rows, p = prepare_rows(x, k, metric)
+    flat = flatten(rows).detach()
+    first = first_copies(flat)
+    own = torch.arange(flat.shape[1], device=flat.device)
+    tables, reached = [], []
+    for item in range(len(flat)):
+        distinct = flat[item, first[item] == own]
+        found = min(k, len(distinct) - 1)
+        if found:
+            distance, index, share = _search(faiss, distinct, found, recall, memory)
+        else:
+            distance, index, share = flat.new_empty((1, 0), dtype=torch.float64), own.new_empty((1, 0)), 1.0
+        tables.append((distance, index))
+        reached.append(share)
+    table = assemble(rows, first, tables, k, p=p, metric=metric)
+    return table, torch.tensor(reached, dtype=torch.float64, device=flat.device).view(rows.shape[:-2])
+
+
+def _faiss() -> ModuleType:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            "backend='approximate' needs FAISS, which is not installed: pip install 'tdgeom[approximate]' (or "
+            "faiss-cpu). backend='exact' needs nothing."
+        ) from error
+    return faiss
+
+
+def _search(
+    faiss: ModuleType, x: Tensor, k: int, recall: float, memory: int | None
+) -> tuple[Tensor, Tensor, float]:
+    """Distances, indices and recall of the k nearest among the distinct rows ``x`` (n, D)."""
+    n = len(x)
+    small, _ = centred(x.unsqueeze(0))
+    small = small[0].cpu().contiguous().numpy()
+    cells = max(1, min(int(4 * n**0.5), n // 39))  # FAISS asks for 39 rows a cell to train
+    index = faiss.index_factory(small.shape[1], f"IVF{cells},Flat")
+    index.train(small)
+    index.add(small)
+    probed = torch.linspace(0, n - 1, min(_PROBED, n)).long().unique().to(x.device)
+    true, _ = search_rows_exactly(x, probed, k, p=2.0, memory=memory)
+    want = min(n, k + 1 + _SPARE)  # the row itself is among them
+    probes = min(8, cells)
+    while True:
+        index.nprobe = probes
+        near, at = _candidates(index, small, x, probed, want, k, memory)
+        share = float((near <= true[:, -1:]).double().mean())
+        if probes == cells or share >= recall:
+            break
+        probes = min(2 * probes, cells)
+    while True:
+        near, at = _candidates(index, small, x, torch.arange(n, device=x.device), want, k, memory)
+        if probes == cells or bool(torch.isfinite(near).all()):
+            break
+        probes = index.nprobe = min(2 * probes, cells)  # some row lies in cells with too few rows
+    return near, at, float((near[probed] <= true[:, -1:]).double().mean())
+
+
+def _candidates(
+    index: object, small: object, x: Tensor, which: Tensor, want: int, k: int, memory: int | None
+) -> tuple[Tensor, Tensor]:
+    """The k nearest among the index's ``want`` candidates for the rows ``which``, by float64 distance."""
+    _, found = index.search(small[which.cpu().numpy()], want)  # type: ignore[attr-defined,index]
+    found = torch.from_numpy(found).to(x.device)
+    usable = (found >= 0) & (found != which.unsqueeze(-1))  # -1: nothing more in the cells probed
+    row, place = usable.nonzero(as_tuple=True)
+    distance = torch.full(found.shape, torch.inf, dtype=torch.float64, device=x.device)
+    distance[row, place] = pair_distances(x, which[row], found[row, place], memory=memory)
+    found, order = found.clamp(min=0).sort(-1)
+    distance, order = distance.gather(-1, order).sort(dim=-1, stable=True)
+    return distance[:, :k].contiguous(), found.gather(-1, order)[:, :k].contiguous()

@@ -1,0 +1,257 @@
+"""Information imbalance: does nearness in one set of rows predict nearness in another?"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tdgeom.core.keys import Key
+from tdgeom.core.stage import PairStage
+from tdgeom.measures.neighbors.distance_blocks import (
+    block_rows,
+    blocks_of_keys,
+    budget,
+    centred,
+    full_precision,
+    key_error,
+    key_of,
+    pair_distances,
+)
+from tdgeom.measures.neighbors.nearest_neighbors import nearest_neighbors
+from tdgeom.measures.neighbors.neighbor_table import flatten, prepare_rows
+from tdgeom.measures.neighbors.search import search_distinct
+from tdgeom.numerics.centring import warn_undefined
+from tdgeom.numerics.copies import all_alike, first_copies
+
+__all__ = ["InformationImbalance", "conditional_ranks", "information_imbalance"]
+
+
+def information_imbalance(
+    x: Tensor, y: Tensor, *, k: int = 1, metric: str | float = "euclidean", memory: int | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Information imbalance in both directions, Δ(x→y) and Δ(y→x).
+
+    Δ(A→B) = 2/N · mean rank in B (1..N-1) of the k nearest neighbours in A, over all rows: near 2/N if A's
+    neighbours are B's, near 1 if A tells nothing about B.
+
+    Exact over all ranks: a rank is one plus the number of rows nearer in B, counted block by block without
+        sorting and
+    without an N x N table; rows that float32 cannot place are compared in float64. Ties in B count half (the
+    mean rank of the tied rows); ties in A go to the row that occurs first.
+
+    Args:
+        x, y: (\*B, N, D) and (\*B, N, E), rows matched. k: 1 <= k < N. metric: as in ``nearest_neighbors``.
+        memory: bytes that the working blocks may take (default 256 MiB).
+
+    Returns:
+        Two tensors (\*B,), float64, in [2/N, 2(N-1)/N].
+
+    Invariances: orthogonal maps, isotropic scale and offsets of either side (``metric="cosine"``: orthogonal maps and
+    positive scale of any row; not offsets); not invertible linear maps. Bias: identical sides give (k+1)/N, not 0;
+    unrelated ones 1 on average at any N. NaN with one warning where the rows of a side are all alike.
+
+    Raises:
+        ValueError: rows that do not match, and whatever ``nearest_neighbors`` refuses.
+
+    Glielmo, Zeni, Cheng, Csányi, Laio: "Ranking the information content of distance measures", PNAS Nexus 1
+        (2022).
+
+    >>> import torch
+    >>> x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    >>> full_to_part, part_to_full = information_imbalance(x, x[:, :1])
+    >>> bool(full_to_part < part_to_full)
+    True
+    """
+    if x.shape[:-1] != y.shape[:-1]:
+        raise ValueError(
+            f"information_imbalance compares matched rows, got {tuple(x.shape)} and {tuple(y.shape)}. Select the same "
+            f"rows on both sides (RowSample does, by row_id)."
+        )
+    n = x.shape[-2]
+    given = [prepare_rows(rows, k, metric) for rows in (x, y)]
+    a, b, p = flatten(given[0][0].detach()), flatten(given[1][0].detach()), given[0][1]
+    step = max(1, budget(memory) // (8 * n * n))
+    pairs = [_both_directions(a[s : s + step], b[s : s + step], k, p, memory) for s in range(0, len(a), step)]
+    ab, ba = (torch.cat(side).view(x.shape[:-2]) for side in zip(*pairs))
+    return _defined(ab, ba, all_alike(x) | all_alike(y))
+
+
+def _defined(ab: Tensor, ba: Tensor, alike: Tensor) -> tuple[Tensor, Tensor]:
+    ab, ba = (torch.where(alike, torch.nan, value) for value in (ab, ba))
+    return warn_undefined(ab, "information_imbalance", "the rows of one side are all alike."), ba
+
+
+def _both_directions(x: Tensor, y: Tensor, k: int, p: float, memory: int | None) -> tuple[Tensor, Tensor]:
+    """Both imbalances (b,) of (b, N, D) and (b, N, E), with as few passes over all pairs as memory allows."""
+    b, n, _ = x.shape
+    own = torch.arange(n, device=x.device)
+    if not all(bool((first_copies(rows) == own).all()) for rows in (x, y)):
+        # Copies are searched among distinct rows but ranked among all: no pass serves both.
+        near_x, near_y = (nearest_neighbors(rows, k, metric=p, memory=memory).index for rows in (x, y))
+        to_y, to_x = (_ranks(rows, near, p, memory) for rows, near in ((y, near_x), (x, near_y)))
+    else:
+        # x's keys are kept for the last step if they fit; y's serve the ranks and the search in one pass.
+        kept: list[tuple[Tensor, slice, slice]] | None = (
+            [] if 4 * b * n * (n + 1024) // 2 <= budget(memory) else None
+        )
+        note = None if kept is None else lambda *block: kept.append(block)
+        _, near_x = search_distinct(x, k, p=p, memory=memory, keep=kept is not None, also=note)
+        ranks = _Ranks(y, near_x, p, memory)
+        _, near_y = search_distinct(y, k, p=p, memory=memory, also=ranks.take)
+        to_y = ranks.result()
+        to_x = _ranks(x, near_y, p, memory, kept)
+    return 2 / n * to_y.mean((-1, -2)), 2 / n * to_x.mean((-1, -2))
+
+
+def conditional_ranks(
+    x: Tensor, index: Tensor, *, metric: str | float = "euclidean", memory: int | None = None
+) -> Tensor:
+    r"""The rank that each row named in ``index`` has among all other rows, by distance from the row that names it.
+
+    Args:
+        x: (\*B, N, D) rows. index: (\*B, N, k): row i asks for the ranks of rows index[i].
+
+    Returns:
+        (\*B, N, k) float64 in 1..N-1; tied rows share their mean rank.
+
+    >>> import torch
+    >>> conditional_ranks(torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[2], [2], [0]])).flatten().tolist()
+    [2.0, 2.0, 2.0]
+    """
+    rows, p = prepare_rows(x, index.shape[-1], metric)
+    flat, index = flatten(rows.detach()), index.reshape(-1, *index.shape[-2:])
+    n = flat.shape[1]
+    step = max(1, budget(memory) // (8 * n * n))
+    parts = [_ranks(flat[s : s + step], index[s : s + step], p, memory) for s in range(0, len(flat), step)]
+    return torch.cat(parts).view(*x.shape[:-1], -1)
+
+
+def _ranks(
+    x: Tensor,
+    index: Tensor,
+    p: float,
+    memory: int | None,
+    kept: list[tuple[Tensor, slice, slice]] | None = None,
+) -> Tensor:
+    """Ranks (b, N, k) of the rows at ``index``; ``kept`` are the blocks of keys, if they are at hand."""
+    with full_precision(x.device):
+        ranks = _Ranks(x, index, p, memory)
+        for block in kept if kept is not None else blocks_of_keys(ranks.rows, ranks.size, p=p):
+            ranks.take(*block)
+        return ranks.result()
+
+
+class _Ranks:
+    """Counts, over blocks of keys, the rows nearer to row i than row index[i]."""
+
+    def __init__(self, x: Tensor, index: Tensor, p: float, memory: int | None) -> None:
+        b, n, width = x.shape
+        self.n, self.p, self.memory = n, p, memory
+        self.flat = x.reshape(b * n, width)
+        self.rows, scale = centred(x)
+        self.size = block_rows(n, b, block=None, memory=memory, device=x.device)
+        base = (torch.arange(b, device=x.device) * n)[:, None]
+        own = (base + torch.arange(n, device=x.device)).flatten()
+        norm = torch.linalg.vector_norm(self.rows, dim=-1).double()
+        total = math.ceil(n / self.size) * self.size
+        # Per asked neighbour: its distance, and the keys below and above which float32 decides. Padding never asks.
+        self.distance = torch.full(
+            (index.shape[-1], b, total), torch.nan, dtype=torch.float64, device=x.device
+        )
+        self.low = torch.full(self.distance.shape, -torch.inf, device=x.device)
+        self.high = self.low.clone()
+        for place in range(index.shape[-1]):
+            found = (base + index[..., place]).flatten()
+            distance = pair_distances(self.flat, own, found, p=p, memory=memory).view(b, n)
+            reach = distance / scale[:, None]
+            # Twice the bound: rows far outside, whose own rounding is larger, then can't fall below it either.
+            error = 2 * key_error(norm, reach, width, p, torch.float32)
+            key = key_of(reach, p)
+            self.distance[place, :, :n] = distance
+            self.low[place, :, :n] = (key - error).float()
+            self.high[place, :, :n] = (key + error).float()
+        self.count = torch.zeros_like(self.distance)
+
+    def take(self, keys: Tensor, mine: slice, other: slice) -> None:
+        """Count one block, for its rows and (as it is symmetric) for its columns."""
+        for place in range(len(self.count)):
+            self._count(place, keys, mine, other)
+            if mine != other:
+                self._count(place, keys.mT, other, mine)
+
+    def _count(self, place: int, keys: Tensor, mine: slice, other: slice) -> None:
+        low, high = self.low[place, :, mine].unsqueeze(-1), self.high[place, :, mine].unsqueeze(-1)
+        sure = (keys < low).sum(-1, dtype=torch.int32)  # int64 would take ten times as long
+        self.count[place, :, mine] += sure
+        item, row = ((keys <= high).sum(-1, dtype=torch.int32) != sure).nonzero(as_tuple=True)
+        if not len(item):
+            return
+        # Rows with keys that float32 leaves open: these are compared in float64, a tie counts half.
+        between = keys[item, row]
+        between = (between >= low[item, row]) & (between <= high[item, row])
+        at, column = between.nonzero(as_tuple=True)
+        item, row = item[at], row[at] + mine.start
+        i, j = item * self.n + row, item * self.n + column + other.start
+        distance = pair_distances(self.flat, i, j, p=self.p, memory=self.memory)
+        asked = self.distance[place, item, row]
+        share = (distance < asked).double() + (distance == asked).double() / 2
+        self.count[place].index_put_((item, row), share, accumulate=True)
+
+    def result(self) -> Tensor:
+        """(b, N, k): the asked row met itself as a tie, which counted half; the other half makes ranks begin at 1."""
+        return (self.count[..., : self.n] + 0.5).movedim(0, -1)
+
+
+class InformationImbalance(PairStage):
+    r"""Information imbalance between two sites, both directions: see ``information_imbalance``.
+
+    Args:
+        k: nearest neighbours whose ranks are averaged, 1 <= k < N.
+        metric: as in ``nearest_neighbors``.
+        memory: bytes that the working blocks may take (default 256 MiB).
+        in_keys: default ``("sample", "a")``, ``("sample", "b")``.
+        out_keys: default ``("between", "information_imbalance_ab")``, ``("between",
+            "information_imbalance_ba")``, each ().
+
+    >>> import torch, tdgeom as tg
+    >>> x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    >>> ab, ba = tg.InformationImbalance()(sample_a=x, sample_b=2 * x)
+    >>> float(ab), float(ba)
+    (0.01, 0.01)
+    """
+
+    reads: ClassVar = {("sample", "a"): "N D", ("sample", "b"): "N E"}
+    writes: ClassVar = [("between", "information_imbalance_ab"), ("between", "information_imbalance_ba")]
+
+    def __init__(
+        self,
+        *,
+        k: int = 1,
+        metric: str | float = "euclidean",
+        memory: int | None = None,
+        in_keys: Key | list[Key] | None = None,
+        out_keys: Key | list[Key] | None = None,
+    ) -> None:
+        super().__init__(in_keys=in_keys, out_keys=out_keys)
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"InformationImbalance: k is a number of neighbours, at least 1, got {k!r}.")
+        self.k, self.metric, self.memory = k, metric, memory
+
+    def compute(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Both directions of one pair: fewer passes than ``compare`` of two prepared sides."""
+        return information_imbalance(a, b, k=self.k, metric=self.metric, memory=self.memory)
+
+    def prepare(self, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows and the indices of their k nearest neighbours."""
+        return sample, nearest_neighbors(sample, self.k, metric=self.metric, memory=self.memory).index
+
+    def compare(self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Both directions."""
+        n = a[0].shape[-2]
+        to_b = conditional_ranks(b[0], a[1], metric=self.metric, memory=self.memory)
+        to_a = conditional_ranks(a[0], b[1], metric=self.metric, memory=self.memory)
+        ab, ba = (2 / n * ranks.mean((-1, -2)) for ranks in (to_b, to_a))
+        return _defined(ab, ba, all_alike(a[0]) | all_alike(b[0]))

@@ -1,0 +1,187 @@
+"""Neighbours that carry a row's own label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tdgeom.core.keys import Key
+from tdgeom.core.stage import Stage
+from tdgeom.measures.neighbors.nearest_neighbors import nearest_neighbors
+from tdgeom.numerics.copies import all_alike, undefined_where_alike
+
+__all__ = ["LabelOverlap", "label_overlap", "label_overlap_of"]
+
+
+def label_overlap(
+    x: Tensor,
+    label: Tensor,
+    *,
+    k: int = 30,
+    class_fraction: float | None = None,
+    balanced: bool = False,
+    metric: str | float = "euclidean",
+    memory: int | None = None,
+) -> Tensor:
+    r"""Mean share of a row's k nearest neighbours that carry its label: see ``label_overlap_of``.
+
+    NaN with one warning where the rows are all alike.
+
+    >>> import torch
+    >>> x = torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.1]])
+    >>> label_overlap(x, torch.tensor([0, 0, 0, 1, 1]), k=1).item()
+    1.0
+    """
+    most = k if class_fraction is None else int(_class_k(label, class_fraction).max())
+    index = nearest_neighbors(x, most, metric=metric, memory=memory).index
+    value = label_overlap_of(index, label, k=k, class_fraction=class_fraction, balanced=balanced)
+    return undefined_where_alike(value, all_alike(x), "label_overlap")
+
+
+def label_overlap_of(
+    index: Tensor, label: Tensor, *, k: int = 30, class_fraction: float | None = None, balanced: bool = False
+) -> Tensor:
+    r"""Mean share of a row's neighbours that carry its label, from a neighbour table.
+
+    Plain: the mean over rows of |{j in N_k(i): label_j = label_i}|/k. ``balanced``: the mean over classes of
+        the class's mean
+    (DADApy's default, ``weighted=True``). ``class_fraction=f``: row i looks at its k_i = max(1, int(f·n_c))
+    nearest neighbours, n_c the size of its class, instead of k.
+
+    Args:
+        index: (\*B, N, >=k) neighbours (>= the largest k_i). label: (\*B, N) integers, or (N,) for all of
+            \*B.
+
+    Returns:
+        (\*B,) in [0, 1], float64.
+
+    Invariances: those of the table (Euclidean: orthogonal maps, isotropic scale, offsets), and any renaming of the
+    labels. Bias: unrelated labels give Σ_c (n_c/N)(n_c-1)/(N-1), plain, and the mean of (n_c-1)/(N-1), balanced.
+
+    Raises:
+        ValueError: labels that do not match the rows or are no classes, a table with too few columns.
+
+    Doimo et al.: "Hierarchical nucleation in deep neural networks", NeurIPS 2020; Valeriani et al.: "The geometry of
+    hidden representations of large transformer models", NeurIPS 2023.
+
+    >>> import torch
+    >>> index, label = torch.tensor([[1], [0], [1], [0]]), torch.tensor([7, 7, 7, 8])
+    >>> label_overlap_of(index, label, k=1).item(), label_overlap_of(index, label, k=1, balanced=True).item()
+    (0.75, 0.5)
+    """
+    n = index.shape[-2]
+    if label.shape[-1:] != (n,) or label.ndim > index.ndim - 1:
+        raise ValueError(
+            f"label_overlap expects one label a row, {tuple(index.shape[:-1])} or ({n},), got {tuple(label.shape)}."
+        )
+    if label.is_floating_point() and bool((label != label.round()).any()):
+        raise ValueError(
+            f"label_overlap compares classes, got {label.dtype} labels that are no whole numbers (or NaN), so that no two need "
+            f"be equal. Bin a continuous label first: torch.bucketize(label, edges)."
+        )
+    label = label.expand(index.shape[:-1])
+    group = _groups(label)
+    if class_fraction is None:
+        each = torch.full(label.shape, k, device=index.device)
+    else:
+        each = _class_k(label, class_fraction)
+    most = int(each.max())
+    if index.shape[-1] < most:
+        raise ValueError(
+            f"label_overlap looks at {most} neighbours, the table has {index.shape[-1]} (shape {tuple(index.shape)}). "
+            f"Use NearestNeighbors(k={most}) or more."
+        )
+    index = index[..., :most]
+    near = label.gather(-1, index.flatten(-2)).view(index.shape)
+    within = torch.arange(most, device=index.device) < each.unsqueeze(-1)
+    share = ((near == label.unsqueeze(-1)) & within).sum(-1).double() / each
+    if not balanced:
+        return share.mean(-1)
+    classes = int(group.max()) + 1
+    size = torch.zeros((*label.shape[:-1], classes), dtype=torch.float64, device=index.device)
+    total = size.scatter_add(-1, group, share)
+    size = size.scatter_add(-1, group, torch.ones_like(share))
+    present = size > 0
+    return torch.where(present, total / size.clamp(min=1), 0.0).sum(-1) / present.sum(-1)
+
+
+def _groups(label: Tensor) -> Tensor:
+    """Labels as numbers 0, 1, ... over all data sets."""
+    return torch.unique(label, return_inverse=True)[1]
+
+
+def _class_k(label: Tensor, fraction: float) -> Tensor:
+    """Neighbours that each row looks at: max(1, int(fraction · size of its class))."""
+    if not 0 < fraction <= 1:
+        raise ValueError(f"label_overlap: class_fraction lies in (0, 1], got {fraction!r}.")
+    group = _groups(label)
+    size = torch.zeros((*label.shape[:-1], int(group.max()) + 1), dtype=torch.float64, device=label.device)
+    size = size.scatter_add(-1, group, torch.ones_like(group, dtype=torch.float64)).gather(-1, group)
+    return (size * fraction).long().clamp(min=1)
+
+
+class LabelOverlap(Stage):
+    r"""Mean share of a row's neighbours that carry its label: see ``label_overlap_of``.
+
+    At sites (``ForEach``) the labels are one key for all of them: ``("sample", "label")``, where
+    ``SelectTokens(also=["label"])`` and ``RowSample(also=["label"])`` put them. A stage called by itself
+    reads ``"label"``, for a TensorDict cannot hold a tensor at ``"sample"`` and another below it.
+
+    Args:
+        k: neighbours a row, 1 <= k < N.
+        class_fraction: look at this share of the row's class size instead of at k neighbours; None: k.
+        balanced: mean of the class means instead of the mean over rows (DADApy's default).
+        metric: as in ``nearest_neighbors``.
+        source: ``"sample"`` (searches itself, in ``memory`` bytes) or ``"neighbors"`` (reads
+            ``NearestNeighbors``'s ``index``).
+        in_keys: default ``["sample", "label"]``, or ``[("neighbors", "index"), "label"]``.
+        out_keys: default ``("neighborhood", "label_overlap")``, ().
+
+    >>> import torch, tdgeom as tg
+    >>> x = torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.1]])
+    >>> tg.LabelOverlap(k=1)(sample=x, label=torch.tensor([0, 0, 0, 1, 1])).item()
+    1.0
+    """
+
+    shared: ClassVar = {"label": ("sample", "label")}
+
+    def __init__(
+        self,
+        *,
+        k: int = 30,
+        class_fraction: float | None = None,
+        balanced: bool = False,
+        metric: str | float = "euclidean",
+        source: Literal["sample", "neighbors"] = "sample",
+        memory: int | None = None,
+        in_keys: Key | list[Key] | None = None,
+        out_keys: Key | list[Key] | None = None,
+    ) -> None:
+        sources: Mapping[str, Mapping[Key, str]] = {
+            "sample": {"sample": "N D", "label": "N"},
+            "neighbors": {("neighbors", "index"): "N k", "label": "N"},
+        }
+        if source not in sources:
+            raise ValueError(f"LabelOverlap: source is one of {sorted(sources)}, got {source!r}.")
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"LabelOverlap: k is a number of neighbours, at least 1, got {k!r}.")
+        if class_fraction is not None and not 0 < class_fraction <= 1:
+            raise ValueError(f"LabelOverlap: class_fraction lies in (0, 1], got {class_fraction!r}.")
+        super().__init__(
+            reads=sources[source],
+            writes=[("neighborhood", "label_overlap")],
+            in_keys=in_keys,
+            out_keys=out_keys,
+        )
+        self.k, self.class_fraction, self.balanced = k, class_fraction, balanced
+        self.metric, self.source, self.memory = metric, source, memory
+
+    def compute(self, given: Tensor, label: Tensor) -> Tensor:
+        """The mean overlap."""
+        settings = {"k": self.k, "class_fraction": self.class_fraction, "balanced": self.balanced}
+        if self.source == "neighbors":
+            return label_overlap_of(given, label, **settings)
+        return label_overlap(given, label, metric=self.metric, memory=self.memory, **settings)

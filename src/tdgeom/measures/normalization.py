@@ -1,0 +1,253 @@
+"""``NormalizationAblation``: how much of a spectrum is a matter of row norms and feature scales."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+
+from tdgeom.core.keys import Key, key_tuple, resolve_keys
+from tdgeom.core.row_ids import POSITION_BITS
+from tdgeom.core.stage import Stage
+from tdgeom.measures.sample_metrics import covariance_of, sample_eigenvalues, unit_rows, working
+from tdgeom.measures.spectrum import SpectrumMetrics, covariance_eigenvalues
+
+__all__ = ["VARIANTS", "NormalizationAblation", "Variant", "normalized"]
+
+Variant = Callable[..., Tensor]
+
+
+def token_l2(sample: Tensor) -> Tensor:
+    """Rows to unit L2 norm; rows of zeros stay zero."""
+    return unit_rows(sample)[0]
+
+
+def token_rms(sample: Tensor) -> Tensor:
+    """Rows to unit root mean square."""
+    return token_l2(sample) * sample.shape[-1] ** 0.5
+
+
+def feature_standardized(sample: Tensor) -> Tensor:
+    """Columns to mean 0 and unbiased standard deviation 1; constant columns become 0."""
+    centred = sample - sample.mean(-2, keepdim=True)
+    std = centred.std(-2, keepdim=True)
+    return centred / torch.where(std > 0, std, torch.full_like(std, torch.inf))
+
+
+def remove_top_pc(sample: Tensor) -> Tensor:
+    """Rows without their component along the first principal axis."""
+    centred = sample - sample.mean(-2, keepdim=True)
+    axis = torch.linalg.eigh(covariance_of(sample)).eigenvectors[..., -1:].to(sample.dtype)
+    return centred - (centred @ axis) @ axis.mT
+
+
+def drop_outlier_features(sample: Tensor) -> Tensor:
+    """Columns whose variance exceeds 25 times the median variance set to 0 (massive-activation features)."""
+    variance = sample.var(-2, keepdim=True)
+    return torch.where(
+        variance > 25 * variance.median(-1, keepdim=True).values, torch.zeros_like(sample), sample
+    )
+
+
+def without_first_token(sample: Tensor, position: Tensor) -> Tensor:
+    """Only rows whose position in their sequence is not 0."""
+    return sample[..., position > 0, :]
+
+
+VARIANTS: dict[str, Variant] = {
+    "raw": lambda sample: sample,
+    "token_l2": token_l2,
+    "token_rms": token_rms,
+    "feature_standardized": feature_standardized,
+    "remove_top_pc": remove_top_pc,
+    "drop_outlier_features": drop_outlier_features,
+    "without_first_token": without_first_token,
+}
+DEFAULT = ("raw", "token_l2", "token_rms", "feature_standardized")
+
+
+def normalized(sample: Tensor, variant: str, position: Tensor | None = None) -> Tensor:
+    """The sample (*B, N, D) under a named variant.
+
+    >>> normalized(torch.tensor([[3.0, 4.0]]), "token_l2")
+    tensor([[0.6000, 0.8000]])
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is unknown: one of {list(VARIANTS)}, or pass a function.")
+    return _apply(VARIANTS[variant], working(sample), position, variant)
+
+
+def _apply(function: Variant, sample: Tensor, position: Tensor | None, name: str) -> Tensor:
+    if not _wants_position(function):
+        return function(sample)
+    if position is None and name == "without_first_token":
+        raise ValueError(
+            "NormalizationAblation variant 'without_first_token' needs 'sample_row_id', which RowSample writes beside the "
+            "sample: pass it, or leave the variant out."
+        )
+    return function(sample, position)
+
+
+def _wants_position(function: Variant) -> bool:
+    """True for a second positional parameter that is required or called position."""
+    try:
+        parameters = inspect.signature(getattr(function, "forward", function)).parameters.values()
+    except ValueError:  # a builtin, such as torch.tanh
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > 1 and (
+        positional[1].default is inspect.Parameter.empty or positional[1].name == "position"
+    )
+
+
+class NormalizationAblation(Stage):
+    """Spectrum metrics of the sample under several normalisations.
+
+    ``raw``; ``token_l2`` (rows to unit L2); ``token_rms`` (rows to unit RMS: the spectrum of ``token_l2`` up to scale);
+    ``feature_standardized`` (columns to mean 0 and unbiased std 1: the correlation matrix). Also by name:
+    ``remove_top_pc``, ``drop_outlier_features`` (variance over 25 times the median), ``without_first_token``.
+
+    Args:
+        variants: names, or a mapping from name to ``function(sample)`` or ``function(sample, position)``, where position
+            is each row's place in its sequence (None when ``"sample_row_id"`` is absent); a name maps to itself.
+        metrics: the stage that measures each variant's ``"eigenvalues"`` (or its ``"sample"``); its outputs' last key
+            parts are the metric names. Default ``SpectrumMetrics()``.
+
+    Reads ``"sample"`` (*B, N, D), and where present ``"sample_row_id"`` (N,) and what ``SampleSpectrum`` writes; writes
+    ``("ablation", variant, metric)`` (*B,). Covariances are unbiased and centred after normalisation.
+
+    Raises:
+        ValueError: an unknown variant, fewer than 2 rows, or a variant that changes nothing but needs positions it lacks.
+
+        >>> import torch, tdgeom as tg
+        >>> from tensordict import TensorDict
+        >>> double = {"raw": "raw", "shifted": lambda sample, position: sample + 1}
+        >>> td = tg.NormalizationAblation(variants=double)(TensorDict(sample=torch.eye(3)))
+        >>> round(float(td["ablation", "shifted", "d_pr"]), 6)
+        2.0
+    """
+
+    reads = {
+        "sample": "N D",
+        "sample_row_id": "N",
+        "sample_eigenvalues": "D",
+        "sample_covariance": "D D",
+        "sample_unit_covariance": "D D",
+    }
+    optional = frozenset(
+        {"sample_row_id", "sample_eigenvalues", "sample_covariance", "sample_unit_covariance"}
+    )
+    shared = frozenset({"sample_row_id"})
+    one_thread_a_site = True
+
+    def __init__(
+        self,
+        *,
+        variants: Sequence[str] | Mapping[str, str | Variant] = DEFAULT,
+        metrics: TensorDictModuleBase | None = None,
+        in_keys: Key | list[Key] | None = None,
+        out_keys: Key | list[Key] | None = None,
+    ) -> None:
+        if isinstance(variants, str):
+            raise TypeError(
+                f"NormalizationAblation: variants is a list of names or a mapping, got {variants!r}."
+            )
+        named = dict(variants) if isinstance(variants, Mapping) else {name: name for name in variants}
+        unknown = [what for what in named.values() if isinstance(what, str) and what not in VARIANTS]
+        if unknown or not named:
+            raise ValueError(
+                f"NormalizationAblation: unknown variants {unknown}; one of {list(VARIANTS)}, or a mapping from name to "
+                f"function(sample, position)."
+            )
+        metrics = SpectrumMetrics() if metrics is None else metrics
+        wanted = list(metrics.in_keys)
+        if wanted not in (["eigenvalues"], ["sample"]):
+            raise ValueError(
+                f"NormalizationAblation: metrics must read 'eigenvalues' or 'sample' alone, {type(metrics).__name__} reads "
+                f"{wanted}. Rename its input with in_keys=."
+            )
+        names = [key_tuple(key)[-1] for key in metrics.out_keys]
+        paths = [(variant, name) for variant in named for name in names]
+        super().__init__(in_keys=in_keys, writes=[("ablation", variant, name) for variant, name in paths])
+        self.out_keys = self._placed(out_keys, paths)
+        self.variants = named
+        self.metrics = metrics
+
+    def _placed(self, out_keys: Key | list[Key] | None, paths: list[tuple[str, str]]) -> list[Key]:
+        # A root takes (variant, metric) under it, two levels: one name alone would clash between variants.
+        if isinstance(out_keys, list) and len(out_keys) != len(paths):
+            raise ValueError(
+                f"NormalizationAblation writes {len(paths)} leaves, (variant, metric) in this order: {paths[:4]} ...; "
+                f"out_keys has {len(out_keys)}."
+            )
+        if out_keys is not None and not isinstance(out_keys, str | tuple):
+            return resolve_keys(out_keys, paths, what="out_keys", owner=type(self).__name__)
+        root = ("ablation",) if out_keys is None else key_tuple(out_keys)
+        return [(*root, *path) for path in paths]
+
+    def compute(
+        self,
+        sample: Tensor,
+        row_id: Tensor | None = None,
+        eigenvalues: Tensor | None = None,
+        covariance: Tensor | None = None,
+        unit_covariance: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Measure every variant, sharing what variants share."""
+        if sample.shape[-2] < 2:
+            raise ValueError(
+                f"NormalizationAblation needs at least 2 rows, got {self.in_keys[0]!r} of shape {tuple(sample.shape)}. Give "
+                f"the run more data, or a larger RowSample(size=)."
+            )
+        sample = working(sample)
+        position = None if row_id is None else row_id & ((1 << POSITION_BITS) - 1)
+        known = {"raw": eigenvalues, "covariance": covariance, "unit_covariance": unit_covariance}
+        shared = {name: value for name, value in known.items() if value is not None}
+        outputs: list[Tensor] = []
+        for name, what in self.variants.items():
+            td = TensorDict({}, batch_size=[])
+            if self.metrics.in_keys == ["eigenvalues"]:
+                td.set("eigenvalues", self._eigenvalues(sample, position, name, what, shared))
+            else:
+                function = VARIANTS[what] if isinstance(what, str) else what
+                td.set("sample", _apply(function, sample, position, name))
+            self.metrics(td)
+            outputs += [td.get(key) for key in self.metrics.out_keys]
+        return outputs
+
+    @staticmethod
+    def _eigenvalues(
+        sample: Tensor, position: Tensor | None, name: str, what: str | Variant, shared: dict[str, Tensor]
+    ) -> Tensor:
+        if not isinstance(what, str):
+            return sample_eigenvalues(_apply(what, sample, position, name))
+        # token_rms is token_l2 times √D, so one spectrum serves both; feature_standardized is the correlation matrix.
+        family = {"token_rms": "token_l2"}.get(what, what)
+        if family not in shared:
+            if family == "feature_standardized":
+                shared[family] = _correlation_eigenvalues(sample, shared)
+            elif family == "raw":
+                shared[family] = covariance_eigenvalues(_covariance(sample, shared), sample.shape[-2] - 1)
+            elif family == "token_l2" and "unit_covariance" in shared:
+                shared[family] = covariance_eigenvalues(shared["unit_covariance"], sample.shape[-2] - 1)
+            else:
+                shared[family] = sample_eigenvalues(_apply(VARIANTS[family], sample, position, family))
+        return shared[family] * (sample.shape[-1] if what == "token_rms" else 1)
+
+
+def _covariance(sample: Tensor, shared: dict[str, Tensor]) -> Tensor:
+    if "covariance" not in shared:
+        shared["covariance"] = covariance_of(sample)
+    return shared["covariance"]
+
+
+def _correlation_eigenvalues(sample: Tensor, shared: dict[str, Tensor]) -> Tensor:
+    covariance = _covariance(sample, shared)
+    std = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    inverse = torch.where(std > 0, 1 / std, torch.zeros_like(std))
+    correlation = covariance * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+    return covariance_eigenvalues(correlation, sample.shape[-2] - 1)

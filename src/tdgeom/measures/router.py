@@ -1,0 +1,121 @@
+"""``RouterLoad``: how a mixture-of-experts router spreads tokens over experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tdgeom.core.keys import Key
+from tdgeom.core.streaming_stage import StreamingStage
+
+__all__ = ["RouterLoad", "router_load"]
+
+
+def router_load(counts: Tensor, probability: Tensor | None = None) -> dict[str, Tensor]:
+    """The load measures of (*B, E) assignment counts, and the mean router probabilities when given.
+
+    >>> round(float(router_load(torch.tensor([1, 1, 2]))["load_imbalance"]), 6)
+    1.5
+    """
+    load = counts.double() / counts.sum(-1, keepdim=True)
+    experts = counts.shape[-1]
+    entropy = -torch.xlogy(load, load).sum(-1)
+    top = load.amax(-1)
+    return {
+        "router_entropy": entropy,
+        "router_entropy_norm": entropy / math.log(experts)
+        if experts > 1
+        else torch.full_like(entropy, torch.nan),
+        "load_imbalance": top * experts,
+        "most_used_expert": load.argmax(-1),
+        "top_expert_load": top,
+        "routed_assignments": counts.sum(-1),
+        "load": load,
+        **({} if probability is None else {"mean_probability": probability}),
+    }
+
+
+class RouterLoad(StreamingStage):
+    """Load of each expert, from router logits, counted over all selected rows.
+
+    Each row's ``top_k`` largest logits are its assignments. load = assignments / all assignments;
+    ``router_entropy`` = -Σ load ln load, ``router_entropy_norm`` = that / ln E, ``load_imbalance`` = max load x E (1 is
+    even), ``most_used_expert``, ``top_expert_load``, ``routed_assignments``; the ``load`` vector (E,) and
+    ``mean_probability`` (E,), the mean softmax over experts. Padding never counts: rows come from ``SelectTokens``.
+
+    Reads ``"tokens"`` (N, E), the rows of a site ``router_logits``; writes ``("router", name)``.
+
+        >>> import torch, tdgeom as tg
+        >>> from tensordict import TensorDict
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
+        >>> td = tg.RouterLoad(top_k=1)(TensorDict(tokens=logits))
+        >>> td["router", "load"]
+        tensor([0.5000, 0.0000, 0.5000], dtype=torch.float64)
+    """
+
+    reads = {"tokens": "N E"}
+    writes = [
+        ("router", name)
+        for name in (
+            "router_entropy",
+            "router_entropy_norm",
+            "load_imbalance",
+            "most_used_expert",
+            "top_expert_load",
+            "routed_assignments",
+            "load",
+            "mean_probability",
+        )
+    ]
+
+    def __init__(
+        self,
+        *,
+        top_k: int = 2,
+        in_keys: Key | list[Key] | None = None,
+        out_keys: Key | list[Key] | None = None,
+    ) -> None:
+        if top_k < 1:
+            raise ValueError(f"RouterLoad: top_k must be at least 1, got {top_k}.")
+        super().__init__(in_keys=in_keys, out_keys=out_keys)
+        self.top_k = top_k
+        self.add_state("counts", torch.int64)
+        self.add_state("rows", torch.int64)
+        self.add_state("probability", torch.float64)
+
+    def settings(self) -> dict[str, int]:
+        """Loads merge only under one top_k."""
+        return {"top_k": self.top_k}
+
+    def start(self, tokens: Tensor) -> dict[str, Tensor]:
+        """No assignments yet."""
+        experts = tokens.shape[-1]
+        return {
+            "counts": torch.zeros(experts, dtype=torch.int64),
+            "rows": torch.zeros((), dtype=torch.int64),
+            "probability": torch.zeros(experts, dtype=torch.float64),
+        }
+
+    def accumulate(self, tokens: Tensor) -> None:
+        """Count the assignments of a block of rows."""
+        if tokens.shape[-1] != self.counts.shape[0]:
+            raise ValueError(
+                f"RouterLoad has seen rows of {self.counts.shape[0]} experts and now gets {self.in_keys[0]!r} of shape "
+                f"{tuple(tokens.shape)}. Use one stage a router, or reset()."
+            )
+        chosen = tokens.topk(min(self.top_k, tokens.shape[-1]), dim=-1).indices.flatten()
+        self.counts += torch.zeros_like(self.counts).scatter_add_(0, chosen, torch.ones_like(chosen))
+        self.rows += tokens.shape[0]
+        self.probability += tokens.double().softmax(-1).sum(0)
+
+    def combine(self, other: RouterLoad) -> None:
+        """Add another's assignments."""
+        for name in ("counts", "rows", "probability"):
+            getattr(self, name).add_(getattr(other, name).to(self.counts.device))
+
+    def result(self) -> Mapping[str, Tensor]:
+        """See ``router_load``."""
+        return router_load(self.counts, self.probability / self.rows.double())

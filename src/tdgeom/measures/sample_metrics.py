@@ -1,0 +1,242 @@
+"""Measures of a uniform sample of rows: its spectrum, cosines between rows, row norms."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tdgeom.core.stage import Stage
+from tdgeom.core.warnings import UndefinedMeasureWarning
+from tdgeom.measures.spectrum import covariance_eigenvalues, entropy_dimension
+from tdgeom.numerics.products import gram
+
+__all__ = [
+    "SAMPLE_METRICS",
+    "SampleMetrics",
+    "SampleSpectrum",
+    "cosine_similarity",
+    "sample_eigenvalues",
+    "sample_metrics",
+]
+
+SAMPLE_METRICS = (
+    "sv_effective_rank",
+    "sv_stable_rank",
+    "sv_participation_ratio",
+    "cos_sim_mean",
+    "cos_sim_std",
+    "ve_4",
+    "ve_8",
+    "ve_16",
+    "ve_32",
+    "norm_mean",
+    "norm_q05",
+    "norm_q50",
+    "norm_q95",
+    "norm_max",
+    "top_feature_share",
+)
+
+
+def working(rows: Tensor) -> Tensor:
+    """Rows in the precision their products are taken in: float64 stays, everything else becomes float32."""
+    return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+
+
+def covariance_of(rows: Tensor) -> Tensor:
+    """Unbiased covariance (*B, D, D) in float64, of rows scaled so that no product under- or overflows."""
+    rows = working(rows)
+    y = rows - rows.mean(-2, keepdim=True)
+    y = y - y.mean(-2, keepdim=True)
+    scale = y.abs().amax((-2, -1), keepdim=True)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    y = y / scale
+    return gram(y).double() * (scale.double().square() / (rows.shape[-2] - 1))
+
+
+def sample_eigenvalues(sample: Tensor) -> Tensor:
+    """Eigenvalues of the sample's covariance, descending, clipped at 0: (*B, N, D) -> (*B, D) in float64.
+
+    At most N-1 are not zero.
+
+    >>> sample_eigenvalues(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
+    tensor([2., 0.], dtype=torch.float64)
+    """
+    return covariance_eigenvalues(covariance_of(sample), rank=sample.shape[-2] - 1)
+
+
+def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows at unit L2 norm (*B, N, D), rows of zeros stay zero; and which have a direction, bool (*B, N)."""
+    # The largest magnitude is divided out first, so that the squares of rows of any scale are numbers.
+    scale = torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True)).detach()
+    rows = rows / torch.where(scale > 0, scale, torch.ones_like(scale))
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows / torch.where(norm > 0, norm, torch.ones_like(norm)), norm[..., 0] > 0
+
+
+def cosine_similarity(sample: Tensor, unit_covariance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation of the cosine over ordered pairs of different rows, uncentred.
+
+    (*B, N, D) -> two (*B,), in [-1, 1] and >= 0. Both follow from the mean of the unit rows and the D x D products of
+    what is left, so no N x N matrix is made; where N < D the Gram matrix of rows is the smaller one. Rows of zeros have
+    no direction and are left out. The unbiased covariance of the unit rows may be given, (*B, D, D).
+
+    >>> mean, std = cosine_similarity(torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]]))
+    >>> round(float(mean), 4), round(float(std), 4)
+    (-0.3333, 0.5164)
+    """
+    unit, directed = unit_rows(working(sample))
+    n = directed.sum(-1).double()
+    # With u = m + e, a cosine is |m|² plus a_i + a_j + e_i·e_j, a = m·e: small where rows are nearly parallel, so that
+    # the spread is not the difference of two large sums. m is the mean to rounding; rest is what that leaves.
+    m = (unit.sum(-2).double() / n.unsqueeze(-1)).to(unit.dtype).unsqueeze(-2)
+    e = (unit - m) * directed.unsqueeze(-1)
+    a = (e @ m.mT)[..., 0]
+    rest = e.sum(-2).double()
+    own = 2 * a.double() + torch.linalg.vector_norm(e, dim=-1).double().square()
+    a_sum, turned = a.sum(-1, dtype=torch.float64), (a.unsqueeze(-2) @ e)[..., 0, :].double()
+    first = 2 * n * a_sum + rest.square().sum(-1) - own.sum(-1)
+    second = 2 * n * a.double().square().sum(-1) + 2 * a_sum.square() + 4 * (turned * rest).sum(-1)
+    second = second + _products_squared(e, rest, directed, unit_covariance) - own.square().sum(-1)
+    pairs = n * (n - 1)
+    mean = first / pairs
+    variance = (second - pairs * mean.square()) / (pairs - 1)
+    return m.double().square().sum((-2, -1)) + mean, variance.clamp(min=0).sqrt()
+
+
+def _products_squared(e: Tensor, rest: Tensor, directed: Tensor, covariance: Tensor | None) -> Tensor:
+    """Σ_ij (e_i·e_j)² = ||EᵀE||²_F, from the covariance where that is of these very rows."""
+    rows = e.shape[-2]
+    if covariance is not None and bool(directed.all()):
+        # EᵀE is taken about m, the covariance about the mean: they differ by rest·restᵀ/N.
+        products = covariance.double() * (rows - 1)
+        turned = (products @ rest.unsqueeze(-1))[..., 0]
+        off_centre = 2 / rows * (rest * turned).sum(-1) + (rest.square().sum(-1) / rows).square()
+        return products.square().sum((-2, -1)) + off_centre
+    products = gram(e) if rows > e.shape[-1] else e @ e.mT
+    return products.double().square().sum((-2, -1))
+
+
+def _variances(sample: Tensor) -> Tensor:
+    """(*B, D) variance of each feature, up to one common factor, without a float64 copy of the rows."""
+    y = working(sample)
+    y = y - y.mean(-2, keepdim=True)
+    scale = y.abs().amax((-2, -1), keepdim=True)
+    y = y / torch.where(scale > 0, scale, torch.ones_like(scale))
+    return y.square().sum(-2, dtype=torch.float64)
+
+
+def sample_metrics(
+    sample: Tensor,
+    eigenvalues: Tensor | None = None,
+    covariance: Tensor | None = None,
+    unit_covariance: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Every measure of ``SampleMetrics`` by name: (*B, N, D) -> (*B,) each.
+
+    What ``SampleSpectrum`` writes may be given and is then not computed again.
+
+    >>> round(float(sample_metrics(torch.eye(3))["sv_stable_rank"]), 6)
+    2.0
+    """
+    values = sample_eigenvalues(sample) if eigenvalues is None else eigenvalues.double()
+    p = values / values.sum(-1, keepdim=True)
+    mean, std = cosine_similarity(sample, unit_covariance)
+    norms = torch.linalg.vector_norm(working(sample), dim=-1).double()
+    quantiles = torch.quantile(
+        norms, torch.tensor([0.05, 0.5, 0.95], dtype=norms.dtype, device=norms.device), dim=-1
+    )
+    spread = _variances(sample) if covariance is None else covariance.diagonal(dim1=-2, dim2=-1).double()
+    return {
+        "sv_effective_rank": entropy_dimension(values.sqrt()),
+        "sv_stable_rank": 1 / p[..., 0],
+        "sv_participation_ratio": 1 / p.square().sum(-1),
+        "cos_sim_mean": mean,
+        "cos_sim_std": std,
+        **{f"ve_{k}": p[..., :k].sum(-1) for k in (4, 8, 16, 32)},
+        "norm_mean": norms.mean(-1),
+        "norm_q05": quantiles[0],
+        "norm_q50": quantiles[1],
+        "norm_q95": quantiles[2],
+        "norm_max": norms.amax(-1),
+        "top_feature_share": spread.amax(-1) / spread.sum(-1),
+    }
+
+
+class SampleSpectrum(Stage):
+    """What several stages need of one sample, computed once: its covariance, that of its unit rows, its eigenvalues.
+
+    Reads ``"sample"`` (*B, N, D); writes, unbiased, centred and in float64, ``"sample_eigenvalues"`` (*B, D) descending,
+    ``"sample_covariance"`` (*B, D, D), and ``"sample_unit_covariance"`` (*B, D, D) of the rows at unit L2 norm.
+    ``SampleMetrics``, ``NormalizationAblation`` and ``LinearCKA`` use them where they are, and compute them where not.
+
+        >>> import torch, tdgeom as tg
+        >>> values, covariance, _ = tg.SampleSpectrum()(sample=torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
+        >>> values.tolist(), covariance.tolist()
+        ([2.0, 0.0], [[2.0, 0.0], [0.0, 0.0]])
+    """
+
+    reads = {"sample": "N D"}
+    writes = ["sample_eigenvalues", "sample_covariance", "sample_unit_covariance"]
+    one_thread_a_site = True
+
+    def compute(self, sample: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``sample_eigenvalues``."""
+        _check_rows(sample, self)
+        covariance = covariance_of(sample)
+        values = covariance_eigenvalues(covariance, rank=sample.shape[-2] - 1)
+        return values, covariance, covariance_of(unit_rows(working(sample))[0])
+
+
+def _check_rows(sample: Tensor, stage: Stage) -> None:
+    if sample.shape[-2] < 2:
+        raise ValueError(
+            f"{type(stage).__name__} needs at least 2 rows, got {stage.in_keys[0]!r} of shape {tuple(sample.shape)}. Give "
+            f"the run more data, or a larger RowSample(size=)."
+        )
+
+
+class SampleMetrics(Stage):
+    """Spectrum, cosine and norm measures of a uniform sample of rows.
+
+    s are the singular values of the *centred* sample: ``sv_effective_rank`` = exp entropy of s/Σs, ``sv_stable_rank`` =
+    Σs²/s₁², ``sv_participation_ratio`` = (Σs²)²/Σs⁴ (these are ``effective_rank``, ``stable_rank`` and ``d_pr`` of the sample),
+    ``ve_4`` ... ``ve_32`` = share of variance in the first components. ``cos_sim_mean``, ``cos_sim_std``: cosine over
+    ordered pairs of different rows, *uncentred*, std unbiased. Beyond these: row norms (``norm_mean``, quantiles
+    ``norm_q05``, ``norm_q50``, ``norm_q95``, ``norm_max``) and ``top_feature_share``, the share of variance in the single
+    largest feature (near 1: massive activations).
+
+    Reads ``"sample"`` (*B, N, D), and where present what ``SampleSpectrum`` writes; writes ``("sample_metrics", name)`` (*B,).
+    Raises ValueError below 2 rows; identical rows give NaN with one ``UndefinedMeasureWarning``.
+
+        >>> import torch, tdgeom as tg
+        >>> from tensordict import TensorDict
+        >>> td = tg.SampleMetrics()(TensorDict(sample=torch.eye(3)))
+        >>> round(float(td["sample_metrics", "cos_sim_mean"]), 3)
+        0.0
+    """
+
+    reads = {
+        "sample": "N D",
+        "sample_eigenvalues": "D",
+        "sample_covariance": "D D",
+        "sample_unit_covariance": "D D",
+    }
+    optional = frozenset({"sample_eigenvalues", "sample_covariance", "sample_unit_covariance"})
+    writes = [("sample_metrics", name) for name in SAMPLE_METRICS]
+    one_thread_a_site = True
+
+    def compute(self, sample: Tensor, *known: Tensor | None) -> Mapping[str, Tensor]:
+        """See ``sample_metrics``."""
+        _check_rows(sample, self)
+        metrics = sample_metrics(sample, *known)
+        if not torch.compiler.is_compiling() and bool(metrics["sv_stable_rank"].isnan().any()):
+            warnings.warn(
+                f"SampleMetrics: all rows of {self.in_keys[0]!r} are the same, so its spectral measures are NaN",
+                UndefinedMeasureWarning,
+                stacklevel=2,
+            )
+        return metrics

@@ -1,0 +1,163 @@
+"""What CCA, SVCCA, PWCCA and linear regression share: each side as orthonormal directions, from rows or from moments."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tdgeom.core.keys import Key
+from tdgeom.core.stage import PairStage
+from tdgeom.numerics.centring import as_rows, centre
+
+__all__ = ["Factor", "LinearPairStage", "factor_moments", "factor_rows", "overlap"]
+
+MOMENT_LEAVES = (("count", ""), ("mean", "{}"), ("covariance", "{} {}"))
+
+
+class Factor(NamedTuple):
+    """Centred X = U·coefficients with orthonormal U; columns beyond the rank are zero."""
+
+    basis: Tensor  # U (..., N, r) from rows; from moments the map (..., D, r) with U = X map
+    values: Tensor  # (..., r) singular values, of the standardised features if asked
+    coefficients: Tensor  # (..., r, D) in the data's own units, up to one factor a side
+    rank: Tensor  # (...) float64
+    count: Tensor | None  # n, from moments only
+
+
+def factor_rows(x: Tensor, measure: str, *, standardise: bool, share: float | None = None) -> Factor:
+    """The thin singular value decomposition of centred rows, in float64.
+
+
+    ``standardise`` divides features by their norm first (constant ones stay zero): a measure that ignores invertible
+    linear maps then finds the rank even beside a feature a thousand times larger. Directions no longer than the rounding
+    of the given values are then left out: features that depend on each other have many in float32 or half precision,
+    as good as any other to such a measure. Where none is longer nothing tells them apart, and all of them count.
+    """
+    wide = as_rows(x, measure).double()
+    rows, scale = centre(wide)
+    norms = (
+        torch.linalg.vector_norm(rows, dim=-2)
+        if standardise
+        else rows.new_ones(rows.shape[:-2] + rows.shape[-1:])
+    )
+    # NaN stays NaN (a side without variance), but LAPACK refuses it.
+    undefined = torch.isnan(rows).any(-1).any(-1)
+    used = torch.where(norms > 0, norms, 1)
+    u, s, vt = torch.linalg.svd(torch.nan_to_num(rows) / used.unsqueeze(-2), full_matrices=False)
+    keep = s > s[..., :1] * max(x.shape[-2:]) * torch.finfo(torch.float64).eps
+    if standardise:
+        steps = (
+            torch.linalg.vector_norm(_steps(wide, x.dtype) / scale[..., None, None], dim=-2) / used.detach()
+        )
+        above = s > _along(vt, steps)
+        keep = keep & (above | ~above.any(-1, keepdim=True))
+    keep = keep & _leading(s.square(), share)
+    coefficients = (s * keep).unsqueeze(-1) * vt * norms.unsqueeze(-2)
+    rank = torch.where(undefined, torch.nan, keep.sum(-1, dtype=torch.float64))
+    return Factor(u * keep.unsqueeze(-2), s, coefficients, rank, None)
+
+
+def _steps(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What rounding may have moved each value by, in float64, before it was ``x``.
+
+    Half precision: 2.4 standard deviations of rounding to the nearest, which singular values of pure rounding stay
+    below. Wider types: eight steps of the type, for the sums that values come from are rounded too.
+    """
+    if not dtype.is_floating_point:
+        dtype = torch.float64
+    share = 0.7 if dtype.itemsize < 4 else 8.0
+    return share * torch.finfo(dtype).eps * x.detach().abs().log2().floor().exp2()
+
+
+def _along(directions: Tensor, steps: Tensor) -> Tensor:
+    """(..., r) how long independent errors of length ``steps`` (..., D) in the features are along directions (..., r, D)."""
+    return (directions.detach().square() @ steps.square().unsqueeze(-1)).squeeze(-1).sqrt()
+
+
+def factor_moments(
+    count: Tensor, mean: Tensor, covariance: Tensor, *, standardise: bool, share: float | None = None
+) -> Factor:
+    """The same from the covariance, of rows that are taken for float32.
+
+    Its products square the condition. What they lost shows where a covariance cannot be, below zero: directions of less
+    than four times that variance, or of 1e-6 of the largest standard deviation, are left out too.
+    """
+    covariance = covariance.to(torch.float64)
+    variance = torch.diagonal(covariance, dim1=-2, dim2=-1)
+    noise = (
+        64 * torch.finfo(torch.float64).eps * mean
+    ).square()  # a constant feature keeps this much of its mean
+    constant = variance <= noise
+    norms = torch.where(constant, 0, variance).sqrt()
+    used = norms if standardise else torch.ones_like(norms)
+    inverse = torch.where(constant, 0, 1 / torch.where(used > 0, used, 1))
+    scaled = covariance * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+    undefined = ~(variance > noise).any(-1)
+    values, vectors = torch.linalg.eigh(torch.nan_to_num(scaled))
+    lost = -4 * values[..., :1].clamp(max=0)
+    values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
+    n = count.to(torch.float64)
+    keep = (values > values[..., :1] * 1e-12) & (values > lost) & _leading(values, share)
+    if standardise:
+        sizes = (variance.clamp(min=0) + mean.to(torch.float64).square()).sqrt() * inverse
+        keep = keep & (values > _along(vectors.mT, 8 * torch.finfo(torch.float32).eps * sizes).square())
+    keep = keep & (torch.arange(values.shape[-1], device=values.device) < (n - 1)[..., None])
+    s = (values * (n - 1)[..., None]).sqrt()
+    weights = torch.where(keep, 1 / torch.where(keep, s, 1), 0)
+    basis = inverse.unsqueeze(-1) * vectors * weights.unsqueeze(-2)
+    coefficients = (s * keep).unsqueeze(-1) * vectors.mT * used.unsqueeze(-2)
+    rank = torch.where(undefined, torch.nan, keep.sum(-1, dtype=torch.float64))
+    return Factor(basis, s, coefficients, rank, n)
+
+
+def _leading(variances: Tensor, share: float | None) -> Tensor:
+    """True for the fewest leading components that hold ``share`` of the variance."""
+    if share is None:
+        return torch.ones_like(variances, dtype=torch.bool)
+    cumulative = variances.cumsum(-1) / variances.sum(-1, keepdim=True)
+    return torch.cat(
+        [torch.ones_like(cumulative[..., :1], dtype=torch.bool), cumulative[..., :-1] < share], -1
+    )
+
+
+def overlap(a: Factor, b: Factor, cross_covariance: Tensor | None = None) -> Tensor:
+    """U_aᵀU_b (..., r, s), whose singular values are the canonical correlations."""
+    if cross_covariance is None:
+        return a.basis.mT @ b.basis
+    return a.basis.mT @ (cross_covariance.to(torch.float64) * (a.count - 1)[..., None, None]) @ b.basis
+
+
+class LinearPairStage(PairStage):
+    """A pair stage on rows, or with ``source="moments"`` on count, mean, covariance and the cross covariance."""
+
+    measures: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        *,
+        source: Literal["sample", "moments"] = "sample",
+        in_keys: Key | list[Key] | None = None,
+        out_keys: Key | list[Key] | None = None,
+    ) -> None:
+        if source == "sample":
+            reads: dict[Key, str] = {("sample", "a"): "N D", ("sample", "b"): "N E"}
+        elif source == "moments":
+            reads = {
+                ("cross_moments", side, leaf): shape.format(letter, letter)
+                for side, letter in (("a", "D"), ("b", "E"))
+                for leaf, shape in MOMENT_LEAVES
+            }
+            reads["cross_moments", "cross_covariance"] = "D E"
+        else:
+            raise ValueError(f"{type(self).__name__}: source is 'sample' or 'moments', got {source!r}.")
+        self.source = source
+        writes = [("between", name) for name in self.measures]
+        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=writes)
+
+    def factor(self, inputs: tuple[Tensor, ...], *, standardise: bool, share: float | None = None) -> Factor:
+        """One side, from whichever source."""
+        if self.source == "sample":
+            return factor_rows(inputs[0], type(self).__name__, standardise=standardise, share=share)
+        return factor_moments(*inputs, standardise=standardise, share=share)

@@ -1,0 +1,118 @@
+"""A model and what was found out about it, held without belonging to the module that holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from tdgeom.model.calls.model_inputs import Signature, numbers_from_padding, read_signature
+from tdgeom.model.structure.resolve import ResolvedSite
+
+
+class Bound:
+    """A model as a hooking context refers to it: not registered, shared by copies, dropped by pickling."""
+
+    def __init__(self, model: nn.Module, sites: Iterable[ResolvedSite]) -> None:
+        self.model: nn.Module | None = model
+        self.name = type(model).__name__
+        self.sites = tuple(sites)
+        paths = {p for e in self.sites for p in (e.module_path, e.block_path) if p is not None}
+        self.modules = {path: model.get_submodule(path) for path in paths}
+        self.signature: Signature = read_signature(model)
+        self.number_positions = not numbers_from_padding(model)
+        self.watched = False
+        refuse_compiled(model, paths)
+        self._chain = _chain(model, paths)
+
+    def refuse_compiled(self) -> None:
+        """``refuse_compiled`` of the model as it is now; one look at each module while nothing has been replaced."""
+        model = self.require()
+        if model._compiled_call_impl is None and all(
+            parent._modules.get(name) is child and child._compiled_call_impl is None
+            for parent, name, child in self._chain
+        ):
+            return
+        refuse_compiled(model, self.modules)
+
+    def require(self) -> nn.Module:
+        """The model, or an error if pickling has dropped it."""
+        if self.model is None:
+            raise RuntimeError(
+                f"this Capture was unpickled without its model (a {self.name}): pickling keeps settings, "
+                "not models. Remedy: capture.bind(model), or a new Capture(model, ...)."
+            )
+        return self.model
+
+    def __deepcopy__(self, memo: dict) -> Bound:
+        return self
+
+    def __copy__(self) -> Bound:
+        return self
+
+    def __reduce__(self):
+        return _unbound, (self.name,)
+
+
+def _chain(model: nn.Module, paths: Iterable[str]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Every step from the model down to the modules at ``paths``: (parent, name, child)."""
+    steps: dict[str, tuple[nn.Module, str, nn.Module]] = {}
+    for path in paths:
+        parent, walked = model, ""
+        for name in path.split(".") if path else []:
+            walked = f"{walked}.{name}"
+            child = parent._modules[name]
+            steps[walked] = (parent, name, child)
+            parent = child
+    return list(steps.values())
+
+
+def _unbound(name: str) -> Bound:
+    bound = Bound.__new__(Bound)
+    bound.model, bound.name, bound.sites, bound.modules = None, name, (), {}
+    return bound
+
+
+def refuse_compiled(model: nn.Module, paths: Iterable[str]) -> None:
+    """Raise if a hook on one of ``paths`` would never fire because something around it is compiled."""
+    seen: set[str] = set()
+    for path in sorted({"", *paths}):
+        parts = path.split(".") if path else []
+        for depth in range(len(parts) + 1):
+            owner = ".".join(parts[:depth])
+            if owner in seen:
+                continue
+            seen.add(owner)
+            module = model.get_submodule(owner)
+            # a compiled module runs its traced graph: hooks added to what is inside are silently skipped
+            if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+                where = f"its submodule {owner!r}" if owner else "it"
+                raise RuntimeError(
+                    f"expected a model whose hooks fire, got a {type(model).__name__} of which {where} is "
+                    "compiled: hooks inside would silently never fire. Remedy: give the model before "
+                    "torch.compile (`compiled._orig_mod` is it) and call that."
+                )
+
+
+def may_stop(modules: Sequence[nn.Module]) -> bool:
+    """Whether a forward pass may end early: not under offloading or sharding hooks, which must finish."""
+    sharded = {"FSDPModule", "FullyShardedDataParallel"}
+    if any(
+        base.__name__ in sharded for kind in {type(module) for module in modules} for base in kind.__mro__
+    ):
+        return False
+    return not any("_hf_hook" in module.__dict__ for module in modules)
+
+
+@contextmanager
+def eval_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Every module in eval mode inside; each one's own flag is put back, frozen parts stay frozen."""
+    training = [module for module in modules if module.training]
+    try:
+        for module in training:  # not model.eval(): some modules act on a change of mode
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

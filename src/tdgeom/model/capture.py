@@ -1,0 +1,408 @@
+"""Capture: read a model's activations, as a TensorDict module or around the user's own calls."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+
+from tdgeom.model.calls.bound_model import Bound, eval_mode, may_stop, refuse_compiled
+from tdgeom.model.calls.call_entries import write_entries
+from tdgeom.model.calls.model_inputs import (
+    bound_tensors,
+    ids_beyond_vocabulary,
+    input_keys,
+    model_inputs,
+    needs_decoder_ids,
+)
+from tdgeom.model.calls.reading import Pass, Session, StopForward, read_named_outputs
+from tdgeom.model.gradients import await_gradients, differentiable, replace_by_gradients
+from tdgeom.model.sites import LayerSpec, Site
+from tdgeom.model.structure.resolve import ResolvedSite, resolve_sites
+from tdgeom.model.structure.verify import verify
+
+
+class Capture(TensorDictModuleBase):
+    """Reads named places of a model: a TensorDict module, and a context manager around the user's own calls.
+
+    **Module form**, ``capture(td)``: runs the model in eval mode without gradients and without a cache, on every
+    entry of ``td`` that its forward names (labels and row identities excepted), with ``position_ids`` counted
+    over the attention mask, and stops right after the last site. Writes ``("acts", site)``, shape (B, T, D), or
+    (B, D) where the model gives that; everything else in ``td`` stays.
+
+    **Context form**, ``with capture as calls:``: changes nothing about the calls the user makes; ``calls`` gets
+    one TensorDict a model call with the keys of the module form and the tensors that the call was given.
+
+    **Order.** Contexts on one model act in the order in which they are entered: a Capture inside an ``Intervene``
+    reads what the edits left, one outside of it reads what was there before.
+
+    Args:
+        model: any ``nn.Module`` that is not compiled. It stays the user's: neither registered, moved nor saved.
+        sites: kinds, concrete names (``"residual_output.-1"``), ``"module_output:<glob>"``, compiled regular expressions
+            (they match a whole module path and stand for its output), or a list of them.
+        layers: ``"all"``, an int, a list (negative counts from the end), a slice or ``"0,3,7"``; applies to kinds.
+        heads: query heads to read at sites with heads, (B, T, heads, Dh) or (B, heads, Tq, Tk); where queries share
+            key/value heads, ``k`` and ``v`` give the one that each of these heads uses.
+        direction: ``"forward"``, or ``"backward"`` for gradients, ``("grads", site)``: in module form of ``target``, in
+            context form of what the user calls ``backward`` on inside the ``with`` block. The gradient of what a module
+            receives is the one through that module alone.
+        target: output of the model -> scalar, what the module form takes gradients of (needed for ``"backward"``).
+        callback: called with the site and its tensor as it is read; what it returns (unless None) is kept instead.
+        classes, skip_classes: module classes to take or leave among those that globs and expressions match.
+        nested: put module sites under their path's parts, ``("acts", "h", "0", "mlp")``.
+        cache: a TensorDict that every call's activations are also written to, the last call winning.
+        model_outputs: names of the model's outputs to keep, under ``prefix + name``; the pass then runs to its end.
+        prefix: put before each site's name, ``"b/"``, to keep two models apart.
+        keep_graph: keep the autograd graph (and the ambient grad mode) instead of detaching.
+        clone: copy what is read, for models that modify it in place afterwards.
+        withhold: further entries that the model is never called with.
+        in_keys: what the module form demands: a list of keys, or a mapping of forward names to keys. Default: the
+            model's main input, or every parameter of forward without a default.
+        out_keys: the root of the activations' keys (default ``"acts"``; ``"grads"`` for gradients), or a list naming every
+            leaf.
+
+    Attributes: ``sites``, a list of :class:`Site` in execution order; ``module_paths``, site -> module path.
+
+    What is *added* to the stream (``attn_output``, ``mlp_output``) is read before the block's residual dropout, which
+    does nothing in eval mode. ``embed`` is the input of the first block. A block listed several times is one layer
+    each time. Raises an error that says what was expected, what came and the remedy for unknown kinds, layers out of
+    range, paths that match nothing, compiled models, and sites that never fire or fire more often than they should.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    >>> capture = Capture(model, "residual_output", in_keys=["x"])
+    >>> td = capture(TensorDict({"x": torch.ones(3, 4)}))
+    >>> td["acts", "residual_output.1"].shape
+    torch.Size([3, 4])
+    >>> with capture as calls:
+    ...     _ = model(torch.ones(2, 4))
+    >>> calls[0]["acts", "residual_output.0"].shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: str | re.Pattern | Iterable[str | re.Pattern] = "residual_input",
+        *,
+        layers: LayerSpec = "all",
+        heads: int | Sequence[int] | None = None,
+        direction: str = "forward",
+        target: Callable[[Any], Tensor] | None = None,
+        callback: Callable[[Site, Tensor], Tensor | None] | None = None,
+        classes: Sequence[type[nn.Module]] = (),
+        skip_classes: Sequence[type[nn.Module]] = (),
+        nested: bool = False,
+        cache: TensorDictBase | None = None,
+        model_outputs: str | Sequence[str] | None = None,
+        prefix: str = "",
+        keep_graph: bool = False,
+        clone: bool = False,
+        withhold: Sequence[str] = (),
+        in_keys: Sequence[NestedKey] | Mapping[str, NestedKey] | None = None,
+        out_keys: NestedKey | Sequence[NestedKey] | None = None,
+    ) -> None:
+        super().__init__()
+        if direction not in ("forward", "backward"):
+            raise ValueError(f"direction= expects 'forward' or 'backward', got {direction!r}.")
+        self._asked = {
+            "sites": sites if isinstance(sites, str | re.Pattern) else list(sites),
+            "layers": layers,
+            "prefix": prefix,
+            "heads": heads,
+            "classes": tuple(classes),
+            "skip_classes": tuple(skip_classes),
+        }
+        self.direction, self.target, self.callback, self.heads = direction, target, callback, heads
+        self.nested, self.cache = nested, cache
+        out_keys = ("acts" if direction == "forward" else "grads") if out_keys is None else out_keys
+        self.model_outputs = [model_outputs] if isinstance(model_outputs, str) else list(model_outputs or ())
+        self.prefix, self.keep_graph, self.clone, self.withhold = prefix, keep_graph, clone, tuple(withhold)
+        self._session: Session | None = None
+        self._calls_open: list[TensorDictBase] | None = None
+        self._bound = self._resolve(model)
+        self.sites: list[Site] = [entry.site for entry in self._bound.sites]
+        self.module_paths: dict[Site, str] = {entry.site: entry.module_path for entry in self._bound.sites}
+        self._input_keys = input_keys(model, self._bound.signature, in_keys)
+        self.in_keys = list(self._input_keys.values())
+        self._leaves = self._name_leaves(out_keys)
+        self.out_keys = list(self._leaves)
+
+    def _name_leaves(self, out_keys: NestedKey | Sequence[NestedKey]) -> list[NestedKey]:
+        outputs = [self.prefix + name for name in self.model_outputs]
+        if not isinstance(out_keys, list):
+            root = (out_keys,) if isinstance(out_keys, str) else tuple(out_keys)
+            return [(*root, *self._parts(site)) for site in self.sites] + outputs
+        if len(out_keys) != len(self.sites) + len(outputs):
+            raise ValueError(
+                f"out_keys= expected {len(self.sites) + len(outputs)} keys, for "
+                f"{[*map(str, self.sites), *outputs]}, got {len(out_keys)}. Remedy: give one root key "
+                "instead of a list."
+            )
+        return list(out_keys)
+
+    def _parts(self, site: Site) -> tuple[str, ...]:
+        if not self.nested or site.path is None:
+            return (str(site),)
+        head = site.prefix.rstrip("/")
+        return (
+            *([head] if head else []),
+            *site.path.split("."),
+            *(["input"] if site.kind == "module_input" else []),
+        )
+
+    def _resolve(self, model: nn.Module) -> Bound:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Capture expects an nn.Module, got {type(model).__name__}.")
+        refuse_compiled(model, ())
+        entries = resolve_sites(model, **self._asked)
+        verify(model, entries)
+        return Bound(model, entries)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model; an error if this Capture was unpickled and not yet bound."""
+        return self._bound.require()
+
+    @property
+    def resolved(self) -> tuple[ResolvedSite, ...]:
+        """The sites with their modules, heads and scales, in execution order."""
+        return self._bound.sites
+
+    def call_model(self, tensordict: TensorDictBase, output: str = "logits") -> Tensor:
+        """The model's output on a batch, called as the module form does but read nowhere and run to its end."""
+        args, kwargs = self._arguments(tensordict)
+        return read_named_outputs(self.model(*args, **kwargs), [output], lambda value: value)[output]
+
+    def _arguments(self, source: TensorDictBase) -> tuple[list[Any], dict[str, Any]]:
+        bound = self._bound
+        return model_inputs(
+            bound.require(),
+            bound.signature,
+            source,
+            self._input_keys,
+            withhold=self.withhold,
+            number_positions=bound.number_positions,
+        )
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the model's first parameter is, and so where batches go; None for a model without parameters."""
+        first = next(self._bound.require().parameters(), None)
+        return None if first is None else first.device
+
+    def bind(self, model: nn.Module) -> Capture:
+        """Give an unpickled Capture its model again, or another one with the same sites. Returns itself."""
+        if self._session is not None:
+            raise RuntimeError(
+                "bind() expects a Capture that is not entered. Remedy: leave the with block first."
+            )
+        bound = self._resolve(model)
+        if [entry.site for entry in bound.sites] != self.sites:
+            raise ValueError(
+                f"expected a model with the sites {self.sites}, {type(model).__name__} has others."
+            )
+        self._bound = bound
+        self.module_paths = {entry.site: entry.module_path for entry in bound.sites}
+        return self
+
+    # -------------------------------------------------------------------------------------- module form
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase, **entries: Tensor) -> TensorDictBase:
+        """Run the model on a batch; further tensors (``attention_mask=``) can be given by keyword."""
+        model, bound = self._bound.require(), self._bound
+        self._refuse_entered()
+        bound.refuse_compiled()
+        source = tensordict.copy().update(entries) if entries else tensordict
+        args, kwargs = self._arguments(source)
+        modules = list(model.modules())
+        backward = self.direction == "backward"
+        stop = not self.model_outputs and not backward and may_stop(modules)
+        if backward and self.target is None:
+            raise ValueError(
+                "Capture(direction='backward') needs target= in module form, a function of the model's output that gives "
+                "the scalar to differentiate. Remedy: target=lambda out: out.logits[:, -1, token].sum(), or the context "
+                "form around your own backward()."
+            )
+        session = self._open(stop)
+        self._session = session
+        try:
+            with eval_mode(modules), self._grad_mode(model):
+                session.begin()
+                try:
+                    output = model(*args, **kwargs)
+                except StopForward:
+                    output = None
+                except IndexError as error:
+                    if (said := ids_beyond_vocabulary(model, kwargs)) is None:
+                        raise
+                    raise ValueError(said) from error
+                except (ValueError, TypeError, AttributeError) as error:
+                    if not needs_decoder_ids(bound.signature, kwargs):
+                        raise
+                    raise ValueError(
+                        f"{bound.name} failed without 'decoder_input_ids', which its decoder may need for "
+                        "the sites asked for. Remedy: put 'decoder_input_ids' or 'labels' in the batch, or "
+                        "ask for encoder sites only."
+                    ) from error
+                done = session.end()
+                self._refuse_missing(done.acts)
+                if backward:
+                    replace_by_gradients(done, bound.sites, self.target(output))  # type: ignore[misc]
+                values = self._values(done, output)
+        finally:
+            session.close()
+            self._session = None
+        bound.watched = True
+        write_entries(tensordict, values)
+        self._fill_cache(values)
+        return tensordict
+
+    def _open(self, stop: bool) -> Session:
+        bound = self._bound
+        return Session(
+            bound.modules,
+            bound.sites,
+            stop=stop,
+            clone=self.clone,
+            keep_graph=self.keep_graph,
+            watch=not bound.watched,
+            model=bound.model,
+            backward=self.direction == "backward",
+            callback=self.callback,
+        )
+
+    def _grad_mode(self, model: nn.Module) -> Any:
+        if self.direction == "backward":
+            return differentiable(model)
+        return nullcontext() if self.keep_graph else torch.no_grad()
+
+    def _fill_cache(self, values: dict[NestedKey, Tensor]) -> None:
+        if self.cache is not None:
+            write_entries(self.cache, values)
+
+    def _values(self, done: Pass, output: Any) -> dict[NestedKey, Tensor]:
+        values = {
+            key: done.acts[s] for key, s in zip(self._leaves, self.sites, strict=False) if s in done.acts
+        }
+        if self.model_outputs:
+            named = read_named_outputs(output, self.model_outputs, self._keep)
+            values.update(zip(self._leaves[len(self.sites) :], named.values(), strict=True))
+        return values
+
+    def _keep(self, value: Tensor) -> Tensor:
+        value = value if self.keep_graph else value.detach()
+        return value.clone() if self.clone else value
+
+    # ------------------------------------------------------------------------------------- context form
+
+    def __enter__(self) -> list[TensorDictBase]:
+        model, bound = self._bound.require(), self._bound
+        self._refuse_entered()
+        bound.refuse_compiled()
+        session = self._open(stop=False)
+        calls: list[TensorDictBase] = []
+        try:
+            # around the sites' own hooks: first in, last out
+            before = model.register_forward_pre_hook(lambda *_: session.begin(), prepend=True)
+            session.handles.append(before)
+            session.handles.append(
+                model.register_forward_hook(
+                    lambda _, args, kwargs, output: self._record(session, calls, args, kwargs, output),
+                    with_kwargs=True,
+                )
+            )
+        except BaseException:
+            session.close()
+            raise
+        self._session, self._calls_open = session, calls
+        return calls
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        session, calls = self._session, self._calls_open
+        self._session = self._calls_open = None
+        if session is None:
+            return
+        early = session.early
+        session.close()
+        if kind is not None:
+            return
+        if calls and self.direction == "forward":
+            self._bound.watched = True
+            self._refuse_missing(
+                {
+                    s
+                    for s, k in zip(self.sites, self._leaves, strict=False)
+                    for c in calls
+                    if k in c.keys(True)
+                }
+            )
+        elif early is not None and early.acts:
+            raise RuntimeError(
+                f"the sites {sorted(map(str, early.acts))} fired, but the {self._bound.name} itself was "
+                "never called: a part of it was. Remedy: call the model that Capture was given, or give "
+                "Capture the part that you call."
+            )
+
+    @contextmanager
+    def disable_hooks(self) -> Iterator[None]:
+        """Inside, calls of the model are neither read nor listed (this Capture must be entered)."""
+        session = self._session
+        if session is None:
+            raise RuntimeError(
+                "disable_hooks() expects an entered Capture. Remedy: call it inside the with block."
+            )
+        before, session.disabled = session.disabled, True
+        try:
+            yield
+        finally:
+            session.disabled = before
+
+    def _record(
+        self, session: Session, calls: list[TensorDictBase], args: tuple, kwargs: dict, output: Any
+    ) -> None:
+        done = session.end()
+        if session.disabled:
+            return
+        values = self._values(done, output)
+        td = TensorDict({}, batch_size=[])
+        for name, value in bound_tensors(self._bound.signature, args, kwargs).items():
+            td.set(name, value)
+        if self.direction == "backward":
+            leaves = dict(zip(self.sites, self._leaves, strict=False))
+            await_gradients(done, self._bound.sites, leaves, td, clone=self.clone)
+            values = {k: v for k, v in values.items() if k in self._leaves[len(self.sites) :]}
+        write_entries(td, values)
+        self._fill_cache(values)
+        calls.append(td)
+
+    # ------------------------------------------------------------------------------------------- errors
+
+    def _refuse_entered(self) -> None:
+        if self._session is not None:
+            raise RuntimeError(
+                "this Capture is already in use (entered, or running): its calls would mix. Remedy: leave "
+                "the with block first, or use a second Capture of the same model."
+            )
+
+    def _refuse_missing(self, fired: Iterable[str]) -> None:
+        missing = [site for site in self.sites if site not in set(fired)]
+        if missing:
+            paths = ", ".join(f"{site!s} ({self.module_paths[site]})" for site in missing[:5])
+            raise RuntimeError(
+                f"expected every site to fire, {len(missing)} never did: {paths}. The forward pass did not "
+                "run these modules through their __call__ (skipped, compiled, replaced since the Capture "
+                "was made, or called by another method). Remedy: leave them out, or make a new Capture "
+                "after changing the model."
+            )
+
+    def __getstate__(self) -> dict:
+        # hooks and open calls belong to the with block, not to copies of this module
+        return {**self.__dict__, "_session": None, "_calls_open": None}

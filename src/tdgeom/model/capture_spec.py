@@ -1,0 +1,169 @@
+"""CaptureSpec: what is captured and how it is reduced, said declaratively and kept with results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from tensordict.nn import TensorDictSequential
+from torch import nn
+
+from tdgeom.model.aggregate import AggregateActs, GroupAttention
+from tdgeom.model.capture import Capture
+from tdgeom.model.positions import Positions, check_positions, from_json, to_json
+from tdgeom.model.sites import PATTERN_KINDS
+
+__all__ = ["CaptureSpec"]
+
+
+@dataclass(frozen=True)
+class CaptureSpec:
+    """What to capture and how to reduce it on the way out; plain data, so that it can be stored with results.
+
+    Args:
+        sites, layers, heads, model_outputs: as for :class:`Capture`.
+        positions, reduce, over_examples: as for :class:`AggregateActs`; the defaults keep everything.
+        row_groups, column_groups: name -> positions; patterns become averages between groups (:class:`GroupAttention`).
+
+    ``spec.build(model)`` is a ``TensorDictSequential`` of the capture and its reductions.
+
+    >>> spec = CaptureSpec(["residual_output", "attn_pattern"], layers=[0, -1], positions="last", reduce="mean")
+    >>> CaptureSpec.from_json(spec.to_json()) == spec
+    True
+    """
+
+    sites: Sequence[str] = ("residual_input",)
+    layers: Any = "all"
+    heads: Sequence[int] | None = None
+    positions: Positions = "all"
+    reduce: str | None = None
+    over_examples: str | None = None
+    row_groups: Mapping[str, Positions] = field(default_factory=dict)
+    column_groups: Mapping[str, Positions] = field(default_factory=dict)
+    model_outputs: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        set_ = lambda name, value: object.__setattr__(self, name, value)
+        set_("sites", (self.sites,) if isinstance(self.sites, str) else tuple(self.sites))
+        if not all(isinstance(site, str) for site in self.sites):
+            raise ValueError(
+                f"CaptureSpec: sites are strings (globs, not compiled expressions), got {self.sites!r}."
+            )
+        set_("layers", self.layers if isinstance(self.layers, str | int | slice) else tuple(self.layers))
+        set_(
+            "heads",
+            None
+            if self.heads is None
+            else tuple([self.heads] if isinstance(self.heads, int) else self.heads),
+        )
+        set_(
+            "model_outputs",
+            (self.model_outputs,) if isinstance(self.model_outputs, str) else tuple(self.model_outputs),
+        )
+        for positions in (self.positions, *self.row_groups.values(), *self.column_groups.values()):
+            check_positions(positions)
+        for name in ("reduce", "over_examples"):
+            if getattr(self, name) not in (None, "mean", "sum"):
+                raise ValueError(
+                    f"CaptureSpec: {name}= expects 'mean', 'sum' or None, got {getattr(self, name)!r}."
+                )
+
+    @classmethod
+    def of(cls, capture: Capture, *, positions: Positions = "all", reduce: str | None = None) -> CaptureSpec:
+        """What a Capture reads, site by site, and what is done to it afterwards: the form that results keep.
+
+        >>> capture = Capture(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "residual_output", in_keys=["x"])
+        >>> CaptureSpec.of(capture).sites
+        ('residual_output.0', 'residual_output.1')
+        """
+        heads = capture.heads
+        return cls(
+            sites=[str(site).removeprefix(site.prefix or "") for site in capture.sites],
+            heads=[heads] if isinstance(heads, int) else heads,
+            positions=positions,
+            reduce=reduce,
+            model_outputs=capture.model_outputs,
+        )
+
+    def build(self, model: nn.Module, **settings: Any) -> TensorDictSequential:
+        """The capture and its reductions as one TensorDict module; further settings go to :class:`Capture`."""
+        layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
+        capture = Capture(
+            model,
+            list(self.sites),
+            layers=layers,
+            heads=self.heads,
+            model_outputs=list(self.model_outputs) or None,
+            **settings,
+        )
+        stages: list[nn.Module] = [capture]
+        patterns = [site for site in capture.sites if site.kind in PATTERN_KINDS]
+        grouped = patterns if self.row_groups else []
+        if grouped:
+            stages.append(GroupAttention(grouped, self.row_groups, self.column_groups or None))
+        rest = [site for site in capture.sites if site not in grouped]
+        everything = isinstance(self.positions, str) and self.positions == "all" and self.reduce is None
+        if rest and not (everything and self.over_examples is None):
+            stages.append(
+                AggregateActs(
+                    rest, positions=self.positions, reduce=self.reduce, over_examples=self.over_examples
+                )
+            )
+        if grouped and self.over_examples is not None:
+            stages.append(_OverExamples(grouped, self.over_examples))
+        return TensorDictSequential(*stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: strings, numbers, lists and mappings."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["layers"] = to_json(self.layers) if isinstance(self.layers, slice) else self.layers
+        data["positions"] = to_json(self.positions)
+        for name in ("row_groups", "column_groups"):
+            data[name] = {key: to_json(value) for key, value in getattr(self, name).items()}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
+
+    def to_json(self, **settings: Any) -> str:
+        """The spec as JSON text; settings go to ``json.dumps``."""
+        return json.dumps(self.to_dict(), **settings)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CaptureSpec:
+        """The inverse of :meth:`to_dict`; an unknown entry is an error."""
+        known = {f.name for f in fields(cls)}
+        if not isinstance(data, Mapping):
+            raise ValueError(f"CaptureSpec is made from a mapping, got {type(data).__name__}.")
+        if set(data) - known:
+            raise ValueError(f"CaptureSpec has no {sorted(set(data) - known)}; it has {sorted(known)}.")
+        values = dict(data)
+        if isinstance(values.get("layers"), dict):
+            values["layers"] = from_json(values["layers"])
+        if "positions" in values:
+            values["positions"] = from_json(values["positions"])
+        for name in ("row_groups", "column_groups"):
+            if name in values:
+                values[name] = {key: from_json(value) for key, value in values[name].items()}
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> CaptureSpec:
+        """The inverse of :meth:`to_json`; text that describes no spec is a ValueError."""
+        try:
+            return cls.from_dict(json.loads(text))
+        except (TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+            raise ValueError(f"CaptureSpec: this text describes no spec ({error}): {text[:80]!r}.") from error
+
+
+class _OverExamples(AggregateActs):
+    """Averages between groups, which padding does not enter, reduced over examples."""
+
+    def __init__(self, sites: Sequence[str], over_examples: str | None) -> None:
+        super().__init__(sites, over_examples=over_examples)
+
+    def forward(self, tensordict: Any) -> Any:
+        """Reduce every site over the batch."""
+        values = self.read(tensordict)
+        return self.write(
+            tensordict, [v.sum(0) if self.over_examples == "sum" else v.mean(0) for v in values]
+        )

@@ -1,0 +1,86 @@
+"""Edits of attention patterns, before or after the softmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdgeom.model.edits.edit import Edit
+from tdgeom.model.positions import Positions, check_positions, position_mask
+
+__all__ = ["BlockAttention"]
+
+
+class BlockAttention(Edit):
+    """Cut or scale what some positions attend to: rows, columns or blocks of the attention pattern (Geva et al. 2023).
+
+    At ``attn_scores`` the block gets the lowest finite score, so the softmax shares its weight among the other keys. At
+    ``attn_pattern`` the block is multiplied by ``factor`` and, with ``renormalise``, the row made to sum to 1 again.
+
+    Args:
+        queries: the rows, positions that attend (default all of them).
+        keys: the columns, positions that are attended to (default all of them).
+        heads: query heads.
+        factor: for ``attn_pattern``: what the block is multiplied by.
+        renormalise: for ``attn_pattern``: divide each edited row by its sum.
+
+    Raises ``ValueError`` at ``attn_scores`` if a row would be left without a key.
+
+    >>> pattern = torch.full((1, 2, 1, 2), 0.5)  # (B, Tq, H, Tk)
+    >>> BlockAttention(queries="last", keys=0)(activation=pattern)[:, :, 0]
+    tensor([[[0.5000, 0.5000],
+             [0.0000, 0.5000]]])
+    """
+
+    def __init__(
+        self,
+        *,
+        queries: Positions = "all",
+        keys: Positions = "all",
+        factor: float = 0.0,
+        renormalise: bool = False,
+        **settings: Any,
+    ) -> None:
+        super().__init__(positions=queries, **settings)
+        self.keys, self.factor, self.renormalise = check_positions(keys), factor, renormalise
+
+    def replace(
+        self,
+        value: Tensor,
+        keep: Tensor | None,
+        mask: Tensor | None,
+        ids: Tensor | None,
+        special: Tensor | None,
+    ) -> Tensor:
+        """The pattern with its block cut."""
+        if value.ndim != 4:
+            raise ValueError(
+                f"BlockAttention expects 'attn_scores' or 'attn_pattern', (B, Tq, H, Tk), got {tuple(value.shape)} at "
+                f"{self.site!r}."
+            )
+        size = value.shape[-1]
+        mask = (
+            value.new_ones((value.shape[0], size), dtype=torch.bool)
+            if mask is None
+            else mask.bool().to(value.device)
+        )
+        columns = position_mask(mask, self.keys, input_ids=ids, special=special)[0]
+        # a cache with a window holds the newest keys only; behind the keys there may be room for more, or a sink
+        columns = torch.nn.functional.pad(columns, (0, max(size - columns.shape[1], 0)))[:, -size:]
+        columns = columns[:, None, None]
+        if self.site is None or "attn_scores" not in self.site:
+            new = torch.where(columns, value * self.factor, value)
+            return new / new.sum(-1, keepdim=True).clamp(min=1e-30) if self.renormalise else new
+        lowest = torch.finfo(value.dtype).min
+        new = value.masked_fill(columns, lowest)
+        edited = self._where(value, keep)
+        empty = (new <= lowest / 2).all(-1, keepdim=True) & ~(value <= lowest / 2).all(-1, keepdim=True)
+        empty = empty if edited is None else empty & edited.any(-1, keepdim=True)
+        if empty.any():
+            raise ValueError(
+                f"BlockAttention at {self.site!r} would leave a position with no key to attend to (keys={self.keys!r}). "
+                "Remedy: fewer queries or keys, or edit 'attn_pattern'."
+            )
+        return new

@@ -1,0 +1,216 @@
+"""Logit lens and tuned lens: what the model would say if it ended at a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from tdgeom.core.keys import Key
+from tdgeom.core.stage import Stage
+from tdgeom.model.capture import Capture
+from tdgeom.model.lens.tail import Tail
+from tdgeom.model.sites import LayerSpec
+
+__all__ = ["LogitLens", "lens_measures", "logit_lens"]
+
+OUTPUTS = (
+    "logits",
+    "probabilities",
+    "top_tokens",
+    "top_probabilities",
+    "entropy",
+    "kl",
+    "logit_diff",
+    "accuracy",
+)
+DEFAULT = ("top_tokens", "top_probabilities", "entropy")
+Directions = Sequence[int] | Sequence[tuple[int, int]]
+
+
+def lens_measures(
+    logits: Tensor,
+    outputs: Sequence[str] = DEFAULT,
+    *,
+    final: Tensor | None = None,
+    top: int = 10,
+    directions: Directions = (),
+) -> dict[str, Tensor]:
+    """Measures of logits (..., V), each (...) or (..., k).
+
+    ``logits``, ``probabilities`` (softmax); ``top_tokens`` and ``top_probabilities`` (..., top); ``entropy`` in nats;
+    ``kl`` = KL(final || lens), Σ p_final (ln p_final - ln p_lens); for ``directions``, token ids or pairs of them:
+    ``logit_diff`` (..., P), the logit of an id or logit a - logit b, and ``accuracy`` (..., P), 1 where the id is the
+    largest logit or a's logit exceeds b's. Softmaxes are taken in float32 at least.
+
+    >>> lens_measures(torch.tensor([0.0, 0.0]), ["entropy"])["entropy"]
+    tensor(0.6931)
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    log = wide.log_softmax(-1)
+    found: dict[str, Tensor] = {}
+    for name in outputs:
+        if name == "logits":
+            found[name] = logits
+        elif name == "probabilities":
+            found[name] = log.exp()
+        elif name in ("top_tokens", "top_probabilities"):
+            values, tokens = log.topk(min(top, log.shape[-1]), -1)
+            found[name] = tokens if name == "top_tokens" else values.exp()
+        elif name == "entropy":
+            found[name] = -torch.xlogy(log.exp(), log.exp()).sum(-1)
+        elif name == "kl":
+            if final is None or final.shape != logits.shape:
+                got = None if final is None else tuple(final.shape)
+                raise ValueError(f"'kl' needs the model's own logits, {tuple(logits.shape)}, got {got}.")
+            reference = final.to(wide).log_softmax(-1)
+            found[name] = (reference.exp() * (reference - log)).sum(-1)
+        else:
+            found[name] = _direction(wide, name, directions)
+    return found
+
+
+def _direction(logits: Tensor, name: str, directions: Directions) -> Tensor:
+    if not len(directions):
+        raise ValueError(f"{name!r} needs directions=, token ids or pairs of token ids.")
+    columns = []
+    for entry in directions:
+        if isinstance(entry, int):
+            value = logits[..., entry]
+            columns.append(value if name == "logit_diff" else (logits.argmax(-1) == entry).to(logits))
+        else:
+            value = logits[..., entry[0]] - logits[..., entry[1]]
+            columns.append(value if name == "logit_diff" else (value > 0).to(logits))
+    return torch.stack(columns, -1)
+
+
+class LogitLens(Stage):
+    """Activations read out as the model reads its last layer (nostalgebraist 2020).
+
+    Everything the model runs after its last block is run by the model itself on the activation: the final norm at *this*
+    layer's statistics, head transform, unembedding (tied or not), bias, scaling and soft-capping.
+
+    Reads ``"acts"`` (..., D) and, for ``kl``, the model's own ``"logits"`` (..., V); writes under ``"lens"`` the names of
+    ``outputs``, in their order. ``ForEach(LogitLens(model), sites)`` reads ``("acts", site)`` and writes
+    ``("lens", site, name)``; on rows: ``in_keys="tokens"``.
+
+    Args:
+        model: a model with logits; it stays the user's.
+        outputs: which of ``logits``, ``probabilities``, ``top_tokens``, ``top_probabilities``, ``entropy``, ``kl``,
+            ``logit_diff``, ``accuracy`` to write (see :func:`lens_measures`). Full logits only if asked for.
+        apply_norm: False leaves the final norm out.
+        top: how many tokens ``top_tokens`` and ``top_probabilities`` hold.
+        directions: token ids or pairs of ids for ``logit_diff`` and ``accuracy``.
+        chunk: rows read out at once.
+        example: inputs of one call, for models that take neither token ids nor pixels.
+
+    Raises ``ValueError`` for models without blocks or logits and activations of another width.
+    """
+
+    shared = frozenset({"logits"})
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        outputs: Sequence[str] = DEFAULT,
+        apply_norm: bool = True,
+        top: int = 10,
+        directions: Directions = (),
+        chunk: int = 2048,
+        example: Mapping[str, Tensor] | None = None,
+        in_keys: Key | list[Key] | None = None,
+        out_keys: Key | list[Key] | None = None,
+    ) -> None:
+        outputs = check_outputs(outputs)
+        super().__init__(
+            in_keys=in_keys,
+            out_keys=out_keys,
+            reads=["acts", "logits"] if "kl" in outputs else ["acts"],
+            writes=[("lens", name) for name in outputs],
+        )
+        self.outputs, self.apply_norm, self.top, self.chunk = outputs, apply_norm, top, chunk
+        self.directions = directions
+        self._tail = Tail(model, example)
+
+    def compute(self, acts: Tensor, final: Tensor | None = None) -> Mapping[str, Tensor]:
+        """The lens' measures of (..., D)."""
+        with torch.no_grad():
+            return read_out(
+                self._tail,
+                acts,
+                final,
+                self.outputs,
+                apply_norm=self.apply_norm,
+                top=self.top,
+                directions=self.directions,
+                chunk=self.chunk,
+            )
+
+
+def read_out(
+    tail: Tail,
+    acts: Tensor,
+    final: Tensor | None,
+    outputs: Sequence[str],
+    *,
+    apply_norm: bool,
+    chunk: int,
+    **settings: Any,
+) -> dict[str, Tensor]:
+    """:func:`lens_measures` of activations, in chunks of rows, so that logits of all rows never exist at once."""
+    tail.require()
+    if not tail.per_token:
+        return lens_measures(tail(acts, apply_norm=apply_norm), outputs, final=final, **settings)
+    rows = acts.reshape(-1, acts.shape[-1])
+    finals = None if final is None else final.reshape(-1, final.shape[-1])
+    parts = []
+    for start in range(0, max(len(rows), 1), chunk):
+        logits = tail(rows[start : start + chunk], apply_norm=apply_norm, chunk=chunk)
+        own = None if finals is None else finals[start : start + chunk]
+        parts.append(lens_measures(logits, outputs, final=own, **settings))
+    whole = {name: torch.cat([part[name] for part in parts]) for name in outputs}
+    return {name: value.reshape(*acts.shape[:-1], *value.shape[1:]) for name, value in whole.items()}
+
+
+def check_outputs(outputs: Sequence[str]) -> tuple[str, ...]:
+    """The names asked for, or an error that lists the known ones."""
+    outputs = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown or not outputs:
+        raise ValueError(f"outputs= expects names among {', '.join(OUTPUTS)}, got {list(outputs)}.")
+    return outputs
+
+
+def logit_lens(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor] | TensorDictBase,
+    *,
+    sites: str | Sequence[str] = "residual_output",
+    layers: LayerSpec = "all",
+    outputs: Sequence[str] = DEFAULT,
+    **settings: Any,
+) -> TensorDictBase:
+    """The logit lens over all layers in one call: a TensorDict with ``("lens", site, name)``.
+
+    ``inputs`` are the model's; ``sites`` and ``layers`` as for :class:`Capture`; ``outputs`` and further settings as for
+    :class:`LogitLens`. ``("lens", site, "kl")`` compares with the model's own logits.
+    """
+    if not isinstance(inputs, TensorDictBase | Mapping):
+        raise TypeError(
+            f"logit_lens expects the model's inputs by name, such as {{'input_ids': ids}}, got {type(inputs).__name__}."
+        )
+    batch = inputs if isinstance(inputs, TensorDictBase) else TensorDict(dict(inputs), batch_size=[])
+    outputs = check_outputs(outputs)
+    lens = LogitLens(model, outputs=outputs, **settings)
+    capture = Capture(model, sites, layers=layers, model_outputs="logits")
+    td = capture(batch.copy())
+    result = TensorDict({}, batch_size=[])
+    for site in capture.sites:
+        values = lens.compute(td["acts", site], td["logits"] if "kl" in outputs else None)
+        for name in outputs:
+            result.set(("lens", str(site), name), values[name])
+    return result

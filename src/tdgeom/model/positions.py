@@ -1,0 +1,302 @@
+"""Positions: one vocabulary for what is captured, edited and turned into rows.
+
+Positions are counted over attended tokens, sequence by sequence, so padding on either side changes nothing. In a step of
+``generate`` with a cache they are counted over the whole sequence so far: ``positions=3`` edits the fourth token when it
+is computed and nothing in later steps; ``"last"`` is the newest token of every step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdgeom.numerics.hashing import hash_ids
+
+VOCABULARY = (
+    "one of all, last, first, cls (the first), last-N (N before the last), patches (all but the first), special, "
+    "random-N, an int, a list of ints, a range, a slice, Between(start, stop), SpecialTokens(ids), RandomPositions(n, seed) or a "
+    "boolean (B, T) mask"
+)
+_WORDS = re.compile(r"all|first|cls|last(-\d+)?|patches|special|random-\d+")
+
+
+@dataclass(frozen=True)
+class Between:
+    """The tokens between two pivots: after the first ``start`` and before the next ``stop``.
+
+    A pivot is a token id, a list of ids, or text (with a ``tokenizer``); ``None`` is the beginning or the end.
+    ``inclusive`` takes the pivots too. A sequence without the pivot is an error.
+
+    >>> ids = torch.tensor([[5, 7, 1, 2, 9, 3]])
+    >>> position_mask(torch.ones_like(ids), Between(7, 9), input_ids=ids)[0].int()
+    tensor([[0, 0, 1, 1, 0, 0]], dtype=torch.int32)
+    """
+
+    start: tuple[int, ...] | None
+    stop: tuple[int, ...] | None
+    inclusive: bool = False
+
+    def __init__(
+        self,
+        start: int | str | Sequence[int] | None,
+        stop: int | str | Sequence[int] | None,
+        *,
+        tokenizer: Any = None,
+        inclusive: bool = False,
+    ) -> None:
+        object.__setattr__(self, "start", _pivot(start, tokenizer))
+        object.__setattr__(self, "stop", _pivot(stop, tokenizer))
+        object.__setattr__(self, "inclusive", inclusive)
+
+
+def partition(pivots: Sequence[int | str | Sequence[int]], *, tokenizer: Any = None) -> list[Between]:
+    """The parts into which pivots cut a text: before the first, between each two, behind the last.
+
+    >>> [(part.start, part.stop) for part in partition([7, 9])]
+    [(None, (7,)), ((7,), (9,)), ((9,), None)]
+    """
+    edges = [None, *pivots, None]
+    return [Between(a, b, tokenizer=tokenizer) for a, b in pairwise(edges)]
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Special tokens, by their ids; without ids, what ``special_tokens_mask`` in the batch says."""
+
+    ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class RandomPositions:
+    """``n`` attended positions drawn without replacement: the same for sequences of one length and one seed."""
+
+    n: int
+    seed: int = 0
+
+
+Positions = str | int | slice | range | Sequence[int] | Between | SpecialTokens | RandomPositions | Tensor
+
+
+def is_position(value: object) -> bool:
+    """Whether a value belongs to the vocabulary.
+
+    >>> is_position("last-2"), is_position("latst")
+    (True, False)
+    """
+    if isinstance(value, str):
+        return bool(_WORDS.fullmatch(value))
+    if isinstance(value, Tensor):
+        return not value.is_floating_point()
+    if isinstance(value, list | tuple):
+        return all(isinstance(v, int) and not isinstance(v, bool) for v in value) and bool(value)
+    return isinstance(
+        value, int | slice | range | Between | SpecialTokens | RandomPositions
+    ) and not isinstance(value, bool)
+
+
+def check_positions(value: Any) -> Any:
+    """The value, or an error that gives the vocabulary."""
+    if not is_position(value):
+        raise ValueError(f"positions={value!r} is not understood: use {VOCABULARY}.")
+    return value
+
+
+def position_mask(
+    mask: Tensor,
+    positions: Positions = "all",
+    *,
+    input_ids: Tensor | None = None,
+    special: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Which positions are meant, and each position's rank among attended tokens: two (B, T) tensors.
+
+    Args:
+        mask: (B, T), true where a token is attended.
+        positions: a word of the vocabulary; numbers are counted over attended tokens, negative from the end.
+        input_ids: (B, T), for pivots and special ids; shorter where the earlier tokens are cached.
+        special: (B, T), true at special tokens.
+
+    Raises ``ValueError`` for anything else, with the vocabulary.
+
+    >>> mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
+    >>> position_mask(mask, "last")[0].int().tolist()
+    [[0, 0, 1], [0, 1, 0]]
+    """
+    check_positions(positions)
+    attended = mask.bool()
+    rank = attended.cumsum(-1) - 1
+    length = attended.sum(-1, keepdim=True)
+    if isinstance(positions, str):
+        keep = _word(positions, attended, rank, length, input_ids, special)
+    elif isinstance(positions, Tensor):
+        if positions.dtype != torch.bool or positions.shape != attended.shape:
+            raise ValueError(
+                f"positions= expected a boolean mask of shape {tuple(attended.shape)}, got {positions.dtype} of shape "
+                f"{tuple(positions.shape)}."
+            )
+        keep = attended & positions.to(attended.device)
+    elif isinstance(positions, slice):
+        keep = attended & _in_slice(rank, length, positions)
+    elif isinstance(positions, Between):
+        keep = attended & _between(attended, input_ids, positions)
+    elif isinstance(positions, SpecialTokens):
+        keep = attended & _special(attended, input_ids, special, positions.ids)
+    elif isinstance(positions, RandomPositions):
+        keep = _random(attended, rank, length, positions)
+    else:
+        numbers = [positions] if isinstance(positions, int) else list(positions)
+        keep = torch.zeros_like(attended)
+        for number in numbers:
+            keep = keep | (attended & (rank == (number if number >= 0 else length + number)))
+    return keep, rank
+
+
+def _word(word: str, attended: Tensor, rank: Tensor, length: Tensor, ids: Any, special: Any) -> Tensor:
+    if word == "all":
+        return attended
+    if word in ("first", "cls"):
+        return attended & (rank == 0)
+    if word == "patches":
+        return attended & (rank > 0)
+    if word == "special":
+        return attended & _special(attended, ids, special, ())
+    name, _, number = word.partition("-")
+    if name == "random":
+        return _random(attended, rank, length, RandomPositions(int(number)))
+    return attended & (rank == length - 1 - int(number or 0))
+
+
+def _in_slice(rank: Tensor, length: Tensor, positions: slice) -> Tensor:
+    step = 1 if positions.step is None else positions.step
+    if step < 1:
+        raise ValueError(f"positions={positions} needs a positive step: rows keep the order of the text.")
+    start = _bound(positions.start, length, torch.zeros_like(length))
+    stop = _bound(positions.stop, length, length)
+    return (rank >= start) & (rank < stop) & ((rank - start) % step == 0)
+
+
+def _bound(bound: int | None, length: Tensor, default: Tensor) -> Tensor:
+    if bound is None:
+        return default
+    return torch.full_like(length, bound) if bound >= 0 else (length + bound).clamp(min=0)
+
+
+def _aligned(value: Tensor, attended: Tensor) -> Tensor:
+    """Earlier tokens, which are cached, count as false or -1."""
+    missing = attended.shape[1] - value.shape[1]
+    fill = False if value.dtype == torch.bool else -1
+    return torch.nn.functional.pad(value.to(attended.device), (missing, 0), value=fill) if missing else value
+
+
+def _special(attended: Tensor, ids: Tensor | None, special: Tensor | None, chosen: Iterable[int]) -> Tensor:
+    chosen = tuple(chosen)
+    if chosen and ids is not None:
+        return _aligned(torch.isin(ids, torch.tensor(chosen, device=ids.device)), attended)
+    if chosen or special is None:
+        raise ValueError(
+            "positions='special' needs special_tokens_mask in the batch, or SpecialTokens(ids) with input_ids in the model's "
+            "call. Remedy: positions=SpecialTokens(tokenizer.all_special_ids)."
+        )
+    return _aligned(special.bool(), attended)
+
+
+def _random(attended: Tensor, rank: Tensor, length: Tensor, positions: RandomPositions) -> Tensor:
+    if bool((length < positions.n).any()):
+        raise ValueError(
+            f"'random-{positions.n}' needs {positions.n} attended tokens in every sequence, got {int(length.min())}."
+        )
+    score = hash_ids(rank.clamp(min=0), positions.seed).masked_fill(~attended, torch.iinfo(torch.int64).max)
+    chosen = score.argsort(dim=-1, stable=True)[:, : positions.n]
+    return torch.zeros_like(attended).scatter(1, chosen, True)
+
+
+def _between(attended: Tensor, ids: Tensor | None, positions: Between) -> Tensor:
+    if ids is None:
+        raise ValueError(
+            "Between(...) looks for pivots in 'input_ids', which the model's call does not have."
+        )
+    ids = _aligned(ids, attended)
+    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    low, after = torch.full_like(ids[:, :1], -1), torch.full_like(ids[:, :1], 0)
+    if positions.start is not None:
+        low = _find(ids, positions.start, after, attended)
+        after = low + len(positions.start)
+        low = low - 1 if positions.inclusive else after - 1
+    high = torch.full_like(low, ids.shape[1])
+    if positions.stop is not None:
+        high = _find(ids, positions.stop, after, attended)
+        high = high + len(positions.stop) if positions.inclusive else high
+    return (place > low) & (place < high)
+
+
+def _find(ids: Tensor, pivot: tuple[int, ...], after: Tensor, attended: Tensor) -> Tensor:
+    found = torch.zeros_like(attended)
+    if ids.shape[1] >= len(pivot):
+        windows = ids.unfold(1, len(pivot), 1)
+        match = (windows == torch.tensor(pivot, device=ids.device)).all(-1)
+        found[:, : match.shape[1]] = match
+    found &= attended & (torch.arange(ids.shape[1], device=ids.device) >= after)
+    missing = (~found.any(-1)).nonzero().flatten().tolist()
+    if missing:
+        raise ValueError(
+            f"the pivot {list(pivot)} was not found in the sequences {missing[:8]} of the batch (behind the pivot before "
+            f"it). Remedy: another pivot, or positions counted in tokens."
+        )
+    return found.int().argmax(-1, keepdim=True)
+
+
+def _pivot(value: Any, tokenizer: Any) -> tuple[int, ...] | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return None if value is None else (value,)
+    if isinstance(value, str):
+        if tokenizer is None:
+            raise ValueError(f"Between: the text pivot {value!r} needs tokenizer=.")
+        return tuple(tokenizer.encode(value, add_special_tokens=False))
+    return tuple(int(v) for v in value)
+
+
+def to_json(positions: Positions) -> Any:
+    """Positions as plain data.
+
+    >>> to_json(Between(3, None)), to_json(slice(1, None))
+    ({'between': [[3], None], 'inclusive': False}, {'slice': [1, None, None]})
+    """
+    if isinstance(positions, Between):
+        ends = [None if end is None else list(end) for end in (positions.start, positions.stop)]
+        return {"between": ends, "inclusive": positions.inclusive}
+    if isinstance(positions, SpecialTokens):
+        return {"special": list(positions.ids)}
+    if isinstance(positions, RandomPositions):
+        return {"random": positions.n, "seed": positions.seed}
+    if isinstance(positions, slice):
+        return {"slice": [positions.start, positions.stop, positions.step]}
+    if isinstance(positions, range):
+        return {"range": [positions.start, positions.stop, positions.step]}
+    if isinstance(positions, Tensor):
+        return {"mask": positions.tolist()}
+    return list(positions) if isinstance(positions, tuple) else positions
+
+
+def from_json(value: Any) -> Positions:
+    """The inverse of :func:`to_json`."""
+    if not isinstance(value, dict):
+        return check_positions(value)
+    if "between" in value:
+        return Between(*value["between"], inclusive=value["inclusive"])
+    if "special" in value:
+        return SpecialTokens(tuple(value["special"]))
+    if "random" in value:
+        return RandomPositions(value["random"], value["seed"])
+    if "slice" in value:
+        return slice(*value["slice"])
+    if "range" in value:
+        return range(*value["range"])
+    if "mask" in value:
+        return torch.tensor(value["mask"], dtype=torch.bool)
+    raise ValueError(f"positions {value!r} are not understood: use {VOCABULARY}.")

@@ -1,0 +1,150 @@
+"""Views: how a site's tensor lies inside what a module receives or gives, and how it is put back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tdgeom.model.structure.readers import read_input
+
+
+@dataclass(frozen=True)
+class HeadSlice:
+    """Heads inside the features of a (fused) projection, (..., F) <-> (..., H, Dh), without a copy where possible.
+
+    The F features are ``groups`` x ``width`` heads of ``dim`` each; of every group the heads ``start:stop`` are
+    meant. A projection of its own is one group; ``[q | k | v]`` side by side is one group of all heads; query, key
+    and value of a head beside each other are as many groups as there are key/value heads.
+    """
+
+    groups: int
+    width: int
+    dim: int
+    start: int
+    stop: int
+
+    @property
+    def heads(self) -> int:
+        """How many heads there are."""
+        return self.groups * (self.stop - self.start)
+
+    def read(self, value: Tensor, args: tuple = (), kwargs: dict | None = None) -> Tensor:
+        """(..., F) -> (..., H, Dh)."""
+        split = value.unflatten(-1, (self.groups, self.width, self.dim))
+        return split[..., self.start : self.stop, :].flatten(-3, -2)
+
+    def write(self, value: Tensor, new: Tensor) -> Tensor:
+        """A copy of (..., F) with the heads replaced."""
+        if self.start == 0 and self.stop == self.width:
+            return new.flatten(-2)
+        split = value.unflatten(-1, (self.groups, self.width, self.dim))
+        parts = new.unflatten(-2, (self.groups, self.stop - self.start))
+        return torch.cat([split[..., : self.start, :], parts, split[..., self.stop :, :]], -2).flatten(-3)
+
+    def gradient(self, value: Tensor) -> Tensor:
+        """The gradient of the heads from the gradient of the features."""
+        return self.read(value)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadOutput:
+    """Each head's share of the output projection, (..., T, H, D): ``z_h W_h``, the bias left out.
+
+    A learned scale behind the projection is applied to every share. A norm behind it is taken at the statistics of
+    the whole output, so that the shares still add up to what the stream receives; edits keep these statistics.
+    """
+
+    projection: nn.Module
+    heads: int
+    behind: nn.Module | None = None
+    is_norm: bool = False
+
+    def read(self, value: Tensor, args: tuple, kwargs: dict | None = None) -> Tensor:
+        """The shares, from the projection's output and arguments."""
+        edited = getattr(value, "_head_output", None)
+        if edited is not None:  # an edit has replaced them: the projection's input no longer tells
+            return edited
+        z = read_input(args, kwargs or {})
+        weight = weight_of(self.projection)  # (out, in)
+        shares = torch.einsum("...hd,ohd->...ho", z.unflatten(-1, (self.heads, -1)), self._split(weight))
+        if self.behind is None:
+            return shares
+        return self._norm(value, shares) if self.is_norm else self.behind.forward(shares)
+
+    def write(self, value: Tensor, new: Tensor) -> Tensor:
+        """The projection's output with the shares replaced; what is not a share (the bias) stays.
+
+        Where a norm or scale follows, the numbers stay: who edits adds the change of the sum behind it.
+        """
+        bias = getattr(self.projection, "bias", None)
+        if self.behind is not None:
+            total = value.view_as(value)
+        else:
+            total = new.sum(-2) if bias is None else new.sum(-2) + bias
+        total._head_output = new  # a later reader of the same call sees the edited shares
+        return total
+
+    def gradient(self, value: Tensor) -> Tensor:
+        """Every share enters the sum alike: the same gradient for every head, that of the sum (behind a norm or scale)."""
+        return value.unsqueeze(-2).expand(*value.shape[:-1], self.heads, value.shape[-1])
+
+    def _split(self, weight: Tensor) -> Tensor:
+        return weight.unflatten(-1, (self.heads, -1))
+
+    def _norm(self, total: Tensor, shares: Tensor) -> Tensor:
+        # RMSNorm is x * gain / rms(x); a vector of ones gives the gain, however the weight is stored. Its forward is
+        # called without the hooks around it: this is no call of the model
+        norm = self.behind
+        eps = next((getattr(norm, n) for n in ("eps", "variance_epsilon") if hasattr(norm, n)), 1e-6)
+        ones = torch.ones(total.shape[-1], dtype=torch.float64, device=total.device)
+        gain = norm.forward(ones.to(total.dtype)).double() * (1.0 + eps) ** 0.5
+        rms = (total.double().square().mean(-1, keepdim=True) + eps).rsqrt()
+        return (shares.double() * (rms * gain).unsqueeze(-2)).to(shares.dtype)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Attention scores or patterns, (B, H, Tq, Tk): the tensor itself."""
+
+    heads: int
+
+    def read(self, value: Tensor, args: tuple = (), kwargs: dict | None = None) -> Tensor:
+        """The tensor."""
+        return value
+
+    def write(self, value: Tensor, new: Tensor) -> Tensor:
+        """The new tensor."""
+        return new
+
+    def gradient(self, value: Tensor) -> Tensor:
+        """The gradient."""
+        return value
+
+
+View = HeadSlice | HeadOutput | Pattern
+
+
+def take_heads(value: Tensor, heads: Sequence[int] | None, axis: int) -> Tensor:
+    """The heads asked for, along ``axis``; ``None`` means all."""
+    if heads is None:
+        return value
+    return value.index_select(axis, torch.tensor(heads, device=value.device))
+
+
+def weight_of(projection: nn.Module) -> Tensor:
+    """A linear layer's weight as (out, in); ``Conv1D`` stores it the other way around."""
+    weight = projection.weight
+    return weight.T if hasattr(projection, "nf") else weight
+
+
+def features(projection: nn.Module) -> tuple[int, int]:
+    """Input and output width of a linear layer.
+
+    >>> features(nn.Linear(3, 5))
+    (3, 5)
+    """
+    out, into = weight_of(projection).shape
+    return into, out

@@ -1,0 +1,59 @@
+"""The untrained baseline: the same model with re-initialised weights, of the same class."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+__all__ = ["untrained_copy"]
+
+
+def untrained_copy(model: nn.Module, *, seed: int = 0) -> nn.Module:
+    """The same architecture with freshly initialised weights; the model given is left as it is.
+
+    A Hugging Face model is built anew from its configuration, so its weights follow its own initialisation. Of any other
+    module a copy is made and every submodule's ``reset_parameters`` called.
+
+    Args:
+        model: the trained model.
+        seed: seed of the weights; the caller's random state is left as it was.
+
+    Returns:
+        A model of the same class, dtype, device and mode.
+
+    Raises:
+        ValueError: parameters that no ``reset_parameters`` initialises, by name.
+
+        >>> model = nn.Linear(3, 2)
+        >>> fresh = untrained_copy(model)
+        >>> bool((fresh.weight == model.weight).any()), fresh.weight.shape
+        (False, torch.Size([2, 3]))
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = getattr(model, "config", None)
+        fresh = _reset(model) if config is None else type(model)(copy.deepcopy(config))
+    first = next(model.parameters(), None)
+    if first is not None:
+        fresh = fresh.to(device=first.device, dtype=first.dtype)
+    return fresh.train(model.training)
+
+
+def _reset(model: nn.Module) -> nn.Module:
+    fresh = copy.deepcopy(model)
+    kept: list[str] = []
+    for path, module in fresh.named_modules():
+        # nn.MultiheadAttention spells it with an underscore; it also initialises its parts.
+        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+        if reset is not None:
+            reset()
+        else:
+            kept += [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)]
+    if kept:
+        raise ValueError(
+            f"an untrained copy of {type(model).__name__} needs fresh values for {kept[:6]}, but the modules that hold them "
+            f"have no reset_parameters(). Define it there, or give the untrained model itself: untrained=MODEL."
+        )
+    return fresh

@@ -1,0 +1,5 @@
+"""Arithmetic on tensors that no key has a part in: products, moments, eigenvalues, copies, hashes.
+
+Comes in: tensors. Goes out: tensors, with their rounding known.
+Uses: core (its warnings).
+"""

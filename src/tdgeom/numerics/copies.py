@@ -1,0 +1,89 @@
+"""Exact copies among rows: found without comparing pairs, brought back into a neighbour table afterwards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tdgeom.numerics.centring import warn_undefined
+
+__all__ = ["all_alike", "expand_table", "first_copies", "undefined_where_alike"]
+
+
+def all_alike(x: Tensor) -> Tensor:
+    """(*B,): whether every row of (*B, N, D) equals the first. Such rows have neighbours by their order alone."""
+    return (x == x[..., :1, :]).all(-1).all(-1)
+
+
+def undefined_where_alike(value: Tensor, alike: Tensor, measure: str) -> Tensor:
+    """NaN, with a warning, where rows are all alike."""
+    value = torch.where(alike, torch.nan, value)
+    return warn_undefined(value, measure, "the rows of one side are all alike.")
+
+
+def first_copies(x: Tensor) -> Tensor:
+    """(b, N): for every row of ``x`` (b, N, D) the smallest index of a row equal to it. -0.0 equals 0.0."""
+    b, n, _ = x.shape
+    own = torch.arange(n, device=x.device).expand(b, n)
+    first = own.clone()
+    code, order = _codes(x).sort(dim=-1, stable=True)
+    repeats = code[:, 1:] == code[:, :-1]
+    if not bool(repeats.any()):
+        return first
+    # Equal codes stand together, smallest index first: each takes the index at which its run of codes began.
+    begins = torch.cat((torch.ones_like(repeats[:, :1]), ~repeats), -1)
+    start = torch.where(begins, own, 0).cummax(-1).values
+    first.scatter_(-1, order, order.gather(-1, start))
+    item, row = (first != own).nonzero(as_tuple=True)
+    if not bool((x[item, row] == x[item, first[item, row]]).all()):  # two rows of one code that differ
+        return torch.stack([_first_copies_by_sorting(rows) for rows in x])
+    return first
+
+
+def _codes(x: Tensor) -> Tensor:
+    """A 64-bit code of every row, equal for equal rows: a random linear form of the bits, modulo 2^64."""
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randint(-(2**62), 2**62, (x.shape[-1],), generator=generator).mul_(2).add_(1).to(x.device)
+    codes = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
+    step = max(1, 2**20 // (x.shape[0] * x.shape[-1]))
+    for s in range(0, x.shape[1], step):
+        bits = (x[:, s : s + step] + 0.0).contiguous()  # + 0.0 makes -0.0 positive
+        bits = bits.view(torch.int64) if x.dtype == torch.float64 else bits.view(torch.int32).to(torch.int64)
+        # Two flipped sign bits of 2^63 would cancel: spread the upper bits downwards first.
+        codes[:, s : s + step] = (bits.bitwise_xor(bits >> 29) * weights).sum(-1)
+    return codes
+
+
+def _first_copies_by_sorting(rows: Tensor) -> Tensor:
+    groups, inverse = torch.unique(rows + 0.0, dim=0, return_inverse=True)
+    own = torch.arange(len(rows), device=rows.device)
+    first = own.new_full((len(groups),), len(rows)).scatter_reduce(0, inverse, own, "amin")
+    return first[inverse]
+
+
+def expand_table(first: Tensor, distance: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The table over all N rows from the table over distinct rows.
+
+    ``first`` (N,) from ``first_copies``; ``distance``, ``index`` (n, min(k, n-1)) over the distinct rows in
+    the order of their first occurrence. Each neighbour stands for all its copies, and a row's own copies come
+    first, at distance 0. Returns (N, k) distances and row indices, self excluded by index.
+    """
+    n_rows = len(first)
+    distinct, group = first.unique(return_inverse=True)
+    size = torch.bincount(group)
+    members = group.argsort(stable=True)  # rows group by group, ascending within a group
+    offset = size.cumsum(0) - size
+    own = torch.arange(len(distinct), device=first.device).unsqueeze(-1)
+    groups = torch.cat((own, index), -1)
+    apart = torch.cat((distance.new_zeros(len(distinct), 1), distance), -1)
+    # The t-th entry, t = 0..k (one more than asked: self is among them), lies in the group whose running size
+    # passes t.
+    running = size[groups].cumsum(-1)
+    t = torch.arange(k + 1, device=first.device).expand(len(distinct), -1).contiguous()
+    slot = torch.searchsorted(running, t, right=True).clamp(max=groups.shape[-1] - 1)
+    inside = t - running.gather(-1, slot) + size[groups].gather(-1, slot)
+    entry = members[offset[groups.gather(-1, slot)] + inside]
+    entry, far = entry[group], apart.gather(-1, slot)[group]
+    is_self = entry == torch.arange(n_rows, device=first.device).unsqueeze(-1)
+    keep = is_self.to(torch.int8).argsort(dim=-1, stable=True)[:, :k]
+    return far.gather(-1, keep), entry.gather(-1, keep)

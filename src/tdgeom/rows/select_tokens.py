@@ -1,0 +1,385 @@
+"""``SelectTokens``: attention masks and positions to rows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from tdgeom.core.keys import Key, key_tuple
+from tdgeom.core.row_ids import POSITION_BITS
+from tdgeom.core.stage import Stage
+from tdgeom.model.edits.edit import is_pattern
+from tdgeom.model.positions import Positions, is_position, position_mask
+from tdgeom.model.sites import HEAD_KINDS
+
+__all__ = ["SelectTokens", "selection_mask"]
+
+# torch's own encoders know no attention_mask: True (or -inf) stands at padding.
+_TORCH_PADDING = "src_key_padding_mask"
+
+
+def selection_mask(
+    mask: Tensor,
+    positions: Positions = "all",
+    *,
+    input_ids: Tensor | None = None,
+    special_tokens: Tensor | None = None,
+    chosen: Tensor | None = None,
+    special: Tensor | None = None,
+    skip_first: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Which positions become rows, and each position's rank among attended tokens: two (B, T) tensors.
+
+    Args:
+        mask: (B, T), true where a token is attended.
+        positions: what is selected, in the vocabulary of :mod:`tdgeom.model.positions`: "all", "last", "first" (alias
+            "cls"), "patches" (all but the first), "last-N", "special", "random-N", ints, slices, ``Between`` pivots; counted
+            over attended tokens, negative from the end, sequence by sequence.
+        input_ids: (B, T), for pivots. special_tokens: (B, T), for "special".
+        chosen: (B, T) boolean mask that replaces ``positions``.
+        special: (B, T), true at special tokens, which are left out (before positions are counted out, not renumbered).
+        skip_first: leave out this many attended tokens at the start.
+
+    >>> mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
+    >>> selection_mask(mask, "last")[0].int().tolist()
+    [[0, 0, 1], [0, 1, 0]]
+    """
+    keep, rank = position_mask(
+        mask,
+        "all" if chosen is not None else positions,
+        input_ids=input_ids,
+        special=special_tokens,
+    )
+    if chosen is not None:
+        keep = keep & chosen.bool()
+    if special is not None:
+        keep = keep & ~special.bool()
+    if skip_first:
+        keep = keep & (rank >= skip_first)
+    return keep, rank
+
+
+class SelectTokens(Stage):
+    """Turn activations (B, T, D) of all sites into rows (N, D), one selection for all sites.
+
+    The attention mask decides which positions are rows, always; in its place the ``src_key_padding_mask`` of torch's own
+    encoders; without either all positions are (with a warning when ``pad_id`` occurs among the ids). Row ids are
+    ``sequence << 20 | position`` with the position's rank among attended tokens, so padding and batch size change neither
+    rows nor ids. (B, D) activations give one row a sequence; those of sites with heads, (B, T, H, Dh), rows of all heads
+    side by side, (N, H·Dh): one head's with ``Capture(heads=)``.
+
+    Args:
+        sites: the sites to select from, such as ``capture.sites``.
+        positions: "all" (default), "last", "first", "cls", "patches" (all but the first), "last-N", "special", "random-N", an
+            int, a list of ints, a slice, ``Between`` pivots, ``SpecialTokens(ids)``, counted over attended tokens; or the key of
+            a boolean (B, T) mask in the batch.
+        pool: "mean" averages a sequence's selected rows into one (in float32 at least); its position is 0.
+        skip_first: leave out this many attended tokens at the start of each sequence (attention sinks).
+        skip_special: leave out special tokens, from ``special_tokens_mask`` in the batch or from ``special_ids``.
+        special_ids: token ids that count as special (needs ``input_ids`` in the batch); implies ``skip_special``.
+        also: keys of the batch carried to rows as ``("tokens", name)``: (B, T, ...) values by position, (B, ...) values
+            repeated for the sequence's rows. A nested key is carried under its last part.
+        pad_id: the padding id to warn about when there is no mask. A ``Capture`` in ``run`` supplies its model's.
+        mask_key: where the attention mask is.
+
+    Reads ``("acts", site)``, and where present ``"attention_mask"``, ``"sequence_id"``, ``"special_tokens_mask"``,
+    ``"input_ids"``; writes ``("tokens", site)``, ``("tokens", name)`` and ``"row_id"`` (int64).
+
+    Raises:
+        ValueError: activations that do not fit the mask, a sequence beyond 2^20 attended tokens, no special-token mask.
+        KeyError: a key of ``also`` or ``positions`` that the batch lacks.
+
+        >>> import torch, tdgeom as tg
+        >>> from tensordict import TensorDict
+        >>> td = TensorDict({"acts": {"x": torch.arange(6.0).reshape(2, 3, 1)},
+        ...                  "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 0]])})
+        >>> td = tg.SelectTokens(["x"])(td)
+        >>> td["tokens", "x"].flatten(), td["row_id"] >> 20, td["row_id"] & (2**20 - 1)
+        (tensor([1., 2., 3., 4.]), tensor([0, 0, 1, 1]), tensor([0, 1, 0, 1]))
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[str],
+        *,
+        positions: Positions | tuple[str, ...] = "all",
+        pool: str | None = None,
+        skip_first: int = 0,
+        skip_special: bool = False,
+        special_ids: Sequence[int] = (),
+        also: Sequence[Key] = (),
+        pad_id: int | None = None,
+        mask_key: Key = "attention_mask",
+        in_keys: Key | list[Key] | None = None,
+        out_keys: Key | list[Key] | None = None,
+    ) -> None:
+        if isinstance(sites, str) or isinstance(also, str):
+            raise TypeError(f"SelectTokens: sites and also are lists, got {sites!r} and {also!r}.")
+        if not sites:
+            raise ValueError("SelectTokens needs at least one site, such as capture.sites, got none.")
+        if pool not in (None, "mean"):
+            raise ValueError(f"SelectTokens: pool takes 'mean' or None, got {pool!r}.")
+        if skip_first < 0:
+            raise ValueError(f"SelectTokens: skip_first must be 0 or more, got {skip_first}.")
+        names = [str(site) for site in sites]
+        carried = [key_tuple(key)[-1] for key in also]
+        self._sites = len(names)
+        by_key = isinstance(positions, str | tuple) and not is_position(positions)
+        super().__init__(
+            in_keys=in_keys,
+            out_keys=out_keys,
+            reads=[("acts", name) for name in names] + list(also) + ([positions] if by_key else []),
+            writes=[("tokens", name) for name in (*names, *carried)] + ["row_id"],
+        )
+        self.positions = positions
+        self.pool = pool
+        self.skip_first = skip_first
+        self.skip_special = skip_special or bool(special_ids)
+        self.special_ids = tuple(int(i) for i in special_ids)
+        self.pad_id = pad_id
+        self.mask_key = mask_key
+        self._by_key = by_key
+        self._also = len(also)
+        self.register_buffer("sequences", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Select the rows of one batch."""
+        values = self.read(tensordict)
+        acts = values[: self._sites]
+        carried = values[self._sites : self._sites + self._also]
+        attended = self._attended(acts, tensordict)
+        guessed = all(
+            tensordict.get(key, None) is None for key in (self.mask_key, _TORCH_PADDING, "input_ids")
+        )
+        keep, rank = self._keep(attended, tensordict)
+        if self._is_cached_step(acts[0], attended, tensordict):
+            # A step of generate with a cache sees its new tokens only; the mask covers the whole sequence so far.
+            keep, rank = keep[:, -acts[0].shape[1] :], rank[:, -acts[0].shape[1] :]
+        sequence = self._sequence(attended.shape[0], tensordict).to(keep.device)
+        row_id = (sequence[:, None] << POSITION_BITS) | rank
+        whole = bool(keep.all())
+        if self.pool == "mean":
+            used = keep.any(-1)
+            rows = [
+                _pooled(self._fit(value, key, keep, guessed), keep)[used]
+                for key, value in zip(self.in_keys, acts)
+            ]
+            extra = [self._one_per_sequence(value, key, keep)[used] for key, value in self._named(carried)]
+            ids = (sequence << POSITION_BITS)[used]
+        else:
+            rows = [
+                _rows(self._fit(value, key, keep, guessed), keep, whole)
+                for key, value in zip(self.in_keys, acts)
+            ]
+            extra = [
+                _rows(self._per_position(value, key, keep), keep, whole)
+                for key, value in self._named(carried)
+            ]
+            ids = row_id.flatten() if whole else row_id[keep]
+        return self.write(tensordict, [*rows, *extra, ids])
+
+    def reset(self) -> None:
+        """Start counting sequences at 0 again (for batches without ``sequence_id``)."""
+        self.sequences.zero_()
+
+    def count_rows(self, tensordict: TensorDictBase) -> int | None:
+        """How many rows a batch will give, from the batch alone; None when only the model's output tells."""
+        names = (self.mask_key, _TORCH_PADDING, "input_ids", *self._chosen_key())
+        known = [tensordict.get(key, None) for key in names]
+        shape = next((value.shape for value in known if value is not None and value.ndim == 2), None)
+        if shape is None:
+            return None
+        attended = self._mask(tensordict, shape, None)
+        keep, _ = self._keep(attended, tensordict)
+        return int(keep.any(-1).sum() if self.pool else keep.sum())
+
+    def _chosen_key(self) -> list[Key]:
+        return [self.in_keys[-1]] if self._by_key else []
+
+    def _named(self, carried: Sequence[Tensor]) -> list[tuple[Key, Tensor]]:
+        return list(zip(self.in_keys[self._sites :], carried))
+
+    def _mask(self, tensordict: TensorDictBase, shape: Sequence[int], device: torch.device | None) -> Tensor:
+        mask = tensordict.get(self.mask_key, None)
+        if mask is None:
+            mask = _not_padding(tensordict, shape)
+        if mask is None:
+            self._warn_about_padding(tensordict)
+            return torch.ones(tuple(shape), dtype=torch.bool, device=device)
+        return mask.bool() if device is None else mask.bool().to(device)
+
+    def _attended(self, acts: Sequence[Tensor], tensordict: TensorDictBase) -> Tensor:
+        first = acts[0]
+        if first.ndim == 2:
+            return torch.ones((first.shape[0], 1), dtype=torch.bool, device=first.device)
+        mask = self._mask(tensordict, first.shape[:2], first.device)
+        if mask.ndim != 2:
+            raise ValueError(
+                f"SelectTokens expects {self.mask_key!r} of shape (B, T), got {tuple(mask.shape)}. Put the (B, T) padding "
+                f"mask there; a (B, 1, T, T) attention bias does not say which positions are padding."
+            )
+        return mask
+
+    def _keep(self, attended: Tensor, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
+        special = chosen = None
+        if attended.shape[1] >= 1 << POSITION_BITS:
+            raise ValueError(
+                f"SelectTokens numbers up to 2^{POSITION_BITS} positions, got T={attended.shape[1]}."
+            )
+        if self._by_key:
+            chosen = tensordict.get(self.in_keys[-1]).to(attended.device)
+            if chosen.shape != attended.shape or chosen.is_floating_point():
+                raise ValueError(
+                    f"SelectTokens(positions={self.positions!r}) expects a boolean mask of shape {tuple(attended.shape)}, "
+                    f"got {chosen.dtype} of shape {tuple(chosen.shape)}."
+                )
+        if self.skip_special:
+            special = self._special(tensordict, attended)
+        return selection_mask(
+            attended,
+            self.positions,  # type: ignore[arg-type]
+            input_ids=tensordict.get("input_ids", None),
+            special_tokens=tensordict.get("special_tokens_mask", None),
+            chosen=chosen,
+            special=special,
+            skip_first=self.skip_first,
+        )
+
+    @staticmethod
+    def _is_cached_step(acts: Tensor, attended: Tensor, tensordict: TensorDictBase) -> bool:
+        ids = tensordict.get("input_ids", None)
+        return (
+            acts.ndim >= 3
+            and attended.shape[1] > acts.shape[1]
+            and ids is not None
+            and ids.shape[1] == acts.shape[1]
+        )
+
+    def _special(self, tensordict: TensorDictBase, attended: Tensor) -> Tensor:
+        special = self._special_tokens(tensordict, attended)
+        missing = attended.shape[1] - special.shape[1]  # tokens of earlier, cached steps
+        return torch.nn.functional.pad(special, (missing, 0)) if missing > 0 else special
+
+    def _special_tokens(self, tensordict: TensorDictBase, attended: Tensor) -> Tensor:
+        if self.special_ids:
+            ids = tensordict.get("input_ids", None)
+            if ids is None:
+                raise KeyError(
+                    f"SelectTokens(special_ids={list(self.special_ids)}) needs 'input_ids' in the batch."
+                )
+            return torch.isin(ids.to(attended.device), torch.tensor(self.special_ids, device=attended.device))
+        special = tensordict.get("special_tokens_mask", None)
+        if special is None:
+            raise KeyError(
+                "SelectTokens(skip_special=True) needs 'special_tokens_mask' in the batch (tokenizer(..., "
+                "return_special_tokens_mask=True)) or special_ids= (for instance tokenizer.all_special_ids)."
+            )
+        return special.to(attended.device)
+
+    def _sequence(self, batch: int, tensordict: TensorDictBase) -> Tensor:
+        given = tensordict.get("sequence_id", None)
+        if given is not None:
+            if given.shape != (batch,):
+                ids = tensordict.get("input_ids", None)
+                if ids is not None and ids.ndim == 1:
+                    raise ValueError(
+                        f"the batch's input_ids are {tuple(ids.shape)}, expected (B, T). One sequence is ids[None]."
+                    )
+                raise ValueError(
+                    f"SelectTokens expects 'sequence_id' of shape ({batch},), got {tuple(given.shape)}."
+                )
+            return given.long()
+        numbers = self.sequences + torch.arange(batch, device=self.sequences.device)
+        self.sequences += batch
+        return numbers
+
+    def _fit(self, value: Tensor, key: Key, keep: Tensor, guessed: bool) -> Tensor:
+        if value.ndim == 4 and is_pattern(key_tuple(key)[-1]):
+            raise ValueError(
+                f"SelectTokens turns activations of positions into rows; {key!r} holds attention between positions, "
+                f"{tuple(value.shape)}. Remedy: GroupAttention or AggregateActs for patterns, or a site such as 'z'."
+            )
+        value = value.unsqueeze(1) if value.ndim == 2 and keep.shape[1] == 1 else value
+        if value.ndim == 4:
+            if guessed and not _has_heads(key):
+                raise ValueError(
+                    f"SelectTokens expects {key!r} of shape (B, T, D) or (B, D), got {tuple(value.shape)}, and the batch has "
+                    f"neither {self.mask_key!r} nor 'input_ids' to tell positions by. Feature maps (B, C, H, W) become one row "
+                    f"an image with Capture(..., callback=lambda site, x: x.mean((2, 3)))."
+                )
+            value = value.flatten(2)  # heads side by side
+        if value.ndim != 3 or value.shape[:2] != keep.shape:
+            raise ValueError(
+                f"SelectTokens expects {key!r} of shape ({keep.shape[0]}, {keep.shape[1]}, D) to fit {self.mask_key!r}, got "
+                f"{tuple(value.shape)}. Sites with another number of positions (the other stack of an encoder-decoder "
+                f"model, say) need a pipeline of their own."
+            )
+        return value
+
+    def _per_position(self, value: Tensor, key: Key, keep: Tensor) -> Tensor:
+        value = value.to(keep.device)
+        if value.shape[:2] == keep.shape:
+            return value
+        if value.ndim >= 1 and value.shape[0] == keep.shape[0]:
+            return value.unsqueeze(1).expand(*keep.shape, *value.shape[1:])
+        raise ValueError(
+            f"SelectTokens(also=[{key!r}]) expects a value a token, {tuple(keep.shape)} first, or a value a sequence, "
+            f"({keep.shape[0]},) first; got {tuple(value.shape)}."
+        )
+
+    def _one_per_sequence(self, value: Tensor, key: Key, keep: Tensor) -> Tensor:
+        if value.shape[:2] == keep.shape and keep.shape[1] > 1:
+            raise ValueError(
+                f"SelectTokens(pool='mean') gives one row a sequence, but {key!r} has a value a token, {tuple(value.shape)}. "
+                f"Carry a value a sequence, ({keep.shape[0]},) first."
+            )
+        if value.shape[:1] != keep.shape[:1]:
+            raise ValueError(
+                f"SelectTokens(pool='mean', also=[{key!r}]) expects a value a sequence, ({keep.shape[0]},) first; got "
+                f"{tuple(value.shape)}."
+            )
+        return value.to(keep.device)
+
+    def _warn_about_padding(self, tensordict: TensorDictBase) -> None:
+        ids = tensordict.get("input_ids", None)
+        if self.pad_id is not None and ids is not None and bool((ids == self.pad_id).any()):
+            warnings.warn(
+                f"the batch has no {self.mask_key!r} but its input_ids hold the padding id {self.pad_id}: every position "
+                f"counts as a row. Pass the tokenizer's attention mask.",
+                stacklevel=2,
+            )
+
+
+def _has_heads(key: Key) -> bool:
+    name = key_tuple(key)[-1]
+    return ":" not in name and any(part in HEAD_KINDS for part in name.rpartition("/")[2].split("."))
+
+
+def _not_padding(tensordict: TensorDictBase, shape: Sequence[int]) -> Tensor | None:
+    padding = tensordict.get(_TORCH_PADDING, None)
+    if padding is None or "tgt" in tensordict.keys():  # of two stacks it tells about one
+        return None
+    if tuple(padding.shape) != tuple(shape):
+        raise ValueError(
+            f"SelectTokens expects activations (B, T, ...) of the shape of {_TORCH_PADDING!r}, {tuple(padding.shape)}, got "
+            f"{tuple(shape)} first. Build the encoder with batch_first=True: (T, B, D) would take sequences for positions."
+        )
+    return ~padding if padding.dtype == torch.bool else padding == 0
+
+
+def _rows(value: Tensor, keep: Tensor, whole: bool) -> Tensor:
+    return value.flatten(0, 1) if whole else value[keep]
+
+
+def _pooled(value: Tensor, keep: Tensor) -> Tensor:
+    value = value if value.dtype in (torch.float32, torch.float64) else value.float()
+    weight = keep.to(value.dtype)
+    # where(), not a product: a NaN at a padding position must not reach the mean.
+    total = torch.where(
+        keep.unsqueeze(-1), value, torch.zeros((), dtype=value.dtype, device=value.device)
+    ).sum(1)
+    return total / weight.sum(1, keepdim=True).clamp(min=1)

@@ -1,0 +1,185 @@
+"""From a loader's batch to rows: the per-batch stages, and what the streaming stages read of them, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from torch import Tensor
+
+from tdgeom.core.keys import Key, key_tuple
+from tdgeom.core.process_groups import rank_and_world
+from tdgeom.core.row_ids import POSITION_BITS
+from tdgeom.model.capture import Capture
+from tdgeom.rows.batches import as_batch, batch_length
+from tdgeom.rows.select_tokens import SelectTokens
+from tdgeom.run.finish import call
+from tdgeom.run.plan import Plan
+
+__all__ = ["BatchRows"]
+
+
+class BatchRows:
+    """The per-batch part of a plan.
+
+    Args:
+        plan: the run's stages.
+        inputs: results of an earlier run that per-batch stages may read.
+        in_keys: names for the entries of tuple batches; default the first inputs that no stage writes.
+        device: where batches go; default the first place that a per-batch stage wants (a Capture: its model's).
+
+    Attributes: ``device``; ``keys``, what the streaming stages read and ``row_id``; ``selects``, the SelectTokens stages.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        inputs: TensorDictBase | None,
+        in_keys: Sequence[Key] | None,
+        device: torch.device | str | None,
+    ) -> None:
+        self.plan, self.inputs = plan, inputs
+        self.selects = [unit for unit in plan.batch if isinstance(unit, SelectTokens)]
+        for select in self.selects:
+            select.pad_id = _pad_id(plan) if select.pad_id is None else select.pad_id
+        places = [place for unit in plan.batch if (place := _device_of(unit)) is not None]
+        self.device = torch.device(device) if device is not None else places[0] if places else None
+        self.keys: list[Key] = list(dict.fromkeys([*plan.stream_keys, "row_id"]))
+        self.sequences = 0  # numbered so far
+        self._in_keys = in_keys if in_keys is not None else _unwritten(plan)
+        self._counts_ahead = (
+            rank_and_world()[1] > 1
+        )  # whether other ranks' batches are counted without being run
+        self._by_shape: dict[object, int] = {}  # rows that a batch of these shapes gave
+        self._mask_tells: bool | None = None  # whether a batch's mask has given its number of rows so far
+
+    def td(self, batch: Any) -> TensorDict:
+        """Whatever the loader yields, as a TensorDict on the right device."""
+        return as_batch(batch, self._in_keys, self.device)
+
+    def number(self, td: TensorDict) -> None:
+        """Give a batch that brings no ``sequence_id`` the next ones in stream order."""
+        if td.get("sequence_id", None) is None:
+            length = batch_length(td)
+            td.set("sequence_id", torch.arange(self.sequences, self.sequences + length))
+            self.sequences += length
+
+    def rows(self, td: TensorDict) -> tuple[dict[Key, Tensor], int]:
+        """Run the per-batch stages on ``td``; (the rows that the streaming stages read, how many)."""
+        shapes = _shapes(td)
+        from_mask = self._rows_by_mask(td) if self._counts_ahead else None
+        for unit in self.plan.batch:
+            self._give_inputs(unit, td)
+            call(unit, td)
+        row_id = self._row_id(td)
+        count = None if row_id is None else row_id.shape[0]
+        rows = {key: self._read(td, key, count) for key in self.keys}
+        self._by_shape[shapes] = count
+        self._mask_tells = from_mask == count and self._mask_tells is not False
+        return rows, count
+
+    def count(self, td: TensorDict) -> int:
+        """How many rows a batch gives, without the model where that can be had.
+
+        From its mask where that has proved right, else from an earlier batch of the same shapes, else by running it.
+        """
+        if not self.plan.batch:
+            return td.get(self.plan.stream_keys[0]).shape[0]
+        if self._mask_tells and (count := self._rows_by_mask(td)) is not None:
+            return count
+        shapes = _shapes(td)
+        if shapes not in self._by_shape:
+            self.rows(td)
+        return self._by_shape[shapes]
+
+    def tokens_and_padding(self, td: TensorDict) -> tuple[int, int]:
+        """(attended positions, positions of padding) of a batch that ``rows`` has seen.
+
+        A call with a cache (a step of ``generate``) sees its last positions only, its mask all of them.
+        """
+        select = self.selects[0] if self.selects else None
+        mask = td.get(select.mask_key if select else "attention_mask", None)
+        if mask is None:
+            ids = td.get("input_ids", None)
+            return (ids.numel() if ids is not None else td.get("row_id").shape[0]), 0
+        acts = td.get(select.in_keys[0], None) if select else None
+        if acts is not None and acts.ndim > 2 and mask.ndim == 2 and acts.shape[1] < mask.shape[1]:
+            mask = mask[:, -acts.shape[1] :]
+        attended = int(mask.bool().sum())
+        return attended, mask.numel() - attended
+
+    def _give_inputs(self, unit: TensorDictModuleBase, td: TensorDict) -> None:
+        for key in unit.in_keys if self.inputs is not None else ():
+            if td.get(key, None) is None and self.inputs.get(key, None) is not None:  # type: ignore[union-attr]
+                td.set(key, self.inputs.get(key))  # type: ignore[union-attr]
+
+    def _row_id(self, td: TensorDict) -> Tensor | None:
+        """The rows' ids; where no SelectTokens numbered them: one a sequence, or counted on from the first sequence."""
+        row_id = td.get("row_id", None)
+        values = [td.get(key, None) for key in self.keys]
+        first = next((value for value in values if isinstance(value, Tensor) and value.ndim), None)
+        if row_id is None and first is not None:
+            sequence = td.get("sequence_id").to(first.device).long()
+            if sequence.shape == first.shape[:1]:
+                row_id = sequence << POSITION_BITS
+            else:
+                row_id = (sequence[:1] << POSITION_BITS) + torch.arange(first.shape[0], device=first.device)
+            td.set("row_id", row_id)
+        return row_id
+
+    @staticmethod
+    def _read(td: TensorDict, key: Key, count: int | None) -> Tensor:
+        value = td.get(key, None)
+        if value is None:
+            raise KeyError(
+                f"the streaming stages read {key!r}, which neither the batch nor a stage before them holds; there is "
+                f"{sorted(td.keys(True, True), key=str)[:12]}. Name the right key with in_keys=, or add the stage that "
+                f"writes it (SelectTokens writes ('tokens', site), also= carries further values)."
+            )
+        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != count:
+            raise ValueError(
+                f"a streaming stage reads rows, tensors whose first dimension is that of 'row_id' ({count}), "
+                f"but {key!r} has shape {tuple(getattr(value, 'shape', ()))}. Carry it to rows with "
+                f"SelectTokens(also=[...])."
+            )
+        return value.detach()
+
+    def _rows_by_mask(self, td: TensorDict) -> int | None:
+        return self.selects[0].count_rows(td) if self.selects else None
+
+
+def _device_of(unit: TensorDictModuleBase) -> torch.device | None:
+    """Where a per-batch stage wants its batches: with its parameters, or (a Capture) with its model."""
+    unit = getattr(unit, "_orig_mod", unit)
+    first = next(unit.parameters(), None)
+    if first is not None or isinstance(unit, TensorDictModule):  # whose .device is "cpu" for any function
+        return None if first is None else first.device
+    return getattr(unit, "device", None)
+
+
+def _pad_id(plan: Plan) -> int | None:
+    """The padding id that a captured model's configuration names."""
+    configs = [getattr(unit.model, "config", None) for unit in plan.batch if isinstance(unit, Capture)]
+    return next(
+        (pad for config in configs if isinstance(pad := getattr(config, "pad_token_id", None), int)), None
+    )
+
+
+def _unwritten(plan: Plan) -> list[Key]:
+    """Inputs that no stage writes: what an unnamed tensor in a batch must be."""
+    written: set[tuple[str, ...]] = set()
+    wanted: list[Key] = []
+    for unit in (*plan.batch, *plan.stream):
+        wanted += [
+            key for key in unit.in_keys if key_tuple(key) not in written and key not in (*wanted, "row_id")
+        ]
+        written |= {key_tuple(key) for key in unit.out_keys}
+    return wanted
+
+
+def _shapes(td: TensorDict) -> object:
+    values = [(key, td.get(key)) for key in td.keys(True, True)]
+    return frozenset((key, tuple(value.shape)) for key, value in values if isinstance(value, Tensor))

@@ -1,0 +1,98 @@
+"""``to_frame``: results as tidy tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pandas as pd
+import torch
+from tensordict import TensorDictBase, is_tensor_collection
+from torch import Tensor
+
+from tdgeom.model.sites import Site
+
+__all__ = ["to_frame"]
+
+# What the level between the site and the metric is called, where a root has one.
+LEVELS = {"ablation": "variant", "dimension": "estimator"}
+
+
+def to_frame(result: TensorDictBase, root: str) -> pd.DataFrame:
+    """The results under one root as a DataFrame: one row a site, one column a metric.
+
+    A root whose first level is pairs (``"a->b"``) has one row a pair, with columns ``a`` and ``b``; a root with a level
+    between site and metric has one row for each (the ablation's ``variant``, the dimension family's ``estimator``).
+    Scalars become numbers; vectors stay NumPy arrays in their cell. Site names also come apart into ``kind``, ``layer``,
+    ``stack``.
+
+    Args:
+        result: what ``run`` returned.
+        root: the first part of the results' keys, such as "spectrum" or "between".
+
+    Raises:
+        KeyError: no such root; the message lists those there are.
+
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> td = TensorDict({"spectrum": {"residual_input.0": {"d_pr": torch.tensor(2.0)}}})
+        >>> to_frame(td, "spectrum")[["site", "layer", "d_pr"]].values.tolist()
+        [['residual_input.0', 0, 2.0]]
+    """
+    branch = result.get(root, None)
+    if branch is None or not is_tensor_collection(branch):
+        have = sorted(str(key) for key in result.keys() if is_tensor_collection(result.get(key)))
+        raise KeyError(f"the result has nothing under {root!r}; there is {have}.")
+    rows: dict[tuple[str, ...], dict[str, object]] = {}
+    for path, value in leaves(branch):
+        where, name = path[:-1], path[-1]
+        if len(path) == 1:  # a vector a site, such as ("eigenvalues", site), or a result of no site
+            where, name = ((name,), root) if value.ndim else ((), name)
+        rows.setdefault(where, {})[name] = cell(value)
+    width = max((len(where) for where in rows), default=0)
+    level = [LEVELS.get(root, "part"), *(f"part_{i}" for i in range(2, width))]
+    table = [{**_place(where, level), **cells} for where, cells in rows.items()]
+    frame = pd.DataFrame(table)
+    for column in ("layer", "layer_a", "layer_b"):
+        if column in frame and frame[column].notna().all():
+            frame[column] = frame[column].astype(int)
+    return frame
+
+
+def leaves(branch: TensorDictBase, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Every tensor below a branch, with its path."""
+    for key in branch.keys():
+        value = branch.get(key)
+        if isinstance(value, Tensor):
+            yield (*path, key), value
+        elif is_tensor_collection(value) and hasattr(value, "keys"):
+            yield from leaves(value, (*path, key))
+
+
+def cell(value: Tensor) -> object:
+    """A tensor as a table's cell: a Python number, or a NumPy array."""
+    value = value.detach().cpu()
+    if value.ndim:
+        return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()
+    return value.item()
+
+
+def _place(where: tuple[str, ...], level: list[str]) -> dict[str, object]:
+    if not where:
+        return {}
+    name, *rest = where
+    if "->" in name:
+        a, b = name.split("->", 1)
+        place: dict[str, object] = {"pair": name, "a": a, "b": b}
+        place |= {"layer_a": site_parts(a)["layer"], "layer_b": site_parts(b)["layer"]}
+    else:
+        place = {"site": name, **site_parts(name)}
+    return {**place, **dict(zip(level, rest))}
+
+
+def site_parts(name: str) -> dict[str, object]:
+    """``kind``, ``layer`` and ``stack`` of a site's name; a name of the user's own is its own kind."""
+    try:
+        site = Site(name)
+    except ValueError:
+        return {"kind": name, "layer": None, "stack": None}
+    return {"kind": site.kind, "layer": site.layer, "stack": site.stack}

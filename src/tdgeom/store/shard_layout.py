@@ -1,0 +1,205 @@
+"""What the shards of a run hold: which tensor lies where, in which dtype, and how it becomes a TensorDict again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tdgeom.core.keys import Key, as_key
+from tdgeom.files.errors import StoreError, StoreLookupError
+from tdgeom.files.json_text import canonical, read_json
+from tdgeom.files.shards import CODES, MOST_DIMENSIONS, MOST_VALUES
+from tdgeom.store.stored_dtypes import SCALED
+
+__all__ = ["Entry", "Layout", "entries_of"]
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a run.
+
+    ``key``: where it is in a TensorDict. ``name``: what the shards call it. ``dtype``: as it came. ``stored``: as it lies
+    in the shards. ``shape``: of one row (of the whole tensor, where the run has no rows).
+    """
+
+    key: tuple[str, ...]
+    name: str
+    dtype: torch.dtype
+    stored: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in the shards."""
+        return math.prod(self.shape) * self.stored.itemsize + (4 if self.scale is not None else 0)
+
+    @property
+    def scale(self) -> str | None:
+        """The name of its per-row scales, where it was cast to float8."""
+        return self.name + "#scale" if self.stored != self.dtype and self.stored in SCALED else None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the shards of a run hold.
+
+    ``rows``: tensors are joined along their first dimension over all shards; else one shard holds them whole.
+    ``several``: a list of TensorDicts, the position in the list being the first part of every key.
+    ``values``: leaves that are no tensors.
+    """
+
+    entries: tuple[Entry, ...] = ()
+    rows: bool = True
+    batch_size: tuple[int, ...] = ()
+    several: bool = False
+    values: tuple[tuple[tuple[str, ...], Any], ...] = ()
+
+    @property
+    def by_key(self) -> dict[Key, Entry]:
+        """Entries by key."""
+        return {as_key(entry.key): entry for entry in self.entries}
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of all tensors."""
+        return sum(entry.row_bytes for entry in self.entries)
+
+    def of_rows(self, names: Sequence[str] | None) -> list[Entry]:
+        """The entries of these sites and carried values (default all), of ``row_id`` and of a carried ``document_id``.
+
+        Raises:
+            StoreLookupError: the run has none of that name.
+        """
+        if names is None:
+            return list(self.entries)
+        by_key = self.by_key
+        unknown = [name for name in names if ("tokens", name) not in by_key]
+        if unknown:
+            have = [entry.key[1] for entry in self.entries if len(entry.key) > 1]
+            raise StoreLookupError(f"the run holds no rows of {unknown}; it holds {have[:24]}.")
+        wanted = [("tokens", name) for name in names]
+        wanted += [key for key in [("tokens", "document_id")] if key in by_key and key not in wanted]
+        return [by_key[key] for key in wanted] + [by_key["row_id"]]
+
+    def to_json(self) -> str:
+        """As text for the catalogue."""
+        return canonical(
+            {
+                "rows": self.rows,
+                "batch_size": self.batch_size,
+                "several": self.several,
+                "values": self.values,
+                "entries": [
+                    {
+                        "key": one.key,
+                        "name": one.name,
+                        "dtype": _dtype_name(one.dtype),
+                        "stored": _dtype_name(one.stored),
+                        "shape": one.shape,
+                    }
+                    for one in self.entries
+                ],
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str, what: str) -> Layout:
+        """Parse what may be hostile.
+
+        Raises:
+            StoreError: it is no layout; ``what`` opens the message.
+        """
+        try:
+            raw = read_json(text, what)
+            layout = cls(
+                entries=tuple(_entry(one) for one in raw["entries"]),
+                rows=_flag(raw["rows"]),
+                batch_size=_shape(raw["batch_size"]),
+                several=_flag(raw["several"]),
+                values=tuple((_key(key), value) for key, value in raw["values"]),
+            )
+            _refuse_clashes(layout)
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"{what} is damaged: {error}.") from error
+        return layout
+
+
+def entries_of(
+    tensors: Mapping[tuple[str, ...], tuple[torch.dtype, torch.dtype, Sequence[int]]],
+) -> tuple[Entry, ...]:
+    """Entries from key -> (dtype, stored dtype, shape), each with a name of its own: the key's parts joined by slashes.
+
+    Raises:
+        StoreError: a dtype that shards do not hold. ValueError: a key that is no valid Unicode text.
+
+    >>> [one.name for one in entries_of({("a", "b"): (torch.int8, torch.int8, ()), ("a/b",): (torch.int8, torch.int8, ())})]
+    ['a/b', 'a/b#1']
+    """
+    used = {"__metadata__"}
+    found = []
+    for number, (key, (dtype, stored, shape)) in enumerate(tensors.items()):
+        name = "/".join(key)
+        _refuse_unkept(name, dtype)
+        while name in used or name + "#scale" in used:
+            name = f"{name}#{number}"
+        used |= {name, name + "#scale"}
+        found.append(Entry(key, name, dtype, stored, tuple(shape)))
+    return tuple(found)
+
+
+def _refuse_unkept(name: str, dtype: torch.dtype) -> None:
+    if dtype not in CODES:
+        raise StoreError(
+            f"{name!r} has dtype {dtype}, which shards do not hold; they hold {[_dtype_name(one) for one in CODES]}. Cast it, or "
+            f"take it apart (torch.view_as_real for complex128)."
+        )
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the key {name!r} is no valid Unicode text: {error}.") from error
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _entry(raw: Any) -> Entry:
+    if not isinstance(raw, dict) or not isinstance(raw["name"], str):
+        raise TypeError(f"{str(raw)[:80]} is no entry")
+    return Entry(
+        _key(raw["key"]), raw["name"], _DTYPES[raw["dtype"]], _DTYPES[raw["stored"]], _shape(raw["shape"])
+    )
+
+
+def _key(raw: Any) -> tuple[str, ...]:
+    if not isinstance(raw, list) or not raw or not all(isinstance(part, str) for part in raw):
+        raise TypeError(f"{str(raw)[:80]} is no key")
+    return tuple(raw)
+
+
+def _shape(raw: Any) -> tuple[int, ...]:
+    naturals = isinstance(raw, list) and all(type(one) is int and one >= 0 for one in raw)
+    if not naturals or len(raw) > MOST_DIMENSIONS or math.prod(one or 1 for one in raw) >= MOST_VALUES:
+        raise TypeError(f"{str(raw)[:80]} is no shape")
+    return tuple(raw)
+
+
+def _flag(raw: Any) -> bool:
+    if not isinstance(raw, bool):
+        raise TypeError(f"{str(raw)[:80]} is neither true nor false")
+    return raw
+
+
+def _refuse_clashes(layout: Layout) -> None:
+    names = [name for one in layout.entries for name in (one.name, one.scale) if name is not None]
+    keys = [one.key for one in layout.entries] + [key for key, _ in layout.values]
+    if len(set(names)) != len(names) or len(set(keys)) != len(keys):
+        raise ValueError("a name or a key comes twice")
+    if {key[:n] for key in keys for n in range(1, len(key))} & set(keys):
+        raise ValueError("a key is the parent of another")

@@ -1,0 +1,398 @@
+"""``StreamingCrossMoments``: all that the linear measures between sites need, over every row, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from tdgeom.core.for_each import pair_list
+from tdgeom.core.keys import Key, as_key, key_tuple
+from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.stream.sketch import gaussian_columns
+
+__all__ = ["StreamingCrossMoments"]
+
+SITE_LEAVES = ("count", "mean", "covariance", "norm4", "norm2_x")
+_LARGEST = 8  # features a site whose products are always float64
+PAIR_LEAVES = ("cross_covariance", "norm2_product", "x_norm2y", "y_norm2x")
+
+
+class StreamingCrossMoments(StreamingStage):
+    """Moments of every site and cross moments of every pair, exact over all rows.
+
+    With ``u = x - x̄`` and ``w = y - ȳ`` the rows of two sites about their means, in float64:
+
+    | leaf of a site | |
+    |---|---|
+    | ``count``, ``mean`` | n, (D,) |
+    | ``covariance`` | Σ u uᵀ/(n-1), (D, D) |
+    | ``norm4`` | Σ \\|u\\|⁴ |
+    | ``norm2_x`` | Σ \\|u\\|² u, (D,) |
+
+    | leaf of a pair ``"a->b"`` | |
+    |---|---|
+    | ``cross_covariance`` | Σ u wᵀ/(n-1), (D, E) |
+    | ``norm2_product`` | Σ \\|u\\|²\\|w\\|² |
+    | ``x_norm2y`` | Σ u\\|w\\|², (D,) |
+    | ``y_norm2x`` | Σ w\\|u\\|², (E,) |
+
+    From them ``LinearCKA`` (debiased too), ``CCA``, ``SVCCA``, ``PWCCA``, ``Procrustes`` and ``LinearR2`` with
+    ``source="moments"`` compute their value over all rows of a run.
+
+    A block is centred about the running mean that includes it, multiplied in its own precision (float32 for float32
+    and narrower rows) and added in float64; what was summed before is moved to that mean by a row more in the product
+    and by vectors. So offsets cost no digits, and batch split, order and merging change nothing but rounding. (Debiased
+    CKA subtracts what rows have with themselves: where a single row holds nearly all variance the result has six digits,
+    and all of them from float64 rows.)
+
+    Memory: ``8·Σ D·E`` bytes over sites and pairs (8·D² a pair), once as state and once more when published; refused
+    above ``memory_limit``. Time: the products, 2·D·E flops a row and pair, and about a tenth more.
+
+    Args:
+        sites: names; rows are read at ``("tokens", site)``, (N, D) with any width a site and the same rows in all.
+        pairs: "consecutive" (within one kind and one stack), "all", or a list of (a, b).
+        sketch: number of random projections a site instead of its D features, for widths where D² a pair is too much.
+            Every leaf is then that of the projected rows in ``groups`` groups (``covariance`` (sketch, sketch),
+            ``norm4`` and ``norm2_product`` (groups, groups), ``norm2_x`` (sketch, groups), ``mean`` still (D,)), and
+            ``LinearCKA(source="sketch")`` turns them into a CKA that is unbiased over projections, with its standard
+            error. Memory 8·sketch² bytes a pair and 4·D·sketch for the projection.
+        groups: independent groups of projections under ``sketch``.
+        seed: of the projection; stages to be merged must share it.
+        memory_limit: bytes of state above which the first rows are refused.
+        in_keys: a list, one key a site. out_keys: a list of every leaf (sites first), or a root in place of
+            "cross_moments".
+
+    Raises:
+        ValueError: state above ``memory_limit``, rows of changed width or number, no sites, unknown pair.
+
+    Chan, Golub & LeVeque 1979 (merging); Song et al. 2012 (what debiased CKA needs).
+
+        >>> from tensordict import TensorDict
+        >>> stage = StreamingCrossMoments(["x", "y"])
+        >>> rows = TensorDict({("tokens", "x"): torch.eye(4), ("tokens", "y"): torch.eye(4)[:, :2]})
+        >>> stage(rows)["cross_moments", "x->y", "cross_covariance"].shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[str],
+        *,
+        pairs: str | Sequence[tuple[str, str]] = "consecutive",
+        sketch: int | None = None,
+        groups: int = 16,
+        seed: int = 0,
+        memory_limit: int = 8 * 2**30,
+        in_keys: Key | list[Key] | None = None,
+        out_keys: Key | list[Key] | None = None,
+    ) -> None:
+        names = [sites] if isinstance(sites, str) else [str(site) for site in sites]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"StreamingCrossMoments takes a non-empty list of different sites, got {names}.")
+        if sketch is not None and (groups < 3 or sketch < groups or sketch % groups):
+            raise ValueError(
+                f"StreamingCrossMoments: sketch= counts projections in equal groups, 3 groups or more; got "
+                f"sketch={sketch}, groups={groups}. Take sketch=1024, groups=16."
+            )
+        self.sites = names
+        self.pairs = pair_list(sites if not isinstance(sites, str) else names, pairs)
+        self.sketch, self.groups, self.seed = sketch, 1 if sketch is None else groups, seed
+        self.memory_limit = memory_limit
+        if isinstance(out_keys, (str, tuple)):
+            out_keys = [as_key((*key_tuple(out_keys), *key[1:])) for key in self._leaves()]
+        reads = {("tokens", name): f"N D{i}" for i, name in enumerate(names)}
+        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=self._leaves())
+        self._runs = _runs(names, self.pairs)
+        self.add_state("count", torch.int64)
+        for name in ("widths", "mean", "trace", "norm2_product", "x_norm2y"):
+            self.add_state(name, torch.int64 if name == "widths" else torch.float64)
+        for i, first, last in self._runs:
+            self.add_state(f"scatter_{i}_{first}_{last}", torch.float64)
+        self._projections: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+    def _leaves(self) -> list[tuple[str, ...]]:
+        at_sites = [("cross_moments", site, leaf) for site in self.sites for leaf in SITE_LEAVES]
+        return at_sites + [
+            ("cross_moments", f"{a}->{b}", leaf) for a, b in self.pairs for leaf in PAIR_LEAVES
+        ]
+
+    def settings(self) -> dict[str, object]:
+        """Sites, pairs and the projection."""
+        return {
+            "sites": self.sites, "pairs": self.pairs,
+            "sketch": self.sketch, "groups": self.groups, "seed": self.seed,
+        }  # fmt: skip
+
+    def start(self, *rows: Tensor) -> dict[str, Tensor]:
+        """Zeros, once the widths are known to fit."""
+        given = [x.shape[-1] for x in rows]
+        widths = [self.sketch] * len(given) if self.sketch else given
+        shapes = {(i, a, b): (widths[i], sum(widths[a:b])) for i, a, b in self._runs}
+        self._check_memory(8 * sum(d * e for d, e in shapes.values()), given)
+        zeros = {
+            "mean": (sum(given),),
+            "trace": (len(given) * self.groups,),
+            "norm2_product": (len(given) * self.groups,) * 2,
+            "x_norm2y": (sum(widths), len(given) * self.groups),
+            **{f"scatter_{i}_{a}_{b}": shape for (i, a, b), shape in shapes.items()},
+        }
+        device = rows[0].device
+        state = {
+            name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in zeros.items()
+        }
+        state["count"] = torch.zeros((), dtype=torch.int64, device=device)
+        state["widths"] = torch.tensor(given, device=device)
+        return state
+
+    def _check_memory(self, needed: int, widths: list[int]) -> None:
+        if needed > self.memory_limit:
+            raise ValueError(
+                f"StreamingCrossMoments needs {needed / 2**30:.1f} GiB for {len(self.sites)} sites of width up to "
+                f"{max(widths)} and {len(self.pairs)} pairs, above memory_limit={self.memory_limit / 2**30:.1f} GiB. "
+                f"Pass sketch=1024 (random projections), fewer pairs=, or a higher memory_limit=."
+            )
+
+    def accumulate(self, *rows: Tensor) -> None:
+        """Add a block of rows."""
+        self._check_rows(rows)
+        total, before = self.count + rows[0].shape[0], self.count.double()
+        y, mean = _stack_centred(rows)
+        delta = (mean - self.mean) * (rows[0].shape[0] / total.double())
+        self.mean = self.mean + delta
+        y[:-1] -= (self.mean - mean).to(y.dtype)
+        # One row more carries what was summed before to the new mean: n δ δᵀ.
+        y[-1] = (delta * before.sqrt()).to(y.dtype)
+        y, delta = self._project(y, delta)
+        norms = self._norms(y[:-1])
+        self._move(-delta, before)
+        self.trace = self.trace + norms.sum(0)
+        self.norm2_product = self.norm2_product + norms.mT @ norms
+        columns, largest = self._largest(y, delta * before.sqrt())
+        moved = (y[:-1].mT @ norms.to(y.dtype)).double()
+        if largest is not None:
+            moved[largest] = columns[:-1].mT @ norms
+        self.x_norm2y = self.x_norm2y + moved
+        self._add_products(y, columns, largest)
+        self.count = total
+
+    def _largest(self, y: Tensor, last: Tensor) -> tuple[Tensor, Tensor | None]:
+        """In float64 the columns of each site's features of most variance, and which they are; None if ``y`` is float64.
+
+        A float32 product of 2,048 rows is right to some 1e-7 an entry. That averages out over D x D entries, unless few
+        features hold most variance: what comes of these is taken in float64. ``last``: the last row of ``y``, unrounded.
+        """
+        if y.dtype == torch.float64:
+            return y, None
+        edges = self._edges()
+        energy = torch.linalg.vector_norm(y, dim=0)
+        m = min(_LARGEST, *(b - a for a, b in pairwise(edges)))
+        largest = torch.cat([energy[a:b].topk(m).indices + a for a, b in pairwise(edges)])
+        return torch.cat([y[:-1, largest].double(), last[None, largest]]), largest
+
+    def _add_products(self, y: Tensor, columns: Tensor, largest: Tensor | None) -> None:
+        """Every panel of products into its float64 sum, those among the largest features in float64."""
+        edges = self._edges()
+        if largest is not None:
+            exact, m = columns.mT @ columns, len(largest) // len(self.sites)
+        for i, first, last in self._runs:
+            product = y[:, edges[i] : edges[i + 1]].mT @ y[:, edges[first] : edges[last]]
+            panel = self._buffers[f"scatter_{i}_{first}_{last}"]
+            panel.add_(product)
+            if largest is not None:
+                mine, theirs = slice(i * m, (i + 1) * m), slice(first * m, last * m)
+                where = (largest[mine, None] - edges[i], largest[None, theirs] - edges[first])
+                panel[where] += exact[mine, theirs] - product[where]
+
+    def _check_rows(self, rows: Sequence[Tensor]) -> None:
+        widths = [x.shape[-1] for x in rows]
+        if not torch.compiler.is_compiling() and widths != self.widths.tolist():
+            raise ValueError(
+                f"StreamingCrossMoments has seen rows of widths {self.widths.tolist()} at {self.in_keys} and now gets "
+                f"{widths}. Use one stage a model, or reset()."
+            )
+
+    def combine(self, other: StreamingCrossMoments) -> None:
+        """Move both to the common mean, then add."""
+        if other.widths.tolist() != self.widths.tolist():
+            raise ValueError(
+                f"StreamingCrossMoments has seen rows of width {self.widths.tolist()}, the stage to merge "
+                f"{other.widths.tolist()}: merge stages that saw the same sites of one model."
+            )
+        # The twin's vectors are replaced below, its scatters only read: no copy of the D x D state.
+        twin = self._with_state({name: value.to(self.mean.device) for name, value in other._state().items()})
+        n, m = self.count.double(), twin.count.double()
+        delta = twin.mean - self.mean
+        self.mean = self.mean + delta * (m / (n + m))
+        _, projected = self._project(None, delta)
+        self._move(-projected * (m / (n + m)), n)
+        twin._move(projected * (n / (n + m)), m)
+        for name in ("trace", "norm2_product", "x_norm2y"):
+            setattr(self, name, self._buffers[name] + twin._buffers[name])
+        edges = self._edges()
+        for i, first, last in self._runs:
+            name = f"scatter_{i}_{first}_{last}"
+            left, right = projected[edges[i] : edges[i + 1]], projected[edges[first] : edges[last]]
+            self._buffers[name].add_(twin._buffers[name]).addr_(left * (n * m / (n + m)), right)
+        self.count = self.count + twin.count
+
+    def _move(self, shift: Tensor, n: Tensor) -> None:
+        """trace, norm2_product and x_norm2y of n rows about a mean that lies ``-shift`` away; scatter is still the old.
+
+        With u' = u + δ, w' = w + ε and C = Σ u wᵀ: Σ u'|w'|² = Σ u|w|² + 2Cε + δ Σ|w|² + nδ|ε|², and so on.
+        """
+        edges, g = self._edges(), self.groups
+        turned = torch.zeros_like(self.x_norm2y)
+        for i, j, scatter in self._blocks():
+            rows_i, rows_j = slice(edges[i], edges[i + 1]), slice(edges[j], edges[j + 1])
+            turned[rows_i, j * g : (j + 1) * g] = _times(scatter, shift[rows_j], g)
+            if i != j:
+                turned[rows_j, i * g : (i + 1) * g] = _times(scatter.mT, shift[rows_i], g)
+        size = self._per_group(shift.square().unsqueeze(0)).squeeze(0)
+        along = self._per_group((shift[:, None] * self.x_norm2y).mT).mT
+        across = self._per_group((shift[:, None] * turned).mT).mT
+        sizes = size[:, None] * self.trace
+        self.norm2_product = (
+            self.norm2_product
+            + 2 * (along + along.mT)
+            + 4 * across
+            + sizes
+            + sizes.mT
+            + n * torch.outer(size, size)
+        )
+        self.x_norm2y = self.x_norm2y + 2 * turned + shift[:, None] * (self.trace + n * size)
+        self.trace = self.trace + n * size
+
+    def result(self) -> list[Tensor]:
+        """Every leaf of every site, then of every pair."""
+        edges, g, one = self._edges(), self.groups, self.sketch is None
+        given = [0, *torch.cumsum(self.widths, 0).tolist()]
+        scatter = {(i, j): block for i, j, block in self._blocks()}
+        degrees = self.count.double() - 1
+
+        def norms(i: int, j: int) -> Tensor:
+            block = self.norm2_product[i * g : (i + 1) * g, j * g : (j + 1) * g]
+            return block[0, 0].clone() if one else block.clone()
+
+        def vectors(i: int, j: int) -> Tensor:
+            block = self.x_norm2y[edges[i] : edges[i + 1], j * g : (j + 1) * g]
+            return block[:, 0].clone() if one else block.clone()
+
+        leaves: list[Tensor] = []
+        for i in range(len(self.sites)):
+            mean = self.mean[given[i] : given[i + 1]].clone()
+            leaves += [self.count.clone(), mean, scatter[i, i] / degrees, norms(i, i), vectors(i, i)]
+        for a, b in self.pairs:
+            i, j = self.sites.index(a), self.sites.index(b)
+            block = scatter[i, j] if i <= j else scatter[j, i].mT
+            leaves += [(block / degrees).contiguous(), norms(i, j), vectors(i, j), vectors(j, i)]
+        return leaves
+
+    def _edges(self) -> list[int]:
+        """Where each site's columns start, after projection."""
+        edges = [0]
+        for i, first, last in self._runs:
+            if i == first:
+                edges.append(edges[-1] + self._buffers[f"scatter_{i}_{first}_{last}"].shape[0])
+        return edges
+
+    def _blocks(self) -> Iterator[tuple[int, int, Tensor]]:
+        edges = self._edges()
+        for i, first, last in self._runs:
+            panel = self._buffers[f"scatter_{i}_{first}_{last}"]
+            for j in range(first, last):
+                yield i, j, panel[:, edges[j] - edges[first] : edges[j + 1] - edges[first]]
+
+    def _per_group(self, columns: Tensor) -> Tensor:
+        """(R, columns) summed over each group's columns: (R, sites·groups)."""
+        edges = self._edges()
+        parts = [columns[:, a:b].unflatten(1, (self.groups, -1)).sum(-1) for a, b in pairwise(edges)]
+        return torch.cat(parts, dim=1)
+
+    def _norms(self, y: Tensor) -> Tensor:
+        """(N, sites·groups) squared norms, summed in float64: float32 sums alone would cost debiased CKA a digit."""
+        edges = self._edges()
+        parts = [
+            [
+                torch.linalg.vector_norm(
+                    x[:, a:b].unflatten(1, (self.groups, -1)), dim=-1, dtype=torch.float64
+                )
+                for a, b in pairwise(edges)
+            ]
+            for x in y.split(256)  # the float64 copy inside stays in the cache
+        ]
+        return torch.cat([torch.cat(part, dim=1) for part in parts]).square()
+
+    def _project(self, y: Tensor | None, delta: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Rows and a shift of the mean in the coordinates of the sums."""
+        if self.sketch is None:
+            return y, delta
+        dtype = torch.float32 if y is None else y.dtype
+        widths = self.widths.tolist()
+        bases = [self._projection(d, dtype, delta.device) for d in widths]
+        if y is not None:
+            y = torch.cat([part @ base for part, base in zip(y.split(widths, 1), bases)], 1)
+        # In the rows' precision: a float64 copy of the projection would be its largest object.
+        delta = torch.cat(
+            [(part.to(dtype) @ base).double() for part, base in zip(delta.split(widths), bases)]
+        )
+        return y, delta
+
+    def _projection(self, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(width, sketch) Gaussian columns, each group's Gram matrix the identity on average.
+
+        Sites share it: only products of different groups are ever used, and these are independent.
+        """
+        key = (width, dtype, device)
+        if key not in self._projections:
+            base = gaussian_columns(width, self.sketch, self.seed, dtype, device)
+            self._projections[key] = base * (self.groups / self.sketch) ** 0.5
+        return self._projections[key]
+
+
+def _stack_centred(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """All sites' rows side by side about the block's mean, with one row to spare, and that mean in float64.
+
+    The mean is taken twice, the second time of what the first left, so that float32 rows with a large offset are
+    centred to their last digit without a float64 copy of the block.
+    """
+    wide = any(x.dtype == torch.float64 for x in rows)
+    y = torch.empty(
+        rows[0].shape[0] + 1,
+        sum(x.shape[1] for x in rows),
+        dtype=torch.float64 if wide else torch.float32,
+        device=rows[0].device,
+    )
+    block = y[:-1]
+    for x, part in zip(rows, block.split([x.shape[1] for x in rows], dim=1)):
+        part.copy_(x)
+    centre = block.mean(0)
+    block -= centre
+    rest = block.mean(0)
+    block -= rest
+    return y, centre.double() + rest.double()
+
+
+def _times(matrix: Tensor, vector: Tensor, groups: int) -> Tensor:
+    """(D, groups): the matrix times each group of the vector."""
+    if groups == 1:
+        return (matrix @ vector).unsqueeze(1)
+    return (matrix * vector).unflatten(1, (groups, -1)).sum(-1)
+
+
+def _runs(sites: Sequence[str], pairs: Sequence[tuple[str, str]]) -> list[tuple[int, int, int]]:
+    """(i, first, last): site i is multiplied by the columns of sites first..last-1 at once; its own come first."""
+    partners: dict[int, set[int]] = {i: {i} for i in range(len(sites))}
+    for a, b in pairs:
+        i, j = sorted((sites.index(a), sites.index(b)))
+        partners[i].add(j)
+    runs: list[tuple[int, int, int]] = []
+    for i, others in partners.items():
+        for j in sorted(others):
+            if runs and runs[-1][0] == i and runs[-1][2] == j:
+                runs[-1] = (i, runs[-1][1], j + 1)
+            else:
+                runs.append((i, j, j + 1))
+    return runs

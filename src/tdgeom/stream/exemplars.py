@@ -1,0 +1,194 @@
+"""Maximally activating samples: which tokens, in which text, drive a unit, a head or a direction most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from tdgeom.core.keys import Key
+from tdgeom.core.stage import Stage
+from tdgeom.core.streaming_stage import StreamingStage
+
+__all__ = ["ContextWindow", "MaxActivating", "describe_exemplars", "top_rows"]
+
+
+_EMPTY = torch.iinfo(torch.int64).max
+
+
+def top_rows(values: Tensor, row_id: Tensor, k: int) -> Tensor:
+    """Indices (k, U) of the k largest of (N, U) values in each column, largest first; equal values by smaller row id.
+
+    >>> top_rows(torch.tensor([[1.0], [3.0], [3.0]]), torch.tensor([0, 2, 1]), 2).flatten()
+    tensor([2, 1])
+    """
+    order = row_id.argsort(stable=True)
+    ordered = values[order]
+    k = min(k, len(values))
+    threshold = ordered.topk(k, 0).values[-1]
+    above, tie = ordered > threshold, ordered == threshold
+    # of the rows that tie at the threshold the first ones by id, so the answer does not depend on the order of rows
+    chosen = above | (tie & (tie.cumsum(0) <= k - above.sum(0)))
+    rows = chosen.T.nonzero()[:, 1].reshape(values.shape[1], k).T
+    best = ordered.gather(0, rows).argsort(dim=0, descending=True, stable=True)
+    return order[rows.gather(0, best)]
+
+
+class ContextWindow(Stage):
+    """The token ids around every token, (B, T) -> (B, T, before + 1 + after); -1 where there is no attended token.
+
+    Reads ``"input_ids"`` and where present ``"attention_mask"``; writes ``"context"``. Put it before
+    ``SelectTokens(..., also=["context"])``, which carries it to the rows.
+
+    >>> ContextWindow(before=1, after=1)(input_ids=torch.tensor([[5, 6, 7]]))[0].tolist()
+    [[-1, 5, 6], [5, 6, 7], [6, 7, -1]]
+    """
+
+    reads = ["input_ids", "attention_mask"]
+    writes = ["context"]
+    optional = frozenset({"attention_mask"})
+
+    def __init__(self, *, before: int = 10, after: int = 5, **keys: Any) -> None:
+        if before < 0 or after < 0:
+            raise ValueError(f"ContextWindow: before and after are 0 or more, got {before} and {after}.")
+        super().__init__(**keys)
+        self.before, self.after = before, after
+
+    def compute(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The windows."""
+        ids = input_ids if mask is None else input_ids.masked_fill(~mask.bool(), -1)
+        padded = torch.nn.functional.pad(ids, (self.before, self.after), value=-1)
+        return padded.unfold(1, self.before + 1 + self.after, 1)
+
+
+class MaxActivating(StreamingStage):
+    """The k rows of a stream with the largest value of every unit, with their text, in memory that does not grow.
+
+    Units are the features of a site, or projections on ``directions``. Whole heads are units of
+    ``Capture(model, "head_output", callback=lambda site, x: x.norm(dim=-1))``, each by the length of its contribution; the
+    features of one head those of ``Capture(model, "z", heads=[3])``. Any order of rows and any split into batches give
+    the same answer: equal values are ordered by row id.
+
+    Reads ``("tokens", site)`` (N, D), ``("tokens", "context")`` (N, W) and ``"row_id"``; writes under
+    ``("exemplars", site)`` ``values`` (U, k) descending, ``row_id`` (U, k), ``context`` (U, k, W). ``k`` shrinks to the number
+    of rows. One stage a site: ``[MaxActivating(site) for site in capture.sites]``.
+
+    Args:
+        site: the site whose rows are watched.
+        k: how many rows to keep for a unit.
+        units: which features to watch (default all of them).
+        directions: (D, U), watch projections ``x @ directions`` instead.
+        smallest: keep the smallest values instead, ascending.
+
+        >>> import torch, tdgeom as tg
+        >>> from tensordict import TensorDict
+        >>> td = TensorDict({"tokens": {"x": torch.tensor([[1.0], [4.0]]), "context": torch.tensor([[7], [8]])},
+        ...                  "row_id": torch.arange(2)})
+        >>> found = tg.MaxActivating("x", k=1)(td)["exemplars", "x"]
+        >>> found["values"].item(), found["row_id"].item(), found["context"].item()
+        (4.0, 1, 8)
+    """
+
+    def __init__(
+        self,
+        site: str,
+        *,
+        k: int = 20,
+        units: Sequence[int] | None = None,
+        directions: Tensor | None = None,
+        smallest: bool = False,
+        in_keys: Key | list[Key] | None = None,
+        out_keys: Key | list[Key] | None = None,
+    ) -> None:
+        if k < 1:
+            raise ValueError(f"MaxActivating: k must be at least 1, got {k}.")
+        if units is not None and directions is not None:
+            raise ValueError("MaxActivating expects units= or directions=, not both.")
+        super().__init__(
+            in_keys=in_keys,
+            out_keys=out_keys,
+            reads={("tokens", str(site)): "N D", ("tokens", "context"): "N W", "row_id": "N"},
+            writes=[("exemplars", str(site), name) for name in ("values", "row_id", "context")],
+        )
+        self.k, self.units, self.smallest = k, None if units is None else list(units), smallest
+        self.directions = None if directions is None else directions.detach().clone()
+        self.add_state("top", torch.float32)
+        self.add_state("ids", torch.int64)
+        self.add_state("text", torch.int64)
+
+    def settings(self) -> dict[str, Any]:
+        """k, units, directions and sign: what two stages must share to be merged."""
+        directions = None if self.directions is None else self.directions.tolist()
+        return {"k": self.k, "units": self.units, "directions": directions, "smallest": self.smallest}
+
+    def start(self, rows: Tensor, context: Tensor, row_id: Tensor) -> Mapping[str, Tensor]:
+        """Room for k rows, all of them still empty."""
+        shape = (self.k, self._values(rows[:0]).shape[1])
+        return {
+            "top": torch.full(shape, -torch.inf, dtype=torch.float32),
+            "ids": torch.full(shape, _EMPTY, dtype=torch.int64),
+            "text": torch.full((*shape, context.shape[1]), -1, dtype=torch.int64),
+        }
+
+    def accumulate(self, rows: Tensor, context: Tensor, row_id: Tensor) -> None:
+        """Keep the best of what is held and what comes."""
+        values, row_id, context = self._values(rows), row_id.long(), context.long()
+        best = top_rows(values, row_id, self.k)
+        self._join(values.gather(0, best), row_id[best], context[best])
+
+    def combine(self, other: MaxActivating) -> None:
+        """Keep the best of both."""
+        home = self.top.device
+        self._join(other.top.to(home), other.ids.to(home), other.text.to(home))
+
+    def result(self) -> Mapping[str, Tensor]:
+        """Values, row ids and contexts, (U, k, ...)."""
+        held = int((self.ids[:, 0] != _EMPTY).sum())
+        values = -self.top[:held] if self.smallest else self.top[:held]
+        return {
+            "values": values.T.clone(),
+            "row_id": self.ids[:held].T.clone(),
+            "context": self.text[:held].transpose(0, 1).clone(),
+        }
+
+    def _values(self, rows: Tensor) -> Tensor:
+        rows = rows.float()
+        if self.directions is not None:
+            rows = rows @ self.directions.to(rows)
+        elif self.units is not None:
+            rows = rows[:, self.units]
+        return -rows if self.smallest else rows
+
+    def _join(self, values: Tensor, ids: Tensor, text: Tensor) -> None:
+        values, ids = torch.cat([self.top, values]), torch.cat([self.ids, ids])
+        text = torch.cat([self.text, text])
+        by_id = ids.argsort(dim=0, stable=True)
+        order = by_id.gather(0, values.gather(0, by_id).argsort(dim=0, descending=True, stable=True))[
+            : self.k
+        ]
+        self.top, self.ids = values.gather(0, order), ids.gather(0, order)
+        self.text = text.gather(0, order.unsqueeze(-1).expand(-1, -1, text.shape[-1]))
+
+
+def describe_exemplars(
+    exemplars: TensorDictBase, tokenizer: Any, unit: int, *, before: int = 10, most: int = 10
+) -> list[str]:
+    """One line an exemplar of a unit: its value and its text with the token itself in brackets.
+
+    ``exemplars`` is what ``MaxActivating`` wrote (``result["exemplars", site]``); ``before`` as in ``ContextWindow``.
+    """
+    lines = []
+    for value, window in zip(exemplars["values"][unit][:most], exemplars["context"][unit][:most].tolist()):
+        parts = [
+            ""
+            if ids == -1
+            else f"[{tokenizer.decode([ids])}]"
+            if place == before
+            else tokenizer.decode([ids])
+            for place, ids in enumerate(window)
+        ]
+        lines.append(f"{float(value):8.3f}  {''.join(parts)}")
+    return lines

@@ -1,0 +1,330 @@
+"""ForEach and ForEachPair: one stage at many sites, by renaming its keys."""
+
+from __future__ import annotations
+
+import pickle
+from copy import deepcopy
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from torch import nn
+
+import tdgeom as tg
+from tdgeom.core.for_each import pair_list
+
+SITES = ["x.0", "x.1", "x.2"]
+
+
+def samples(n=20, d=4, sites=SITES):
+    return {site: torch.randn(n, d, dtype=torch.float64) for site in sites}
+
+
+class Shift(tg.Stage):
+    """Stateless, with a shared input."""
+
+    reads = {"tokens": "N D", "row_id": "N"}
+    writes = [("shifted", "rows"), ("shifted", "total")]
+
+    def compute(self, tokens, row_id):
+        return tokens + row_id[:, None], tokens.sum()
+
+
+class Distance(tg.PairStage):
+    """Counts how often each half runs, and reads something of neither side."""
+
+    reads = {("sample", "a"): "N D", ("sample", "b"): "N D", ("weight", "w"): ""}
+    writes = [("between", "distance"), ("between", "product")]
+
+    def __init__(self, **keys):
+        super().__init__(**keys)
+        self.calls = []
+
+    def prepare(self, sample):
+        self.calls.append("prepare")
+        return sample.mean(0)
+
+    def compare(self, a, b, weight):
+        self.calls.append("compare")
+        return {"distance": weight * (a - b).norm(), "product": a @ b}
+
+
+# ------------------------------------------------------------------------------------------ ForEach
+
+
+def test_the_site_comes_second_in_every_key():
+    units = tg.ForEach(tg.StreamingCovariance(), ["x.0", "y/1"])
+    assert units.in_keys == [("tokens", "x.0"), ("tokens", "y/1")]
+    assert units.out_keys[0] == ("moments", "x.0", "count") and units.out_keys[5] == (
+        "moments",
+        "y/1",
+        "count",
+    )
+    assert len(units.out_keys) == 10
+    assert type(units) is TensorDictSequential
+
+
+def test_shared_keys_stay_and_values_are_each_sites_own():
+    rows = samples()
+    units = tg.ForEach(Shift(), SITES)
+    assert units.in_keys == [("tokens", "x.0"), "row_id", ("tokens", "x.1"), ("tokens", "x.2")]
+    td = units(TensorDict({"tokens": rows, "row_id": torch.arange(20)}))
+    for site in SITES:
+        assert torch.equal(td["shifted", site, "rows"], rows[site] + torch.arange(20)[:, None])
+        assert torch.equal(td["shifted", site, "total"], rows[site].sum())
+    own = tg.ForEach(Shift(), ["x"], shared=[])
+    assert own.in_keys == [("tokens", "x"), ("row_id", "x")]
+    other = tg.ForEach(Shift(in_keys=["tokens", "place"]), ["x"], shared=["place"])
+    assert other.in_keys == [("tokens", "x"), "place"]
+
+
+def test_a_shared_output_is_refused():
+    writer = TensorDictModule(lambda x: x[:, 0], in_keys=["tokens"], out_keys=["row_id"])
+    with pytest.raises(
+        ValueError, match=r"TensorDictModule writes \['row_id'\], which is shared.*Rename the output"
+    ):
+        tg.ForEach(writer, SITES)
+    with pytest.raises(ValueError, match=r"Distance writes .*'between', 'distance'.*which is shared"):
+        tg.ForEachPair(Distance(), SITES, shared=[("between", "distance")])
+
+
+def test_state_is_copied_and_the_stage_given_stays_untouched():
+    stage = tg.StreamingCovariance()
+    units = tg.ForEach(stage, SITES)
+    rows = samples()
+    td = units(TensorDict({"tokens": rows}))
+    assert stage.is_empty and stage.in_keys == ["tokens"] and stage.out_keys[0] == ("moments", "count")
+    assert len({id(unit.module) for unit in units.module}) == 3
+    for site in SITES:
+        torch.testing.assert_close(td["moments", site, "covariance"], torch.cov(rows[site].T))
+
+
+def test_parameters_are_copied_and_stateless_stages_shared():
+    linear = TensorDictModule(nn.Linear(4, 2), in_keys=["tokens"], out_keys=["low"])
+    units = tg.ForEach(linear, SITES)
+    weights = {id(unit.module.module.weight) for unit in units.module}
+    assert len(weights) == 3 and id(linear.module.weight) not in weights
+    stage = tg.SpectrumMetrics()
+    assert all(unit.module is stage for unit in tg.ForEach(stage, SITES).module)
+
+
+def test_of_a_sequence_is_the_sequence_of_each():
+    inner = TensorDictSequential(
+        tg.StreamingCovariance(), TensorDictSequential(tg.EigenSpectrum(k=2), tg.SpectrumMetrics())
+    )
+    units = tg.ForEach(inner, SITES)
+    assert len(units.module) == 9 and units.in_keys == [("tokens", site) for site in SITES]
+    rows = samples()
+    td = units(TensorDict({"tokens": rows}))
+    alone = inner(TensorDict({"tokens": rows["x.1"]}))
+    assert td["spectrum", "x.1", "d_pr"] == alone["spectrum", "d_pr"]
+    result = tg.run(tg.ForEach(inner, SITES), [{"tokens": rows}], progress=False)
+    assert result["spectrum", "x.1", "d_pr"] == alone["spectrum", "d_pr"]
+
+
+class Hand(TensorDictModuleBase):
+    """A plain hand-written module of a user who has never heard of Stage."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_keys = ["sample"]
+        self.out_keys = [("hand", "largest")]
+
+    def forward(self, tensordict):
+        return tensordict.set(("hand", "largest"), tensordict["sample"].max())
+
+
+def test_a_hand_written_module_and_a_wrapped_function():
+    rows = samples()
+    pipeline = TensorDictSequential(
+        tg.ForEach(Hand(), SITES),
+        tg.ForEach(TensorDictModule(torch.std, in_keys=["sample"], out_keys=["std"]), SITES),
+    )
+    td = pipeline(TensorDict({"sample": rows}))
+    for site in SITES:
+        assert td["hand", site, "largest"] == rows[site].max() and td["std", site] == rows[site].std()
+
+
+def test_select_subsequence_and_select_out_keys_reach_one_site():
+    units = tg.ForEach(TensorDictSequential(tg.EigenSpectrum(), tg.SpectrumMetrics()), SITES)
+    part = units.select_subsequence(out_keys=[("spectrum", "x.1", "d_pr")])
+    assert part.in_keys == [("moments", "x.1", "covariance"), ("moments", "x.1", "count")]
+    assert len(part.module) == 2
+    one = tg.ForEach(tg.SpectrumMetrics(), ["x.1"]).select_out_keys(("spectrum", "x.1", "k90"))
+    td = one(TensorDict({"eigenvalues": {"x.1": torch.rand(5)}}))
+    assert one.out_keys == [("spectrum", "x.1", "k90")] and int(td["spectrum", "x.1", "k90"]) > 0
+
+
+def test_errors_name_the_site():
+    rows = {"x.0": torch.ones(4, 2), "x.1": torch.ones(1, 2)}
+    with pytest.raises(
+        ValueError, match=r"needs at least 2 rows, got 'sample' of shape \(1, 2\).*\[at x.1\]"
+    ):
+        tg.ForEach(tg.SampleSpectrum(), ["x.0", "x.1"])(TensorDict({"sample": rows}))
+    with pytest.raises(KeyError, match=r"SampleSpectrum reads \['sample'\].*\[at x.2\]"):
+        tg.ForEach(tg.SampleSpectrum(), ["x.2"])(TensorDict({"sample": rows}))
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"non-empty list of different sites, got \[\]"):
+        tg.ForEach(tg.SpectrumMetrics(), [])
+    with pytest.raises(ValueError, match=r"non-empty list of different sites, got \['x', 'x'\]"):
+        tg.ForEach(tg.SpectrumMetrics(), ["x", "x"])
+    with pytest.raises(
+        TypeError, match=r"with in_keys and out_keys\), got Linear\. Wrap a function in TensorDictModule"
+    ):
+        tg.ForEach(nn.Linear(2, 2), SITES)
+    with pytest.raises(TypeError, match="got function"):
+        tg.ForEach(lambda x: x, SITES)
+    with pytest.raises(TypeError, match="ForEachPair already runs over pairs"):
+        tg.ForEach(tg.ForEachPair(tg.LinearCKA(), SITES), SITES)
+
+
+@pytest.mark.parametrize(
+    "copy", [deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_copies_of_containers_compute_the_same_and_keep_their_own_state(copy):
+    pipeline = TensorDictSequential(
+        tg.ForEach(tg.StreamingCovariance(), SITES),
+        tg.RowSample(SITES, size=8),
+        tg.ForEach(tg.EigenSpectrum(k=2), SITES),
+        tg.ForEach(tg.NormalizationAblation(), SITES),
+        tg.ForEachPair(tg.LinearCKA(), SITES),
+        tg.ForEachPair(tg.SubspaceNovelty(k=2), SITES, pairs="all"),
+    )
+    first = TensorDict({"tokens": samples(), "row_id": torch.arange(20)})
+    second = TensorDict({"tokens": samples(), "row_id": torch.arange(20, 40)})
+    pipeline(first.copy())
+    twin = copy(pipeline)
+    expected, found = pipeline(second.copy()), twin(second.copy())
+    for key in pipeline.out_keys:
+        torch.testing.assert_close(found[key], expected[key], equal_nan=True)
+    twin(TensorDict({"tokens": samples(), "row_id": torch.arange(40, 60)}))
+    assert int(pipeline.module[0].module[0].module.count) == 40
+    assert int(twin.module[0].module[0].module.count) == 60
+
+
+# ------------------------------------------------------------------------------------------ ForEachPair
+
+
+def test_prepare_runs_once_a_site_and_compare_once_a_pair():
+    stage = Distance()
+    pairs = tg.ForEachPair(stage, SITES, pairs="all", shared=[("weight", "w")])
+    rows = samples()
+    td = pairs(TensorDict({"sample": rows, "weight": {"w": torch.tensor(2.0)}}))
+    assert stage.calls.count("prepare") == 3 and stage.calls.count("compare") == 3
+    for a, b in (("x.0", "x.1"), ("x.0", "x.2"), ("x.1", "x.2")):
+        means = rows[a].mean(0), rows[b].mean(0)
+        assert torch.equal(td["between", f"{a}->{b}", "distance"], 2 * (means[0] - means[1]).norm())
+        torch.testing.assert_close(td["between", f"{a}->{b}", "product"], means[0] @ means[1])
+
+
+def test_keys_of_pairs():
+    pairs = tg.ForEachPair(Distance(), SITES)
+    assert pairs.in_keys == [
+        ("sample", "x.0"), ("sample", "x.1"), ("weight", "x.0->x.1", "w"),
+        ("sample", "x.2"), ("weight", "x.1->x.2", "w"),
+    ]  # fmt: skip
+    assert pairs.out_keys == [
+        ("between", f"{p}", m) for p in ("x.0->x.1", "x.1->x.2") for m in ("distance", "product")
+    ]
+
+
+def test_sides_that_read_different_keys_are_prepared_apart():
+    class Regression(tg.PairStage):
+        reads = {("sample", "a"): "N D", ("target", "b"): "N D"}
+        writes = [("between", "fit")]
+
+        def compare(self, a, b):
+            return (a * b).sum()
+
+    sample, target = samples(), samples()
+    td = TensorDict({"sample": sample, "target": target})
+    tg.ForEachPair(Regression(), SITES, pairs=[("x.0", "x.1"), ("x.1", "x.0")])(td)
+    assert td["between", "x.0->x.1", "fit"] == (sample["x.0"] * target["x.1"]).sum()
+    assert td["between", "x.1->x.0", "fit"] == (sample["x.1"] * target["x.0"]).sum()
+
+
+def test_a_site_with_itself_and_both_directions():
+    rows = samples()
+    pairs = [("x.0", "x.0"), ("x.0", "x.1"), ("x.1", "x.0")]
+    td = tg.ForEachPair(tg.LinearCKA(), SITES, pairs=pairs)(TensorDict({"sample": rows}))
+    assert float(td["between", "x.0->x.0", "linear_cka"]) == pytest.approx(1)
+    forth, back = td["between", "x.0->x.1", "linear_cka"], td["between", "x.1->x.0", "linear_cka"]
+    assert float(forth) == pytest.approx(float(back), rel=1e-12) and float(forth) < 0.9
+
+
+def test_any_module_with_sides_in_its_keys():
+    gap = TensorDictModule(
+        lambda a, b: (a - b).abs().max(),
+        in_keys=[("sample", "a"), ("sample", "b")],
+        out_keys=[("between", "gap")],
+    )
+    rows = samples()
+    td = tg.ForEachPair(gap, SITES)(TensorDict({"sample": rows}))
+    assert td["between", "x.0->x.1", "gap"] == (rows["x.0"] - rows["x.1"]).abs().max()
+    assert td["between", "x.1->x.2", "gap"] == (rows["x.1"] - rows["x.2"]).abs().max()
+
+
+def test_out_keys_selected_on_the_stage_hold_at_every_pair():
+    stage = Distance()
+    stage.select_out_keys(("between", "product"))
+    rows = samples()
+    pairs = tg.ForEachPair(stage, SITES, shared=[("weight", "w")])
+    td = pairs(TensorDict({"sample": rows, "weight": {"w": torch.tensor(1.0)}}))
+    assert pairs.out_keys == [("between", "x.0->x.1", "product"), ("between", "x.1->x.2", "product")]
+    torch.testing.assert_close(
+        td["between", "x.0->x.1", "product"], rows["x.0"].mean(0) @ rows["x.1"].mean(0)
+    )
+    assert "distance" not in td["between", "x.0->x.1"].keys()
+
+
+def test_pair_lists():
+    assert pair_list(SITES) == [("x.0", "x.1"), ("x.1", "x.2")]
+    assert pair_list(SITES, "all") == [("x.0", "x.1"), ("x.0", "x.2"), ("x.1", "x.2")]
+    assert pair_list(SITES, [("x.2", "x.0")]) == pair_list(SITES, [["x.2", "x.0"]]) == [("x.2", "x.0")]
+    mixed = [
+        tg.Site(name)
+        for name in ("encoder.residual_output.0", "encoder.mlp_output.0", "encoder.residual_output.1",
+                     "decoder.residual_output.0", "encoder.mlp_output.1", "decoder.residual_output.2")
+    ]  # fmt: skip
+    assert pair_list(mixed) == [
+        ("encoder.residual_output.0", "encoder.residual_output.1"),
+        ("encoder.mlp_output.0", "encoder.mlp_output.1"),
+        ("decoder.residual_output.0", "decoder.residual_output.2"),
+    ]
+    plain = [str(site) for site in mixed]
+    assert pair_list(plain) == pair_list(mixed)
+    assert pair_list(["a", "b", "c"]) == [("a", "b"), ("b", "c")]
+
+
+def test_pair_refusals():
+    with pytest.raises(ValueError, match=r"names \['y'\], which are not among the sites"):
+        tg.ForEachPair(tg.LinearCKA(), SITES, pairs=[("x.0", "y")])
+    with pytest.raises(ValueError, match="takes 'consecutive', 'all' or a list of"):
+        tg.ForEachPair(tg.LinearCKA(), SITES, pairs="each")
+    with pytest.raises(
+        ValueError, match=r"no two of the sites \['x.0'\] make a pair under pairs='consecutive'"
+    ):
+        tg.ForEachPair(tg.LinearCKA(), ["x.0"])
+    with pytest.raises(ValueError, match=r"no two of the sites .* make a pair under pairs=\[\]"):
+        tg.ForEachPair(tg.LinearCKA(), SITES, pairs=[])
+    with pytest.raises(
+        TypeError, match=r"carry their side second.*SpectrumMetrics reads \['eigenvalues'\].*use ForEach"
+    ):
+        tg.ForEachPair(tg.SpectrumMetrics(), SITES)
+    with pytest.raises(TypeError, match=r"StreamingCovariance streams.*StreamingCrossMoments\(sites, pairs="):
+        tg.ForEachPair(tg.StreamingCovariance(), SITES)
+    with pytest.raises(TypeError, match="got Linear"):
+        tg.ForEachPair(nn.Linear(2, 2), SITES)
+    with pytest.raises(TypeError, match=r"LinearCKA compares two: use ForEachPair\(stage, sites\)"):
+        tg.ForEach(tg.LinearCKA(), SITES)
+    with pytest.raises(ValueError, match="twice"):
+        tg.ForEachPair(tg.LinearCKA(), SITES, pairs=[("x.0", "x.1"), ("x.0", "x.1")])
+
+
+def test_pair_errors_name_the_pair():
+    rows = {"x.0": torch.randn(5, 3), "x.1": torch.randn(6, 3)}
+    with pytest.raises(ValueError, match=r"same N, got 5 and 6.*\[at x.0->x.1\]"):
+        tg.ForEachPair(tg.LinearCKA(), ["x.0", "x.1"])(TensorDict({"sample": rows}))

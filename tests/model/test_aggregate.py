@@ -1,0 +1,146 @@
+"""Captures that stay small, and the specification that says how."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+import models
+import tdgeom as tg
+from tdgeom.model.aggregate import aggregate_positions, group_attention
+from tdgeom.model.capture import Capture
+
+
+def padded():
+    ids, mask = models.text_batch()["input_ids"], torch.ones(3, 7, dtype=torch.long)
+    mask[1, :3] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def test_means_leave_padding_out():
+    model, batch = models.llama(), padded()
+    capture = Capture(model, ["residual_output", "z", "attn_pattern"], layers=1)
+    whole = capture(TensorDict(batch))["acts"]
+    td = tg.AggregateActs(capture.sites, reduce="mean")(capture(TensorDict(batch)))["acts"]
+    expected = [whole["residual_output.1"][i][batch["attention_mask"][i].bool()].mean(0) for i in range(3)]
+    torch.testing.assert_close(td["residual_output.1"], torch.stack(expected))
+    assert td["z.1"].shape == (3, 4, 4)
+    patterns = [whole["attn_pattern.1"][i][:, batch["attention_mask"][i].bool()].mean(1) for i in range(3)]
+    torch.testing.assert_close(td["attn_pattern.1"], torch.stack(patterns))
+    td = tg.AggregateActs(capture.sites, positions=[0, -1])(capture(TensorDict(batch)))["acts"]
+    torch.testing.assert_close(td["residual_output.1"][1], whole["residual_output.1"][1][[3, 6]])
+    torch.testing.assert_close(td["attn_pattern.1"][1], whole["attn_pattern.1"][1][:, [3, 6]])
+    td = tg.AggregateActs(["residual_output.1"], positions="last", reduce="sum", over_examples="mean")(
+        capture(TensorDict(batch))
+    )["acts"]
+    torch.testing.assert_close(td["residual_output.1"], whole["residual_output.1"][:, -1].mean(0))
+    with pytest.raises(ValueError, match=r"select \[7, 4, 7\] tokens.*reduce='mean'"):
+        tg.AggregateActs(capture.sites)(capture(TensorDict(batch)))
+
+
+def test_averages_over_texts_never_mix_tokens_with_padding():
+    model, batch = models.llama(), padded()
+    for kind in ("residual_output", "attn_pattern"):
+        with pytest.raises(
+            ValueError, match=r"select \[7, 4, 7\] tokens|same column is another token.*GroupAttention"
+        ):
+            tg.CaptureSpec(kind, over_examples="mean").build(model)(TensorDict(batch))
+    spec = tg.CaptureSpec("attn_pattern", positions="last", over_examples="sum")
+    with pytest.raises(ValueError, match="same column is another token"):
+        spec.build(model)(TensorDict(batch))
+    groups = {"row_groups": {"last": "last"}, "column_groups": {"first": "first"}}
+    found = tg.CaptureSpec("attn_pattern", over_examples="mean", **groups).build(model)(TensorDict(batch))
+    whole = Capture(model, "attn_pattern")(TensorDict(batch))["acts", "attn_pattern.1"]
+    expected = torch.stack(
+        [whole[i, :, -1, int(batch["attention_mask"][i].argmax())] for i in range(3)]
+    ).mean(0)
+    torch.testing.assert_close(found["acts", "attn_pattern.1"].flatten(), expected)
+
+
+def test_the_mean_of_no_positions_is_no_number():
+    found = aggregate_positions(torch.ones(2, 3, 1), torch.tensor([[1, 0, 0], [0, 0, 0]]).bool(), "mean")
+    assert found[0].item() == 1.0 and found[1].isnan().all()
+
+
+def test_the_decoder_has_padding_of_its_own():
+    model, batch = models.t5(), padded()
+    decoder = {
+        "decoder_input_ids": batch["input_ids"][:, :4],
+        "decoder_attention_mask": torch.ones(3, 4).long(),
+    }
+    decoder["decoder_attention_mask"][1, 2:] = 0
+    capture = Capture(model, ["encoder.residual_output.1", "decoder.residual_output.1"])
+    whole = capture(TensorDict({**batch, **decoder}))["acts"]
+    td = tg.AggregateActs(capture.sites, reduce="mean")(capture(TensorDict({**batch, **decoder})))["acts"]
+    for site, mask in zip(
+        capture.sites, (batch["attention_mask"], decoder["decoder_attention_mask"]), strict=True
+    ):
+        expected = [value[keep.bool()].mean(0) for value, keep in zip(whole[site], mask)]
+        torch.testing.assert_close(td[site], torch.stack(expected))
+
+
+def test_nan_at_padding_reaches_no_mean():
+    value = torch.tensor([[[1.0], [torch.nan]]])
+    assert aggregate_positions(value, torch.tensor([[True, False]]), "mean").item() == 1.0
+    half = aggregate_positions(torch.full((1, 4000, 1), 60.0).half(), torch.ones(1, 4000).bool(), "sum")
+    assert half.item() == 240_000
+
+
+def test_groups_of_attention():
+    pattern = torch.rand(2, 3, 5, 5).softmax(-1)
+    rows = [torch.rand(2, 5) > 0.3 for _ in range(2)]
+    cut = torch.rand(2, 5) > 0.5
+    out = group_attention(pattern, rows, [cut, ~cut])
+    for b in range(2):
+        for r, mask in enumerate(rows):
+            expected = pattern[b][:, mask[b]][:, :, cut[b]].sum(-1).mean(-1)
+            torch.testing.assert_close(out[b, :, r, 0], expected)
+    torch.testing.assert_close(out.sum(-1), torch.ones(2, 3, 2))
+    model, batch = models.llama(), padded()
+    capture = Capture(model, "attn_pattern")
+    stage = tg.GroupAttention(capture.sites, {"last": "last"}, {"first": "first", "rest": "patches"})
+    td = stage(capture(TensorDict(batch)))["acts"]
+    whole = capture(TensorDict(batch))["acts", "attn_pattern.2"]
+    assert td["attn_pattern.2"].shape == (3, 4, 1, 2)
+    torch.testing.assert_close(td["attn_pattern.2"][1, :, 0, 0], whole[1, :, -1, 3])
+    torch.testing.assert_close(td["attn_pattern.2"].sum(-1), torch.ones(3, 4, 1))
+
+
+def test_a_spec_says_it_all():
+    model, batch = models.llama(), TensorDict(padded())
+    spec = tg.CaptureSpec(
+        ["residual_output", "attn_pattern"],
+        layers=[0, -1],
+        positions=tg.Between(None, None),
+        reduce="mean",
+        row_groups={"last": "last", "late": slice(-2, None)},
+        column_groups={"first": "first"},
+        model_outputs="logits",
+    )
+    twin = tg.CaptureSpec.from_json(spec.to_json(indent=1))
+    assert twin == spec
+    td = twin.build(model)(batch.copy())
+    assert td["acts", "residual_output.2"].shape == (3, models.WIDTH)
+    assert td["acts", "attn_pattern.0"].shape == (3, 4, 2, 1)
+    assert td["logits"].shape == (3, 7, models.VOCAB)
+    plain = tg.CaptureSpec("z", heads=1, layers=slice(1, None))
+    assert tg.CaptureSpec.from_dict(plain.to_dict()) == plain
+    td = plain.build(model)(batch.copy())
+    assert td["acts"].keys() == {"z.1", "z.2"}
+    assert td["acts", "z.1"].shape == (3, 7, 1, 4)
+    batch = TensorDict(models.text_batch())
+    over = tg.CaptureSpec("attn_pattern", over_examples="mean").build(model)(batch.copy())[
+        "acts", "attn_pattern.0"
+    ]
+    torch.testing.assert_close(
+        over, Capture(model, "attn_pattern.0")(batch.copy())["acts", "attn_pattern.0"].mean(0)
+    )
+    for settings, match in (
+        ({"positions": "lst"}, "one of all, last"),
+        ({"reduce": "max"}, "'mean', 'sum' or None"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            tg.CaptureSpec(**settings)
+    with pytest.raises(ValueError, match="has no \\['site'\\]"):
+        tg.CaptureSpec.from_dict({"site": "z"})

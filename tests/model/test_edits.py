@@ -1,0 +1,196 @@
+"""Each edit does what its formula says; plain torch hooks are the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+import models
+import tdgeom as tg
+from editing import ALL, batch_for, hook_count, logits, other_for, plain_hook
+from tdgeom.model.capture import Capture
+from tdgeom.model.intervene import Intervene
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox", "bert", "vit", "falcon", "bloom"])
+def test_edits_before_and_after_the_softmax(name):
+    model = ALL[name]()
+    batch = batch_for(name)
+    with torch.no_grad():
+        acts = Capture(model, ["attn_pattern", "v"], layers=1)(TensorDict(batch))["acts"]
+        values = Capture(model, "v.1", heads=range(4))(TensorDict(batch))["acts", "v.1"]
+        pattern = acts["attn_pattern.1"].clone()
+        cut = pattern.clone()
+        cut[:, 2, -1, 1] = 0
+        renormalised = cut / cut.sum(-1, keepdim=True)
+        for site, settings, expected in (
+            ("attn_pattern.1", {}, cut),
+            ("attn_pattern.1", {"renormalise": True}, renormalised),
+            ("attn_scores.1", {}, renormalised),
+        ):
+            edit = tg.BlockAttention(queries=[pattern.shape[-1] - 1], keys=1, heads=2, **settings)
+            with Intervene(model, {site: edit}), Capture(model, ["attn_pattern.1", "z.1"]) as calls:
+                model(**batch)
+            read = calls[0]["acts"]
+            torch.testing.assert_close(read["attn_pattern.1"], expected, rtol=1e-4, atol=1e-5)
+            z = torch.einsum("bhqk,bkhd->bqhd", expected, values)
+            torch.testing.assert_close(read["z.1"], z, rtol=1e-3, atol=1e-4)
+    assert hook_count(model) == 0
+
+
+def test_a_row_without_keys_is_an_error(llama):
+    edit = tg.BlockAttention(queries=0, keys=0)
+    with pytest.raises(ValueError, match="no key to attend to"), Intervene(llama, {"attn_scores.0": edit}):
+        llama(**models.text_batch())
+    assert hook_count(llama) == 0
+    with (
+        pytest.raises(ValueError, match="expects 'attn_scores' or 'attn_pattern'"),
+        Intervene(llama, {"q.0": edit}),
+    ):
+        Intervene(llama, {"residual_input.0": edit}).__enter__()
+        llama(**models.text_batch())
+
+
+def test_a_user_s_function_on_a_pattern_sees_batch_head_query_key(llama):
+    seen = []
+    with Intervene(llama, {"attn_pattern": lambda x: seen.append(x.shape) or x}):
+        llama(**models.text_batch(2, 5))
+    assert seen == [(2, 4, 5, 5)] * models.DEPTH
+
+
+def test_steering_is_the_plain_hook(llama):
+    vector, batch = torch.randn(models.WIDTH), models.text_batch()
+    layer = llama.model.layers[1]
+    with plain_hook(layer, lambda x: x + 2.0 * vector):
+        expected = logits(llama, batch)
+    edit = tg.Steer(vector, coefficient=2.0)
+    with Intervene(llama, {"residual_output.1": edit}):
+        torch.testing.assert_close(logits(llama, batch), expected, rtol=0, atol=0)
+    td = Intervene(llama, {"residual_output.1": edit})(TensorDict(batch))
+    torch.testing.assert_close(td["logits"], expected, rtol=1e-5, atol=1e-5)
+    x = torch.randn(2, 4, 3)
+    vectors = torch.randn(2, 3)
+    out = tg.Steer(vectors, per_position=True, positions=[1, -1])(activation=x)
+    assert torch.equal(out[:, 1], x[:, 1] + vectors[0])
+    assert torch.equal(out[:, 3], x[:, 3] + vectors[1])
+    assert torch.equal(out[:, [0, 2]], x[:, [0, 2]])
+    with pytest.raises(ValueError, match="2 vectors for 3"):
+        tg.Steer(vectors, per_position=True, positions=slice(1, None))(activation=x)
+    with pytest.raises(ValueError, match=r"vector of the 3 features at None, got \(7,\)"):
+        tg.Steer(torch.ones(7))(activation=x)
+
+
+def test_a_steering_vector_can_be_trained(llama):
+    batch, vector = models.text_batch(), nn.Parameter(torch.zeros(models.WIDTH))
+    steer = Intervene(llama, {"residual_output.0": tg.Steer(vector)}, keep_graph=True)
+    assert list(steer.parameters()) == [vector]
+    steer(TensorDict(batch))["logits"][:, -1, 5].sum().backward()
+    assert vector.grad.norm() > 0
+
+
+def test_ablations(llama):
+    batch, x = models.text_batch(), torch.randn(4, 3, 2)
+    reference = Capture(llama, "mlp_output.1")(TensorDict(other_for("llama")))
+    mean = reference["acts", "mlp_output.1"].double().mean((0, 1)).float()
+    for edit, expected in (
+        (tg.Ablate(), lambda y: 0 * y),
+        (tg.Ablate("mean", reference=reference), lambda y: 0 * y + mean),
+    ):
+        with plain_hook(llama.model.layers[1].mlp, expected):
+            wanted = logits(llama, batch)
+        with Intervene(llama, {"mlp_output.1": edit}):
+            torch.testing.assert_close(logits(llama, batch), wanted, rtol=1e-4, atol=1e-5)
+    masked = TensorDict({("acts", "s"): x, "attention_mask": torch.tensor([[1, 0, 0]] * 4)})
+    td = TensorDict({"activation": torch.zeros(1, 1, 2)}).set_non_tensor("site", "s")
+    out = tg.Ablate("mean", reference=masked)(td)["activation"][0, 0]
+    torch.testing.assert_close(out, x[:, 0].mean(0))  # padding is no part of the mean
+    drawn = tg.Ablate("resample")(activation=x)
+    assert sorted(drawn[:, 0, 0].tolist()) == sorted(x[:, 0, 0].tolist())
+    assert (drawn[:, 0, 0] != x[:, 0, 0]).all()
+    drawn = tg.Ablate("resample", reference=x, seed=3)(activation=torch.zeros(9, 3, 2))
+    assert {tuple(row.flatten().tolist()) for row in drawn} <= {tuple(row.flatten().tolist()) for row in x}
+    with pytest.raises(ValueError, match="needs reference="):
+        tg.Ablate("mean")
+
+
+def test_a_mean_of_some_heads_is_no_reference_for_all():
+    model = models.gpt2()
+    some = tg.Capture(model, "z", heads=[0])(TensorDict(models.text_batch()))
+    with (
+        tg.Intervene(model, {"z.1": tg.Ablate("mean", reference=some, heads=[0])}),
+        pytest.raises(
+            ValueError, match=r"Ablate\('mean'\) at z.1 .*\(4, 4\) a position, its reference holds \(1, 4\)"
+        ),
+    ):
+        model(**models.text_batch())
+
+
+@pytest.mark.parametrize("kind", ["attn_pattern", "attn_scores"])
+def test_mean_patterns_stay_causal(llama, kind):
+    batch = models.text_batch()
+    reference = Capture(llama, kind)(TensorDict(other_for("llama")))
+    edit = {f"{kind}.1": tg.Ablate("mean", reference=reference, heads=2)}
+    with torch.no_grad(), Intervene(llama, edit), Capture(llama, "attn_pattern.1") as calls:
+        llama(**batch)
+    found = calls[0]["acts", "attn_pattern.1"][:, 2]
+    expected = reference["acts", f"{kind}.1"][:, 2].mean(0)
+    expected = expected.softmax(-1) if kind == "attn_scores" else expected
+    torch.testing.assert_close(found, expected.expand_as(found))
+    assert found.triu(1).abs().max() == 0
+    padded = {**batch, "attention_mask": batch["attention_mask"].clone()}
+    padded["attention_mask"][0, 0] = 0
+    shorter = {name: value[:, 1:] for name, value in batch.items()}
+    for given, text in ((padded, "with padding"), (shorter, r"here \(6,\) and in the reference \(7,\)")):
+        with pytest.raises(ValueError, match=text), Intervene(llama, edit):
+            llama(**given)
+
+
+def test_projections():
+    x, basis = torch.randn(2, 3, 5), torch.randn(5, 2)
+    q = torch.linalg.qr(basis).Q
+    mean = torch.randn(5)
+    torch.testing.assert_close(tg.ProjectOut(basis)(activation=x), x - x @ q @ q.T)
+    torch.testing.assert_close(tg.ProjectOnto(basis, mean=mean)(activation=x), mean + (x - mean) @ q @ q.T)
+    out = tg.ProjectOut(torch.stack([basis[:, 0], 2 * basis[:, 0]], 1))(activation=x)  # dependent columns
+    torch.testing.assert_close(out @ basis[:, 0], torch.zeros(2, 3), rtol=0, atol=1e-5)
+    for empty in (torch.zeros(5, 2), torch.full((5,), torch.nan)):
+        with pytest.raises(ValueError, match="basis with directions.*zeros, NaN or Inf"):
+            tg.ProjectOut(empty)
+    with pytest.raises(ValueError, match=r"basis \(D, k\)"):
+        tg.ProjectOut(torch.ones(2, 3))
+
+
+def test_key_value_heads_are_shared_by_their_group(llama):
+    batch = models.text_batch()
+    read = Capture(llama, ["v", "z"], layers=1)
+    with torch.no_grad(), Intervene(llama, {"v.1": tg.Ablate(heads=3)}), read as calls:
+        llama(**batch)
+    v, z = calls[0]["acts", "v.1"], calls[0]["acts", "z.1"]
+    assert v[:, :, 1].abs().sum() == 0
+    assert v[:, :, 0].abs().sum() > 0
+    assert z[:, :, 2:].abs().sum() == 0
+    assert z[:, :, :2].abs().sum() > 0
+
+
+def test_an_edit_in_place_is_an_error_and_ours_are_not(llama):
+    double = Intervene(llama, {"residual_output.1": lambda x: x.mul_(2)})
+    with (
+        pytest.raises(RuntimeError, match="wrote to the activation in place.*Remedy"),
+        torch.no_grad(),
+        double,
+    ):
+        llama(**models.text_batch())
+    given = torch.randn(2, 3, 4, 5)
+    copy = given.clone()
+    for edit in (
+        tg.Steer(torch.ones(5), heads=0),
+        tg.Scale(2.0, features=[1]),
+        tg.Ablate(positions="last"),
+        tg.ProjectOut(torch.ones(5)),
+        tg.Patch(torch.zeros(2, 3, 4, 5), positions="first"),
+    ):
+        out = edit(activation=given)
+        assert torch.equal(given, copy)
+        assert not torch.equal(out, copy)

@@ -1,0 +1,235 @@
+"""The lens at the last layer is the model; at other layers it is what the model's own tail makes of them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers as tf
+from tensordict import TensorDict
+from tensordict.nn import TensorDictSequential
+from torch import nn
+
+import models
+import tdgeom as tg
+from tdgeom.model.capture import Capture
+from tdgeom.model.intervene import Intervene
+from tdgeom.model.lens.logit_lens import LogitLens, lens_measures, logit_lens
+from tdgeom.model.lens.tuned_lens import TunedLens
+from tdgeom.model.structure.blocks import find_stacks
+
+IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+HEADS = [name for name in models.TEXT_MODELS if not name.endswith("_bare")]
+LAST = models.DEPTH - 1
+
+
+def cohere():
+    config = tf.CohereConfig(**models._LLAMA, logit_scale=0.3)
+    return models._seeded(tf.CohereForCausalLM, config)
+
+
+def untied_softcapped():
+    return models._seeded(
+        tf.Gemma2ForCausalLM,
+        tf.Gemma2Config(**models._GEMMA, tie_word_embeddings=False, final_logit_softcapping=2.0),
+    )
+
+
+def granite_scaled():
+    return models._seeded(tf.GraniteForCausalLM, tf.GraniteConfig(**models._LLAMA, logits_scaling=3.0))
+
+
+MORE = {"cohere": cohere, "untied_softcapped": untied_softcapped, "granite_scaled": granite_scaled}
+
+
+def clean(model):
+    return not any(
+        m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in model.modules()
+    )
+
+
+@pytest.mark.parametrize("name", [*HEADS, *MORE])
+def test_the_last_layer_gives_the_model_s_logits(name):
+    model, batch = {**models.TEXT_MODELS, **MORE}[name](), models.text_batch()
+    with torch.no_grad():
+        expected = model(**batch).logits
+    out = logit_lens(model, batch, outputs=["logits", "kl"])
+    torch.testing.assert_close(
+        out["lens", f"residual_output.{LAST}", "logits"], expected, rtol=1e-4, atol=1e-5
+    )
+    kl = torch.stack([out["lens", f"residual_output.{i}", "kl"] for i in range(models.DEPTH)])
+    assert kl[LAST].abs().max() < 1e-5
+    assert kl[0].mean() > 1e-3
+    assert clean(model)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "bert"])
+def test_an_inner_layer_is_the_model_with_later_blocks_left_out(name):
+    """The reference replaces the last block's output by the layer's with a plain hook."""
+    model, batch = models.TEXT_MODELS[name](), models.text_batch()
+    acts = Capture(model, "residual_output.0")(TensorDict(batch))["acts", "residual_output.0"]
+    last = find_stacks(model)[0].blocks[-1].module
+    put = lambda m, a, o: (acts, *o[1:]) if isinstance(o, tuple) else acts
+    handle = last.register_forward_hook(put)
+    with torch.no_grad():
+        expected = model(**batch).logits
+    handle.remove()
+    lens = LogitLens(model, outputs="logits")
+    torch.testing.assert_close(lens(acts=acts), expected, rtol=1e-4, atol=1e-5)
+    rows = lens(acts=acts.flatten(0, 1)[5:9])  # rows, one by one
+    torch.testing.assert_close(rows, expected.flatten(0, 1)[5:9], rtol=1e-4, atol=1e-5)
+    chunked = LogitLens(model, outputs=["entropy"], chunk=4)(acts=acts)
+    torch.testing.assert_close(chunked, lens_measures(expected, ["entropy"])["entropy"], rtol=1e-4, atol=1e-5)
+
+
+def test_by_hand_on_llama_and_without_the_norm():
+    model, x = models.llama(), torch.randn(2, 3, models.WIDTH)
+    with torch.no_grad():
+        normed = model.lm_head(model.model.norm(x))
+        plain = model.lm_head(x)
+    torch.testing.assert_close(LogitLens(model, outputs="logits")(acts=x), normed)
+    torch.testing.assert_close(LogitLens(model, outputs="logits", apply_norm=False)(acts=x), plain)
+    with pytest.raises(ValueError, match="no final norm"):
+        LogitLens(models.bert(), outputs="logits", apply_norm=False)(acts=x)
+
+
+def test_pooling_heads_and_two_stacks():
+    vit = models.vit()
+    out = logit_lens(vit, {"pixel_values": IMAGES}, outputs=["logits"])
+    with torch.no_grad():
+        expected = vit(pixel_values=IMAGES).logits
+    torch.testing.assert_close(out["lens", f"residual_output.{LAST}", "logits"], expected)
+    with pytest.raises(ValueError, match="whole sequences"):
+        LogitLens(vit, outputs="logits")(acts=torch.randn(3, models.WIDTH))
+    t5 = models.t5()
+    batch = {**models.text_batch(), "decoder_input_ids": models.text_batch()["input_ids"][:, :4]}
+    out = logit_lens(t5, batch, sites="decoder.residual_output", outputs=["logits"])
+    with torch.no_grad():
+        expected = t5(**batch).logits
+    read = out["lens", f"decoder.residual_output.{LAST}", "logits"]
+    torch.testing.assert_close(read, expected, rtol=1e-4, atol=1e-4)
+    shared = tf.AlbertForMaskedLM(models.albert().config).eval()
+    out = logit_lens(shared, models.text_batch(), outputs=["logits"])
+    with torch.no_grad():
+        expected = shared(**models.text_batch()).logits
+    torch.testing.assert_close(
+        out["lens", f"residual_output.{LAST}", "logits"], expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_measures():
+    logits, final = torch.randn(4, 6), torch.randn(4, 6)
+    out = lens_measures(
+        logits,
+        ["probabilities", "top_tokens", "top_probabilities", "entropy", "kl"],
+        final=final,
+        top=3,
+    )
+    p, q = final.softmax(-1), logits.softmax(-1)
+    torch.testing.assert_close(out["kl"], (p * (p / q).log()).sum(-1))
+    torch.testing.assert_close(out["entropy"], torch.distributions.Categorical(logits=logits).entropy())
+    assert torch.equal(out["top_tokens"], logits.argsort(-1, descending=True)[:, :3])
+    torch.testing.assert_close(out["top_probabilities"], q.gather(-1, out["top_tokens"]))
+    one = lens_measures(logits, ["logit_diff", "accuracy"], directions=[2, 5])
+    assert torch.equal(one["logit_diff"], logits[:, [2, 5]])
+    assert torch.equal(one["accuracy"][:, 0], (logits.argmax(-1) == 2).float())
+    pairs = lens_measures(logits, ["logit_diff", "accuracy"], directions=[(2, 5)])
+    assert torch.equal(pairs["logit_diff"][:, 0], logits[:, 2] - logits[:, 5])
+    assert torch.equal(pairs["accuracy"][:, 0], (logits[:, 2] > logits[:, 5]).float())
+    half = lens_measures(torch.tensor([12.0, 0.0]).half(), ["entropy"])["entropy"]
+    assert half.dtype == torch.float32
+    assert 0 < half < 1e-3
+    with pytest.raises(ValueError, match="needs directions="):
+        lens_measures(logits, ["accuracy"])
+    with pytest.raises(ValueError, match="'kl' needs the model's own logits"):
+        lens_measures(logits, ["kl"])
+
+
+def test_in_a_pipeline_and_inside_contexts():
+    model, batch = models.llama(), TensorDict(models.text_batch())
+    capture = Capture(model, "residual_output", model_outputs="logits")
+    lens = LogitLens(model, outputs=["top_tokens", "kl"], top=2)
+    pipeline = TensorDictSequential(capture, tg.ForEach(lens, capture.sites))
+    td = pipeline(batch.copy())
+    assert td["lens", "residual_output.1", "top_tokens"].shape == (3, 7, 2)
+    assert list(pipeline.parameters()) == []
+    # the edits of a context reach the activations, not the lens
+    with Intervene(model, {"residual_output": tg.Scale(1.5)}), Capture(model, "final_norm") as calls:
+        inside = lens(acts=td["acts", "residual_output.1"], logits=td["logits"])
+    assert calls == []
+    torch.testing.assert_close(inside[1], td["lens", "residual_output.1", "kl"])
+    assert clean(model)
+    means = TensorDictSequential(
+        capture,
+        tg.SelectTokens(capture.sites, also=["logits"]),
+        *[
+            LogitLens(
+                model, outputs=["kl"], in_keys=[("tokens", s), ("tokens", "logits")], out_keys=("lens", s)
+            )
+            for s in capture.sites
+        ],
+        tg.ForEach(tg.StreamingMean(in_keys=("lens", "kl"), out_keys="mean_kl"), capture.sites),
+    )
+    result = tg.run(means, [batch])
+    expected = td["lens", "residual_output.0", "kl"].mean()
+    torch.testing.assert_close(result["mean_kl", "residual_output.0", "mean"].squeeze().float(), expected)
+
+
+def test_failures_leave_the_model_as_it_was():
+    model = models.llama()
+    lens = LogitLens(model, outputs="logits")
+    broken = model.lm_head.forward
+    model.lm_head.forward = lambda x: (_ for _ in ()).throw(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        lens(acts=torch.randn(2, models.WIDTH))
+    del model.lm_head.forward
+    assert broken is not None
+    assert clean(model)
+    assert not any(m.training for m in model.modules())
+    with pytest.raises(ValueError, match="width 16"):
+        lens(acts=torch.randn(2, 5))
+    with pytest.raises(ValueError, match="without. Remedy: the model with its head"):
+        LogitLens(models.llama().model)
+    with pytest.raises(ValueError, match="found none"):
+        LogitLens(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"inputs by name, such as \{'input_ids': ids\}, got Tensor"):
+        tg.logit_lens(model, torch.ones(1, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="names among logits"):
+        LogitLens(model, outputs=["logit"])
+    twin = pickle.loads(pickle.dumps(lens))
+    with pytest.raises(RuntimeError, match="without its model"):
+        twin(acts=torch.randn(2, models.WIDTH))
+    assert copy.deepcopy(lens)._tail.model is model
+
+
+def test_tuned_lens():
+    model = models.llama()
+    capture = Capture(model, "residual_output", layers=[0, 1], model_outputs="logits")
+    batches = [models.text_batch(8, 9), models.text_batch(8, 9)]
+    lens = TunedLens(model, capture.sites, outputs=["kl", "logits"])
+    plain = logit_lens(model, batches[0], layers=[0, 1], outputs=["kl", "logits"])
+    td = lens(capture(TensorDict(batches[0])))
+    for site in capture.sites:  # untrained, it is the logit lens
+        torch.testing.assert_close(
+            td["lens", site, "logits"], plain["lens", site, "logits"], rtol=1e-4, atol=1e-5
+        )
+    before = copy.deepcopy(model.state_dict())
+    losses = lens.fit(batches, steps=60, lr=5e-3)
+    assert len(losses) == 60
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    trained = lens(capture(TensorDict(batches[0])))["lens", "residual_output.0", "kl"].mean()
+    assert trained < 0.5 * plain["lens", "residual_output.0", "kl"].mean()
+    twin = TunedLens(model, capture.sites, outputs=["kl", "logits"])
+    twin.load_state_dict(lens.state_dict())
+    torch.testing.assert_close(
+        twin(capture(TensorDict(batches[0])))["lens", "residual_output.0", "kl"].mean(), trained
+    )
+    assert len(lens.state_dict()) == 4
+    with pytest.raises(ValueError, match="list of concrete sites"):
+        TunedLens(model, "residual_output")
+    with pytest.raises(ValueError, match="used up"):
+        lens.fit(iter([]), steps=1)

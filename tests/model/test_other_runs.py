@@ -1,0 +1,141 @@
+"""Activations of other runs: patching and activation addition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+import models
+import tdgeom as tg
+from editing import hook_count, logits, other_for, plain_hook, sites_of
+from tdgeom.model.capture import Capture
+from tdgeom.model.intervene import Intervene
+
+
+def test_patching_a_run_with_itself_changes_nothing(listed):
+    _, model, batch = listed
+    for kind in sites_of(model):
+        own = Capture(model, kind)(TensorDict(batch))
+        base = logits(model, batch)
+        with Intervene(model, {kind: tg.Patch(own)}):
+            torch.testing.assert_close(logits(model, batch), base, rtol=1e-4, atol=1e-4)
+        assert hook_count(model) == 0
+
+
+def test_patching_the_last_layer_gives_the_other_run_s_logits(listed):
+    name, model, batch = listed
+    other = other_for(name)
+    expected = logits(model, other)
+    assert (expected - logits(model, batch)).abs().max() > 0.1
+    site = f"residual_output.{models.DEPTH - 1}"
+    acts = Capture(model, site)(TensorDict(other))
+    for patch in (tg.Patch(acts), tg.Patch(inputs=other)):
+        with Intervene(model, {site: patch}):
+            torch.testing.assert_close(logits(model, batch), expected, rtol=1e-4, atol=1e-4)
+    # all that is added in the last layer, on top of the other run's stream
+    parts = ["residual_input", "attn_output", "mlp_output"]
+    edits = {f"{kind}.{models.DEPTH - 1}": tg.Patch(inputs=other) for kind in parts}
+    with Intervene(model, edits):
+        torch.testing.assert_close(logits(model, batch), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_patching_every_site_of_the_last_layer_at_once_gives_the_other_run_s_logits(listed):
+    name, model, batch = listed
+    other = other_for(name)
+    sites = [str(e.site) for e in tg.available_sites(model) if e.site.layer == models.DEPTH - 1]
+    acts = Capture(model, sites)(TensorDict(other))
+    with Intervene(model, {site: tg.Patch(acts) for site in sites}):
+        torch.testing.assert_close(logits(model, batch), logits(model, other), rtol=1e-4, atol=1e-4)
+    assert hook_count(model) == 0
+
+
+def test_activation_addition(llama):
+    batch = models.text_batch()
+    positive, negative = {"input_ids": batch["input_ids"][:1]}, {"input_ids": batch["input_ids"][1:2]}
+    seen = {}
+    layer = llama.model.layers[1]
+    for name, given in (("positive", positive), ("negative", negative)):
+        with plain_hook(layer, lambda x, name=name: seen.setdefault(name, x.detach()) * 1.0):
+            logits(llama, given)
+    difference = seen["positive"][0] - seen["negative"][0]
+    cases = {
+        "last": lambda x: x + 3 * difference[-1],
+        "mean": lambda x: x + 3 * difference.mean(0),
+        "positions": lambda x: torch.cat([x[:, :7] + 3 * difference, x[:, 7:]], 1),
+    }
+    longer = {"input_ids": torch.cat([batch["input_ids"], batch["input_ids"][:, :2]], 1)}
+    for reduce, reference in cases.items():
+        with plain_hook(layer, reference):
+            expected = logits(llama, longer)
+        edit = tg.ActivationAddition(positive, negative, coefficient=3.0, reduce=reduce)
+        with Intervene(llama, {"residual_output.1": edit}):
+            torch.testing.assert_close(logits(llama, longer), expected, rtol=1e-4, atol=1e-5)
+        assert edit._runs == {}
+        keyed = Intervene(
+            llama,
+            {"residual_output.1": tg.ActivationAddition("plus", "minus", coefficient=3.0, reduce=reduce)},
+        )
+        assert keyed.in_keys == ["input_ids", "plus", "minus"]
+        td = TensorDict({**longer, "plus": TensorDict(positive), "minus": TensorDict(negative)})
+        torch.testing.assert_close(keyed(td)["logits"], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="only the module form has"):
+        keyed.__enter__()
+
+
+def test_patching_chosen_positions_heads_and_features(llama):
+    batch, other = models.text_batch(), other_for("llama")
+    source = Capture(llama, ["residual_output.0", "z.1"])(TensorDict(other))["acts"]
+    layer, projection = llama.model.layers[0], llama.model.layers[1].self_attn.o_proj
+
+    def reference(x):
+        x = x.clone()
+        x[:, [2, 6], 3:5] = source["residual_output.0"][:, [2, 6], 3:5]
+        return x
+
+    with plain_hook(layer, reference):
+        expected = logits(llama, batch)
+    edit = tg.Patch(inputs=other, positions=[2, -1], features=slice(3, 5))
+    with Intervene(llama, {"residual_output.0": edit}):
+        torch.testing.assert_close(logits(llama, batch), expected, rtol=1e-4, atol=1e-5)
+
+    def heads(module, args):
+        z = args[0].clone()
+        z[..., 4:8] = source["z.1"][:, :, 1]
+        return (z,)
+
+    handle = projection.register_forward_pre_hook(heads)
+    expected = logits(llama, batch)
+    handle.remove()
+    with Intervene(llama, {"z.1": tg.Patch(inputs=other, heads=1)}):
+        torch.testing.assert_close(logits(llama, batch), expected, rtol=1e-4, atol=1e-5)
+    half = lambda own, theirs: (own + theirs) / 2
+    with plain_hook(layer, lambda x: (x + source["residual_output.0"]) / 2):
+        expected = logits(llama, batch)
+    with Intervene(llama, {"residual_output.0": tg.Patch(inputs=other, patch_fn=half)}):
+        torch.testing.assert_close(logits(llama, batch), expected, rtol=1e-4, atol=1e-5)
+    keyed = Intervene(llama, {"residual_output.0": tg.Patch(key="other", patch_fn=half)})
+    td = keyed(TensorDict({**batch, "other": TensorDict(other)}))
+    torch.testing.assert_close(td["logits"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_patching_matches_positions_over_padding():
+    own, other = torch.zeros(2, 5, 1), torch.arange(8.0).reshape(2, 4, 1) + 1
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    theirs = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    source = TensorDict({("acts", "x"): other, "attention_mask": theirs})
+    td = TensorDict({"activation": own, "attention_mask": mask}).set_non_tensor("site", "x")
+    out = tg.Patch(source, positions=slice(0, 3))(td.copy())["activation"][..., 0]
+    assert out.tolist() == [[0, 1, 2, 3, 0], [6, 7, 8, 0, 0]]
+    assert own.abs().sum() == 0
+    out = tg.Patch(source, positions="first", source_positions="last")(td.copy())["activation"][..., 0]
+    assert out.tolist() == [[0, 4, 0, 0, 0], [8, 0, 0, 0, 0]]
+    longer = TensorDict(
+        {"activation": torch.zeros(2, 6, 1), "attention_mask": torch.ones(2, 6)}
+    ).set_non_tensor("site", "x")
+    with pytest.raises(ValueError, match=r"has \[4, 3\] positions.*up to 6"):
+        tg.Patch(source)(longer)
+    with pytest.raises(KeyError, match="capture that site"):
+        tg.Patch(TensorDict({("acts", "y"): other}))(td.copy())
+    with pytest.raises(ValueError, match="one of source=, inputs= and key="):
+        tg.Patch()
