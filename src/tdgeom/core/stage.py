@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from tensordict import TensorDictBase, is_non_tensor
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key, key_tuple, resolve_keys
 
-__all__ = ["PairStage", "Stage"]
+__all__ = ["Outputs", "PairStage", "Stage"]
+
+Outputs: TypeAlias = "Tensor | Sequence[Tensor] | Mapping[str, Tensor]"
 
 
 class Stage(TensorDictModuleBase):
@@ -88,7 +90,7 @@ class Stage(TensorDictModuleBase):
             )
         self.out_keys = out_keys
 
-    def compute(self, *inputs: Tensor) -> Tensor | Sequence[Tensor] | Mapping[str, Tensor]:
+    def compute(self, *inputs: Any, **options: Any) -> Outputs:
         """The mathematics: tensors in the order of ``reads`` to a tensor, a sequence or a mapping by documented name."""
         raise TypeError(f"{type(self).__name__} defines no compute(): write the stage's function there.")
 
@@ -223,11 +225,11 @@ class PairStage(Stage):
         tensor(2.)
     """
 
-    def prepare(self, *inputs: Tensor) -> Any:
+    def prepare(self, *inputs: Any, **options: Any) -> Any:
         """What one side contributes, from its inputs in the order of ``reads``. Default: the inputs themselves."""
         return inputs[0] if len(inputs) == 1 else inputs
 
-    def compare(self, a: Any, b: Any, *rest: Tensor) -> Tensor | Sequence[Tensor] | Mapping[str, Tensor]:
+    def compare(self, *sides: Any, **options: Any) -> Outputs:
         """The outputs, from two prepared sides and the inputs that belong to neither."""
         raise TypeError(f"{type(self).__name__} defines no compare(): write the stage's function there.")
 
@@ -240,7 +242,7 @@ class PairStage(Stage):
             groups[{"a": 0, "b": 1}.get(side, 2)].append(position)
         return groups
 
-    def compute(self, *inputs: Tensor) -> Tensor | Sequence[Tensor] | Mapping[str, Tensor]:
+    def compute(self, *inputs: Any, **options: Any) -> Outputs:
         """``compare(prepare(a), prepare(b))``."""
         side_a, side_b, rest = ([inputs[i] for i in group] for group in self.sides())
         return self.compare(self.prepare(*side_a), self.prepare(*side_b), *rest)

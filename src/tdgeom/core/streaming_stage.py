@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import dispatch
 from torch import Tensor
 
-from tdgeom.core.stage import Stage
+from tdgeom.core.stage import Outputs, Stage
 from tdgeom.core.state_transfer import gather_states
 
 __all__ = ["StreamingStage", "rows_finite"]
@@ -60,21 +60,21 @@ class StreamingStage(Stage):
             )
         return {name: self._buffers[name] for name in names}  # type: ignore[misc]
 
-    def start(self, *rows: Tensor) -> Mapping[str, Tensor]:
+    def start(self, *rows: Any, **options: Any) -> Mapping[str, Tensor]:
         """The state before any row, with the shapes that these rows call for."""
         raise TypeError(
             f"{type(self).__name__} defines no start(): return the state before any row, by name."
         )
 
-    def accumulate(self, *rows: Tensor) -> None:
+    def accumulate(self, *rows: Any, **options: Any) -> None:
         """Add rows to the state."""
         raise TypeError(f"{type(self).__name__} defines no accumulate(): add the rows to the state there.")
 
-    def combine(self, other: StreamingStage) -> None:
+    def combine(self, other: Any) -> None:
         """Add the (non-empty) state of another stage of the same settings to the (non-empty) own."""
         raise TypeError(f"{type(self).__name__} defines no combine(): merge the other's state there.")
 
-    def result(self) -> Tensor | Sequence[Tensor] | Mapping[str, Tensor]:
+    def result(self) -> Outputs:
         """The outputs, as copies: never a view of the state."""
         raise TypeError(f"{type(self).__name__} defines no result(): return copies of the outputs there.")
 
