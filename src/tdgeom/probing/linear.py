@@ -153,7 +153,7 @@ class MomentProbe(Probe):
             targets = one_hot(label, width)
         if self._extra:
             targets = torch.cat((one_hot(rows["bucket"], BUCKETS), targets), 1)
-        group = row_groups(rows["group"])
+        group = row_groups(rows["ids"])
         add_rows(self._all(), rows["x"], targets, fold_index(group, self.folds_used, self.seed))
 
     def merge_(self, other: Probe) -> Probe:  # type: ignore[override]

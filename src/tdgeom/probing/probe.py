@@ -10,13 +10,13 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key, as_key, key_tuple
 from tdgeom.core.row_ids import POSITION_BITS
-from tdgeom.numerics.hashing import hash_ids
+from tdgeom.numerics.hashing import EMPTY, hash_ids
 from tdgeom.probing.control_task import control_map, type_buckets
 from tdgeom.probing.labelled_rows import LabelledStage
 from tdgeom.probing.rules import Fitted, Metric, ProbeRules, Task, check_settings, plain_rows
 from tdgeom.probing.scores import SCORES, complete
 from tdgeom.probing.splits import holdout_mask, row_groups
-from tdgeom.stream import reservoir as _slots
+from tdgeom.stream import reservoir
 
 __all__ = ["Probe"]
 
@@ -96,8 +96,8 @@ class Probe(ProbeRules, LabelledStage):
         self.permutations, self.ignore_index, self.seed = permutations, ignore_index, seed
         self.preprocess, self.metrics = preprocess, self_metrics
         self.add_state("count", torch.int64)
-        for part in ("test_", "train_") if self.keeps_rows else ("test_",):
-            for name in ("x", "label", "group", "bucket", "hash"):
+        for part in self.parts:
+            for name in ("x", "label", "ids", "bucket", "hashes"):
                 self.add_state(part + name, torch.float32 if name == "x" else torch.int64)
         self._fitted = None
 
@@ -105,6 +105,20 @@ class Probe(ProbeRules, LabelledStage):
     def keeps_rows(self) -> bool:
         """True where training needs the rows themselves."""
         return self.needs_rows
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the split of which rows are kept: their prefixes in the state."""
+        return ("test_", "train_") if self.keeps_rows else ("test_",)
+
+    def slots(self, part: str) -> dict[str, Tensor]:
+        """The reservoir that keeps one part's rows."""
+        state = self._state()
+        return {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
+
+    def sample(self, part: str) -> dict[str, Tensor]:
+        """The rows kept of one part, in hash order."""
+        return reservoir.in_hash_order(self.slots(part), type(self).__name__)
 
     def settings(self) -> dict[str, Any]:
         """What two shards must share."""
@@ -120,9 +134,10 @@ class Probe(ProbeRules, LabelledStage):
         rows = self._rows(tokens, label, row_id, types, 0)
         rows.pop("used")
         state = {"count": torch.zeros((), dtype=torch.int64, device=tokens.device)}
-        state |= _slots.blank(self.test_rows if self.holdout else 0, rows, "test_")
-        if self.keeps_rows:
-            state |= _slots.blank(self.train_rows, rows, "train_")
+        sizes = {"test_": self.test_rows if self.holdout else 0, "train_": self.train_rows}
+        for part in self.parts:
+            slots = reservoir.empty_slots(sizes[part], rows)
+            state |= {part + name: value for name, value in slots.items()}
         return state
 
     def _rows(
@@ -134,7 +149,7 @@ class Probe(ProbeRules, LabelledStage):
         if row_id is None:  # rows without an id: each is its own group, numbered as it comes
             row_id = torch.arange(seen, seen + len(used), device=x.device) << POSITION_BITS
         bucket = torch.zeros_like(row_id) if types is None else type_buckets(types, self.seed)
-        return {"x": x, "label": label, "group": row_id.long(), "bucket": bucket, "used": used}
+        return {"x": x, "label": label, "ids": row_id.long(), "bucket": bucket, "used": used}
 
     def accumulate(
         self, tokens: Tensor, label: Tensor, row_id: Tensor | None = None, types: Tensor | None = None
@@ -143,21 +158,20 @@ class Probe(ProbeRules, LabelledStage):
         rows = self._rows(tokens, label, row_id, types, int(self.count))
         used = rows.pop("used")
         self._check_kind(rows)
-        # The whole row id is kept as "group" here: it makes the hash; its upper part is the group.
-        hashes = hash_ids(rows["group"], self.seed + 1)
-        held_out = holdout_mask(row_groups(rows["group"]), self.holdout, self.seed)
+        hashes = hash_ids(rows["ids"], self.seed + 1)
+        held_out = holdout_mask(row_groups(rows["ids"]), self.holdout, self.seed)
         for part, chosen in (("test_", used & held_out), ("train_", used & ~held_out)):
-            if bool(chosen.any()):
-                block = {name: value[chosen] for name, value in rows.items()}
-                if part == "test_" or self.keeps_rows:
-                    _slots.insert(self._state(), part, block, hashes[chosen])
-                else:
-                    self.learn(block)
+            if not bool(chosen.any()):
+                continue
+            if part in self.parts:
+                reservoir.offer(self.slots(part), {**rows, "hashes": torch.where(chosen, hashes, EMPTY)})
+            else:
+                self.learn({name: value[chosen] for name, value in rows.items()})
         self.count = self.count + len(used)
         self._fitted = None
 
     def learn(self, rows: Mapping[str, Tensor]) -> None:
-        """Add training rows ("x", "label", "group", "bucket") to the state, for probes that need no rows."""
+        """Add training rows ("x", "label", "ids", "bucket") to the state, for probes that need no rows."""
         raise TypeError(f"{type(self).__name__} keeps no rows and defines no learn().")
 
     def _check_kind(self, rows: Mapping[str, Tensor]) -> None:
@@ -176,10 +190,10 @@ class Probe(ProbeRules, LabelledStage):
     def combine(self, other: Probe) -> None:
         """Offer the other's samples to the own."""
         home = self.count.device
-        for part in ("test_", "train_") if self.keeps_rows else ("test_",):
-            theirs = {name: value.to(home) for name, value in _slots.held(other._state(), part).items()}
-            hashes = theirs.pop("hash")
-            _slots.insert(self._state(), part, theirs, hashes)
+        for part in self.parts:
+            if self.slots(part)["hashes"].shape[0] > 1:
+                theirs = {name: value.to(home) for name, value in other.slots(part).items()}
+                reservoir.offer(self.slots(part), theirs)
         self.count = self.count + other.count.to(home)
         self._fitted = None
 
@@ -227,7 +241,7 @@ class Probe(ProbeRules, LabelledStage):
         return self._fitted
 
     def _solve(self) -> tuple[Task, Fitted, Fitted | None]:
-        rows = _slots.held(self._state(), "train_")
+        rows = self.sample("train_")
         task = self.task_of(rows["label"])
         counts = task.counts(rows["label"])
         fitted = {
@@ -244,7 +258,7 @@ class Probe(ProbeRules, LabelledStage):
     def result(self) -> dict[str, Tensor]:
         """Fit, score the held-out rows, and hand over what was fitted."""
         fitted = self.solve_state()
-        rows = _slots.held(self._state(), "test_")
+        rows = self.sample("test_")
         if not len(rows["label"]):
             if self.holdout:
                 raise ValueError(
@@ -255,7 +269,7 @@ class Probe(ProbeRules, LabelledStage):
             found = complete({"train_rows": float(fitted["train_rows"])}, self.count.device)
             found |= {name: torch.full((), torch.nan, dtype=torch.float64) for name in self.metrics}
         else:
-            group = row_groups(rows["group"])
+            group = row_groups(rows["ids"])
             decision = self.decide(fitted, (rows["x"],))
             found = self.scored(decision, rows["label"], group)
             found |= self.control_scores((rows["x"],), rows["bucket"], found["accuracy"])

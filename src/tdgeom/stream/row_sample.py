@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Key
-from tdgeom.numerics.hashing import EMPTY, hash_ids
+from tdgeom.numerics.hashing import hash_ids
+from tdgeom.stream import reservoir
 from tdgeom.stream.held_rows import RowsStage
 
 __all__ = ["RowSample"]
@@ -63,51 +64,24 @@ class RowSample(RowsStage):
         return {"size": self.size, "seed": self.seed, **super().settings()}
 
     def start(self, *inputs: Tensor) -> dict[str, Tensor]:
-        """Empty slots, and one more that takes the rows not chosen (so that shapes never depend on the data)."""
-        state = self.blank(inputs[:-1], self.size + 1)
-        return {
-            **state,
-            "hashes": torch.full((self.size + 1,), EMPTY, dtype=torch.int64, device=inputs[0].device),
-        }
+        """Empty slots."""
+        *rows, row_id = inputs
+        return reservoir.empty_slots(self.size, {"ids": row_id.long(), **dict(zip(self.held, rows))})
 
     def accumulate(self, *inputs: Tensor) -> None:
         """Let each new row with a small enough hash take the slot of the row with the largest."""
         *rows, row_id = inputs
         self.check_rows(rows, row_id)
-        self._insert(rows, row_id, hash_ids(row_id.long(), self.seed))
+        ids = row_id.long()
+        new = {"ids": ids, "hashes": hash_ids(ids, self.seed), **dict(zip(self.held, rows))}
+        reservoir.offer(self._state(), new)
 
     def combine(self, other: RowSample) -> None:
         """Offer the other's rows to the own slots."""
-        home = self.hashes.device
-        filled = other.hashes < EMPTY
-        rows = [other._buffers[name][filled].to(home) for name in self.held]
-        self._insert(rows, other.ids[filled].to(home), other.hashes[filled].to(home))
-
-    def _insert(self, rows: Sequence[Tensor], row_id: Tensor, hashes: Tensor) -> None:
-        own = self.hashes[:-1]
-        limit = torch.kthvalue(torch.cat((own, hashes)), self.size).values
-        chosen = hashes <= limit
-        # Only as many as there are slots can be chosen; hashes of different ids differ but for the limit's own ties.
-        chosen = chosen & (chosen.cumsum(0) <= self.size)
-        worst_first = torch.argsort(own, descending=True, stable=True)
-        slot = worst_first[(chosen.cumsum(0) - 1).clamp(min=0)]
-        slot = torch.where(chosen, slot, torch.full_like(slot, self.size))
-        self.hashes.index_copy_(0, slot, hashes)
-        self.ids.index_copy_(0, slot, row_id.long())
-        for name, value in zip(self.held, rows):
-            self._buffers[name].index_copy_(0, slot, value.to(self._buffers[name].dtype))
-        self.hashes[-1] = EMPTY
+        home = next(iter(self._state().values())).device
+        reservoir.offer(self._state(), {name: value.to(home) for name, value in other._state().items()})
 
     def result(self) -> Mapping[str, Tensor]:
         """The sample in hash order."""
-        hashes, order = torch.sort(self.hashes[:-1], stable=True)
-        order = order[: int((hashes < EMPTY).sum())]
-        ids = self.ids[order]
-        if bool((hashes[: len(order) - 1] == hashes[1 : len(order)]).any()):
-            twice = ids[:-1][hashes[: len(order) - 1] == hashes[1 : len(order)]][0]
-            raise ValueError(
-                f"RowSample saw row id {int(twice)} more than once: a stream with repeated ids has no uniform sample. Give "
-                f"each batch its own 'sequence_id', or reset() before reading the same data again."
-            )
-        outputs = {name: self._buffers[held][order] for name, held in zip(self._names, self.held)}
-        return {**outputs, self._names[-1]: ids}
+        held = reservoir.in_hash_order(self._state(), type(self).__name__)
+        return dict(zip(self._names, [held[name] for name in (*self.held, "ids")]))
