@@ -67,6 +67,7 @@ from tdgeom.probing.probe import Probe
 from tdgeom.probing.probing import Probing
 from tdgeom.rows import text
 from tdgeom.rows.select_tokens import SelectTokens
+from tdgeom.rows.token_context import ContextWindow
 from tdgeom.run.run import run
 from tdgeom.run.to_frame import to_frame
 from tdgeom.store.runs import Runs
@@ -75,7 +76,7 @@ from tdgeom.store.store_activations import StoreActivations
 from tdgeom.stream.collect import Collect
 from tdgeom.stream.covariance import StreamingCovariance
 from tdgeom.stream.cross_moments import StreamingCrossMoments
-from tdgeom.stream.exemplars import ContextWindow, MaxActivating, describe_exemplars
+from tdgeom.stream.exemplars import MaxActivating, describe_exemplars
 from tdgeom.stream.mean import StreamingMean
 from tdgeom.stream.row_sample import RowSample
 from tdgeom.stream.sketch import StreamingSketch

@@ -1,7 +1,6 @@
 """The pure functions behind the stages: tensors in, tensors out, batched over leading dimensions."""
 
 from tdgeom.concepts.bases import concept_basis, fisher_basis
-from tdgeom.concepts.concept_examples import token_context, top_activating
 from tdgeom.concepts.coordinates import interpolate, project, reconstruct
 from tdgeom.concepts.erasure import erase, leace
 from tdgeom.measures.dimension.ca_pca import ca_pca, ca_pca_dimension
@@ -62,8 +61,9 @@ from tdgeom.probing.predict import linear_decision
 from tdgeom.probing.scores import clustered_error, permutation_null, probe_scores
 from tdgeom.probing.splits import fold_index, holdout_mask, row_groups
 from tdgeom.rows.select_tokens import selection_mask
+from tdgeom.rows.token_context import token_context
 from tdgeom.stream.covariance import covariance
-from tdgeom.stream.exemplars import top_rows
+from tdgeom.stream.exemplars import top_activating, top_rows
 
 __all__ = [
     "aggregate_positions",

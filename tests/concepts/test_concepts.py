@@ -172,15 +172,6 @@ def test_a_stream_is_projected_in_a_second_pass():
         assert f"[[{int(ids.flatten()[best])}]]" in text and len(text.split()) <= 5
 
 
-def test_context_of_a_position_that_is_not_there():
-    with pytest.raises(ValueError, match="attended tokens"):
-        F.token_context(5, [[1, 2]], str)
-    assert (
-        F.token_context((1 << 20) | 0, [[1], [2, 3, 4]], lambda ids: "-".join(map(str, ids)), window=1)
-        == "[[2]] 3"
-    )
-
-
 def test_interpolation_ends_are_exact_and_unit_stays_unit():
     for dtype in (torch.float32, torch.float64):
         a, b = torch.randn(5, 7).to(dtype), torch.randn(5, 7).to(dtype)

@@ -155,29 +155,3 @@ def test_memory_does_not_grow():
         stage.update(batch)
         sizes.append(sum(b.numel() * b.element_size() for b in stage.buffers()))
     assert len(set(sizes)) == 1
-
-
-def test_windows():
-    ids = torch.tensor([[5, 6, 7], [8, 9, 3]])
-    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
-    out = tg.ContextWindow(before=1, after=2)(input_ids=ids, attention_mask=mask)
-    assert out.shape == (2, 3, 4)
-    assert out[1].tolist() == [[-1, -1, 9, 3], [-1, 9, 3, -1], [9, 3, -1, -1]]
-    with pytest.raises(ValueError, match="0 or more"):
-        tg.ContextWindow(before=-1)
-
-
-def test_the_attention_view():
-    pattern = torch.rand(3, 2, 2).softmax(-1)
-    view = tg.attention_view(pattern, ["<s>", 'a"b'], heads=[2])
-    html = view._repr_html_()
-    assert html == str(view)
-    assert "<script" not in html
-    assert "<s>" not in html
-    assert "&lt;s&gt;" in html
-    assert html.count("<table>") == 1
-    assert html.count("<td") == 4
-    assert f"{pattern[2, 1, 0]:.3f}" in html
-    assert "head 2" in html
-    with pytest.raises(ValueError, match=r"\(H, 3, 3\).*Remedy"):
-        tg.attention_view(pattern, ["a", "b", "c"])

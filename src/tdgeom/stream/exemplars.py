@@ -10,13 +10,11 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdgeom.core.keys import Key
-from tdgeom.core.stage import Stage
 from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.numerics.hashing import EMPTY
+from tdgeom.rows.token_context import marked_text
 
-__all__ = ["ContextWindow", "MaxActivating", "describe_exemplars", "top_rows"]
-
-
-_EMPTY = torch.iinfo(torch.int64).max
+__all__ = ["MaxActivating", "describe_exemplars", "top_activating", "top_rows"]
 
 
 def top_rows(values: Tensor, row_id: Tensor, k: int) -> Tensor:
@@ -37,31 +35,14 @@ def top_rows(values: Tensor, row_id: Tensor, k: int) -> Tensor:
     return order[rows.gather(0, best)]
 
 
-class ContextWindow(Stage):
-    """The token ids around every token, (B, T) -> (B, T, before + 1 + after); -1 where there is no attended token.
+def top_activating(coordinates: Tensor, row_id: Tensor, k: int = 10) -> tuple[Tensor, Tensor]:
+    """The k rows with the largest coordinate on each concept: (N, n), (N,) -> values (n, k) and row ids (n, k).
 
-    Reads ``"input_ids"`` and where present ``"attention_mask"``; writes ``"context"``. Put it before
-    ``SelectTokens(..., also=["context"])``, which carries it to the rows.
-
-    >>> ContextWindow(before=1, after=1)(input_ids=torch.tensor([[5, 6, 7]]))[0].tolist()
-    [[-1, 5, 6], [5, 6, 7], [6, 7, -1]]
+    >>> top_activating(torch.tensor([[1.0], [3.0], [2.0]]), torch.tensor([10, 11, 12]), 2)
+    (tensor([[3., 2.]]), tensor([[11, 12]]))
     """
-
-    reads = ["input_ids", "attention_mask"]
-    writes = ["context"]
-    optional = frozenset({"attention_mask"})
-
-    def __init__(self, *, before: int = 10, after: int = 5, **keys: Any) -> None:
-        if before < 0 or after < 0:
-            raise ValueError(f"ContextWindow: before and after are 0 or more, got {before} and {after}.")
-        super().__init__(**keys)
-        self.before, self.after = before, after
-
-    def compute(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The windows."""
-        ids = input_ids if mask is None else input_ids.masked_fill(~mask.bool(), -1)
-        padded = torch.nn.functional.pad(ids, (self.before, self.after), value=-1)
-        return padded.unfold(1, self.before + 1 + self.after, 1)
+    best = top_rows(coordinates, row_id.to(coordinates.device), k)
+    return coordinates.gather(0, best).mT, row_id.to(best.device)[best].mT
 
 
 class MaxActivating(StreamingStage):
@@ -91,6 +72,10 @@ class MaxActivating(StreamingStage):
         >>> found["values"].item(), found["row_id"].item(), found["context"].item()
         (4.0, 1, 8)
     """
+
+    top: Tensor
+    ids: Tensor
+    text: Tensor
 
     def __init__(
         self,
@@ -129,7 +114,7 @@ class MaxActivating(StreamingStage):
         shape = (self.k, self._values(rows[:0]).shape[1])
         return {
             "top": torch.full(shape, -torch.inf, dtype=torch.float32),
-            "ids": torch.full(shape, _EMPTY, dtype=torch.int64),
+            "ids": torch.full(shape, EMPTY, dtype=torch.int64),
             "text": torch.full((*shape, context.shape[1]), -1, dtype=torch.int64),
         }
 
@@ -146,7 +131,7 @@ class MaxActivating(StreamingStage):
 
     def result(self) -> Mapping[str, Tensor]:
         """Values, row ids and contexts, (U, k, ...)."""
-        held = int((self.ids[:, 0] != _EMPTY).sum())
+        held = int((self.ids[:, 0] != EMPTY).sum())
         values = -self.top[:held] if self.smallest else self.top[:held]
         return {
             "values": values.T.clone(),
@@ -176,19 +161,12 @@ class MaxActivating(StreamingStage):
 def describe_exemplars(
     exemplars: TensorDictBase, tokenizer: Any, unit: int, *, before: int = 10, most: int = 10
 ) -> list[str]:
-    """One line an exemplar of a unit: its value and its text with the token itself in brackets.
+    """One line an exemplar of a unit: its value and its text with the token itself in double brackets.
 
     ``exemplars`` is what ``MaxActivating`` wrote (``result["exemplars", site]``); ``before`` as in ``ContextWindow``.
     """
-    lines = []
-    for value, window in zip(exemplars["values"][unit][:most], exemplars["context"][unit][:most].tolist()):
-        parts = [
-            ""
-            if ids == -1
-            else f"[{tokenizer.decode([ids])}]"
-            if place == before
-            else tokenizer.decode([ids])
-            for place, ids in enumerate(window)
-        ]
-        lines.append(f"{float(value):8.3f}  {''.join(parts)}")
-    return lines
+    windows = exemplars["context"][unit][:most].tolist()
+    values = exemplars["values"][unit][:most].tolist()
+    return [
+        f"{value:8.3f}  {marked_text(ids, before, tokenizer.decode)}" for value, ids in zip(values, windows)
+    ]
