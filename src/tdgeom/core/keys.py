@@ -8,6 +8,7 @@ from typing import TypeAlias
 __all__ = ["Key", "as_key", "key_tuple", "resolve_keys"]
 
 Key: TypeAlias = "str | tuple[str, ...]"
+Keys: TypeAlias = "Key | list[Key] | None"  # what in_keys= and out_keys= take
 
 
 def key_tuple(key: Key) -> tuple[str, ...]:

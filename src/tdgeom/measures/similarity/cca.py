@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Keys
 from tdgeom.measures.similarity.orthonormal_sides import Factor, LinearPairStage, factor_rows, overlap
+from tdgeom.measures.similarity.pair_sources import Source
 from tdgeom.numerics.centring import check_matched, warn_undefined
 
 __all__ = ["CCA", "PWCCA", "SVCCA", "cca_mean", "cca_r2", "pwcca_ab", "pwcca_ba", "svcca"]
@@ -170,10 +169,6 @@ class CCA(LinearPairStage):
 
     measures = ("cca_mean", "cca_r2")
 
-    def prepare(self, *inputs: Tensor) -> Factor:
-        """One decomposition a site."""
-        return self.factor(inputs, standardise=True)
-
     def compare(self, a: Factor, b: Factor, *rest: Tensor) -> dict[str, Tensor]:
         """One product and its singular values."""
         correlations = _correlations(overlap(a, b, *rest))
@@ -191,21 +186,18 @@ class SVCCA(LinearPairStage):
     """
 
     measures = ("svcca",)
+    standardise = False
 
     def __init__(
         self,
         *,
         variance: float = 0.99,
-        source: Literal["sample", "moments"] = "sample",
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
+        source: Source = "sample",
+        in_keys: Keys = None,
+        out_keys: Keys = None,
     ) -> None:
         super().__init__(source=source, in_keys=in_keys, out_keys=out_keys)
-        self.variance = _share(variance)
-
-    def prepare(self, *inputs: Tensor) -> Factor:
-        """One decomposition a site."""
-        return self.factor(inputs, standardise=False, share=self.variance)
+        self.variance = self.share = _share(variance)
 
     def compare(self, a: Factor, b: Factor, *rest: Tensor) -> Tensor:
         """One product and its singular values."""
@@ -223,10 +215,6 @@ class PWCCA(LinearPairStage):
     """
 
     measures = ("pwcca_ab", "pwcca_ba")
-
-    def prepare(self, *inputs: Tensor) -> Factor:
-        """One decomposition a site."""
-        return self.factor(inputs, standardise=True)
 
     def compare(self, a: Factor, b: Factor, *rest: Tensor) -> dict[str, Tensor]:
         """One product and its singular vectors on both sides."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
-from tdgeom.core.stage import PairStage
+from tdgeom.core.keys import Keys
+from tdgeom.measures.similarity.hsic import alignment, hsic1
+from tdgeom.measures.similarity.pair_sources import MomentPairStage, Source
 from tdgeom.measures.similarity.projected_cka import block_squares, group_traces, ratio_over_groups
 from tdgeom.numerics.centring import as_rows, centre, check_matched, warn_undefined
 from tdgeom.numerics.products import gram
@@ -20,7 +21,6 @@ _REASON_DEBIASED = (
     "it needs 4 rows or more, and on each side an unbiased HSIC with itself above 0 (a side without "
     "variance, or too few rows for it, has none)."
 )
-
 
 _LARGEST = 8  # features a side whose products are always float64
 
@@ -90,38 +90,16 @@ def _off_product(a: _Side, b: _Side) -> Tensor:
     return _product_sum(a.rows.to(dtype).mT @ b.rows.to(dtype), a, b) - (a.norm2 * b.norm2).sum(-1)
 
 
-def _biased(cross: Tensor, self_a: Tensor, self_b: Tensor) -> Tensor:
-    return cross / (self_a.sqrt() * self_b.sqrt())
-
-
-def _hsic1_of(off: Tensor, a: _Side, b: _Side, n: int) -> Tensor:
-    return _hsic1(off, (a.sums * b.sums).sum(-1), a.sums.sum(-1), b.sums.sum(-1), n)
-
-
-def _hsic1(off: Tensor, sums_product: Tensor, sum_a: Tensor, sum_b: Tensor, n: Tensor | float) -> Tensor:
-    """n(n-3) HSIC₁ of Song et al. from Σ_i≠j K_ij L_ij, Σ_i k_i l_i and the sums of k and l, the row sums without diagonal.
-
-    For centred rows ``k_i = -|x_i|²``: only traces and diagonals are left.
-    """
-    return off + sum_a * sum_b / ((n - 1) * (n - 2)) - 2 / (n - 2) * sums_product
-
-
-def _debiased(cross: Tensor, self_a: Tensor, self_b: Tensor) -> Tensor:
-    value = cross / (self_a.sqrt() * self_b.sqrt())  # the root of a negative HSIC is NaN: undefined
-    return torch.where((self_a > 0) & (self_b > 0), value, torch.nan)
-
-
-def _compare_biased(a: _Side, b: _Side) -> Tensor:
-    full = [off + (p.norm2 * q.norm2).sum(-1) for off, p, q in ((a.off, a, a), (b.off, b, b))]
-    return _biased(_off_product(a, b) + (a.norm2 * b.norm2).sum(-1), *full)
-
-
-def _compare_debiased(a: _Side, b: _Side) -> Tensor:
+def _aligned(a: _Side, b: _Side, off: Tensor, name: str) -> Tensor:
+    """Either estimate, from ``off = _off_product(a, b)``."""
     n = a.norm2.shape[-1]
+    pairs = ((off, a, b), (a.off, a, a), (b.off, b, b))
+    if name == "linear_cka":
+        return alignment(*(o + (p.norm2 * q.norm2).sum(-1) for o, p, q in pairs))
     if n < 4:
-        return torch.full_like(a.off + b.off, torch.nan)
-    pairs = ((_off_product(a, b), a, b), (a.off, a, a), (b.off, b, b))
-    return _debiased(*(_hsic1_of(off, p, q, n) for off, p, q in pairs))
+        return torch.full_like(off, torch.nan)
+    sums = ((o, (p.sums * q.sums).sum(-1), p.sums.sum(-1), q.sums.sum(-1)) for o, p, q in pairs)
+    return alignment(*(hsic1(*one, n) for one in sums))
 
 
 def linear_cka(x: Tensor, y: Tensor) -> Tensor:
@@ -146,8 +124,8 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
         1.0
     """
     check_matched(x, y, "linear_cka")
-    value = _compare_biased(_prepare(x, "linear_cka"), _prepare(y, "linear_cka"))
-    return warn_undefined(value, "linear_cka", _REASON)
+    a, b = (_prepare(side, "linear_cka") for side in (x, y))
+    return warn_undefined(_aligned(a, b, _off_product(a, b), "linear_cka"), "linear_cka", _REASON)
 
 
 rv_coefficient = linear_cka
@@ -181,20 +159,21 @@ def linear_cka_debiased(x: Tensor, y: Tensor) -> Tensor:
         (0.8, True)
     """
     check_matched(x, y, "linear_cka_debiased")
-    value = _compare_debiased(_prepare(x, "linear_cka_debiased"), _prepare(y, "linear_cka_debiased"))
+    a, b = (_prepare(side, "linear_cka_debiased") for side in (x, y))
+    value = _aligned(a, b, _off_product(a, b), "linear_cka_debiased")
     return warn_undefined(value, "linear_cka_debiased", _REASON_DEBIASED)
 
 
 class _Moments(NamedTuple):
-    """One side from moments: n, trace of XᵀX, ||XᵀX||²_F and Σ|x|⁴ (of a sketch, by groups)."""
+    """One side from moments, in G groups of projections (exact moments are one group)."""
 
-    count: Tensor
-    trace: Tensor
-    square: Tensor
-    norm4: Tensor
+    n: Tensor  # (...)
+    trace: Tensor  # (..., G) of XᵀX
+    square: Tensor  # (..., G, G) ||XᵀX||²_F
+    norm4: Tensor  # (..., G, G) Σ|x|⁴
 
 
-class LinearCKA(PairStage):
+class LinearCKA(MomentPairStage):
     """Linear CKA between two sites: ``linear_cka`` and ``linear_cka_debiased`` as a stage.
 
     Args:
@@ -212,73 +191,58 @@ class LinearCKA(PairStage):
         1.0
     """
 
-    _ESTIMATORS: ClassVar[dict[str, list[str]]] = {
-        "biased": ["linear_cka"],
-        "debiased": ["linear_cka_debiased"],
-        "both": ["linear_cka", "linear_cka_debiased"],
-    }
+    sources = ("sample", "moments", "sketch")
 
     def __init__(
         self,
         *,
         estimator: Literal["biased", "debiased", "both"] = "biased",
-        source: Literal["sample", "moments", "sketch"] = "sample",
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
+        source: Source = "sample",
+        in_keys: Keys = None,
+        out_keys: Keys = None,
     ) -> None:
-        if estimator not in self._ESTIMATORS:
-            raise ValueError(f"LinearCKA: estimator is one of {list(self._ESTIMATORS)}, got {estimator!r}.")
-        self.measures = self._ESTIMATORS[estimator]
-        if source not in ("sample", "moments", "sketch"):
-            raise ValueError(f"LinearCKA: source is 'sample', 'moments' or 'sketch', got {source!r}.")
-        reads = _moment_leaves(source)
-        if source == "sample":
-            reads = {("sample", "a"): "N D", ("sample", "b"): "N E"}
-        self.source = source
+        if estimator not in ("biased", "debiased", "both"):
+            raise ValueError(f"LinearCKA: estimator is 'biased', 'debiased' or 'both', got {estimator!r}.")
+        left_out = {"biased": "linear_cka_debiased", "debiased": "linear_cka"}.get(estimator)
+        self.estimates = [name for name in ("linear_cka", "linear_cka_debiased") if name != left_out]
         suffixes = ("", "_standard_error") if source == "sketch" else ("",)
-        writes = [("between", name + suffix) for name in self.measures for suffix in suffixes]
-        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=writes)
+        self.measures = [name + suffix for name in self.estimates for suffix in suffixes]
+        table = "G G" if source == "sketch" else ""
+        self.side_leaves = {"count": "", "covariance": "D D", "norm4": table}
+        self.pair_leaves = {"cross_covariance": "D E", "norm2_product": table}
+        super().__init__(source=source, in_keys=in_keys, out_keys=out_keys)
 
     def prepare(self, *inputs: Tensor) -> Any:
         """Centre, scale and the site's own product: once per site."""
         if self.source == "sample":
             return _prepare(inputs[0], "LinearCKA")
-        count, covariance, norm4 = inputs
-        count = count.to(torch.float64)
-        scatter = covariance.to(torch.float64) * (count - 1)[..., None, None]
-        if self.source == "sketch":
-            groups = norm4.shape[-1]
-            return _Moments(count, group_traces(scatter, groups), block_squares(scatter, groups), norm4)
-        _refuse_sketch(norm4)
-        trace = torch.diagonal(scatter, dim1=-2, dim2=-1).sum(-1)
-        return _Moments(count, trace, _square_sum(scatter), norm4)
+        n, covariance, norm4 = (value.to(torch.float64) for value in inputs)
+        if self.source == "moments":
+            _refuse_sketch(norm4)
+            norm4 = norm4[..., None, None]
+        scatter, groups = covariance * (n - 1)[..., None, None], norm4.shape[-1]
+        return _Moments(n, group_traces(scatter, groups), block_squares(scatter, groups), norm4)
 
-    def compare(self, a: Any, b: Any, *rest: Tensor) -> dict[str, Tensor]:
+    def compare(self, a: Any, b: Any, *rest: Tensor) -> list[Tensor]:
         """One product, and sums of float64 scalars."""
         if self.source == "sample":
-            found = {name: (_SAMPLE[name](a, b),) for name in self.measures}
-        elif self.source == "moments":
-            cross = _square_sum(rest[0].to(torch.float64)) * (a.count - 1).square()
-            found = {name: (_MOMENTS[name](a, b, cross, rest[1]),) for name in self.measures}
+            off = _off_product(a, b)
+            found = [[_aligned(a, b, off, name)] for name in self.estimates]
         else:
-            found = {name: _sketched(a, b, *rest, debiased=name != "linear_cka") for name in self.measures}
-        values = {}
-        for name, (value, *error) in found.items():
-            reason = _REASON if name == "linear_cka" else _REASON_DEBIASED
-            values[name] = warn_undefined(value, name, reason)
-            values.update({f"{name}_standard_error": e for e in error})
-        return values
-
-
-def _moment_leaves(source: str) -> dict[Key, str]:
-    table = "G G" if source == "sketch" else ""
-    sides = {
-        ("cross_moments", side, leaf): shape
-        for side, letter in (("a", "D"), ("b", "E"))
-        for leaf, shape in (("count", ""), ("covariance", f"{letter} {letter}"), ("norm4", table))
-    }
-    pair = {("cross_moments", "cross_covariance"): "D E", ("cross_moments", "norm2_product"): table}
-    return {**sides, **pair}
+            cross_covariance, norm2_product = (value.to(torch.float64) for value in rest)
+            if self.source == "moments":
+                norm2_product = norm2_product[..., None, None]
+            groups, scale = norm2_product.shape[-1], (a.n - 1).square()[..., None, None]
+            cross = block_squares(cross_covariance, groups) * scale
+            tables = (_tables(a, b, cross, norm2_product, name) for name in self.estimates)
+            exact = self.source == "moments"
+            found = [
+                [alignment(*(table[..., 0, 0] for table in one))] if exact else [*ratio_over_groups(*one)]
+                for one in tables
+            ]
+        for name, (value, *_) in zip(self.estimates, found):
+            warn_undefined(value, name, _REASON if name == "linear_cka" else _REASON_DEBIASED)
+        return [value for values in found for value in values]
 
 
 def _refuse_sketch(norm4: Tensor) -> None:
@@ -290,35 +254,19 @@ def _refuse_sketch(norm4: Tensor) -> None:
         )
 
 
-def _biased_from_moments(a: _Moments, b: _Moments, cross: Tensor, norm2_product: Tensor) -> Tensor:
-    return _biased(cross, a.square, b.square)
-
-
-def _debiased_from_moments(a: _Moments, b: _Moments, cross: Tensor, norm2_product: Tensor) -> Tensor:
+def _tables(
+    a: _Moments, b: _Moments, cross: Tensor, norm2_product: Tensor, name: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(..., G, G) products of the two sides, and of each with itself."""
+    if name == "linear_cka":
+        return cross, a.square, b.square
+    n = a.n[..., None, None]
     pairs = ((cross, norm2_product, a, b), (a.square, a.norm4, a, a), (b.square, b.norm4, b, b))
-    value = _debiased(*(_hsic1(square - s, s, p.trace, q.trace, a.count) for square, s, p, q in pairs))
-    return torch.where(a.count >= 4, value, torch.nan)
-
-
-_SAMPLE = {"linear_cka": _compare_biased, "linear_cka_debiased": _compare_debiased}
-_MOMENTS = {"linear_cka": _biased_from_moments, "linear_cka_debiased": _debiased_from_moments}
-
-
-def _sketched(
-    a: _Moments, b: _Moments, cross_covariance: Tensor, norm2_product: Tensor, *, debiased: bool
-) -> tuple[Tensor, ...]:
-    groups = norm2_product.shape[-1]
-    cross = (
-        block_squares(cross_covariance.to(torch.float64), groups) * (a.count - 1).square()[..., None, None]
+    between, own_a, own_b = (
+        torch.where(n >= 4, hsic1(square - s, s, p.trace.unsqueeze(-1), q.trace.unsqueeze(-2), n), torch.nan)
+        for square, s, p, q in pairs
     )
-    pairs = ((cross, norm2_product, a, b), (a.square, a.norm4, a, a), (b.square, b.norm4, b, b))
-    if not debiased:
-        return ratio_over_groups(*(square for square, *_ in pairs))
-    n = a.count[..., None, None]
-    tables = (
-        _hsic1(square - s, s, p.trace.unsqueeze(-1), q.trace.unsqueeze(-2), n) for square, s, p, q in pairs
-    )
-    return tuple(torch.where(a.count >= 4, x, torch.nan) for x in ratio_over_groups(*tables))
+    return between, own_a, own_b
 
 
 RV = LinearCKA

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Keys
 from tdgeom.core.stage import PairStage
+from tdgeom.measures.similarity.hsic import alignment, hsic1
+from tdgeom.measures.similarity.pair_sources import MATCHED_ROWS
 from tdgeom.numerics.centring import as_rows, check_matched, warn_undefined
 
 __all__ = ["CKNNA", "cknna"]
@@ -22,7 +24,7 @@ _REASON = (
 class _Neighbours(NamedTuple):
     """The k largest inner products of each row, self excluded."""
 
-    index: Tensor  # (N, k)
+    near: Tensor  # (N, k) which rows
     value: Tensor  # (N, k) float64
     own: Tensor  # unbiased HSIC of the masked kernel with itself
 
@@ -59,11 +61,11 @@ def _hsic(a: _Neighbours, b: _Neighbours) -> Tensor:
 
     The mask is not symmetric, so the transposes of the formula are kept: ``Σ K∘Lᵀ`` and ``Σ KL``.
     """
-    n = a.index.shape[0]
+    n = a.near.shape[0]
     if n < 4:
         return a.value.new_full((), torch.nan)
-    keys, order = (b.index + torch.arange(n, device=b.index.device)[:, None] * n).flatten().sort()
-    wanted = (a.index + torch.arange(n, device=a.index.device)[:, None] * n).flatten()
+    keys, order = (b.near + torch.arange(n, device=b.near.device)[:, None] * n).flatten().sort()
+    wanted = (a.near + torch.arange(n, device=a.near.device)[:, None] * n).flatten()
     place = torch.searchsorted(keys, wanted).clamp(max=keys.numel() - 1)
     mutual = keys[place] == wanted
     pair = wanted[mutual]
@@ -80,7 +82,7 @@ def _hsic(a: _Neighbours, b: _Neighbours) -> Tensor:
         trace = k_values.sum()
     columns = k_values.new_zeros(n).index_add(0, j, k_values)
     rows = l_values.new_zeros(n).index_add(0, i, l_values)
-    return trace + k_values.sum() * l_values.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (columns @ rows)
+    return hsic1(trace, columns @ rows, k_values.sum(), l_values.sum(), n)
 
 
 def _compare(a: _Side, b: _Side) -> Tensor:
@@ -88,9 +90,7 @@ def _compare(a: _Side, b: _Side) -> Tensor:
     places = [torch.arange(len(side.items)).reshape(side.lead).expand(lead).flatten() for side in (a, b)]
     values = []
     for p, q in zip(*([side.items[i] for i in place] for side, place in zip((a, b), places))):
-        cross = _hsic(p, q)
-        defined = (p.own > 0) & (q.own > 0)
-        values.append(torch.where(defined, cross / (p.own.abs().sqrt() * q.own.abs().sqrt()), torch.nan))
+        values.append(alignment(_hsic(p, q), p.own, q.own))
     return warn_undefined(torch.stack(values).reshape(lead), "cknna", _REASON)
 
 
@@ -131,12 +131,10 @@ class CKNNA(PairStage):
     1.0
     """
 
-    reads: ClassVar = {("sample", "a"): "N D", ("sample", "b"): "N E"}
-    writes: ClassVar = [("between", "cknna")]
+    reads = MATCHED_ROWS
+    writes = [("between", "cknna")]
 
-    def __init__(
-        self, *, k: int = 10, in_keys: Key | list[Key] | None = None, out_keys: Key | list[Key] | None = None
-    ) -> None:
+    def __init__(self, *, k: int = 10, in_keys: Keys = None, out_keys: Keys = None) -> None:
         super().__init__(in_keys=in_keys, out_keys=out_keys)
         self.k = k
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Keys
 from tdgeom.core.stage import PairStage
+from tdgeom.measures.similarity.pair_sources import MATCHED_ROWS
 from tdgeom.measures.similarity.row_distances import (
     condensed,
     distances,
@@ -98,16 +99,10 @@ class RBFCKA(PairStage):
     1.0
     """
 
-    reads: ClassVar = {("sample", "a"): "N D", ("sample", "b"): "N E"}
-    writes: ClassVar = [("between", "rbf_cka")]
+    reads = MATCHED_ROWS
+    writes = [("between", "rbf_cka")]
 
-    def __init__(
-        self,
-        *,
-        fraction: float = 1.0,
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
-    ) -> None:
+    def __init__(self, *, fraction: float = 1.0, in_keys: Keys = None, out_keys: Keys = None) -> None:
         super().__init__(in_keys=in_keys, out_keys=out_keys)
         self.fraction = fraction
 
@@ -157,8 +152,8 @@ class DistanceCorrelation(PairStage):
     1.0
     """
 
-    reads: ClassVar = {("sample", "a"): "N D", ("sample", "b"): "N E"}
-    writes: ClassVar = [("between", "distance_correlation")]
+    reads = MATCHED_ROWS
+    writes = [("between", "distance_correlation")]
 
     def prepare(self, sample: Tensor) -> _Kernel:
         """The double-centred distances, once a site."""

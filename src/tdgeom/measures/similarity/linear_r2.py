@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Keys
 from tdgeom.measures.similarity.orthonormal_sides import Factor, LinearPairStage, factor_rows, overlap
+from tdgeom.measures.similarity.pair_sources import Source
 from tdgeom.numerics.centring import check_matched, warn_undefined
 
 __all__ = ["LinearR2", "linear_r2_ab", "linear_r2_ba"]
@@ -33,6 +31,7 @@ def linear_r2_ab(x: Tensor, y: Tensor, ridge: float = 0.0) -> Tensor:
 
     Kornblith et al. 2019, arXiv 1905.00414 (R²_LR).
 
+        >>> import torch
         >>> x = torch.randn(50, 3, dtype=torch.float64)
         >>> round(float(linear_r2_ab(x, x[:, :1])), 9), bool(linear_r2_ab(x[:, :1], x) < 0.9)
         (1.0, True)
@@ -46,6 +45,7 @@ def linear_r2_ab(x: Tensor, y: Tensor, ridge: float = 0.0) -> Tensor:
 def linear_r2_ba(x: Tensor, y: Tensor, ridge: float = 0.0) -> Tensor:
     """``linear_r2_ab`` with the sides exchanged: R² of x predicted from y.
 
+    >>> import torch
     >>> x, y = torch.randn(50, 3), torch.randn(50, 2)
     >>> bool((linear_r2_ba(x, y) - linear_r2_ab(y, x)).abs() < 1e-12)
     True
@@ -82,6 +82,7 @@ class LinearR2(LinearPairStage):
             covariance, over all rows of the run.
         in_keys, out_keys: see ``Stage``.
 
+        >>> import torch
         >>> x = torch.randn(50, 3)
         >>> [round(float(value), 6) for value in LinearR2()(sample_a=x, sample_b=x.flip(-1))]
         [1.0, 1.0]
@@ -90,27 +91,15 @@ class LinearR2(LinearPairStage):
     measures = ("linear_r2_ab", "linear_r2_ba")
 
     def __init__(
-        self,
-        *,
-        ridge: float = 0.0,
-        source: Literal["sample", "moments"] = "sample",
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
+        self, *, ridge: float = 0.0, source: Source = "sample", in_keys: Keys = None, out_keys: Keys = None
     ) -> None:
         super().__init__(source=source, in_keys=in_keys, out_keys=out_keys)
         self.ridge = _check(ridge)
-
-    def prepare(self, *inputs: Tensor) -> Factor:
-        """One decomposition a site."""
-        return self.factor(inputs, standardise=self.ridge == 0)
+        self.standardise = ridge == 0
 
     def compare(self, a: Factor, b: Factor, *rest: Tensor) -> dict[str, Tensor]:
         """Two products."""
         m = overlap(a, b, *rest)
-        values = {
-            "linear_r2_ab": _r2(m, a, b, self.ridge),
-            "linear_r2_ba": _r2(m.mT, b, a, self.ridge),
-        }
-        undefined = torch.stack(list(values.values()))
-        warn_undefined(undefined, "linear_r2_ab and linear_r2_ba", _REASON)
-        return values
+        forth, back = _r2(m, a, b, self.ridge), _r2(m.mT, b, a, self.ridge)
+        warn_undefined(forth + back, "linear_r2_ab and linear_r2_ba", _REASON)
+        return {"linear_r2_ab": forth, "linear_r2_ba": back}

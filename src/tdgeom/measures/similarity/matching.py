@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from math import lcm
-from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tdgeom.core.stage import PairStage
+from tdgeom.measures.similarity.pair_sources import MATCHED_ROWS
 from tdgeom.numerics.centring import as_rows, centre, check_matched, warn_undefined
 
 __all__ = ["SoftMatching", "soft_matching"]
@@ -95,8 +95,8 @@ class SoftMatching(PairStage):
     1.0
     """
 
-    reads: ClassVar = {("sample", "a"): "N D", ("sample", "b"): "N E"}
-    writes: ClassVar = [("between", "soft_matching")]
+    reads = MATCHED_ROWS
+    writes = [("between", "soft_matching")]
 
     def prepare(self, sample: Tensor) -> Tensor:
         """Centred features of unit norm, once a site."""

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
-from tdgeom.core.stage import PairStage
+from tdgeom.measures.similarity.pair_sources import MomentPairStage
 from tdgeom.numerics.centring import as_rows, centre
 
 __all__ = ["Factor", "LinearPairStage", "factor_moments", "factor_rows", "overlap"]
-
-MOMENT_LEAVES = (("count", ""), ("mean", "{}"), ("covariance", "{} {}"))
 
 
 class Factor(NamedTuple):
@@ -23,12 +20,11 @@ class Factor(NamedTuple):
     values: Tensor  # (..., r) singular values, of the standardised features if asked
     coefficients: Tensor  # (..., r, D) in the data's own units, up to one factor a side
     rank: Tensor  # (...) float64
-    count: Tensor | None  # n, from moments only
+    n: Tensor | None  # rows, from moments only
 
 
 def factor_rows(x: Tensor, measure: str, *, standardise: bool, share: float | None = None) -> Factor:
     """The thin singular value decomposition of centred rows, in float64.
-
 
     ``standardise`` divides features by their norm first (constant ones stay zero): a measure that ignores invertible
     linear maps then finds the rank even beside a feature a thousand times larger. Directions no longer than the rounding
@@ -37,21 +33,16 @@ def factor_rows(x: Tensor, measure: str, *, standardise: bool, share: float | No
     """
     wide = as_rows(x, measure).double()
     rows, scale = centre(wide)
-    norms = (
-        torch.linalg.vector_norm(rows, dim=-2)
-        if standardise
-        else rows.new_ones(rows.shape[:-2] + rows.shape[-1:])
-    )
+    norms = torch.linalg.vector_norm(rows, dim=-2)
+    norms = norms if standardise else torch.ones_like(norms)
     # NaN stays NaN (a side without variance), but LAPACK refuses it.
     undefined = torch.isnan(rows).any(-1).any(-1)
     used = torch.where(norms > 0, norms, 1)
     u, s, vt = torch.linalg.svd(torch.nan_to_num(rows) / used.unsqueeze(-2), full_matrices=False)
     keep = s > s[..., :1] * max(x.shape[-2:]) * torch.finfo(torch.float64).eps
     if standardise:
-        steps = (
-            torch.linalg.vector_norm(_steps(wide, x.dtype) / scale[..., None, None], dim=-2) / used.detach()
-        )
-        above = s > _along(vt, steps)
+        steps = torch.linalg.vector_norm(_steps(wide, x.dtype) / scale[..., None, None], dim=-2)
+        above = s > _along(vt, steps / used.detach())
         keep = keep & (above | ~above.any(-1, keepdim=True))
     keep = keep & _leading(s.square(), share)
     coefficients = (s * keep).unsqueeze(-1) * vt * norms.unsqueeze(-2)
@@ -86,9 +77,7 @@ def factor_moments(
     """
     covariance = covariance.to(torch.float64)
     variance = torch.diagonal(covariance, dim1=-2, dim2=-1)
-    noise = (
-        64 * torch.finfo(torch.float64).eps * mean
-    ).square()  # a constant feature keeps this much of its mean
+    noise = (64 * torch.finfo(torch.float64).eps * mean).square()  # what a constant feature keeps of its mean
     constant = variance <= noise
     norms = torch.where(constant, 0, variance).sqrt()
     used = norms if standardise else torch.ones_like(norms)
@@ -124,40 +113,23 @@ def _leading(variances: Tensor, share: float | None) -> Tensor:
 
 def overlap(a: Factor, b: Factor, cross_covariance: Tensor | None = None) -> Tensor:
     """U_aᵀU_b (..., r, s), whose singular values are the canonical correlations."""
-    if cross_covariance is None:
+    if a.n is None or cross_covariance is None:
         return a.basis.mT @ b.basis
-    return a.basis.mT @ (cross_covariance.to(torch.float64) * (a.count - 1)[..., None, None]) @ b.basis
+    return a.basis.mT @ (cross_covariance.to(torch.float64) * (a.n - 1)[..., None, None]) @ b.basis
 
 
-class LinearPairStage(PairStage):
-    """A pair stage on rows, or with ``source="moments"`` on count, mean, covariance and the cross covariance."""
+class LinearPairStage(MomentPairStage):
+    """A pair stage whose sides are factors, from rows or from moments.
 
-    measures: ClassVar[tuple[str, ...]] = ()
+    Class attributes:
+        standardise, share: see ``factor_rows``.
+    """
 
-    def __init__(
-        self,
-        *,
-        source: Literal["sample", "moments"] = "sample",
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
-    ) -> None:
-        if source == "sample":
-            reads: dict[Key, str] = {("sample", "a"): "N D", ("sample", "b"): "N E"}
-        elif source == "moments":
-            reads = {
-                ("cross_moments", side, leaf): shape.format(letter, letter)
-                for side, letter in (("a", "D"), ("b", "E"))
-                for leaf, shape in MOMENT_LEAVES
-            }
-            reads["cross_moments", "cross_covariance"] = "D E"
-        else:
-            raise ValueError(f"{type(self).__name__}: source is 'sample' or 'moments', got {source!r}.")
-        self.source = source
-        writes = [("between", name) for name in self.measures]
-        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=writes)
+    standardise: bool = True
+    share: float | None = None
 
-    def factor(self, inputs: tuple[Tensor, ...], *, standardise: bool, share: float | None = None) -> Factor:
-        """One side, from whichever source."""
-        if self.source == "sample":
-            return factor_rows(inputs[0], type(self).__name__, standardise=standardise, share=share)
-        return factor_moments(*inputs, standardise=standardise, share=share)
+    def prepare(self, *inputs: Tensor) -> Factor:
+        """One decomposition a site."""
+        if self.source == "moments":
+            return factor_moments(*inputs, standardise=self.standardise, share=self.share)
+        return factor_rows(inputs[0], self.__name__, standardise=self.standardise, share=self.share)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tdgeom.measures.similarity.orthonormal_sides import LinearPairStage
+from tdgeom.measures.similarity.pair_sources import MomentPairStage
 from tdgeom.numerics.centring import as_rows, centre, check_matched, warn_undefined
 
 __all__ = ["Procrustes", "angular_shape", "procrustes"]
@@ -82,7 +82,7 @@ def angular_shape(x: Tensor, y: Tensor) -> Tensor:
     return warn_undefined(value, "angular_shape", _REASON)
 
 
-class Procrustes(LinearPairStage):
+class Procrustes(MomentPairStage):
     """``procrustes`` and ``angular_shape`` between two sites.
 
     Args:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tdgeom.measures.similarity.hsic import alignment
+
 __all__ = ["block_squares", "group_traces", "ratio_over_groups"]
 
 
 def block_squares(matrix: Tensor, groups: int) -> Tensor:
     """(..., G·k, G·l) -> (..., G, G): the squared Frobenius norm of each block."""
-    return matrix.square().unflatten(-1, (groups, -1)).sum(-1).unflatten(-2, (groups, -1)).sum(-2)
+    blocks = matrix.unflatten(-1, (groups, -1)).unflatten(-3, (groups, -1))
+    return torch.linalg.vector_norm(blocks, dim=(-3, -1)).square()
 
 
 def group_traces(matrix: Tensor, groups: int) -> Tensor:
@@ -32,12 +35,6 @@ def ratio_over_groups(cross: Tensor, self_a: Tensor, self_b: Tensor) -> tuple[Te
     tables = tables * other.unsqueeze(-1)
     whole = tables.sum((-3, -2))
     left_out = whole.unsqueeze(-2) - tables.sum(-2) - tables.sum(-3)
-    replicates = _ratio(left_out)
+    replicates = alignment(*left_out.unbind(-1))
     spread = (replicates - replicates.mean(-1, keepdim=True)).square().sum(-1)
-    return _ratio(whole), (spread * (groups - 1) / groups).sqrt()
-
-
-def _ratio(sums: Tensor) -> Tensor:
-    cross, self_a, self_b = sums.unbind(-1)
-    value = cross / (self_a.sqrt() * self_b.sqrt())
-    return torch.where((self_a > 0) & (self_b > 0), value, torch.nan)
+    return alignment(*whole.unbind(-1)), (spread * (groups - 1) / groups).sqrt()

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Keys
 from tdgeom.core.stage import PairStage
+from tdgeom.measures.similarity.pair_sources import MATCHED_ROWS
 from tdgeom.measures.similarity.row_distances import condensed, distances, squared_distances
 from tdgeom.numerics.centring import as_rows, centre, check_matched, warn_undefined
 
 __all__ = ["RSA", "rdm", "rsa"]
 
-KINDS = ("correlation", "euclidean", "cosine")
-COMPARISONS = ("spearman", "pearson", "kendall_a")
+Kind = Literal["correlation", "euclidean", "cosine"]
+Comparison = Literal["spearman", "pearson", "kendall_a"]
 _REASON = "all dissimilarities of one side are equal, there are fewer than 3 rows, or a row has no direction."
 
 
-def rdm(x: Tensor, kind: Literal["correlation", "euclidean", "cosine"] = "correlation") -> Tensor:
+def rdm(x: Tensor, kind: Kind = "correlation") -> Tensor:
     """Representational dissimilarity matrix in condensed form: (..., N, D) -> (..., N(N-1)/2), float64.
 
     Pairs in the order (0, 1), (0, 2), ..., as SciPy's ``pdist``. ``correlation``: 1 - Pearson correlation between two
@@ -28,8 +29,7 @@ def rdm(x: Tensor, kind: Literal["correlation", "euclidean", "cosine"] = "correl
         >>> rdm(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), "euclidean")
         tensor([5.], dtype=torch.float64)
     """
-    if kind not in KINDS:
-        raise ValueError(f"rdm: kind is one of {list(KINDS)}, got {kind!r}.")
+    _check(kind, get_args(Kind), "rdm: kind")
     x = as_rows(x, "rdm").double()
     if kind == "euclidean":
         rows, scale = centre(x)
@@ -41,6 +41,11 @@ def rdm(x: Tensor, kind: Literal["correlation", "euclidean", "cosine"] = "correl
         x = torch.where(low == high, 0, x - x.mean(-1, keepdim=True))
     x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return 1 - condensed(x @ x.mT)
+
+
+def _check(given: str, known: tuple[str, ...], what: str) -> None:
+    if given not in known:
+        raise ValueError(f"{what} is one of {list(known)}, got {given!r}.")
 
 
 def _ranks(values: Tensor) -> Tensor:
@@ -57,7 +62,7 @@ def _ranks(values: Tensor) -> Tensor:
 def _unit(values: Tensor) -> Tensor:
     centred = values - values.mean(-1, keepdim=True)
     equal = values.amax(-1, keepdim=True) == values.amin(-1, keepdim=True)
-    centred = torch.where(equal, torch.zeros_like(centred), centred)
+    centred = torch.where(equal, 0, centred)
     return centred / torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
 
 
@@ -83,16 +88,11 @@ def _counts(values: Tensor) -> Tensor:
     return torch.unique(values, return_counts=True)[1].double()
 
 
-def _prepare(x: Tensor, kind: str, comparison: str) -> Tensor:
-    if comparison not in COMPARISONS:
-        raise ValueError(f"rsa: comparison is one of {list(COMPARISONS)}, got {comparison!r}.")
+def _prepare(x: Tensor, kind: Kind, comparison: Comparison) -> Tensor:
+    _check(comparison, get_args(Comparison), "rsa: comparison")
     values = rdm(x, kind)
     if values.shape[-1] < 2:
-        return (
-            torch.full_like(values, torch.nan)
-            if values.shape[-1]
-            else values.new_full((*values.shape[:-1], 1), torch.nan)
-        )
+        return values.new_full((*values.shape[:-1], 1), torch.nan)
     if comparison == "kendall_a":
         return values
     if comparison == "spearman":
@@ -106,12 +106,7 @@ def _compare(a: Tensor, b: Tensor, comparison: str) -> Tensor:
     return warn_undefined(value, "rsa", _REASON)
 
 
-def rsa(
-    x: Tensor,
-    y: Tensor,
-    kind: Literal["correlation", "euclidean", "cosine"] = "correlation",
-    comparison: Literal["spearman", "pearson", "kendall_a"] = "spearman",
-) -> Tensor:
+def rsa(x: Tensor, y: Tensor, kind: Kind = "correlation", comparison: Comparison = "spearman") -> Tensor:
     """Correlation between the two sites' dissimilarities of all pairs of rows.
 
     Args:
@@ -150,22 +145,19 @@ class RSA(PairStage):
         1.0
     """
 
-    reads: ClassVar = {("sample", "a"): "N D", ("sample", "b"): "N E"}
-    writes: ClassVar = [("between", "rsa")]
+    reads = MATCHED_ROWS
+    writes = [("between", "rsa")]
 
     def __init__(
         self,
         *,
-        kind: Literal["correlation", "euclidean", "cosine"] = "correlation",
-        comparison: Literal["spearman", "pearson", "kendall_a"] = "spearman",
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
+        kind: Kind = "correlation",
+        comparison: Comparison = "spearman",
+        in_keys: Keys = None,
+        out_keys: Keys = None,
     ) -> None:
-        if kind not in KINDS or comparison not in COMPARISONS:
-            raise ValueError(
-                f"RSA: kind is one of {list(KINDS)} and comparison one of {list(COMPARISONS)}, got {kind!r} and "
-                f"{comparison!r}."
-            )
+        _check(kind, get_args(Kind), "RSA: kind")
+        _check(comparison, get_args(Comparison), "RSA: comparison")
         super().__init__(in_keys=in_keys, out_keys=out_keys)
         self.kind, self.comparison = kind, comparison
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Keys
 from tdgeom.core.stage import PairStage
 from tdgeom.numerics.centring import as_rows, check_matched, warn_undefined
 
@@ -62,12 +62,10 @@ class SubspaceNovelty(PairStage):
         tensor(0., dtype=torch.float64)
     """
 
-    reads: ClassVar = {("eigenvectors", "a"): "D k", ("eigenvectors", "b"): "D l"}
-    writes: ClassVar = [("between", "feature_subspace_novelty")]
+    reads = {("eigenvectors", "a"): "D k", ("eigenvectors", "b"): "D l"}
+    writes = [("between", "feature_subspace_novelty")]
 
-    def __init__(
-        self, *, k: int = 32, in_keys: Key | list[Key] | None = None, out_keys: Key | list[Key] | None = None
-    ) -> None:
+    def __init__(self, *, k: int = 32, in_keys: Keys = None, out_keys: Keys = None) -> None:
         if k < 1:
             raise ValueError(f"SubspaceNovelty: k counts directions, expected 1 or more, got {k}.")
         super().__init__(in_keys=in_keys, out_keys=out_keys)
@@ -141,8 +139,8 @@ class LayerCosine(PairStage):
     tensor(-1.0000, dtype=torch.float64)
     """
 
-    reads: ClassVar = {("sample", "a"): "N D", ("sample", "b"): "N D"}
-    writes: ClassVar = [("between", "layer_cosine_sim")]
+    reads = {("sample", "a"): "N D", ("sample", "b"): "N D"}
+    writes = [("between", "layer_cosine_sim")]
 
     def prepare(self, sample: Tensor) -> _Directions:
         """Rows of unit norm."""

@@ -1,0 +1,49 @@
+"""Where a measure between two sites reads from: matched rows, or the moments of all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from tdgeom.core.keys import Key, Keys
+from tdgeom.core.stage import PairStage
+
+__all__ = ["MATCHED_ROWS", "MomentPairStage", "Source"]
+
+Source = Literal["sample", "moments", "sketch"]
+
+MATCHED_ROWS: dict[Key, str] = {("sample", "a"): "N D", ("sample", "b"): "N E"}
+
+
+class MomentPairStage(PairStage):
+    """A pair stage on matched rows, or on moments.
+
+    Args:
+        source: ``"sample"`` reads matched rows, (N, D) and (N, E); ``"moments"`` the leaves of ``StreamingCrossMoments``, so
+            that the value is over all rows of the run.
+        in_keys, out_keys: see ``Stage``.
+
+    Class attributes:
+        sources: those that ``source=`` may name. measures: the names of what is written under "between".
+        side_leaves, pair_leaves: what is read with any source but "sample", and its shape on side a.
+    """
+
+    sources: Sequence[Source] = ("sample", "moments")
+    measures: Sequence[str] = ()
+    side_leaves: Mapping[str, str] = {"count": "", "mean": "D", "covariance": "D D"}
+    pair_leaves: Mapping[str, str] = {"cross_covariance": "D E"}
+
+    def __init__(self, *, source: Source = "sample", in_keys: Keys = None, out_keys: Keys = None) -> None:
+        if source not in self.sources:
+            raise ValueError(f"{type(self).__name__}: source is one of {list(self.sources)}, got {source!r}.")
+        self.source = source
+        reads = dict(MATCHED_ROWS)
+        if source != "sample":
+            reads = {
+                ("cross_moments", side, leaf): shape.replace("D", letter)
+                for side, letter in (("a", "D"), ("b", "E"))
+                for leaf, shape in self.side_leaves.items()
+            }
+            reads |= {("cross_moments", leaf): shape for leaf, shape in self.pair_leaves.items()}
+        writes: list[Key] = [("between", name) for name in self.measures]
+        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=writes)
