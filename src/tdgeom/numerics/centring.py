@@ -1,4 +1,4 @@
-"""What every similarity measure does to its input first: check it, upcast it, centre it, scale it."""
+"""What a measure does to its input first (check, upcast, centre, scale), and its word where it is NaN."""
 
 from __future__ import annotations
 
@@ -10,7 +10,55 @@ from torch import Tensor
 
 from tdgeom.core.warnings import UndefinedMeasureWarning
 
-__all__ = ["Centred", "as_rows", "centre", "check_matched", "warn_undefined"]
+__all__ = [
+    "Centred",
+    "as_rows",
+    "centre",
+    "check_matched",
+    "holds",
+    "real_rows",
+    "refuse_nonfinite",
+    "upcast",
+    "warn_undefined",
+]
+
+
+def real_rows(x: Tensor, measure: str) -> Tensor:
+    """``x`` as it is, unless it is complex: every statistic here is one of real numbers."""
+    if x.is_complex():
+        raise TypeError(
+            f"{measure} expected real numbers, got {str(x.dtype).removeprefix('torch.')} (shape {tuple(x.shape)}); stack real "
+            f"and imaginary parts as features (torch.view_as_real(x).flatten(-2))."
+        )
+    return x
+
+
+def upcast(x: Tensor) -> Tensor:
+    """``x`` in float32 or float64: half precision becomes float32, integers become float64."""
+    if x.dtype in (torch.float32, torch.float64):
+        return x
+    return x.float() if x.is_floating_point() else x.double()
+
+
+def holds(condition: Tensor) -> bool:
+    """Whether a condition on values is true; False where none can be looked at, in a graph being traced and under vmap."""
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        return bool(condition)
+    except RuntimeError:  # a tensor that stands for a batch of others has no values of its own
+        return False
+
+
+def refuse_nonfinite(x: Tensor, measure: str) -> Tensor:
+    """The largest magnitude () among the values of ``x``; an error where any is NaN or Inf."""
+    ends = torch.stack(torch.aminmax(x.detach()))  # one pass; NaN wins in both
+    if holds(~torch.isfinite(ends).all()):
+        raise ValueError(
+            f"{measure}: the rows (shape {tuple(x.shape)}) hold NaN or Inf. Drop such rows first; "
+            f"run(..., nonfinite='drop') does it at all sites and counts them."
+        )
+    return ends.abs().max()
 
 
 def as_rows(x: Tensor, measure: str) -> Tensor:
@@ -20,11 +68,7 @@ def as_rows(x: Tensor, measure: str) -> Tensor:
             f"{measure} expects rows of shape (..., N, D) with N, D >= 1, got {tuple(x.shape)}. Give it "
             "rows by features; flatten batch and positions into N (SelectTokens does)."
         )
-    if x.is_complex():
-        raise TypeError(f"{measure} expects real numbers, got {x.dtype}. Stack the two parts as features.")
-    if not x.is_floating_point():
-        return x.double()
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return upcast(real_rows(x, measure))
 
 
 def check_matched(x: Tensor, y: Tensor, measure: str, *, same_width: bool = False) -> None:
@@ -65,11 +109,6 @@ def centre(x: Tensor) -> Centred:
 
 def warn_undefined(value: Tensor, measure: str, reason: str) -> Tensor:
     """``value`` as it is; one UndefinedMeasureWarning if any of it is NaN."""
-    if not torch.compiler.is_compiling():
-        try:
-            undefined = bool(torch.isnan(value.detach()).any())
-        except RuntimeError:  # under vmap no Python decision can be taken on values
-            undefined = False
-        if undefined:
-            warnings.warn(f"{measure} is undefined, NaN: {reason}", UndefinedMeasureWarning, stacklevel=3)
+    if holds(torch.isnan(value.detach()).any()):
+        warnings.warn(f"{measure} is undefined, NaN: {reason}", UndefinedMeasureWarning, stacklevel=3)
     return value

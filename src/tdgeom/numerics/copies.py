@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tdgeom.numerics.centring import warn_undefined
+from tdgeom.numerics.opaque import opaque
 
 __all__ = ["all_alike", "expand_table", "first_copies", "undefined_where_alike"]
 
@@ -21,36 +22,40 @@ def undefined_where_alike(value: Tensor, alike: Tensor, measure: str) -> Tensor:
     return warn_undefined(value, measure, "the rows of one side are all alike.")
 
 
+@opaque(lambda x: x.new_empty(x.shape[:-1], dtype=torch.int64))
 def first_copies(x: Tensor) -> Tensor:
-    """(b, N): for every row of ``x`` (b, N, D) the smallest index of a row equal to it. -0.0 equals 0.0."""
-    b, n, _ = x.shape
-    own = torch.arange(n, device=x.device).expand(b, n)
+    """(*B, N): for every row of ``x`` (*B, N, D) the smallest index of a row equal to it. -0.0 equals 0.0."""
+    own = torch.arange(x.shape[-2], device=x.device).expand(x.shape[:-1])
     first = own.clone()
     code, order = _codes(x).sort(dim=-1, stable=True)
-    repeats = code[:, 1:] == code[:, :-1]
+    repeats = code[..., 1:] == code[..., :-1]
     if not bool(repeats.any()):
         return first
     # Equal codes stand together, smallest index first: each takes the index at which its run of codes began.
-    begins = torch.cat((torch.ones_like(repeats[:, :1]), ~repeats), -1)
+    begins = torch.cat((torch.ones_like(repeats[..., :1]), ~repeats), -1)
     start = torch.where(begins, own, 0).cummax(-1).values
     first.scatter_(-1, order, order.gather(-1, start))
-    item, row = (first != own).nonzero(as_tuple=True)
-    if not bool((x[item, row] == x[item, first[item, row]]).all()):  # two rows of one code that differ
-        return torch.stack([_first_copies_by_sorting(rows) for rows in x])
+    *item, row = (first != own).nonzero(as_tuple=True)
+    copy = (*item, row)
+    original = (*item, first[copy])
+    if not bool((x[copy] == x[original]).all()):  # two rows of one code that differ
+        flat = x.reshape(-1, *x.shape[-2:])
+        return torch.stack([_first_copies_by_sorting(rows) for rows in flat]).view(first.shape)
     return first
 
 
 def _codes(x: Tensor) -> Tensor:
     """A 64-bit code of every row, equal for equal rows: a random linear form of the bits, modulo 2^64."""
+    n, width = x.shape[-2:]
     generator = torch.Generator().manual_seed(1)
-    weights = torch.randint(-(2**62), 2**62, (x.shape[-1],), generator=generator).mul_(2).add_(1).to(x.device)
+    weights = torch.randint(-(2**62), 2**62, (width,), generator=generator).mul_(2).add_(1).to(x.device)
     codes = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
-    step = max(1, 2**20 // (x.shape[0] * x.shape[-1]))
-    for s in range(0, x.shape[1], step):
-        bits = (x[:, s : s + step] + 0.0).contiguous()  # + 0.0 makes -0.0 positive
+    step = max(1, 2**20 * n // max(1, x.numel()))
+    for s in range(0, n, step):
+        bits = (x[..., s : s + step, :] + 0.0).contiguous()  # + 0.0 makes -0.0 positive
         bits = bits.view(torch.int64) if x.dtype == torch.float64 else bits.view(torch.int32).to(torch.int64)
         # Two flipped sign bits of 2^63 would cancel: spread the upper bits downwards first.
-        codes[:, s : s + step] = (bits.bitwise_xor(bits >> 29) * weights).sum(-1)
+        codes[..., s : s + step] = (bits.bitwise_xor(bits >> 29) * weights).sum(-1)
     return codes
 
 

@@ -12,6 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from tdgeom.numerics.centring import upcast
 from tdgeom.numerics.products import gram
 
 __all__ = ["Moments", "block_moments", "centre_block", "merge_moments", "moments_about"]
@@ -22,17 +23,17 @@ Moments: TypeAlias = "dict[str, Tensor]"
 def centre_block(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows about a centre that their own precision represents: (y, centre, what is left of y's mean).
 
-    (N, D) in any float dtype; y is float64 for float64 input and float32 otherwise. For |x-c| small against |x| the
+    (N, D) in any real dtype; y is float64 for float64 and integer input and float32 otherwise. For |x-c| small against |x| the
     subtraction is exact, so y carries the input's digits and its products need no more than float32 blocks.
     """
-    y = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+    y = upcast(rows)
     centre = y.mean(0)
     y = y - centre
     return y, centre.double(), y.sum(0, dtype=torch.float64) / rows.shape[0]
 
 
 def block_moments(rows: Tensor) -> Moments:
-    """The moments of (N, D) rows, N >= 1, with float64 products for float64 rows and float32 products otherwise.
+    """The moments of (N, D) rows, N >= 1, with float64 products for float64 and integer rows and float32 products otherwise.
 
     ``scatter`` comes about the block's centre as ``product`` (in the products' dtype) and ``rest`` (what is left of the
     mean), so that ``merge_moments`` corrects it in the same pass that adds it.

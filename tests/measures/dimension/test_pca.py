@@ -188,7 +188,7 @@ def test_settings_are_checked():
         GlobalPCA(alpha=0)
     with pytest.raises(ValueError, match="N >= 2"):
         global_pca(torch.zeros(1, 3))
-    with pytest.raises(ValueError, match="real rows.*complex64"):
+    with pytest.raises(TypeError, match="GlobalPCA expected real numbers, got complex64 .*view_as_real"):
         global_pca(torch.zeros(4, 3, dtype=torch.complex64))
     with pytest.raises(ValueError, match="hold NaN or Inf. Drop such rows first"):
         global_pca(torch.tensor([[1.0, 2.0], [torch.inf, 0.0], [3.0, 1.0]]))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
 from tdgeom.measures.dimension.estimate import (
     DimensionEstimate,
     NeighborhoodStage,
@@ -37,11 +36,11 @@ def ca_pca(x: Tensor, *, k: int | Literal["auto"] = "auto", memory: int | None =
     """
     k = auto_k(k, x.shape[-2:][0])  # a single dimension is refused by the search, in words
     table = distinct_neighbors(x, k + 1, memory=memory)
-    return _ca_pca(x, table.distance, table.index, table.duplicates, k=k, memory=memory)[0]
+    return _ca_pca(x, table.index, table.distance, table.duplicates, k=k, memory=memory)[0]
 
 
 def _ca_pca(
-    x: Tensor, distances: Tensor, index: Tensor, duplicates: Tensor, *, k: int, memory: int | None
+    x: Tensor, index: Tensor, distances: Tensor, duplicates: Tensor, *, k: int, memory: int | None
 ) -> tuple[DimensionEstimate, Tensor]:
     near = need_columns(distances, k + 1, "CAPCA")
     width = x.shape[-1]
@@ -93,13 +92,7 @@ class CAPCA(NeighborhoodStage):
 
     Args:
         k: neighbours a row; k+1 are looked at. ``"auto"``: max(2, min(int(√N), (N-1)//2)).
-        pointwise: also write the rows' own estimates, (N,), as ``pointwise`` (NaN on later copies).
-        source: ``"sample"`` (searches itself, in ``memory`` bytes) or ``"neighbors"`` (reads the sample and
-            ``NearestNeighbors``'s ``index``, ``distinct_distance``, ``duplicates``; with copies in the sample
-            it searches again, for their table cannot serve distinct rows).
-        in_keys, out_keys: default roots ``"sample"`` (and ``"neighbors"``), and ``("dimension", "ca_pca")``.
-
-    Writes ``estimate``, ``standard_error``, ``scale``, ``rows``, ``duplicates``, each ().
+        pointwise, source, memory, in_keys, out_keys: as in ``NeighborhoodStage``.
 
     >>> import torch, tdgeom as tg
     >>> sphere = torch.nn.functional.normalize(torch.randn(1000, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
@@ -108,34 +101,15 @@ class CAPCA(NeighborhoodStage):
     """
 
     name = "ca_pca"
+    auto = True
 
-    def __init__(
-        self,
-        *,
-        k: int | Literal["auto"] = "auto",
-        pointwise: bool = False,
-        source: Literal["sample", "neighbors"] = "sample",
-        memory: int | None = None,
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
-    ) -> None:
-        super().__init__(
-            k=k,
-            least=2,
-            auto=True,
-            pointwise=pointwise,
-            source=source,
-            memory=memory,
-            in_keys=in_keys,
-            out_keys=out_keys,
-        )
+    def __init__(self, *, k: int | Literal["auto"] = "auto", **others: Any) -> None:
+        super().__init__(k=k, **others)
 
     def neighbors_needed(self, n: int) -> int:
         """k + 1."""
         return auto_k(self.k, n) + 1
 
-    def local(
-        self, x: Tensor, distances: Tensor, index: Tensor, duplicates: Tensor
-    ) -> tuple[DimensionEstimate, Tensor]:
+    def local(self, *table: Tensor, k: int) -> tuple[DimensionEstimate, Tensor]:
         """The estimate and the rows' own."""
-        return _ca_pca(x, distances, index, duplicates, k=auto_k(self.k, x.shape[-2]), memory=self.memory)
+        return _ca_pca(*table, k=k, memory=self.memory)

@@ -9,6 +9,7 @@ from tdgeom.core.keys import Key
 from tdgeom.core.stage import Stage
 from tdgeom.measures.dimension.estimate import DimensionEstimate, DimensionStage
 from tdgeom.measures.dimension.twonn import TwoNN
+from tdgeom.numerics.centring import upcast
 from tdgeom.numerics.copies import first_copies
 
 __all__ = ["Decimation"]
@@ -92,9 +93,7 @@ class Decimation(Stage):
             levels.append(self._level(sample, runs))
             runs *= 2
         estimate, error, scale, rows = (torch.stack(leaf, -1) for leaf in zip(*levels))
-        wide = sample if sample.dtype.itemsize >= 4 and sample.is_floating_point() else sample.double()
-        first = first_copies(wide.detach().reshape(-1, *sample.shape[-2:]))
-        copies = (first != torch.arange(n, device=sample.device)).sum(-1).view(sample.shape[:-2])
+        copies = (first_copies(upcast(sample).detach()) != torch.arange(n, device=sample.device)).sum(-1)
         return DimensionEstimate(estimate, error, scale, rows, copies)
 
     def _level(self, sample: Tensor, runs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

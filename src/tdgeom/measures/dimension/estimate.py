@@ -1,27 +1,29 @@
-"""What every intrinsic-dimension estimator shares: its five outputs, its two sources, its warning."""
+"""What every intrinsic-dimension estimator shares: its five outputs, its two sources, its average over rows."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Key
 from tdgeom.core.stage import Stage
-from tdgeom.core.warnings import UndefinedMeasureWarning
 from tdgeom.measures.neighbors.nearest_neighbors import distinct_neighbors
+from tdgeom.numerics.centring import warn_undefined
 
 __all__ = [
     "DimensionEstimate",
     "DimensionStage",
-    "copies_of",
+    "LocalStage",
+    "NeighborhoodStage",
+    "auto_k",
+    "copies_in",
     "masked_mean",
     "mean_estimate",
     "need_columns",
-    "warn_undefined",
 ]
 
 
@@ -39,12 +41,6 @@ class DimensionEstimate(NamedTuple):
     duplicates: Tensor
 
 
-def warn_undefined(estimate: Tensor, name: str, reason: str) -> None:
-    """One warning if any estimate is NaN, with the reason."""
-    if not torch.compiler.is_compiling() and bool(torch.isnan(estimate.detach()).any()):
-        warnings.warn(f"{name} is NaN: {reason}.", UndefinedMeasureWarning, stacklevel=3)
-
-
 def need_columns(distances: Tensor, k: int, name: str) -> Tensor:
     """The first k columns of a neighbour table, in float64."""
     if distances.shape[-1] < k:
@@ -53,6 +49,11 @@ def need_columns(distances: Tensor, k: int, name: str) -> Tensor:
             f"{tuple(distances.shape)}). Use NearestNeighbors(k={k}) or more."
         )
     return distances[..., :k].double()
+
+
+def copies_in(distances: Tensor, counted: Tensor | None = None) -> Tensor:
+    """(*B,): the copies as ``counted`` by whoever made the table (*B, N, k); None: its rows of NaN."""
+    return (~torch.isfinite(distances[..., 0])).sum(-1) if counted is None else counted
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -73,52 +74,63 @@ def mean_estimate(
     mean = masked_mean(local, used)
     spread = masked_mean((local - mean.unsqueeze(-1)).square(), used)
     error = torch.where(rows > 1, (spread / (rows - 1).clamp(min=1).double()).sqrt(), torch.nan)
-    warn_undefined(mean, name, reason)
+    warn_undefined(mean, name, f"{reason}.")
     return DimensionEstimate(mean, error, masked_mean(scale, used), rows, duplicates), local
+
+
+def auto_k(k: int | Literal["auto"], n: int) -> int:
+    """A number of neighbours; ``"auto"`` is √n, at least 2 and so that twice as many exist."""
+    return max(2, min(math.isqrt(n), (n - 1) // 2)) if k == "auto" else k
 
 
 class DimensionStage(Stage):
     """A dimension estimator as a stage: from rows (it searches itself) or from a neighbour table.
 
+    Args:
+        source: ``"sample"`` (searches itself, in ``memory`` bytes) or ``"neighbors"`` (reads ``NearestNeighbors``'s
+            ``distinct_distance`` and ``duplicates``).
+        in_keys: default ``"sample"`` or the leaves of root ``"neighbors"``.
+        out_keys: default root ``("dimension", <name>)``; under one common root, such as ``("dimension", "id")``, one
+            estimator stands in for another.
+
+    Writes ``estimate``, ``standard_error``, ``scale``, ``rows``, ``duplicates``, each () (or (\\*B,) for a batch of data
+    sets), and what the estimator gives beyond.
+
+    Raises:
+        ValueError: fewer rows or columns of the table than the neighbours looked at, non-finite rows, another source.
+
     A subclass sets ``name``, defines ``neighbors_needed(n)`` (columns of the table for n rows) and
-    ``measure(distances, duplicates)``, which returns the five outputs of ``DimensionEstimate`` and any
-    further ones named in ``extra``.
+    ``measure(distances, duplicates)``, which returns the outputs in order.
     """
 
     name: ClassVar[str]
+    sources: ClassVar[Mapping[str, Mapping[Key, str]]] = {
+        "sample": {"sample": "N D"},
+        "neighbors": {("neighbors", "distinct_distance"): "N k", ("neighbors", "duplicates"): ""},
+    }
 
     def __init__(
         self,
         *,
-        source: str,
+        source: str = "sample",
         memory: int | None = None,
-        extra: tuple[str, ...] = (),
-        in_keys: Key | list[Key] | None,
-        out_keys: Key | list[Key] | None,
+        further: Sequence[str] = (),
+        in_keys: Key | list[Key] | None = None,
+        out_keys: Key | list[Key] | None = None,
     ) -> None:
-        reads = self.sources().get(source)
-        if reads is None:
+        if source not in self.sources:
             raise ValueError(
-                f"{type(self).__name__}: source is one of {sorted(self.sources())}, got {source!r}."
+                f"{type(self).__name__}: source is one of {sorted(self.sources)}, got {source!r}."
             )
-        leaves = (*DimensionEstimate._fields, *extra)
-        writes = [("dimension", self.name, leaf) for leaf in leaves]
-        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=writes)
+        writes = [("dimension", self.name, leaf) for leaf in (*DimensionEstimate._fields, *further)]
+        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=self.sources[source], writes=writes)
         self.source, self.memory = source, memory
-
-    @classmethod
-    def sources(cls) -> dict[str, dict[Key, str]]:
-        """What is read, by source."""
-        return {
-            "sample": {"sample": "N D"},
-            "neighbors": {("neighbors", "distinct_distance"): "N k", ("neighbors", "duplicates"): ""},
-        }
 
     def neighbors_needed(self, n: int) -> int:
         """Neighbours a row that the estimator looks at, given n rows."""
         raise TypeError(f"{type(self).__name__} defines no neighbors_needed().")
 
-    def measure(self, distances: Tensor, duplicates: Tensor) -> tuple[Tensor, ...]:
+    def measure(self, *table: Any, **options: Any) -> tuple[Tensor, ...]:
         """The outputs, from a table of distances among distinct rows (NaN on later copies)."""
         raise TypeError(f"{type(self).__name__} defines no measure().")
 
@@ -130,32 +142,31 @@ class DimensionStage(Stage):
         return self.measure(table.distance, table.duplicates)
 
 
-def auto_k(k: int | str, n: int) -> int:
-    """A number of neighbours; ``"auto"`` is √n, at least 2 and so that twice as many exist."""
-    return max(2, min(math.isqrt(n), (n - 1) // 2)) if k == "auto" else int(k)
-
-
 class LocalStage(DimensionStage):
-    """A local estimator on k distances a row: ``local(distances, duplicates)`` gives the estimate and the rows' own."""
+    """A dimension estimator that gives every row its own estimate, from k distances, and averages them.
+
+    Args:
+        k: neighbours a row, at least ``least`` (and ``"auto"`` where ``auto``: max(2, min(int(√N), (N-1)//2))).
+        pointwise: also write the rows' own estimates, (N,), as ``pointwise`` (NaN on later copies).
+        source, memory, in_keys, out_keys: as in ``DimensionStage``, which says what is written and refused.
+
+    A subclass sets ``local(distances, duplicates, k=)``: the ``DimensionEstimate`` and the rows' own.
+    """
+
+    local: ClassVar[Callable[..., tuple[DimensionEstimate, Tensor]]]
+    least: ClassVar[int] = 2
+    auto: ClassVar[bool] = False
 
     def __init__(
-        self,
-        *,
-        k: int | str,
-        least: int,
-        pointwise: bool,
-        source: str,
-        memory: int | None,
-        in_keys: Key | list[Key] | None,
-        out_keys: Key | list[Key] | None,
-        auto: bool = False,
+        self, *, k: int | Literal["auto"] = 20, pointwise: bool = False, **source_and_keys: Any
     ) -> None:
-        extra = ("pointwise",) if pointwise else ()
-        super().__init__(source=source, memory=memory, extra=extra, in_keys=in_keys, out_keys=out_keys)
-        if not (auto and k == "auto") and (isinstance(k, bool) or not isinstance(k, int) or k < least):
-            wanted = "'auto' or a number" if auto else "a number"
+        super().__init__(further=["pointwise"] if pointwise else [], **source_and_keys)
+        if not (self.auto and k == "auto") and (
+            isinstance(k, bool) or not isinstance(k, int) or k < self.least
+        ):
+            wanted = "'auto' or a number" if self.auto else "a number"
             raise ValueError(
-                f"{type(self).__name__}: k is {wanted} of neighbours, at least {least}, got {k!r}."
+                f"{type(self).__name__}: k is {wanted} of neighbours, at least {self.least}, got {k!r}."
             )
         self.k, self.pointwise = k, pointwise
 
@@ -163,45 +174,29 @@ class LocalStage(DimensionStage):
         """k of them."""
         return auto_k(self.k, n)
 
-    def local(self, distances: Tensor, duplicates: Tensor) -> tuple[DimensionEstimate, Tensor]:
-        """The estimate and the rows' own."""
-        raise TypeError(f"{type(self).__name__} defines no local().")
-
-    def measure(self, distances: Tensor, duplicates: Tensor) -> tuple[Tensor, ...]:
+    def measure(self, *table: Any, **options: Any) -> tuple[Tensor, ...]:
         """The five outputs and, on request, the rows' own estimates."""
-        result, local = self.local(distances, duplicates)
-        return (*result, local) if self.pointwise else tuple(result)
+        result, local = self.local(*table, k=auto_k(self.k, table[0].shape[-2]))
+        return (*result, local) if self.pointwise else result
 
 
 class NeighborhoodStage(LocalStage):
-    """A local estimator that looks at the neighbours themselves: ``local(x, distances, index, duplicates)``."""
+    """A local estimator that looks at the neighbours themselves: ``local(x, index, distances, duplicates, k=)``.
 
-    @classmethod
-    def sources(cls) -> dict[str, dict[Key, str]]:
-        """What is read, by source."""
-        return {
-            "sample": {"sample": "N D"},
-            "neighbors": {
-                "sample": "N D",
-                ("neighbors", "index"): "N k",
-                ("neighbors", "distinct_distance"): "N k",
-                ("neighbors", "duplicates"): "",
-            },
-        }
+    As ``LocalStage``, but ``source="neighbors"`` reads the sample beside ``NearestNeighbors``'s ``index``,
+    ``distinct_distance`` and ``duplicates``; with copies in the sample it searches again, for their table cannot serve
+    distinct rows.
+    """
+
+    sources: ClassVar = {
+        "sample": {"sample": "N D"},
+        "neighbors": {"sample": "N D", ("neighbors", "index"): "N k", **DimensionStage.sources["neighbors"]},
+    }
 
     def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The outputs in the order of ``DimensionEstimate``."""
         x, *table = inputs
-        if table and not bool(table[2].any()):
-            index, distances, duplicates = table
-        else:
-            distances, index, _, duplicates = distinct_neighbors(
-                x, self.neighbors_needed(x.shape[-2]), memory=self.memory
-            )
-        result, local = self.local(x, distances, index, duplicates)
-        return (*result, local) if self.pointwise else tuple(result)
-
-
-def copies_of(near: Tensor) -> Tensor:
-    """(*B,): rows of a table (*B, N, k) that are left out, later copies of others; their distances are NaN."""
-    return near.shape[-2] - torch.isfinite(near[..., 0]).sum(-1)
+        if not table or bool(table[-1].any()):
+            found = distinct_neighbors(x, self.neighbors_needed(x.shape[-2]), memory=self.memory)
+            table = [found.index, found.distance, found.duplicates]
+        return self.measure(x, *table)

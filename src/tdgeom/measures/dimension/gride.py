@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
 from tdgeom.measures.dimension.estimate import (
     DimensionEstimate,
     DimensionStage,
+    copies_in,
     masked_mean,
     need_columns,
-    warn_undefined,
 )
 from tdgeom.measures.neighbors.nearest_neighbors import distinct_neighbors
+from tdgeom.numerics.centring import warn_undefined
 
 __all__ = ["Gride", "gride", "gride_from_distances", "gride_ranks"]
 
@@ -102,12 +102,10 @@ def gride_from_distances(
     warn_undefined(
         estimate,
         "Gride",
-        "a scale needs at least 3 distinct rows whose 2n-th neighbour is farther than the n-th",
+        "a scale needs at least 3 distinct rows whose 2n-th neighbour is farther than the n-th.",
     )
-    if duplicates is None:
-        duplicates = distances.shape[-2] - torch.isfinite(distances[..., 0]).sum(-1)
     scale = masked_mean((inner + outer) / 2, valid)
-    return DimensionEstimate(estimate, error, scale, count, duplicates)
+    return DimensionEstimate(estimate, error, scale, count, copies_in(distances, duplicates))
 
 
 def _root(log_ratio: Tensor, kept: Tensor, n: Tensor) -> Tensor:
@@ -162,14 +160,9 @@ class Gride(DimensionStage):
     Args:
         range_max: highest neighbour rank; the scales are ``gride_ranks(range_max)`` (attribute ``ranks``).
         compat: ``"dadapy"`` for DADApy's cut of large ratios; None: every row counts.
-        source: ``"sample"`` (searches itself, in ``memory`` bytes) or ``"neighbors"`` (reads
-            ``NearestNeighbors``'s ``distinct_distance`` and ``duplicates``; k at least the highest rank).
-        in_keys, out_keys: default roots ``"sample"`` or ``"neighbors"``, and ``("dimension", "gride")``.
+        source, memory, in_keys, out_keys: as in ``DimensionStage``.
 
     Writes ``estimate``, ``standard_error``, ``scale``, ``rows``, each (scales,), and ``duplicates`` ().
-
-    Raises:
-        ValueError: no more rows than the highest rank, non-finite rows, a table with too few columns.
 
     >>> import torch, tdgeom as tg
     >>> stage = tg.Gride(range_max=4)
@@ -185,12 +178,9 @@ class Gride(DimensionStage):
         *,
         range_max: int = 64,
         compat: Literal["dadapy"] | None = None,
-        source: Literal["sample", "neighbors"] = "sample",
-        memory: int | None = None,
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
+        **source_and_keys: Any,
     ) -> None:
-        super().__init__(source=source, memory=memory, in_keys=in_keys, out_keys=out_keys)
+        super().__init__(**source_and_keys)
         if compat not in (None, "dadapy"):
             raise ValueError(f"Gride: compat is None or 'dadapy', got {compat!r}.")
         self.range_max, self.compat = range_max, compat

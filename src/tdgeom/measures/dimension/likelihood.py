@@ -1,23 +1,20 @@
-"""Local estimators from the distances to k neighbours: Levina-Bickel, method of moments, tight locality."""
+"""Local estimators from the distances to k neighbours: maximum likelihood (Levina-Bickel) and the method of moments."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
 from tdgeom.measures.dimension.estimate import (
     DimensionEstimate,
     LocalStage,
-    copies_of,
+    copies_in,
     masked_mean,
     mean_estimate,
     need_columns,
-    warn_undefined,
 )
 from tdgeom.measures.neighbors.nearest_neighbors import distinct_neighbors
+from tdgeom.numerics.centring import warn_undefined
 
 __all__ = [
     "MOM",
@@ -53,7 +50,7 @@ def levina_bickel_from_distances(
 
     Args:
         distances: (\*B, N, >=k) ascending; a row of NaN (a later copy) is left out. k >= 2.
-        duplicates: (\*B,) number of copies, passed on; None: the number of rows left out.
+        duplicates: (\*B,) number of copies, passed on; None: the number of NaN rows.
 
     Returns:
         The ``DimensionEstimate`` ((\*B,) leaves; ``scale`` = mean r_k) and the rows' own estimates (\*B, N).
@@ -80,12 +77,10 @@ def levina_bickel_from_distances(
     spread = masked_mean((inverse - mean.unsqueeze(-1)).square(), valid) / (rows - 1).clamp(min=1).double()
     estimate = torch.where(mean > 0, 1 / mean, torch.nan)
     error = torch.where(rows > 1, estimate * spread.sqrt() / mean, torch.nan)
-    warn_undefined(estimate, "LevinaBickel", f"no row has {k} distinct neighbours whose distances differ")
-    if duplicates is None:
-        duplicates = distances.shape[-2] - rows
+    warn_undefined(estimate, "LevinaBickel", f"no row has {k} distinct neighbours whose distances differ.")
     scale = masked_mean(near[..., -1], valid)
     local = torch.where(valid & (inverse > 0), 1 / inverse, torch.nan)
-    return DimensionEstimate(estimate, error, scale, rows, duplicates), local
+    return DimensionEstimate(estimate, error, scale, rows, copies_in(distances, duplicates)), local
 
 
 def mom(x: Tensor, *, k: int = 20, memory: int | None = None) -> DimensionEstimate:
@@ -133,9 +128,8 @@ def mom_from_distances(
     gap = last - first
     apart = gap > 4 * torch.finfo(torch.float64).eps * last
     local = torch.where(apart, first / torch.where(apart, gap, 1.0), torch.nan)
-    duplicates = copies_of(near) if duplicates is None else duplicates
     reason = f"no row has {k} distinct neighbours whose distances differ"
-    return mean_estimate(local, last, duplicates, "MOM", reason)
+    return mean_estimate(local, last, copies_in(distances, duplicates), "MOM", reason)
 
 
 class LevinaBickel(LocalStage):
@@ -143,13 +137,7 @@ class LevinaBickel(LocalStage):
 
     Args:
         k: neighbours a row, at least 2.
-        pointwise: also write the rows' own estimates, (N,), as ``pointwise`` (NaN on later copies).
-        source: ``"sample"`` (searches itself, in ``memory`` bytes) or ``"neighbors"`` (reads
-            ``NearestNeighbors``'s ``distinct_distance`` and ``duplicates``).
-        in_keys, out_keys: default roots ``"sample"`` or ``"neighbors"``, and ``("dimension",
-            "levina_bickel")``.
-
-    Writes ``estimate``, ``standard_error``, ``scale``, ``rows``, ``duplicates``, each ().
+        pointwise, source, memory, in_keys, out_keys: as in ``LocalStage``.
 
     >>> import torch, tdgeom as tg
     >>> sheet = torch.rand(500, 2, generator=torch.Generator().manual_seed(0))
@@ -160,29 +148,7 @@ class LevinaBickel(LocalStage):
 
     name = "levina_bickel"
 
-    def __init__(
-        self,
-        *,
-        k: int = 20,
-        pointwise: bool = False,
-        source: Literal["sample", "neighbors"] = "sample",
-        memory: int | None = None,
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
-    ) -> None:
-        super().__init__(
-            k=k,
-            least=2,
-            pointwise=pointwise,
-            source=source,
-            memory=memory,
-            in_keys=in_keys,
-            out_keys=out_keys,
-        )
-
-    def local(self, distances: Tensor, duplicates: Tensor) -> tuple[DimensionEstimate, Tensor]:
-        """The estimate and the rows' own."""
-        return levina_bickel_from_distances(distances, duplicates, k=self.k)
+    local = staticmethod(levina_bickel_from_distances)
 
 
 class MOM(LocalStage):
@@ -190,12 +156,7 @@ class MOM(LocalStage):
 
     Args:
         k: neighbours a row, at least 2.
-        pointwise: also write the rows' own estimates, (N,), as ``pointwise`` (NaN on later copies).
-        source: ``"sample"`` (searches itself, in ``memory`` bytes) or ``"neighbors"`` (reads
-            ``NearestNeighbors``'s ``distinct_distance`` and ``duplicates``).
-        in_keys, out_keys: default roots ``"sample"`` or ``"neighbors"``, and ``("dimension", "mom")``.
-
-    Writes ``estimate``, ``standard_error``, ``scale``, ``rows``, ``duplicates``, each ().
+        pointwise, source, memory, in_keys, out_keys: as in ``LocalStage``.
 
     >>> import torch, tdgeom as tg
     >>> sheet = torch.rand(500, 2, generator=torch.Generator().manual_seed(0))
@@ -205,26 +166,4 @@ class MOM(LocalStage):
 
     name = "mom"
 
-    def __init__(
-        self,
-        *,
-        k: int = 20,
-        pointwise: bool = False,
-        source: Literal["sample", "neighbors"] = "sample",
-        memory: int | None = None,
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
-    ) -> None:
-        super().__init__(
-            k=k,
-            least=2,
-            pointwise=pointwise,
-            source=source,
-            memory=memory,
-            in_keys=in_keys,
-            out_keys=out_keys,
-        )
-
-    def local(self, distances: Tensor, duplicates: Tensor) -> tuple[DimensionEstimate, Tensor]:
-        """The estimate and the rows' own."""
-        return mom_from_distances(distances, duplicates, k=self.k)
+    local = staticmethod(mom_from_distances)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
 from tdgeom.measures.dimension.estimate import (
     DimensionEstimate,
     LocalStage,
     NeighborhoodStage,
     auto_k,
+    copies_in,
     mean_estimate,
     need_columns,
 )
 from tdgeom.measures.dimension.neighbourhoods import over_neighbourhoods
-from tdgeom.measures.dimension.pca import pca_dimension, spectrum_of
+from tdgeom.measures.dimension.pca import counting_rule, spectrum_of
 from tdgeom.measures.neighbors.nearest_neighbors import distinct_neighbors
 
 __all__ = ["LocalKNN", "LocalPCA", "local_knn", "local_knn_from_distances", "local_pca"]
@@ -68,10 +69,8 @@ def local_knn_from_distances(
     apart = (outer > inner) & (inner > 0)
     ratio = torch.where(apart, outer, 2.0) / torch.where(apart, inner, 1.0)
     local = torch.where(apart, math.log(2) / ratio.log(), torch.nan)
-    if duplicates is None:
-        duplicates = near.shape[-2] - torch.isfinite(near[..., 0]).sum(-1)
     reason = f"no row has {2 * k} distinct neighbours, the last farther than number {k}"
-    return mean_estimate(local, (inner + outer) / 2, duplicates, "LocalKNN", reason)
+    return mean_estimate(local, (inner + outer) / 2, copies_in(distances, duplicates), "LocalKNN", reason)
 
 
 def local_pca(
@@ -97,29 +96,22 @@ def local_pca(
     1.0
     """
     table = distinct_neighbors(x, k, memory=memory)
-    args = (x, table.distance, table.index, table.duplicates)
-    return _local_pca(*args, k=k, rule=rule, alpha=alpha, share=share, memory=memory)[0]
+    count = counting_rule(rule, alpha, share)
+    return _local_pca(x, table.index, table.distance, table.duplicates, k=k, memory=memory, count=count)[0]
 
 
 def _local_pca(
     x: Tensor,
-    distances: Tensor,
     index: Tensor,
+    distances: Tensor,
     duplicates: Tensor,
     *,
     k: int,
     memory: int | None,
-    **settings: object,
+    count: Callable[..., Tensor],
 ) -> tuple[DimensionEstimate, Tensor]:
     near = need_columns(distances, k, "LocalPCA")
-    local = over_neighbourhoods(
-        x,
-        near,
-        index,
-        k,
-        memory,
-        lambda rows, _: pca_dimension(spectrum_of(rows), **settings),  # type: ignore[arg-type]
-    )
+    local = over_neighbourhoods(x, near, index, k, memory, lambda rows, _: count(spectrum_of(rows)))
     return mean_estimate(local, near[..., -1], duplicates, "LocalPCA", f"no row has {k} distinct neighbours")
 
 
@@ -128,12 +120,7 @@ class LocalKNN(LocalStage):
 
     Args:
         k: neighbours; 2k of them are looked at. ``"auto"``: max(2, min(int(√N), (N-1)//2)).
-        pointwise: also write the rows' own estimates, (N,), as ``pointwise`` (NaN on later copies).
-        source: ``"sample"`` (searches itself, in ``memory`` bytes) or ``"neighbors"`` (reads
-            ``NearestNeighbors``'s ``distinct_distance`` and ``duplicates``).
-        in_keys, out_keys: default roots ``"sample"`` or ``"neighbors"``, and ``("dimension", "local_knn")``.
-
-    Writes ``estimate``, ``standard_error``, ``scale``, ``rows``, ``duplicates``, each ().
+        pointwise, source, memory, in_keys, out_keys: as in ``LocalStage``.
 
     >>> import torch, tdgeom as tg
     >>> sheet = torch.rand(500, 2, generator=torch.Generator().manual_seed(0))
@@ -143,35 +130,15 @@ class LocalKNN(LocalStage):
     """
 
     name = "local_knn"
+    least, auto = 1, True
+    local = staticmethod(local_knn_from_distances)
 
-    def __init__(
-        self,
-        *,
-        k: int | Literal["auto"] = "auto",
-        pointwise: bool = False,
-        source: Literal["sample", "neighbors"] = "sample",
-        memory: int | None = None,
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
-    ) -> None:
-        super().__init__(
-            k=k,
-            least=1,
-            auto=True,
-            pointwise=pointwise,
-            source=source,
-            memory=memory,
-            in_keys=in_keys,
-            out_keys=out_keys,
-        )
+    def __init__(self, *, k: int | Literal["auto"] = "auto", **others: Any) -> None:
+        super().__init__(k=k, **others)
 
     def neighbors_needed(self, n: int) -> int:
         """2k."""
         return 2 * auto_k(self.k, n)
-
-    def local(self, distances: Tensor, duplicates: Tensor) -> tuple[DimensionEstimate, Tensor]:
-        """The estimate and the rows' own."""
-        return local_knn_from_distances(distances, duplicates, k=auto_k(self.k, distances.shape[-2]))
 
 
 class LocalPCA(NeighborhoodStage):
@@ -180,14 +147,7 @@ class LocalPCA(NeighborhoodStage):
     Args:
         k: neighbours a row, at least 2.
         rule, alpha, share: as in ``pca_dimension``.
-        pointwise: also write the rows' own estimates, (N,), as ``pointwise`` (NaN on later copies).
-        source: ``"sample"`` (searches itself, in ``memory`` bytes) or ``"neighbors"`` (reads the sample and
-            ``NearestNeighbors``'s ``index``, ``distinct_distance``, ``duplicates``; with copies in the sample
-            it searches again, for their table cannot serve distinct rows).
-        in_keys, out_keys: default roots ``"sample"`` (and ``"neighbors"``), and ``("dimension",
-            "local_pca")``.
-
-    Writes ``estimate``, ``standard_error``, ``scale``, ``rows``, ``duplicates``, each ().
+        pointwise, source, memory, in_keys, out_keys: as in ``NeighborhoodStage``.
 
     >>> import torch, tdgeom as tg
     >>> sheet = torch.rand(500, 2, generator=torch.Generator().manual_seed(0)) @ torch.eye(2, 5)
@@ -204,27 +164,11 @@ class LocalPCA(NeighborhoodStage):
         rule: str = "fukunaga_olsen",
         alpha: float = 0.05,
         share: float = 0.95,
-        pointwise: bool = False,
-        source: Literal["sample", "neighbors"] = "sample",
-        memory: int | None = None,
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
+        **others: Any,
     ) -> None:
-        super().__init__(
-            k=k,
-            least=2,
-            pointwise=pointwise,
-            source=source,
-            memory=memory,
-            in_keys=in_keys,
-            out_keys=out_keys,
-        )
-        self.rule, self.alpha, self.share = rule, alpha, share
-        pca_dimension(torch.ones(1), rule=rule, alpha=alpha, share=share)  # refuses wrong settings now
+        super().__init__(k=k, **others)
+        self.count = counting_rule(rule, alpha, share)
 
-    def local(
-        self, x: Tensor, distances: Tensor, index: Tensor, duplicates: Tensor
-    ) -> tuple[DimensionEstimate, Tensor]:
+    def local(self, *table: Tensor, k: int) -> tuple[DimensionEstimate, Tensor]:
         """The estimate and the rows' own."""
-        settings = {"rule": self.rule, "alpha": self.alpha, "share": self.share}
-        return _local_pca(x, distances, index, duplicates, k=self.k, memory=self.memory, **settings)
+        return _local_pca(*table, k=k, memory=self.memory, count=self.count)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Key
-from tdgeom.measures.dimension.estimate import DimensionEstimate, DimensionStage, warn_undefined
+from tdgeom.measures.dimension.estimate import DimensionEstimate, DimensionStage
+from tdgeom.numerics.centring import real_rows, refuse_nonfinite, upcast, warn_undefined
 from tdgeom.numerics.copies import first_copies
 
 __all__ = [
     "PCA_RULES",
     "GlobalPCA",
     "ParticipationRatio",
+    "counting_rule",
     "global_pca",
     "participation_ratio",
     "pca_dimension",
@@ -25,22 +29,26 @@ PCA_RULES = ("fukunaga_olsen", "participation_ratio", "ratio", "kaiser", "broken
 
 
 def pca_dimension(
-    eigenvalues: Tensor, *, rule: str = "fukunaga_olsen", alpha: float = 0.05, share: float = 0.95
+    eigenvalues: Tensor,
+    *,
+    rule: str = "fukunaga_olsen",
+    alpha: float = 0.05,
+    share: float = 0.95,
+    number: Tensor | None = None,
 ) -> Tensor:
     r"""How many dimensions a covariance spectrum shows: (\*B, n) eigenvalues λ, descending, to (\*B,) float64.
 
     - ``"fukunaga_olsen"``: the number of λ > alpha·λ₁ (alpha 0.05);
     - ``"participation_ratio"``: (Σλ)²/Σλ², the only rule that is no whole number (``d_pr`` of
-    ``SpectrumMetrics``);
+      ``SpectrumMetrics``);
     - ``"ratio"``: the smallest number of leading λ that hold ``share`` of the variance (0.95;
-    scikit-dimension's
-      ``alphaRatio`` is this share, with the default 0.05);
+      scikit-dimension's ``alphaRatio`` is this share, with the default 0.05);
     - ``"kaiser"``: the number of λ above their mean;
     - ``"broken_stick"``: the leading λ/Σλ that reach their expectation under a stick broken at random,
       (1/n) Σ_{j>=i} 1/j.
 
     Eigenvalues are those of the centred covariance, clipped at 0; their unit does not matter. No variance
-    gives NaN.
+    gives NaN. ``number`` (\*B,): how many of the n are meant at most, zeros behind them being padding; None: all.
 
     Fukunaga & Olsen 1971; Kaiser 1960; Frontier 1976.
 
@@ -59,6 +67,7 @@ def pca_dimension(
     if rule == "participation_ratio":
         return total.squeeze(-1).square() / values.square().sum(-1)
     n = values.shape[-1]
+    size = torch.full_like(total, n) if number is None else number.clamp(max=n).unsqueeze(-1).double()
     if rule == "fukunaga_olsen":
         above = values > alpha
     elif rule == "ratio":
@@ -66,25 +75,36 @@ def pca_dimension(
         short = values.cumsum(-1) / total < share * (1 - 1e-12)
         above = torch.cat((torch.ones_like(short[..., :1]), short[..., :-1]), -1)
     elif rule == "kaiser":
-        above = values > values.mean(-1, keepdim=True)
+        above = values > total / size
     else:
-        stick = (1 / torch.arange(1, n + 1, dtype=torch.float64, device=values.device)).flip(0).cumsum(
-            0
-        ).flip(0) / n
-        above = (values / total >= stick).cumprod(-1).bool()
+        place = torch.arange(1, n + 1, dtype=torch.float64, device=values.device)
+        stick = torch.where(place <= size, 1 / place, 0.0).flip(-1).cumsum(-1).flip(-1) / size
+        above = ((values / total >= stick) & (place <= size)).cumprod(-1).bool()
     return torch.where(torch.isnan(total.squeeze(-1)), torch.nan, above.sum(-1).double())
 
 
-def spectrum_of(rows: Tensor) -> Tensor:
+def counting_rule(rule: str, alpha: float, share: float) -> Callable[..., Tensor]:
+    """``pca_dimension`` with these settings, refused now if they are wrong."""
+    count = partial(pca_dimension, rule=rule, alpha=alpha, share=share)
+    count(torch.ones(1))
+    return count
+
+
+def spectrum_of(rows: Tensor, kept: Tensor | None = None) -> Tensor:
     """Covariance eigenvalues (unbiased, centred) of (*B, N, D), descending: (*B, min(N, D)) in float64.
 
-    The smaller of D x D and N x N is decomposed.
+    The smaller of D x D and N x N is decomposed. ``kept`` (*B, N) leaves rows out: zeros follow where fewer are left.
     """
     rows = rows.double()
     n, width = rows.shape[-2:]
-    rows = rows - rows.mean(-2, keepdim=True)
+    if kept is None:
+        rows, count = rows - rows.mean(-2, keepdim=True), torch.full((), n, device=rows.device)
+    else:
+        kept, count = kept.unsqueeze(-1), kept.sum(-1, keepdim=True)
+        mean = torch.where(kept, rows, 0.0).sum(-2, keepdim=True) / count.unsqueeze(-1)
+        rows = torch.where(kept, rows - mean, 0.0)
     product = rows.mT @ rows if width <= n else rows @ rows.mT
-    return torch.linalg.eigvalsh(product).flip(-1).clamp(min=0) / max(n - 1, 1)
+    return torch.linalg.eigvalsh(product).flip(-1).clamp(min=0) / (count - 1).clamp(min=1)
 
 
 def global_pca(
@@ -101,36 +121,25 @@ def global_pca(
     >>> float(global_pca(sheet).estimate)
     2.0
     """
-    if x.ndim < 2 or x.shape[-2] < 2 or x.shape[-1] < 1 or x.is_complex():
-        raise ValueError(
-            f"GlobalPCA expects real rows of shape (..., N, D) with N >= 2, got {tuple(x.shape)} of {x.dtype}."
-        )
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError(
-            f"GlobalPCA: the rows (shape {tuple(x.shape)}) hold NaN or Inf. Drop such rows first; "
-            f"run(..., nonfinite='drop') does it at all sites and counts them."
-        )
-    rows = x.double() if not x.is_floating_point() else x.float() if x.dtype.itemsize < 4 else x
-    flat = rows.reshape(-1, *rows.shape[-2:])
-    mask = first_copies(flat.detach()) == torch.arange(rows.shape[-2], device=rows.device)
-    count = mask.sum(-1).view(rows.shape[:-2])
-    settings = {"rule": rule, "alpha": alpha, "share": share}
-    if bool(mask.all()):
-        found = _counted(spectrum_of(rows), **settings)
-    else:  # data sets differ in how many rows are left, and so in how many eigenvalues: one by one
-        parts = [_counted(spectrum_of(part[kept]), **settings) for part, kept in zip(flat, mask)]
-        found = tuple(torch.stack(leaf).view(rows.shape[:-2]) for leaf in zip(*parts))
-    return _estimate(*found, count, rows.shape[-2] - count)
+    rows = upcast(real_rows(x, "GlobalPCA"))
+    if x.ndim < 2 or x.shape[-2] < 2 or x.shape[-1] < 1:
+        raise ValueError(f"GlobalPCA expects rows of shape (..., N, D) with N >= 2, got {tuple(x.shape)}.")
+    refuse_nonfinite(rows, "GlobalPCA")
+    n = x.shape[-2]
+    kept = first_copies(rows.detach()) == torch.arange(n, device=x.device)
+    number = kept.sum(-1)
+    return _counted(spectrum_of(rows, kept), counting_rule(rule, alpha, share), number, n - number, number)
 
 
-def _counted(values: Tensor, *, rule: str, alpha: float, share: float) -> tuple[Tensor, ...]:
-    """The dimension of a spectrum and the root of its sum."""
+def _counted(
+    values: Tensor,
+    count: Callable[..., Tensor],
+    rows: Tensor,
+    duplicates: Tensor,
+    number: Tensor | None = None,
+) -> DimensionEstimate:
+    estimate = warn_undefined(count(values, number=number), "GlobalPCA", "the rows do not vary.")
     spread = values.double().clamp(min=0).sum(-1).sqrt()
-    return pca_dimension(values, rule=rule, alpha=alpha, share=share), spread
-
-
-def _estimate(estimate: Tensor, spread: Tensor, rows: Tensor, duplicates: Tensor) -> DimensionEstimate:
-    warn_undefined(estimate, "GlobalPCA", "the rows do not vary")
     return DimensionEstimate(estimate, torch.full_like(estimate, torch.nan), spread, rows, duplicates)
 
 
@@ -158,8 +167,7 @@ def participation_ratio(count: Tensor, covariance: Tensor, norm4: Tensor) -> Dim
         few rows to tell the dimension from infinity).
 
     Chun, Canatar, Chung, Lee: "Estimating dimensionality of neural representations from finite samples",
-        2025,
-    arXiv 2509.26560 (its ``row`` estimator).
+    2025, arXiv 2509.26560 (its ``row`` estimator).
 
     >>> import torch
     >>> x = torch.randn(40, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -169,7 +177,7 @@ def participation_ratio(count: Tensor, covariance: Tensor, norm4: Tensor) -> Dim
     >>> print(f"plain {plain.sum() ** 2 / (plain**2).sum():.0f}, without bias {result.estimate:.0f}, true 100")
     plain 28, without bias 103, true 100
     """
-    covariance, norm4 = covariance.double(), norm4.double()
+    covariance, norm4 = real_rows(covariance, "ParticipationRatio").double(), norm4.double()
     n = torch.as_tensor(count, device=covariance.device).double()
     size = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
     # Divided by tr Σ first, so that no unit overflows or vanishes in the fourth power.
@@ -184,7 +192,7 @@ def participation_ratio(count: Tensor, covariance: Tensor, norm4: Tensor) -> Dim
     warn_undefined(
         estimate,
         "ParticipationRatio",
-        "it needs at least 4 rows, some variance, and enough rows to tell the dimension from infinity",
+        "it needs at least 4 rows, some variance, and enough rows to tell the dimension from infinity.",
     )
     count = torch.as_tensor(count, device=covariance.device)
     nan = torch.full_like(estimate, torch.nan)
@@ -213,6 +221,7 @@ class GlobalPCA(DimensionStage):
     """
 
     name = "global_pca"
+    sources: ClassVar = {"sample": {"sample": "N D"}, "eigenvalues": {"eigenvalues": "D"}}
 
     def __init__(
         self,
@@ -226,20 +235,14 @@ class GlobalPCA(DimensionStage):
     ) -> None:
         super().__init__(source=source, in_keys=in_keys, out_keys=out_keys)
         self.rule, self.alpha, self.share = rule, alpha, share
-        pca_dimension(torch.ones(1), rule=rule, alpha=alpha, share=share)  # refuses wrong settings now
-
-    @classmethod
-    def sources(cls) -> dict[str, dict[Key, str]]:
-        """What is read, by source."""
-        return {"sample": {"sample": "N D"}, "eigenvalues": {"eigenvalues": "D"}}
+        self.count = counting_rule(rule, alpha, share)
 
     def compute(self, *inputs: Tensor) -> DimensionEstimate:
         """The five outputs."""
-        settings = {"rule": self.rule, "alpha": self.alpha, "share": self.share}
         if self.source == "sample":
-            return global_pca(inputs[0], **settings)
+            return global_pca(inputs[0], rule=self.rule, alpha=self.alpha, share=self.share)
         unknown = torch.full(inputs[0].shape[:-1], -1, dtype=torch.int64, device=inputs[0].device)
-        return _estimate(*_counted(inputs[0], **settings), unknown, unknown.clone())
+        return _counted(inputs[0], self.count, unknown, unknown.clone())
 
 
 class ParticipationRatio(DimensionStage):
@@ -262,17 +265,14 @@ class ParticipationRatio(DimensionStage):
     """
 
     name = "participation_ratio"
+    sources: ClassVar = {
+        "moments": {("moments", "count"): "", ("moments", "covariance"): "D D", ("moments", "norm4"): ""}
+    }
 
     def __init__(
         self, *, in_keys: Key | list[Key] | None = None, out_keys: Key | list[Key] | None = None
     ) -> None:
         super().__init__(source="moments", in_keys=in_keys, out_keys=out_keys)
-
-    @classmethod
-    def sources(cls) -> dict[str, dict[Key, str]]:
-        """What is read."""
-        moments = {"count": "", "covariance": "D D", "norm4": ""}
-        return {"moments": {("moments", leaf): shape for leaf, shape in moments.items()}}
 
     def compute(self, *inputs: Tensor) -> DimensionEstimate:
         """The five outputs."""

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
 from tdgeom.measures.dimension.estimate import (
     DimensionEstimate,
     NeighborhoodStage,
-    copies_of,
+    copies_in,
     mean_estimate,
     need_columns,
 )
-from tdgeom.measures.neighbors.distance_blocks import budget
+from tdgeom.measures.dimension.neighbourhoods import over_neighbourhoods
 from tdgeom.measures.neighbors.nearest_neighbors import distinct_neighbors
 
 __all__ = ["TLE", "tle", "tle_from_neighbors"]
@@ -50,9 +50,8 @@ def tle_from_neighbors(
     r"""Tight local estimation: maximum likelihood over all k² pairs of a neighbourhood, averaged over rows.
 
     Every two neighbours v, w of a row at distances d_v, d_w contribute two distances: that at which w is seen
-        from v
-    inside the ball of radius r_k that touches the neighbourhood, and the same for the reflection of w through
-    the row. A row's estimate is minus the number of measurements over the sum of their ln(distance/r_k).
+    from v inside the ball of radius r_k that touches the neighbourhood, and the same for the reflection of w
+    through the row. A row's estimate is minus the number of measurements over the sum of their ln(distance/r_k).
 
     As scikit-dimension's ``TLE``, except that ``epsilon`` (measurements below it are dropped) is relative to
     r_k where scikit-dimension compares with an absolute 1e-4: the estimate does not depend on the unit.
@@ -69,8 +68,7 @@ def tle_from_neighbors(
         third larger). NaN with a warning where no row has k distinct neighbours at different distances.
 
     Amsaleg, Chelly, Houle, Kawarabayashi, Radovanović, Treeratanajaru: "Intrinsic dimensionality estimation
-        within
-    tight localities", SDM 2019.
+    within tight localities", SDM 2019.
 
     >>> import torch
     >>> line = torch.linspace(0, 1, 60).square()[:, None] @ torch.ones(1, 4)
@@ -82,34 +80,22 @@ def tle_from_neighbors(
     if k < 3:
         raise ValueError(f"TLE: k is at least 3, got {k!r}.")
     near = need_columns(distances, k, "TLE")
-    width = x.shape[-1]
-    flat = x.reshape(-1, width)
-    offset = torch.arange(flat.shape[0] // x.shape[-2], device=x.device) * x.shape[-2]
-    index = (index[..., :k].reshape(len(offset), -1, k) + offset[:, None, None]).reshape(-1, k)
-    near_flat = near.reshape(-1, k)
-    which = (torch.isfinite(near_flat[:, -1]) & (near_flat[:, 0] > 0)).nonzero().squeeze(-1)
-    step = max(1, budget(memory) // (8 * k * (2 * width + 12 * k)))
-    parts = [_tight(flat, rows, near_flat[rows], index[rows], epsilon) for rows in which.split(step)]
-    local = near_flat.new_full((len(flat),), torch.nan)
-    if parts:
-        local = local.index_put((which,), torch.cat(parts))
-    duplicates = copies_of(near) if duplicates is None else duplicates
+    local = over_neighbourhoods(x, near, index, k, memory, partial(_tight, epsilon=epsilon))
+    local = torch.where(near[..., 0] > 0, local, torch.nan)
     reason = f"no row has {k} distinct neighbours whose distances differ"
-    return mean_estimate(local.view(near.shape[:-1]), near[..., -1], duplicates, "TLE", reason)
+    return mean_estimate(local, near[..., -1], copies_in(distances, duplicates), "TLE", reason)
 
 
-def _tight(flat: Tensor, rows: Tensor, near: Tensor, index: Tensor, epsilon: float) -> Tensor:
-    """One estimate for each row in ``rows``, from its neighbours at ``index`` (n, k)."""
-    k = index.shape[-1]
-    radius = near[:, -1:, None]
-    y = (flat[index].double() - flat[rows].double().unsqueeze(1)) / radius
-    u = near / near[:, -1:]
+def _tight(rows: Tensor, near: Tensor, *, epsilon: float) -> Tensor:
+    """One estimate a row, from its neighbours (n, k, D) about it and their distances (n, k)."""
+    k = near.shape[-1]
+    y, u = rows / near[:, -1:, None], near / near[:, -1:]
     own, other = (u * u).unsqueeze(-1), (u * u).unsqueeze(-2)
     gram = y @ y.mT
     apart = (own + other - 2 * gram).clamp(min=0)  # squared distances between neighbours
     mirrored = (own + other + 2 * gram).clamp(min=0)  # and to their reflections
     seen = torch.stack([_seen(square, own, other) for square in (apart, mirrored)])
-    diagonal = torch.eye(k, dtype=torch.bool, device=flat.device)
+    diagonal = torch.eye(k, dtype=torch.bool, device=near.device)
     dropped = (~(seen >= epsilon)).any(0) & ~diagonal  # not(>=) drops NaN too
     skip = dropped | diagonal
     pairs = torch.where(skip, 1.0, seen).log().sum((0, -1, -2))
@@ -136,13 +122,7 @@ class TLE(NeighborhoodStage):
     Args:
         k: neighbours a row, at least 3.
         epsilon: measurements below this share of r_k are dropped.
-        pointwise: also write the rows' own estimates, (N,), as ``pointwise`` (NaN on later copies).
-        source: ``"sample"`` (searches itself, in ``memory`` bytes) or ``"neighbors"`` (reads the sample and
-            ``NearestNeighbors``'s ``index``, ``distinct_distance``, ``duplicates``; with copies in the sample
-            it searches again, for their table cannot serve distinct rows).
-        in_keys, out_keys: default roots ``"sample"`` (and ``"neighbors"``), and ``("dimension", "tle")``.
-
-    Writes ``estimate``, ``standard_error``, ``scale``, ``rows``, ``duplicates``, each ().
+        pointwise, source, memory, in_keys, out_keys: as in ``NeighborhoodStage``.
 
     >>> import torch, tdgeom as tg
     >>> sheet = torch.rand(500, 2, generator=torch.Generator().manual_seed(0))
@@ -151,33 +131,16 @@ class TLE(NeighborhoodStage):
     """
 
     name = "tle"
+    least = 3
 
-    def __init__(
-        self,
-        *,
-        k: int = 20,
-        epsilon: float = 1e-4,
-        pointwise: bool = False,
-        source: Literal["sample", "neighbors"] = "sample",
-        memory: int | None = None,
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
-    ) -> None:
-        super().__init__(
-            k=k,
-            least=3,
-            pointwise=pointwise,
-            source=source,
-            memory=memory,
-            in_keys=in_keys,
-            out_keys=out_keys,
-        )
+    def __init__(self, *, k: int = 20, epsilon: float = 1e-4, **others: Any) -> None:
+        super().__init__(k=k, **others)
         self.epsilon = epsilon
 
     def local(
-        self, x: Tensor, distances: Tensor, index: Tensor, duplicates: Tensor
+        self, x: Tensor, index: Tensor, distances: Tensor, duplicates: Tensor, *, k: int
     ) -> tuple[DimensionEstimate, Tensor]:
         """The estimate and the rows' own."""
         return tle_from_neighbors(
-            x, distances, index, duplicates, k=self.k, epsilon=self.epsilon, memory=self.memory
+            x, distances, index, duplicates, k=k, epsilon=self.epsilon, memory=self.memory
         )

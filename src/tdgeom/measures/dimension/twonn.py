@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
 from tdgeom.measures.dimension.estimate import (
     DimensionEstimate,
     DimensionStage,
+    copies_in,
     masked_mean,
     need_columns,
-    warn_undefined,
 )
 from tdgeom.measures.neighbors.nearest_neighbors import distinct_neighbors
+from tdgeom.numerics.centring import warn_undefined
 
 __all__ = ["TwoNN", "twonn", "twonn_curve", "twonn_from_distances"]
 
@@ -50,9 +50,8 @@ def twonn_from_distances(
     points. ``"ml"``: (N-1)/Σ ln μ over all points (``discard`` is not used).
 
     Conventions: natural logarithms; ``discard=0.1`` drops the largest tenth of the ratios (as DADApy's
-        ``mu_fraction=0.9`` and
-    scikit-dimension's default); ``discard=0`` drops only the last point, where -ln(1-F) is infinite: that is
-    tdhook's TwoNN.
+    ``mu_fraction=0.9`` and scikit-dimension's default); ``discard=0`` drops only the last point, where -ln(1-F) is
+    infinite: that is tdhook's TwoNN.
 
     Args:
         distances: (\*B, N, >=2) ascending; a row of NaN (a later copy) is left out.
@@ -88,11 +87,9 @@ def twonn_from_distances(
     warn_undefined(
         estimate,
         "TwoNN",
-        "it needs at least 3 distinct rows whose second neighbour is farther than the first",
+        "it needs at least 3 distinct rows whose second neighbour is farther than the first.",
     )
-    if duplicates is None:
-        duplicates = distances.shape[-2] - rows
-    return DimensionEstimate(estimate, estimate / n.sqrt(), scale, rows, duplicates)
+    return DimensionEstimate(estimate, estimate / n.sqrt(), scale, rows, copies_in(distances, duplicates))
 
 
 def twonn_curve(distances: Tensor, *, discard: float = 0.0) -> Tensor:
@@ -115,7 +112,7 @@ def _log_ratios(distances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     valid = torch.isfinite(pair[..., 1]) & (pair[..., 0] > 0)
     pair = torch.where(
         valid.unsqueeze(-1), pair, 1.0
-    )  # before the logarithm, or NaN rows would spoil the gradient
+    )  # or the logarithm of NaN rows would spoil the gradient
     return (pair[..., 1] / pair[..., 0]).log(), valid, masked_mean(pair.mean(-1), valid)
 
 
@@ -140,15 +137,7 @@ class TwoNN(DimensionStage):
         discard: share of the largest ratios left out of the fit, in [0, 1).
         method: ``"fit"`` or ``"ml"``.
         curve: also write the points (ln μ, -ln(1-F)), (N, 2), as ``curve``.
-        source: ``"sample"`` (searches itself, in ``memory`` bytes) or ``"neighbors"`` (reads
-            ``NearestNeighbors``'s ``distinct_distance`` and ``duplicates``).
-        in_keys, out_keys: default roots ``"sample"`` or ``"neighbors"``, and ``("dimension", "twonn")``.
-
-    Writes ``estimate``, ``standard_error``, ``scale``, ``rows``, ``duplicates``, each () (or (\*B,) for a
-    batch of data sets).
-
-    Raises:
-        ValueError: fewer than 3 rows, non-finite rows, a table with fewer than 2 columns.
+        source, memory, in_keys, out_keys: as in ``DimensionStage``, which says what is written and refused.
 
     >>> import torch, tdgeom as tg
     >>> sheet = torch.rand(1000, 2, generator=torch.Generator().manual_seed(0))
@@ -165,13 +154,9 @@ class TwoNN(DimensionStage):
         discard: float = 0.1,
         method: Literal["fit", "ml"] = "fit",
         curve: bool = False,
-        source: Literal["sample", "neighbors"] = "sample",
-        memory: int | None = None,
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
+        **source_and_keys: Any,
     ) -> None:
-        extra = ("curve",) if curve else ()
-        super().__init__(source=source, memory=memory, extra=extra, in_keys=in_keys, out_keys=out_keys)
+        super().__init__(further=["curve"] if curve else [], **source_and_keys)
         if method not in ("fit", "ml"):
             raise ValueError(f"TwoNN: method is 'fit' or 'ml', got {method!r}.")
         if not 0 <= discard < 1:
@@ -185,4 +170,4 @@ class TwoNN(DimensionStage):
     def measure(self, distances: Tensor, duplicates: Tensor) -> tuple[Tensor, ...]:
         """The five outputs and, on request, the curve."""
         result = twonn_from_distances(distances, duplicates, discard=self.discard, method=self.method)
-        return (*result, twonn_curve(distances, discard=self.discard)) if self.curve else tuple(result)
+        return (*result, twonn_curve(distances, discard=self.discard)) if self.curve else result
