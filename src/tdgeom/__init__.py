@@ -3,9 +3,10 @@
 import sys
 
 from tdgeom import functional, plot
-from tdgeom.analysis.analyze_model import analysis_pipeline, analyze_model
-from tdgeom.analysis.compare import Comparison, compare
-from tdgeom.analysis.profiles import intrinsic_dimension_profile, overlap_profile
+from tdgeom.analysis.analyze_model import analyze_model
+from tdgeom.analysis.compare import compare
+from tdgeom.analysis.comparison import Comparison
+from tdgeom.analysis.default_pipeline import analysis_pipeline
 from tdgeom.analysis.results import AnalysisResults
 from tdgeom.cli import demo
 from tdgeom.concepts.bases import ConceptBasis, FisherBasis
@@ -68,6 +69,7 @@ from tdgeom.probing.probing import Probing
 from tdgeom.rows import text
 from tdgeom.rows.select_tokens import SelectTokens
 from tdgeom.rows.token_context import ContextWindow
+from tdgeom.run.profiles import intrinsic_dimension_profile, overlap_profile
 from tdgeom.run.run import run
 from tdgeom.run.to_frame import to_frame
 from tdgeom.store.runs import Runs

@@ -73,7 +73,7 @@ def test_identity_columns(results) -> None:
 def test_metadata_says_what_changes_a_number(results) -> None:
     metadata = results.metadata
     assert metadata["stopped"] == "end of data" and metadata["batches_observed"] == 6
-    assert metadata["settings"]["sample_limit"] == 4096 and metadata["settings"]["seed"] == 0
+    assert metadata["settings"]["sample_size"] == 4096 and metadata["settings"]["seed"] == 0
     assert metadata["settings"]["ablation_variants"][0] == "raw"
     assert metadata["hook_targets"]["residual_input.0"].endswith("h.0")
     assert metadata["parameter_count"] == sum(p.numel() for p in models.gpt2().parameters())
@@ -82,7 +82,7 @@ def test_metadata_says_what_changes_a_number(results) -> None:
 
 
 def test_the_budget_is_exact_and_recorded() -> None:
-    short = tg.analyze_model(models.gpt2(), loader(), max_tokens=50, layers="0,-1", progress=False)
+    short = tg.analyze_model(models.gpt2(), loader(), max_rows=50, layers="0,-1", progress=False)
     assert set(short.metrics["tokens_observed"]) == {50} and short.metadata["stopped"] == "max_rows"
     last = short.metadata["layers"][-1]
     assert short.metadata["layers"] == [0, last] and short.novelty["transition"].tolist() == [f"0->{last}"]

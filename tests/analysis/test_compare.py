@@ -209,7 +209,7 @@ def test_a_sketch_reports_its_error(wide) -> None:
     error = result.matrix("linear_cka_debiased_standard_error")
     assert (error > 0).all(axis=None)
     assert result.measures == ["linear_cka_debiased", "neighborhood_overlap"]
-    recorded = {one["stage"]: one for one in result.metadata["settings"]["measures"]}
+    recorded = {one["stage"]: one for one in result.metadata["settings"]["metrics"]}
     assert recorded["LinearCKA"]["source"] == "sketch" and recorded["NeighborhoodOverlap"]["k"] == 10
     assert ((result.matrix("linear_cka_debiased") - exact).abs() < 6 * error + 0.05).all(axis=None)
 
@@ -241,9 +241,9 @@ def test_tokens_that_end_together_have_read_the_same_text(byte_tokenizer) -> Non
     _, words = demo_model()
     texts = demo_texts()[:5]
     with pytest.warns(
-        UserWarning, match=r"a document has \d+ tokens: .* beyond seq_len=60 is left out"
+        UserWarning, match=r"a document has \d+ tokens: .* beyond max_length=60 is left out"
     ) as caught:
-        (batch,) = PairedTexts(texts, words, byte_tokenizer, batch_size=5, seq_len=60)
+        (batch,) = PairedTexts(texts, words, byte_tokenizer, batch_size=5, max_length=60)
     assert len(caught) == 1, "one warning for all documents of both sides"
     for row, text in enumerate(texts):
         spans = [t(text, return_offsets_mapping=True)["offset_mapping"] for t in (words, byte_tokenizer)]
@@ -259,10 +259,10 @@ def test_tokens_that_end_together_have_read_the_same_text(byte_tokenizer) -> Non
 def test_two_tokenizers_against_rows_gathered_by_hand(align, byte_tokenizer, byte_model) -> None:
     model, words = demo_model()
     texts = demo_texts()[:40]
-    with pytest.warns(UserWarning, match="what is beyond seq_len=48 is left out"):
+    with pytest.warns(UserWarning, match="what is beyond max_length=48 is left out"):
         result = tg.compare(
             model, byte_model, texts, tokenizer_a=words, tokenizer_b=byte_tokenizer, align=align,
-            layers=[0], seq_len=48, progress=False,
+            layers=[0], max_length=48, progress=False,
         )  # fmt: skip
     assert result.metadata["align"] == ("characters" if align == "auto" else "document")
     rows: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
@@ -364,7 +364,7 @@ def test_slow_tokenizers_of_one_vocabulary_that_cut_differently_are_not_matched_
 
 
 def test_shown_in_a_line_and_as_a_matrix_in_notebooks(wide) -> None:
-    result = tg.compare(models.gpt2(), wide, loader(), measures="cka", progress=False)
+    result = tg.compare(models.gpt2(), wide, loader(), metrics="cka", progress=False)
     assert repr(result) == (
         f"Comparison(a GPT2LMHeadModel, b {type(wide).__name__}: {len(result.novelty)} pairs of sites, linear_cka_debiased)"
     )
@@ -394,12 +394,12 @@ def test_mistakes_say_what_to_do(byte_tokenizer) -> None:
         tg.compare(
             model, model, demo_texts()[:2], tokenizer_a=words, tokenizer_b=byte_tokenizer, align="rows"
         )
-    with pytest.raises(TypeError, match="measures are names.*or pair stages.*TwoNN"):
+    with pytest.raises(TypeError, match="metrics are names.*or pair stages.*TwoNN"):
         tg.compare(model, model, [], [tg.TwoNN()])
-    with pytest.raises(ValueError, match="measures takes any of linear_cka_debiased, .*got cosine"):
+    with pytest.raises(ValueError, match="metrics takes any of linear_cka_debiased, .*got cosine"):
         tg.compare(model, model, [], ["rsa", "cosine"])
     with pytest.raises(
-        ValueError, match="measures procrustes, cca_r2 need exact moments: leave them out, or sketch"
+        ValueError, match="metrics procrustes, cca_r2 need exact moments: leave them out, or sketch"
     ):
         tg.compare(model, model, [], ["cka", "procrustes", "cca_r2"], sketch=32)
     with pytest.raises(ValueError, match="SVCCA with source='moments' needs exact moments, sketch=32"):
@@ -431,7 +431,18 @@ def test_aligned_rows_leave_out_a_document_without_words() -> None:
 def test_the_command(command, folder, text, tmp_path) -> None:
     out = tmp_path / "run"
     code, printed, err = command(
-        "compare", folder, folder, "--text", text, "--seq-len", 32, "--max-rows", 400, "--plots", "--out", out
+        "compare",
+        folder,
+        folder,
+        "--text",
+        text,
+        "--max-length",
+        32,
+        "--max-rows",
+        400,
+        "--plots",
+        "--out",
+        out,
     )
     assert code == 0 and err == "" and "token by token" in printed
     loaded = tg.Comparison.load(out)
@@ -440,13 +451,13 @@ def test_the_command(command, folder, text, tmp_path) -> None:
     code, shown, _ = command("show", out)
     assert code == 0 and "nearest" in shown
     refused(
-        command("compare", folder, folder, "--text", text, "--measures", "cosine"),
-        "--measures takes",
+        command("compare", folder, folder, "--text", text, "--metrics", "cosine"),
+        "--metrics takes",
         "cosine",
     )
     refused(
-        command("compare", folder, folder, "--text", text, "--measures", "procrustes", "--sketch", 32),
-        "--measures procrustes",
+        command("compare", folder, folder, "--text", text, "--metrics", "procrustes", "--sketch", 32),
+        "--metrics procrustes",
         "exact moments",
     )
 
@@ -454,6 +465,6 @@ def test_the_command(command, folder, text, tmp_path) -> None:
 def test_the_command_and_the_function_have_one_default():
     function, command = (inspect.signature(f).parameters for f in (tg.compare, compare_command))
     assert function["max_rows"].default == command["max_rows"].default == MAX_ROWS
-    assert ",".join(function["measures"].default) == command["measures"].default
+    assert ",".join(function["metrics"].default) == command["metrics"].default
     for name in ("sites", "layers", "align", "sketch", "batch_size", "seed"):
         assert function[name].default == command[name].default, name

@@ -11,7 +11,7 @@ from transformers import AutoModelForMaskedLM
 import tdgeom as tg
 from terminal import refused
 
-EVERY_BATCH = ("--every", 1, "--batch-size", 2, "--seq-len", 48)
+EVERY_BATCH = ("--every", 1, "--batch-size", 2, "--max-length", 48)
 
 
 @pytest.fixture
@@ -73,12 +73,12 @@ def test_another_command_does_not_go_on_with_it(command, folder, text, tmp_path,
     interrupt_after(None)
     before = state.read_bytes()
     assert refused(
-        command(*start, state, "--max-tokens", 99),
+        command(*start, state, "--max-rows", 99),
         "belongs to another run: settings.max_rows is 100000 there and 99",
     )
     assert refused(command(*start, state, "--seed", 5), "settings.seed is 0 there and 5 here")
     assert refused(command(*start, state, "--skip-first", 1), "settings.skip_first is 0 there and 1 here")
-    assert refused(command(*start, state, "--seq-len", 32), "first batch is not the one of then")
+    assert refused(command(*start, state, "--max-length", 32), "first batch is not the one of then")
     model = AutoModelForMaskedLM.from_pretrained(folder)
     with torch.no_grad():
         model.bert.encoder.layer[1].output.dense.weight += 1e-3

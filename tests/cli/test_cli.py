@@ -30,7 +30,7 @@ from terminal import refused
 def bundle(folder, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     options = (
-        "--max-tokens 700 --seq-len 48 --diagnostics normalization_ablation --layers 0,-1 --plots "
+        "--max-rows 700 --max-length 48 --diagnostics normalization_ablation --layers 0,-1 --plots "
         "--sites residual_input,mlp_output --run-name try --seed 3"
     )
     code = cli.main(["analyze", folder, "--text", text, "--out", str(out), *options.split()])
@@ -51,12 +51,10 @@ def test_analyze_writes_what_the_options_ask_for(bundle, folder, text):
 
 
 def test_analyze_gives_the_numbers_of_the_library(command, folder, text, tmp_path):
-    code, out, err = command(
-        "analyze", folder, "--text", text, "--max-tokens", 500, "--out", tmp_path / "run"
-    )
+    code, out, err = command("analyze", folder, "--text", text, "--max-rows", 500, "--out", tmp_path / "run")
     assert (code, err) == (0, "")
-    loader = TextBatches(read_text(text), AutoTokenizer.from_pretrained(folder), seq_len=64)
-    same = tg.analyze_model(folder, loader, max_tokens=500, progress=False)
+    loader = TextBatches(read_text(text), AutoTokenizer.from_pretrained(folder), max_length=64)
+    same = tg.analyze_model(folder, loader, max_rows=500, progress=False)
     saved = tg.AnalysisResults.load(tmp_path / "run")
     pd.testing.assert_series_equal(saved.metrics["d_pr"], same.metrics["d_pr"])
     assert f"{same.metrics['d_pr'][0]:.3f}" in out or f"{same.metrics['d_pr'][0]:.1f}" in out
@@ -86,12 +84,12 @@ def test_analyze_refuses_before_it_works(command, folder, text, bundle, tmp_path
     assert refused(command(*start, "--text", text, "--out", bundle), "exists already", "--overwrite")
     assert refused(command(*start, "--text", text, "--out", bundle.parent, "--overwrite"), "no metadata.json")
     assert refused(command(*start, "--text", text, "--save-mode", "xml"), "bundle, csv or json")
-    assert refused(command(*start, "--text", text, "--seq-len", 65), "64 positions")
+    assert refused(command(*start, "--text", text, "--max-length", 65), "64 positions")
     assert refused(command(*start, "--text", text, "--layers", "1:x"), "a range such as 2:8")
 
 
 def test_errors_of_the_library_are_one_line(command, folder, text, tmp_path):
-    start = ("analyze", folder, "--text", text, "--max-tokens", 100)
+    start = ("analyze", folder, "--text", text, "--max-rows", 100)
     assert refused(command(*start, "--layers", 9), "layer 9 is out of range")
     assert refused(command(*start, "--sites", "residual_inptu"), "Did you mean 'residual_input'?")
     assert refused(command(*start, "--metrics", "spectra"), "unknown metric families ['spectra']")
@@ -102,7 +100,7 @@ def test_errors_of_the_library_are_one_line(command, folder, text, tmp_path):
     assert refused(command("show", tmp_path), "no metadata.json")
     assert refused(command("analyze", folder, "--bogus"), "--bogus", "--help")
     assert refused(command("analyse"), "analyse")
-    assert refused(command("analyze", folder, "--max-tokens", "many"), "'--max-tokens'")
+    assert refused(command("analyze", folder, "--max-rows", "many"), "'--max-rows'")
 
 
 def test_debug_shows_the_error_itself(tmp_path):

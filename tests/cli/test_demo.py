@@ -52,7 +52,7 @@ def test_model_is_the_pretrained_one():
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    return folder, start(folder, "--max-tokens", "600")
+    return folder, start(folder, "--max-rows", "600")
 
 
 def test_demo_prints_tables_and_writes_bundle_and_pictures(first):
@@ -72,7 +72,7 @@ def test_demo_prints_tables_and_writes_bundle_and_pictures(first):
 
 def test_a_second_demo_replaces_the_first_and_nothing_else(first, tmp_path, capsys):
     out = first[0] / "tdgeom-demo"
-    assert cli.main(["demo", "--out", str(out), "--max-tokens", "200"]) == 0
+    assert cli.main(["demo", "--out", str(out), "--max-rows", "200"]) == 0
     assert json.loads((out / "metadata.json").read_text())["rows_observed"] == 200
     assert [path.name for path in out.parent.iterdir()] == ["tdgeom-demo"]
     (tmp_path / "work.txt").write_text("hours of it")

@@ -29,7 +29,7 @@ def loaded(folder, text, **settings):
     from tdgeom.model.loading import load_model
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return load_model(folder), TextBatches(read_text(text), tokenizer, seq_len=32, **settings)
+    return load_model(folder), TextBatches(read_text(text), tokenizer, max_length=32, **settings)
 
 
 def test_dimension_gives_the_numbers_of_the_library(command, folder, text, tmp_path):
@@ -38,7 +38,7 @@ def test_dimension_gives_the_numbers_of_the_library(command, folder, text, tmp_p
         folder,
         "--text",
         text,
-        "--seq-len",
+        "--max-length",
         32,
         "--untrained",
         "--neighbors",
@@ -57,7 +57,7 @@ def test_dimension_gives_the_numbers_of_the_library(command, folder, text, tmp_p
         sites=SITES,
         metrics=[tg.TwoNN()],
         select={"pool": "mean"},
-        sample_limit=10_000,
+        sample_size=10_000,
         progress=False,
     )
     mine = table[(table["estimator"] == "twonn") & (table["weights"] == "trained")]
@@ -79,7 +79,7 @@ def test_overlap_with_labels(command, folder, text, labels, tmp_path):
         labels,
         "-k",
         3,
-        "--seq-len",
+        "--max-length",
         32,
         "--out",
         tmp_path / "run",
@@ -93,7 +93,7 @@ def test_overlap_with_labels(command, folder, text, labels, tmp_path):
         sites=SITES,
         metrics=[tg.LabelOverlap(k=3), tg.NeighborhoodOverlap(k=3)],
         select={"pool": "mean", "also": ["label"]},
-        sample_limit=10_000,
+        sample_size=10_000,
         progress=False,
     )
     by_label = table[table["measure"] == "label_overlap"]

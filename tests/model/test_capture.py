@@ -184,7 +184,7 @@ def test_more_tokens_than_learned_positions_are_refused(name):
     limit = model.config.max_position_embeddings
     ids = torch.ones(2, limit + 1, dtype=torch.int64)
     with pytest.raises(
-        ValueError, match=rf"{limit + 1} tokens, {type(model).__name__} takes {limit}. Cut them: seq_len"
+        ValueError, match=rf"{limit + 1} tokens, {type(model).__name__} takes {limit}. Cut them: max_length"
     ):
         Capture(model)(TensorDict(input_ids=ids))
     acts = Capture(model)(TensorDict(input_ids=ids[:, :limit]))["acts", "residual_input.0"]

@@ -46,14 +46,14 @@ def attended(loader):
 
 
 def test_long_documents_are_split_and_keep_their_document(words):
-    loader = TextBatches([text(*range(7)), text(1), "", "  ", text(2, 3)], words, batch_size=2, seq_len=3)
+    loader = TextBatches([text(*range(7)), text(1), "", "  ", text(2, 3)], words, batch_size=2, max_length=3)
     assert attended(loader) == [
         (0, [2, 3, 4]), (0, [5, 6, 7]), (0, [8]), (1, [3]), (4, [4, 5]),
     ]  # fmt: skip
 
 
 def test_batches_are_padded_within_the_batch_with_the_end_token(words):
-    first, second = TextBatches([text(0), text(0, 1, 2), text(5)], words, batch_size=2, seq_len=8)
+    first, second = TextBatches([text(0), text(0, 1, 2), text(5)], words, batch_size=2, max_length=8)
     assert first["input_ids"].tolist() == [[2, 1, 1], [2, 3, 4]]
     assert first["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
     assert first["special_tokens_mask"].tolist() == [[0, 1, 1], [0, 0, 0]]
@@ -63,7 +63,7 @@ def test_batches_are_padded_within_the_batch_with_the_end_token(words):
 
 
 def test_special_tokens_are_the_tokenizers_own(minilm):
-    (batch,) = TextBatches(["Hello there. " * 6], minilm, seq_len=10)
+    (batch,) = TextBatches(["Hello there. " * 6], minilm, max_length=10)
     assert batch["input_ids"].shape == (3, 10)
     assert (batch["input_ids"][:, 0] == minilm.cls_token_id).all()
     assert batch["special_tokens_mask"][0].tolist() == [1, *[0] * 8, 1]
@@ -75,7 +75,7 @@ def test_special_tokens_are_the_tokenizers_own(minilm):
 def test_slow_tokenizers_split_alike():
     tokenizer = ByT5Tokenizer()
     assert not tokenizer.is_fast
-    (batch,) = TextBatches(["abcdefg"], tokenizer, seq_len=4)
+    (batch,) = TextBatches(["abcdefg"], tokenizer, max_length=4)
     assert batch["attention_mask"].sum(-1).tolist() == [4, 4, 2]
     assert batch["input_ids"][0, -1] == tokenizer.eos_token_id
     assert batch["special_tokens_mask"][2].tolist() == [0, 1, 1, 1]
@@ -84,7 +84,7 @@ def test_slow_tokenizers_split_alike():
 
 
 def test_labels_follow_documents(words):
-    loader = TextBatches([text(0, 1, 2), text(3)], words, seq_len=2, labels=[7, 9])
+    loader = TextBatches([text(0, 1, 2), text(3)], words, max_length=2, labels=[7, 9])
     (batch,) = loader
     assert batch["label"].tolist() == [7, 7, 9] and batch["label"].dtype == torch.int64
 
@@ -94,7 +94,7 @@ def test_batch_size_and_padding_change_no_row(words):
     model = bert()
     values = []
     for batch_size in (1, 3):
-        loader = TextBatches(documents, words, batch_size=batch_size, seq_len=6)
+        loader = TextBatches(documents, words, batch_size=batch_size, max_length=6)
         result = tg.analyze_model(model=model, dataloader=loader, progress=False, metrics=["spectrum"])
         assert result.metadata["rows_observed"] == 30
         values.append(result.metrics["d_pr"].tolist())
@@ -140,8 +140,8 @@ def test_wrong_texts(words, arguments, error, message):
 def test_wrong_settings(words, minilm):
     with pytest.raises(ValueError, match="batch_size >= 1"):
         TextBatches([], words, batch_size=0)
-    with pytest.raises(ValueError, match="seq_len > 2"):
-        TextBatches([], minilm, seq_len=2)
+    with pytest.raises(ValueError, match="max_length > 2"):
+        TextBatches([], minilm, max_length=2)
     with pytest.raises(ValueError, match="one label a document, got 1 for 2"):
         TextBatches(["a", "b"], words, labels=[0])
     with pytest.raises(TypeError, match="labels that are numbers, got 'yes'.*factorize"):

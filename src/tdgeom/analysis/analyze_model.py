@@ -7,35 +7,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
 from tdgeom.analysis.baseline import with_baseline
-from tdgeom.analysis.default_pipeline import DIAGNOSTICS, FAMILIES, analysis_pipeline
-from tdgeom.analysis.one_model import measured
+from tdgeom.analysis.one_model import analyzed
 from tdgeom.analysis.results import AnalysisResults, default_folder
+from tdgeom.analysis.seed_names import also_called
+from tdgeom.analysis.settings import MAX_ROWS, AnalysisSettings, Metrics
 from tdgeom.core.keys import Key
 from tdgeom.files.bundle import check_target
 from tdgeom.model.loading import load_model
+from tdgeom.model.sites import LayerSpec
 from tdgeom.model.untrained import untrained_copy
 
-__all__ = ["FAMILIES", "analysis_pipeline", "analyze_model"]
+__all__ = ["analyze_model"]
 
 
+@also_called(max_tokens="max_rows", sample_limit="sample_size")
 def analyze_model(
     model_name: str | nn.Module | None = None,
     dataloader: Iterable[Any] | None = None,
     *,
     model: nn.Module | None = None,
-    max_tokens: int | None = 100_000,
-    metrics: str | TensorDictModuleBase | Sequence[str | TensorDictModuleBase] | None = "default",
-    diagnostics: Sequence[str] | None = None,
-    layers: str | int | slice | Sequence[int] = "all",
+    max_rows: int | None = MAX_ROWS,
+    metrics: Metrics = "default",
+    diagnostics: str | Sequence[str] | None = None,
+    layers: LayerSpec = "all",
     hook_point: str = "residual_input",
     sites: str | Sequence[str] | None = None,
     save_mode: str | None = None,
-    save_dir: str | None = None,
-    sample_limit: int = 4096,
+    save_dir: str | Path | None = None,
+    sample_size: int = 4096,
     novelty_k: int = 32,
     device: str | torch.device | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -63,7 +65,7 @@ def analyze_model(
         model_name: a Hugging Face id, a local directory, or a module.
         dataloader: an iterable of batches, see ``run``.
         model: a loaded module; takes precedence, ``model_name`` then only labels it.
-        max_tokens: rows to measure; reaching it is recorded in the metadata.
+        max_rows: rows to measure; reaching it is recorded in the metadata. ``max_tokens`` is the seed's name of it.
         metrics: "default" or None for all families ("spectrum", "sample", "novelty", "router"), or a list of families
             and of stages of one's own: any TensorDict module whose inputs the pipeline has becomes columns.
         diagnostics: ["normalization_ablation"] or None.
@@ -72,7 +74,7 @@ def analyze_model(
         sites: kinds or concrete site names, see ``Capture``.
         save_mode: "bundle" or "csv" (tables as CSV), or "json"; None: a bundle where ``save_dir`` is given, else nothing.
         save_dir: the folder to make; default the run's name, or ``tdgeom_run``.
-        sample_limit: rows of the uniform sample.
+        sample_size: rows of the uniform sample. ``sample_limit`` is the seed's name of it.
         novelty_k: leading eigenvectors compared between consecutive sites.
         device: moves the model there first.
         model_kwargs: passed to ``from_pretrained``.
@@ -96,56 +98,45 @@ def analyze_model(
         of the model's stack. In a process group the results are on rank 0, None elsewhere.
 
     Raises:
-        ValueError: an unknown family or diagnostic, no model or loader, an empty loader. FileExistsError: ``save_dir`` is
-            there already (said before the model runs).
+        ValueError: an unknown family or diagnostic, no model or loader, an empty loader. TypeError: an argument given under
+            both of its names. FileExistsError: ``save_dir`` is there already (said before the model runs).
     """
     if dataloader is None:
         raise ValueError(
             "analyze_model needs a dataloader: an iterable of tokenized batches, such as a list of dicts."
         )
-    save_mode = "bundle" if save_mode is None and save_dir is not None else save_mode
-    target = None if save_mode is None else Path(save_dir or default_folder(run_name))
+    mode = save_mode or "bundle"
+    target = None if save_dir is None and save_mode is None else Path(save_dir or default_folder(run_name))
     if target is not None:
-        check_target(target, save_mode, overwrite)
-    families, extra = _families(metrics)
-    wanted = [diagnostics] if isinstance(diagnostics, str) else list(diagnostics or [])
-    if unknown := sorted(set(wanted) - set(DIAGNOSTICS)):
-        raise ValueError(f"unknown diagnostics {unknown}; there is {list(DIAGNOSTICS)}.")
+        check_target(target, mode, overwrite)
+    settings = AnalysisSettings(
+        sites=hook_point if sites is None else sites,
+        layers=layers,
+        max_rows=max_rows,
+        sample_size=sample_size,
+        seed=seed,
+        select=dict(select or {}),
+        metrics=metrics,
+        diagnostics=diagnostics,
+        output_router_logits=output_router_logits,
+        novelty_k=novelty_k,
+        neighbors=neighbors,
+    )
     net, label = _model(model_name, model, trust_remote_code, model_kwargs)
     if device is not None and not getattr(net, "hf_device_map", None):
         net.to(device)
-    settings = {
-        "families": families,
-        "extra": extra,
-        "diagnostics": wanted,
-        "sample_limit": sample_limit,
-        "novelty_k": novelty_k,
-        "seed": seed,
-        "select": dict(select or {}),
-    }
-    settings["neighbors"] = 100 if neighbors is True else (neighbors or None)
-    place = {
-        "layers": layers,
-        "sites": hook_point if sites is None else sites,
-        "routers": output_router_logits,
-    }
-    options = {
-        "max_tokens": max_tokens,
-        "metrics": metrics,
-        "progress": progress,
-        "every": every,
-        "in_keys": in_keys,
-    }
     if untrained is not False and isinstance(dataloader, Iterator):
         raise ValueError(
             "untrained= reads the data twice, but the dataloader is an iterator that can be read once. Give a list or a "
             "DataLoader."
         )
-    results = measured(net, label, dataloader, settings, place, checkpoint=checkpoint, **options)
+    progress = None if progress else False
+    options = {"every": every, "in_keys": in_keys, "progress": progress}
+    results = analyzed(net, label, dataloader, settings, checkpoint=checkpoint, **options)
     if untrained is not False:
         other = untrained if isinstance(untrained, nn.Module) else untrained_copy(net, seed=seed)
         beside = None if checkpoint is None else f"{checkpoint}.untrained"
-        baseline = measured(other, label, dataloader, settings, place, checkpoint=beside, **options)
+        baseline = analyzed(other, label, dataloader, settings, checkpoint=beside, **options)
         results = None if results is None or baseline is None else with_baseline(results, baseline)
     if results is None:
         return None  # the result is on rank 0
@@ -158,27 +149,8 @@ def analyze_model(
         **({"run_metadata": dict(run_metadata)} if run_metadata else {}),
     }
     if target is not None:
-        results.save(target, save_mode, overwrite=overwrite)
+        results.save(target, mode, overwrite=overwrite)
     return results
-
-
-def _families(metrics: Any) -> tuple[list[str], list[TensorDictModuleBase]]:
-    chosen = [metrics] if isinstance(metrics, str | nn.Module) else list(metrics or [])
-    names = [one for one in chosen if isinstance(one, str)]
-    extra = [one for one in chosen if not isinstance(one, str)]
-    if unknown := [name for name in names if name not in (*FAMILIES, "default")]:
-        raise ValueError(
-            f"unknown metric families {unknown}; there is 'default' or any of {list(FAMILIES)}, and any TensorDict module "
-            f"of your own (a tg.Stage reading 'sample', 'eigenvalues' or ('moments', ...))."
-        )
-    for stage in extra:
-        if not TensorDictModuleBase.is_tdmodule_compatible(stage):
-            raise TypeError(
-                f"metrics= takes family names and TensorDict modules, got {type(stage).__name__}. Wrap a function in "
-                f"TensorDictModule(function, in_keys=['sample'], out_keys=[('spectrum', 'name')])."
-            )
-    everything = not chosen or "default" in names
-    return [name for name in FAMILIES if everything or name in names], extra
 
 
 def _model(

@@ -1,9 +1,8 @@
-"""``compare``: two models side by side, a matrix of layers for every measure."""
+"""``compare``: every layer of one model with every layer of another, in one pass over the data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -13,88 +12,50 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import nn
 
-from tdgeom.analysis.metadata import stage_settings
-from tdgeom.analysis.profiles import relative_depths
-from tdgeom.analysis.results import AnalysisResults
+from tdgeom.analysis.comparison import Comparison
+from tdgeom.analysis.metadata import model_record, run_record
+from tdgeom.analysis.settings import MAX_ROWS, ComparisonSettings
 from tdgeom.core.for_each import ForEach, ForEachPair
 from tdgeom.core.keys import key_tuple
 from tdgeom.core.stage import PairStage
-from tdgeom.files.bundle import SCHEMA_VERSION
 from tdgeom.measures.neighbors.nearest_neighbors import NearestNeighbors
 from tdgeom.measures.registry import DEFAULT_MEASURES, named_stages
 from tdgeom.model.capture import Capture
 from tdgeom.model.capture_spec import CaptureSpec
-from tdgeom.model.loading import config_summary, load_model, model_identity, software_versions
+from tdgeom.model.loading import load_model, model_identity
+from tdgeom.model.sites import LayerSpec
 from tdgeom.rows.select_tokens import SelectTokens
 from tdgeom.rows.text import TextBatches
 from tdgeom.rows.tokenizer_alignment import AlignedRows, PairedTexts, cut_alike
+from tdgeom.run.profiles import relative_depths
 from tdgeom.run.run import run
 from tdgeom.run.to_frame import site_parts, to_frame
 from tdgeom.stream.cross_moments import StreamingCrossMoments
 from tdgeom.stream.row_sample import RowSample
 
-__all__ = ["MAX_ROWS", "Comparison", "compare"]
+__all__ = ["compare"]
 
 ALIGNMENTS = ("rows", "characters", "document")
-MAX_ROWS = 100_000
-
-
-@dataclass(repr=False)
-class Comparison(AnalysisResults):
-    """Two models side by side.
-
-    ``novelty`` holds one row a pair of sites (columns ``a``, ``b`` and a column a measure), ``metrics`` one row a site;
-    ``matrix`` gives a measure as a layer x layer table. Saved and loaded as ``AnalysisResults`` is.
-    """
-
-    def __repr__(self) -> str:
-        models = ", ".join(f"{side} {one['id']}" for side, one in self.metadata.get("models", {}).items())
-        return f"Comparison({models}: {len(self.novelty)} pairs of sites, {', '.join(self.measures)})"
-
-    def _repr_html_(self) -> str:
-        return self.matrix().to_html() if self.measures else repr(self)
-
-    def matrix(self, measure: str | None = None) -> pd.DataFrame:
-        """A measure as a table: the first model's sites down, the second's across.
-
-        Raises:
-            KeyError: no such measure; the message lists those there are.
-        """
-        measure = self.measures[0] if measure is None else measure
-        if measure not in self._columns:
-            raise KeyError(f"the comparison has no measure {measure!r}; it has {self._columns}.")
-        order = {side: list(dict.fromkeys(self.novelty[side])) for side in ("a", "b")}
-        table = self.novelty.pivot(index="a", columns="b", values=measure)
-        return table.loc[order["a"], order["b"]]
-
-    @property
-    def measures(self) -> list[str]:
-        """The measures' names, without their standard errors."""
-        return [name for name in self._columns if not name.endswith("_standard_error")]
-
-    @property
-    def _columns(self) -> list[str]:
-        return [name for name in self.novelty if name not in ("a", "b", "pair", "layer_a", "layer_b")]
 
 
 def compare(
     model_a: nn.Module | str,
     model_b: nn.Module | str,
     dataloader: Iterable[Any],
-    measures: str | PairStage | Sequence[str | PairStage] = DEFAULT_MEASURES,
+    metrics: str | PairStage | Sequence[str | PairStage] = DEFAULT_MEASURES,
     *,
     sites: str | Sequence[str] = "residual_output",
-    layers: str | int | slice | Sequence[int] = "all",
+    layers: LayerSpec = "all",
     tokenizer_a: Any = None,
     tokenizer_b: Any = None,
     align: str = "auto",
     names: tuple[str, str] = ("a", "b"),
     max_rows: int | None = MAX_ROWS,
-    sample_limit: int = 4096,
+    sample_size: int = 4096,
     sketch: int | None = None,
-    select: dict[str, Any] | None = None,
+    select: Mapping[str, Any] | None = None,
     batch_size: int = 8,
-    seq_len: int = 256,
+    max_length: int = 256,
     device: str | torch.device | None = None,
     progress: bool | None = True,
     seed: int = 0,
@@ -105,7 +66,7 @@ def compare(
         model_a, model_b: modules, Hugging Face ids or directories: two models, or two checkpoints of one.
         dataloader: batches that both models take; or documents (strings), with ``tokenizer_a`` and, where it is another,
             ``tokenizer_b``.
-        measures: names (those of the pure functions; ``tdgeom.measures.MEASURES`` lists them, and so does the command
+        metrics: names (those of the pure functions; ``tdgeom.measures.MEASURES`` lists them, and so does the command
             line) or pair stages. Default: debiased linear CKA over *all* rows (``"linear_cka_debiased"``, short
             ``"cka"``: ``LinearCKA(estimator="debiased", source="moments")``) and ``"neighborhood_overlap"`` of a sample
             (``NeighborhoodOverlap(k=10)``).
@@ -116,10 +77,10 @@ def compare(
             tokenizer (or two with one vocabulary), else characters where both are fast, else document.
         names: what the two are called: the sites are ``"a/residual_output.0"`` and so on.
         max_rows: rows to compare.
-        sample_limit: rows of the uniform sample that sample-based measures see.
+        sample_size: rows of the uniform sample that sample-based measures see.
         sketch: random projections a site in place of exact moments, for wide models (CKA then has a standard error).
         select: further settings of ``SelectTokens``, with "rows".
-        batch_size, seq_len: of documents. One tokenizer splits longer documents; with two they are cut off, with a warning.
+        batch_size, max_length: of documents. One tokenizer splits longer documents; with two they are cut off, with a warning.
         device: moves both models there first.
         progress: a progress bar on a terminal.
         seed: of the sample and the sketch.
@@ -144,31 +105,25 @@ def compare(
     nets = [load_model(model) if isinstance(model, str) else model for model in (model_a, model_b)]
     if device is not None:
         nets = [net.to(device) for net in nets]
-    align = _alignment(align, tokenizer_a, tokenizer_b)
-    stages = _measures(measures, sketch)
-    prefixes = [f"{name}/" for name in names]
+    settings = ComparisonSettings(
+        sites=sites,
+        layers=layers,
+        max_rows=max_rows,
+        sample_size=sample_size,
+        seed=seed,
+        select=dict(select or {}),
+        stages=_stages(metrics, sketch),
+        align=_alignment(align, tokenizer_a, tokenizer_b),
+        sketch=sketch,
+    )
     captures = [
-        Capture(net, sites, layers=layers, prefix=prefix, in_keys=_inputs(side, align))
-        for net, prefix, side in zip(nets, prefixes, "ab")
+        Capture(net, sites, layers=layers, prefix=f"{name}/", in_keys=_inputs(side, settings.align))
+        for net, name, side in zip(nets, names, "ab")
     ]
-    ours = [list(map(str, capture.sites)) for capture in captures]
-    both = [*captures[0].sites, *captures[1].sites]
-    rows = (
-        SelectTokens(both, **dict(select or {}))
-        if align == "rows"
-        else AlignedRows(ours[0], ours[1], align=align)  # type: ignore[arg-type]
-    )
-    if select and align != "rows":
-        raise ValueError(f"compare: select= is for align='rows', got {select} with align={align!r}.")
-    pairs = list(product(*ours))
-    pipeline = TensorDictSequential(
-        *captures, rows, *_reductions(stages, both, pairs, sample_limit, sketch, seed)
-    )
-    loader = _loader(dataloader, tokenizer_a, tokenizer_b, align, batch_size, seq_len)
+    pipeline = TensorDictSequential(*captures, *_stages_behind(captures, settings))
+    loader = _loader(dataloader, tokenizer_a, tokenizer_b, settings.align, batch_size, max_length)
     result = run(pipeline, loader, max_rows=max_rows, keep=["between"], progress=None if progress else False)
-    if result is None:
-        return None
-    return _comparison(result, nets, captures, names, align, stages, seed, sample_limit, sketch)
+    return None if result is None else _comparison(result, nets, captures, names, settings)
 
 
 def _alignment(align: str, tokenizer_a: Any, tokenizer_b: Any) -> str:
@@ -193,17 +148,17 @@ def _alignment(align: str, tokenizer_a: Any, tokenizer_b: Any) -> str:
     return "characters" if fast else "document"
 
 
-def _measures(measures: str | PairStage | Sequence[str | PairStage], sketch: int | None) -> list[PairStage]:
-    given = [measures] if isinstance(measures, (str, nn.Module)) else list(measures)
+def _stages(metrics: str | PairStage | Sequence[str | PairStage], sketch: int | None) -> list[PairStage]:
+    given = [metrics] if isinstance(metrics, (str, nn.Module)) else list(metrics)
     wrong = [type(one).__name__ for one in given if not isinstance(one, (str, PairStage))]
     if wrong or not given:
         raise TypeError(
-            f"compare: measures are names such as 'linear_cka_debiased' or pair stages such as tg.LinearCKA(), got "
+            f"compare: metrics are names such as 'linear_cka_debiased' or pair stages such as tg.LinearCKA(), got "
             f"{wrong or 'none'}."
         )
     named = named_stages([one for one in given if isinstance(one, str)], sketch=sketch is not None)
     stages = [*named, *(one for one in given if isinstance(one, PairStage))]
-    exact = [type(stage).__name__ for stage in stages if getattr(stage, "source", None) == "moments"]
+    exact = [str(type(stage).__name__) for stage in stages if getattr(stage, "source", None) == "moments"]
     if sketch is not None and exact:
         raise ValueError(
             f"compare: {', '.join(exact)} with source='moments' needs exact moments, sketch={sketch} gives projections. "
@@ -219,41 +174,44 @@ def _inputs(side: str, align: str) -> dict[str, tuple[str, str]] | None:
     return {name: (side, name) for name in ("input_ids", "attention_mask")}
 
 
-def _reductions(
-    stages: Sequence[PairStage],
-    sites: Sequence[str],
-    pairs: list[tuple[str, str]],
-    sample_limit: int,
-    sketch: int | None,
-    seed: int,
-) -> list[TensorDictModuleBase]:
-    """What the measures read, then the measures."""
-    roots = {key_tuple(key)[0] for stage in stages for key in stage.in_keys}
-    needed: list[TensorDictModuleBase] = []
+def _stages_behind(captures: Sequence[Capture], settings: ComparisonSettings) -> list[TensorDictModuleBase]:
+    """From both models' activations to the measures: rows, what the measures read, the measures."""
+    if settings.select and settings.align != "rows":
+        raise ValueError(
+            f"compare: select= is for align='rows', got {settings.select} with align={settings.align!r}."
+        )
+    sites_a, sites_b = (capture.sites for capture in captures)
+    sites, pairs = [*sites_a, *sites_b], list(product(sites_a, sites_b))
+    roots = {key_tuple(key)[0] for stage in settings.stages for key in stage.in_keys}
+    behind: list[TensorDictModuleBase] = [
+        SelectTokens(sites, **settings.select)
+        if settings.align == "rows"
+        else AlignedRows(sites_a, sites_b, align=settings.align)
+    ]
     if "cross_moments" in roots:
-        needed.append(StreamingCrossMoments(sites, pairs=pairs, sketch=sketch, seed=seed))
+        behind.append(StreamingCrossMoments(sites, pairs=pairs, sketch=settings.sketch, seed=settings.seed))
     if roots & {"sample", "neighbors"}:
-        needed.append(RowSample(sites, size=sample_limit, seed=seed))
+        behind.append(RowSample(sites, size=settings.sample_size, seed=settings.seed))
     if "neighbors" in roots:
-        k = max(int(getattr(stage, "k", 10)) for stage in stages)
-        needed.append(ForEach(NearestNeighbors(k), sites))
-    return [*needed, *(ForEachPair(stage, sites, pairs=pairs) for stage in stages)]
+        k = max(int(getattr(stage, "k", 10)) for stage in settings.stages)
+        behind.append(ForEach(NearestNeighbors(k), sites))
+    return [*behind, *(ForEachPair(stage, sites, pairs=pairs) for stage in settings.stages)]
 
 
 def _loader(
-    dataloader: Iterable[Any], tokenizer_a: Any, tokenizer_b: Any, align: str, batch_size: int, seq_len: int
+    dataloader: Iterable[Any],
+    tokenizer_a: Any,
+    tokenizer_b: Any,
+    align: str,
+    batch_size: int,
+    max_length: int,
 ) -> Iterable[Any]:
-    if align in ("characters", "document"):
+    if align != "rows":
         return PairedTexts(
-            dataloader,
-            tokenizer_a,
-            tokenizer_b,
-            align=align,  # type: ignore[arg-type]
-            batch_size=batch_size,
-            seq_len=seq_len,
+            dataloader, tokenizer_a, tokenizer_b, align=align, batch_size=batch_size, max_length=max_length
         )
     if tokenizer_a is not None:
-        return TextBatches(dataloader, tokenizer_a, batch_size=batch_size, seq_len=seq_len)
+        return TextBatches(dataloader, tokenizer_a, batch_size=batch_size, max_length=max_length)
     if isinstance(dataloader, list | tuple) and dataloader and isinstance(dataloader[0], str):
         raise ValueError("compare: documents (strings) need tokenizer_a=; or give tokenized batches.")
     return dataloader
@@ -263,50 +221,21 @@ def _comparison(
     result: TensorDict,
     nets: Sequence[nn.Module],
     captures: Sequence[Capture],
-    names: tuple[str, str],
-    align: str,
-    stages: Sequence[PairStage],
-    seed: int,
-    sample_limit: int,
-    sketch: int | None,
+    names: Sequence[str],
+    settings: ComparisonSettings,
 ) -> Comparison:
-    metrics = []
+    metrics, models = [], {}
     for name, net, capture in zip(names, nets, captures):
-        own = [str(site) for site in capture.sites]
-        depths = relative_depths(own)
         key, label = model_identity(net)
-        for site in own:
-            place = {"model": name, "model_key": key, "model_label": label, "site": site, **site_parts(site)}
-            metrics.append({**place, "relative_depth": depths[site]})
-    models = {
-        name: {
-            "id": model_identity(net)[1],
-            "class": type(net).__name__,
-            "config": config_summary(net),
-            "parameter_count": sum(parameter.numel() for parameter in net.parameters()),
-            "hook_targets": {str(site): path for site, path in capture.module_paths.items()},
-            "capture": CaptureSpec.of(capture).to_dict(),
-        }
-        for name, net, capture in zip(names, nets, captures)
-    }
+        depths = relative_depths(capture.sites)
+        for site, depth in depths.items():
+            place = {"model": name, "model_key": key, "model_label": label, "site": str(site)}
+            metrics.append({**place, **site_parts(site), "relative_depth": depth})
+        spec = CaptureSpec.of(capture).to_dict()
+        models[name] = {**model_record(net, None, capture), "capture": spec}
     return Comparison(
         metrics=pd.DataFrame(metrics),
         novelty=to_frame(result, "between"),
-        metadata={
-            "artifact_schema_version": SCHEMA_VERSION,
-            "models": models,
-            "align": align,
-            "rows_observed": int(result["run", "rows"]),
-            "batches_observed": int(result["run", "batches"]),
-            "dropped_rows": int(result["run", "dropped_rows"]),
-            "stopped": result["run", "stopped"],
-            "settings": {
-                "measures": [stage_settings(stage) for stage in stages],
-                "sample_limit": sample_limit,
-                "sketch": sketch,
-                "seed": seed,
-            },
-            "software": software_versions(),
-        },
+        metadata={"models": models, "align": settings.align, **run_record([result], settings)},
         result=result,
     )

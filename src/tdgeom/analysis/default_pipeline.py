@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
-from torch import nn
 
+from tdgeom.analysis.settings import AnalysisSettings, Metrics
 from tdgeom.core.for_each import ForEach, ForEachPair, pair_list
 from tdgeom.core.keys import key_tuple
 from tdgeom.core.stage import PairStage
@@ -24,10 +24,8 @@ from tdgeom.rows.select_tokens import SelectTokens
 from tdgeom.stream.covariance import StreamingCovariance
 from tdgeom.stream.row_sample import RowSample
 
-__all__ = ["DIAGNOSTICS", "FAMILIES", "HELD", "analysis_pipeline"]
+__all__ = ["HELD", "analysis_pipeline", "default_pipeline"]
 
-FAMILIES = ("spectrum", "sample", "novelty", "router")
-DIAGNOSTICS = ("normalization_ablation",)
 SHARED_PRODUCTS = ("sample_eigenvalues", "sample_covariance", "sample_unit_covariance")
 HELD = ("moments", "eigenvectors", "sample", "sample_row_id", *SHARED_PRODUCTS)
 
@@ -36,52 +34,70 @@ def analysis_pipeline(
     capture: Capture,
     sites: Sequence[str],
     *,
-    families: Sequence[str] = FAMILIES,
-    extra: Sequence[TensorDictModuleBase] = (),
-    diagnostics: Sequence[str] = (),
+    metrics: Metrics = "default",
+    diagnostics: str | Sequence[str] | None = None,
     routers: Sequence[str] = (),
     router_top_k: int = 2,
-    sample_limit: int = 4096,
+    sample_size: int = 4096,
     novelty_k: int = 32,
-    neighbors: int | None = None,
+    neighbors: bool | int = False,
     seed: int = 0,
     select: Mapping[str, Any] | None = None,
 ) -> TensorDictSequential:
-    """The pipeline that ``analyze_model`` runs: only the stages that the families and extra stages need.
+    """The pipeline that ``analyze_model`` runs: only the stages that the metrics need.
 
     Args:
         capture: the hooking context that reads ``sites`` and ``routers``.
         sites: sites whose geometry is measured.
-        families: any of "spectrum", "sample", "novelty", "router".
-        extra: stages of one's own; each runs at every site (a pair stage at every consecutive pair, a ``ForEachPair`` at its
-            own pairs).
+        metrics: "default" or any of "spectrum", "sample", "novelty", "router", and stages of one's own; each of these runs
+            at every site (a pair stage at every consecutive pair, a ``ForEachPair`` at its own pairs).
         diagnostics: any of "normalization_ablation".
         routers: sites of router logits, for the family "router".
         router_top_k: experts a token is routed to.
-        sample_limit: rows of the uniform sample.
+        sample_size: rows of the uniform sample.
         novelty_k: leading eigenvectors compared between sites.
-        neighbors: nearest neighbours in a table of the sample's rows, for stages with ``source="neighbors"``; None: no table.
+        neighbors: a table of this many nearest neighbours of the sample's rows (True: 100), for stages with
+            ``source="neighbors"``.
         seed: seed of the sample.
         select: further settings of ``SelectTokens`` (positions, skip_first, pool, ...); what its ``also=`` carries the
             sample holds too.
     """
+    settings = AnalysisSettings(
+        metrics=metrics,
+        diagnostics=diagnostics,
+        sample_size=sample_size,
+        novelty_k=novelty_k,
+        neighbors=neighbors,
+        seed=seed,
+        select=select or {},
+    )
+    return default_pipeline(capture, sites, settings, routers, router_top_k)
+
+
+def default_pipeline(
+    capture: Capture,
+    sites: Sequence[str],
+    settings: AnalysisSettings,
+    routers: Sequence[str] = (),
+    router_top_k: int = 2,
+) -> TensorDictSequential:
+    """``analysis_pipeline`` from the settings of an analysis."""
     pairs = pair_list(sites)
-    also = [str(name) for name in dict(select or {}).get("also", ())]
-    ends: list[nn.Module] = []
-    if neighbors is not None:
-        ends.append(ForEach(NearestNeighbors(neighbors), sites))
-    if "spectrum" in families:
+    also = [str(name) for name in settings.select.get("also", ())]
+    ends: list[TensorDictModuleBase] = []
+    if settings.neighbors:
+        ends.append(ForEach(NearestNeighbors(settings.neighbors), sites))
+    if "spectrum" in settings.families:
         ends.append(ForEach(SpectrumMetrics(), sites))
-    if "sample" in families:
+    if "sample" in settings.families:
         ends.append(ForEach(SampleMetrics(), sites))
-    if "normalization_ablation" in diagnostics:
+    if settings.diagnostics:
         ends.append(ForEach(NormalizationAblation(), sites))
-    if "novelty" in families and pairs:
-        ends += [
-            ForEachPair(stage, sites) for stage in (SubspaceNovelty(k=novelty_k), LinearCKA(), LayerCosine())
-        ]
-    streams: list[nn.Module] = []
-    for stage in extra:
+    if "novelty" in settings.families and pairs:
+        changes = (SubspaceNovelty(k=settings.novelty_k), LinearCKA(), LayerCosine())
+        ends += [ForEachPair(stage, sites) for stage in changes]
+    streams: list[TensorDictModuleBase] = []
+    for stage in settings.stages:
         if isinstance(stage, ForEachPair):
             ends.append(stage)
         elif isinstance(stage, PairStage):
@@ -89,17 +105,16 @@ def analysis_pipeline(
         else:
             (streams if isinstance(stage, StreamingStage) else ends).append(ForEach(stage, sites))
     needed = {key_tuple(key)[0] for end in ends for key in end.in_keys}
-    decompose: list[nn.Module] = []
+    decompose: list[TensorDictModuleBase] = []
     if needed & {"eigenvalues", "eigenvectors"}:
-        decompose.append(ForEach(EigenSpectrum(k=novelty_k), sites))
-    if {"sample"} & needed and ("sample" in families and "normalization_ablation" in diagnostics):
-        decompose.append(ForEach(SampleSpectrum(), sites))
+        decompose.append(ForEach(EigenSpectrum(k=settings.novelty_k), sites))
+    if "sample" in settings.families and settings.diagnostics:
+        decompose.append(ForEach(SampleSpectrum(), sites))  # both read it
     if needed & {"moments", "eigenvalues", "eigenvectors"}:
         streams.append(ForEach(StreamingCovariance(), sites))
     if "sample" in needed:
-        streams.append(RowSample(sites, size=sample_limit, seed=seed, also=also))
-    if routers and "router" in families:
+        streams.append(RowSample(sites, size=settings.sample_size, seed=settings.seed, also=also))
+    if routers and "router" in settings.families:
         streams.append(ForEach(RouterLoad(top_k=router_top_k), routers))
-    return TensorDictSequential(
-        capture, SelectTokens([*sites, *routers], **dict(select or {})), *streams, *decompose, *ends
-    )
+    rows = SelectTokens([*sites, *routers], **settings.select)
+    return TensorDictSequential(capture, rows, *streams, *decompose, *ends)

@@ -3,95 +3,89 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
 from torch import nn
 
-from tdgeom.analysis.default_pipeline import HELD, analysis_pipeline
-from tdgeom.analysis.metadata import run_metadata as recorded
+from tdgeom.analysis.default_pipeline import HELD, default_pipeline
+from tdgeom.analysis.metadata import analysis_metadata
 from tdgeom.analysis.result_tables import (
-    Identity,
-    diagnostics_table,
+    Measured,
+    ablation_rows,
     eigenvalue_arrays,
-    metrics_table,
-    novelty_table,
-    router_table,
+    metrics_rows,
+    novelty_rows,
+    router_rows,
+    table,
 )
 from tdgeom.analysis.results import AnalysisResults
-from tdgeom.core.keys import Key, key_tuple
+from tdgeom.analysis.settings import AnalysisSettings
+from tdgeom.core.for_each import RenamedStream
+from tdgeom.core.keys import key_tuple
 from tdgeom.model.capture import Capture
 from tdgeom.model.loading import model_identity
+from tdgeom.model.sites import Site
 from tdgeom.model.structure.resolve import available_sites
 from tdgeom.run.plan import make_plan
 from tdgeom.run.run import run
 from tdgeom.stream.covariance import StreamingCovariance
 from tdgeom.stream.row_sample import RowSample
 
-__all__ = ["measured"]
+__all__ = ["analyzed"]
 
 
-def measured(
-    net: nn.Module,
+def analyzed(
+    model: nn.Module,
     label: str | None,
     dataloader: Iterable[Any],
-    settings: Mapping[str, Any],
-    place: Mapping[str, Any],
+    settings: AnalysisSettings,
     *,
-    max_tokens: int | None,
-    metrics: Any,
-    progress: bool | None,
-    checkpoint: str | Path | None,
-    every: int,
-    in_keys: Sequence[Key] | None,
+    checkpoint: str | Path | None = None,
+    **run_options: Any,
 ) -> AnalysisResults | None:
-    """One model's analysis: a pass for each stack, and the tables of all."""
-    asked = Capture(net, place["sites"], layers=place["layers"])
-    routers: list[Any] = []
-    if "router" in settings["families"]:
-        routers = _router_sites(net, asked, place["layers"], place["routers"])
-    identity = Identity(
-        *model_identity(net, label), novelty_k=settings["novelty_k"], depth=_stack_depths(net)
-    )
-    frames = []
-    for stack, group in _by_stack(asked.sites, dataloader).items():
+    """One model's analysis, on rank 0: a pass for each stack, and the tables of all; further options go to ``run``."""
+    asked = Capture(model, settings.sites, layers=settings.layers)
+    routers = _router_sites(model, asked, settings)
+    name = dict(zip(("model_key", "model_label"), model_identity(model, label)))
+    depths: dict[str | None, int] = {}
+    for entry in available_sites(model):
+        depths[entry.site.stack] = max(depths.get(entry.site.stack, 0), entry.site.layer or 0)
+    passes: list[Measured] = []
+    neighbors: dict[str, TensorDict] = {}
+    for number, (stack, sites) in enumerate(_by_stack(asked.sites, dataloader).items()):
         own_routers = [site for site in routers if site.stack == stack]
-        options: dict[str, Any] = {
-            "max_rows": max_tokens,
-            "progress": None if progress else False,
-            "in_keys": in_keys,
-        }
-        if checkpoint is not None:
-            options |= {"checkpoint": f"{checkpoint}.{stack}" if frames else checkpoint, "every": every}
-        frames.append((_run_stack(net, group, own_routers, dataloader, settings, options), group))
-    if any(result is None for result, _ in frames):
+        pipeline = _stack_pipeline(model, sites, own_routers, settings)
+        beside = f"{checkpoint}.{stack}" if checkpoint is not None and number else checkpoint
+        kept = _kept(pipeline, settings)
+        result = run(
+            pipeline, dataloader, max_rows=settings.max_rows, keep=kept, checkpoint=beside, **run_options
+        )
+        if result is None:
+            continue
+        if settings.neighbors:
+            neighbors[str(stack)] = _taken_out(result, sites)
+        sample = min(settings.sample_size, int(result["run", "rows"]))
+        depth = depths.get(stack, 0)
+        widths = _widths(pipeline, sites)
+        passes.append(Measured(result, sites, name, depth, widths, sample, settings.novelty_k))
+    if not passes:
         return None
-    extra = settings["extra"]
-    tables = [_taken_out(result, group) for result, group in frames] if settings["neighbors"] else []
-    stacks = {str(group[0].stack): result for result, group in frames}
     return AnalysisResults(
-        metrics=_joined(metrics_table(result, group, identity, extra) for result, group in frames),
-        novelty=_joined(novelty_table(result, group, identity) for result, group in frames),
-        router=_joined(router_table(result, identity) for result, _ in frames),
-        diagnostics={
-            name: _joined(diagnostics_table(result, group, identity) for result, group in frames)
-            for name in settings["diagnostics"]
-        },
-        eigenvalues={
-            name: values
-            for result, group in frames
-            for name, values in eigenvalue_arrays(result, group, len(frames) > 1).items()
-        },
+        metrics=table(metrics_rows, passes),
+        novelty=table(novelty_rows, passes),
+        router=table(router_rows, passes),
+        diagnostics={name: table(ablation_rows, passes) for name in settings.diagnostics or ()},
+        eigenvalues=eigenvalue_arrays(passes),
         metadata={
-            **recorded(net, label, asked, frames, settings, max_tokens, metrics),
+            **analysis_metadata(model, label, asked, [one.result for one in passes], settings),
             "router_sites": [str(site) for site in routers],
         },
-        neighbors=_one_or_by_stack(dict(zip(stacks, tables))),
-        result=_one_or_by_stack(stacks),
+        neighbors=_one_or_by_stack(neighbors),
+        result=_one_or_by_stack({str(one.sites[0].stack): one.result for one in passes}),
     )
 
 
@@ -113,21 +107,13 @@ def _taken_out(result: TensorDict, sites: Sequence[str]) -> TensorDict:
     return tables
 
 
-def _stack_depths(model: nn.Module) -> dict[str | None, int]:
-    """The last layer of each stack."""
-    depths: dict[str | None, int] = {}
-    for entry in available_sites(model):
-        if entry.site.layer is not None:
-            depths[entry.site.stack] = max(depths.get(entry.site.stack, 0), entry.site.layer)
-    return depths
-
-
-def _router_sites(model: nn.Module, asked: Capture, layers: Any, wanted: bool | str) -> list[Any]:
-    if wanted is False:
+def _router_sites(model: nn.Module, asked: Capture, settings: AnalysisSettings) -> list[Site]:
+    wanted = settings.output_router_logits
+    if wanted is False or "router" not in settings.families:
         return []
     have = {entry.site.kind for entry in available_sites(model)}
     if "router_logits" in have and not any(site.kind == "router_logits" for site in asked.sites):
-        return Capture(model, "router_logits", layers=layers).sites
+        return Capture(model, "router_logits", layers=settings.layers).sites
     if wanted is True:
         raise ValueError(
             "output_router_logits=True, but the model has no router_logits site (tdgeom sites MODEL lists what it has). Use "
@@ -136,9 +122,9 @@ def _router_sites(model: nn.Module, asked: Capture, layers: Any, wanted: bool | 
     return []
 
 
-def _by_stack(sites: Sequence[Any], dataloader: Iterable[Any]) -> dict[str | None, list[Any]]:
+def _by_stack(sites: Sequence[Site], dataloader: Iterable[Any]) -> dict[str | None, list[Site]]:
     """Sites by stack: the stacks of an encoder-decoder have rows of their own, so each gets a pass of its own."""
-    groups: dict[str | None, list[Any]] = {}
+    groups: dict[str | None, list[Site]] = {}
     for site in sites:
         groups.setdefault(site.stack, []).append(site)
     if len(groups) > 1 and isinstance(dataloader, Iterator):
@@ -149,36 +135,23 @@ def _by_stack(sites: Sequence[Any], dataloader: Iterable[Any]) -> dict[str | Non
     return groups
 
 
-def _run_stack(
-    model: nn.Module,
-    sites: list[Any],
-    routers: list[Any],
-    dataloader: Iterable[Any],
-    settings: Mapping[str, Any],
-    run_options: Mapping[str, Any],
-) -> TensorDict | None:
-    """One pass over the sites of one stack: the result without its bulky intermediates, with each site's width."""
-    options = dict(settings)
-    if sites[0].stack is not None and "decoder" in sites[0].stack:
-        options["select"] = {"mask_key": "decoder_attention_mask", **options["select"]}
+def _stack_pipeline(
+    model: nn.Module, sites: Sequence[Site], routers: Sequence[Site], settings: AnalysisSettings
+) -> TensorDictSequential:
+    """The pipeline over the sites of one stack."""
+    if "decoder" in (sites[0].stack or ""):
+        select = {"mask_key": "decoder_attention_mask", **settings.select}
+        settings = replace(settings, select=select)
     top_k = int(getattr(getattr(model, "config", None), "num_experts_per_tok", None) or 2)
-    pipeline = analysis_pipeline(
-        Capture(model, [*map(str, sites), *map(str, routers)]),
-        sites,
-        routers=routers,
-        router_top_k=top_k,
-        **options,
-    )
+    capture = Capture(model, [*map(str, sites), *map(str, routers)])
+    return default_pipeline(capture, sites, settings, routers, top_k)
+
+
+def _kept(pipeline: TensorDictSequential, settings: AnalysisSettings) -> list[str]:
+    """The roots of a pass that its tables read: all but the bulky ones between."""
     plan = make_plan(pipeline)
     roots = {key_tuple(key)[0] for unit in (*plan.stream, *plan.end) for key in unit.out_keys} - set(HELD)
-    if settings["neighbors"]:
-        roots |= {"sample", "sample_row_id"}
-    result = run(pipeline, dataloader, keep=sorted(roots), **run_options)
-    if result is not None:
-        result.set("sample_rows", torch.tensor(min(settings["sample_limit"], int(result["run", "rows"]))))
-        for site, width in _widths(pipeline, sites).items():
-            result.set(("hidden_dim", site), torch.tensor(width))
-    return result
+    return sorted(roots | ({"sample", "sample_row_id"} if settings.neighbors else set()))
 
 
 def _widths(pipeline: TensorDictSequential, sites: Sequence[str]) -> dict[str, int]:
@@ -186,14 +159,7 @@ def _widths(pipeline: TensorDictSequential, sites: Sequence[str]) -> dict[str, i
     widths: dict[str, int] = {}
     for unit in pipeline.modules():
         if isinstance(unit, RowSample):
-            widths |= {
-                str(site): int(unit.get_buffer(name).shape[-1]) for site, name in zip(sites, unit.held)
-            }
-        elif isinstance(getattr(unit, "module", None), StreamingCovariance):
-            widths[unit.where] = int(unit.module.mean.shape[0])
+            widths |= {site: unit.get_buffer(name).shape[-1] for site, name in zip(sites, unit.held)}
+        elif isinstance(unit, RenamedStream) and isinstance(unit.module, StreamingCovariance):
+            widths[unit.where] = unit.module.get_buffer("mean").shape[0]
     return widths
-
-
-def _joined(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    tables = [table for table in tables if not table.empty]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

@@ -1,164 +1,140 @@
-"""From a run's TensorDict to the tables of ``AnalysisResults``."""
+"""From a pass's TensorDict to the tables of ``AnalysisResults``: the columns of ``metrics.csv`` and the others."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict import TensorDict
 
-from tdgeom.core.keys import key_tuple
-from tdgeom.core.stage import PairStage
-from tdgeom.run.to_frame import cell, leaves, site_parts
+from tdgeom.model.sites import Site
+from tdgeom.run.to_frame import cell, leaves, site_parts, whole_numbers
 
-__all__: list[str] = []
+__all__ = [
+    "Measured",
+    "ablation_rows",
+    "eigenvalue_arrays",
+    "metrics_rows",
+    "novelty_rows",
+    "router_rows",
+    "table",
+]
 
 FIRST_ROOTS = ("spectrum", "sample_metrics")
-NOT_METRICS = {"run", "eigenvalues", "ablation", "between", "router", "hidden_dim", "sample_rows"}
+NOT_METRICS = {"run", "eigenvalues", "ablation", "between", "router"}
 
 
 @dataclass(frozen=True)
-class Identity:
-    """What every row says about its model."""
+class Measured:
+    """What one pass over the sites of one stack found, and what every row of its tables says about the model.
 
-    model_key: str
-    model_label: str
+    ``depth`` is the last layer of the model's stack, ``widths`` are the sites' numbers of features, ``sample`` the rows of the
+    sample.
+    """
+
+    result: TensorDict
+    sites: Sequence[Site]
+    model: Mapping[str, str]
+    depth: int
+    widths: Mapping[str, int]
+    sample: int
     novelty_k: int
-    depth: Mapping[str | None, int]
-
-    def columns(self) -> dict[str, object]:
-        """The columns that name the model."""
-        return {"model_key": self.model_key, "model_label": self.model_label}
 
 
-def _layers(sites: Sequence[str]) -> list[int]:
-    return [part["layer"] for part in map(site_parts, sites) if part["layer"] is not None]  # type: ignore[misc]
+def table(rows: Callable[[Measured], Iterable[dict[str, Any]]], passes: Iterable[Measured]) -> pd.DataFrame:
+    """The rows of all passes."""
+    return whole_numbers(pd.DataFrame([row for one in passes for row in rows(one)]), "layer")
 
 
-def _one_kind(sites: Sequence[str]) -> bool:
-    """True where a layer number alone names a site."""
-    parts = [site_parts(site) for site in sites]
-    return len({(part["kind"], part["stack"]) for part in parts}) == 1 and all(
-        part["layer"] is not None for part in parts
-    )
-
-
-def metrics_table(
-    result: TensorDictBase,
-    sites: Sequence[str],
-    identity: Identity,
-    extra: Sequence[TensorDictModuleBase] = (),
-) -> pd.DataFrame:
+def metrics_rows(one: Measured) -> Iterator[dict[str, Any]]:
     """One row a site: who and where, then every scalar that some stage wrote for the site."""
-    last = max(_layers(sites), default=0)
-    pair_roots = {
-        key_tuple(key)[0] for stage in extra if isinstance(stage, PairStage) for key in stage.out_keys
-    }
-    roots = [root for root in FIRST_ROOTS if root in result.keys()]
-    roots += [root for root in result.keys() if root not in (*roots, *NOT_METRICS, *pair_roots)]
-    rows = []
-    for site in map(str, sites):
-        parts = site_parts(site)
-        layer = parts["layer"]
-        deepest = identity.depth.get(parts["stack"], last)  # type: ignore[arg-type]
-        row = {
-            **identity.columns(),
-            "site": site,
-            **parts,
-            "num_layers": len(set(_layers(sites))) or len(sites),
-            "layer_norm_depth": np.nan if layer is None else layer / max(last, 1),  # type: ignore[operator]
-            "relative_depth": np.nan if layer is None else layer / max(deepest, 1),  # type: ignore[operator]
-            "tokens_observed": int(result["run", "rows"]),
-            "hidden_dim": _hidden_dim(result, site),
+    layers = {site.layer for site in one.sites if site.layer is not None}
+    found = [root for root in map(str, one.result.keys()) if root not in NOT_METRICS]
+    roots = sorted(
+        found, key=lambda root: FIRST_ROOTS.index(root) if root in FIRST_ROOTS else len(FIRST_ROOTS)
+    )
+    values = [(root, path, value) for root in roots for path, value in leaves(one.result.get(root))]
+    for site in one.sites:
+        yield {
+            **one.model,
+            **_place(site),
+            "num_layers": len(layers) or len(one.sites),
+            "layer_norm_depth": _share(site.layer, max(layers, default=0)),
+            "relative_depth": _share(site.layer, one.depth),
+            "tokens_observed": int(one.result["run", "rows"]),
+            "hidden_dim": one.widths.get(site),
+            **{"_".join(path[1:]) or root: cell(value) for root, path, value in values if path[0] == site},
         }
-        for root in roots:
-            for path, value in leaves(result.get(root)):
-                if path[0] == site:
-                    row["_".join(path[1:]) or root] = cell(value)
-        rows.append(row)
-    return _whole_layers(pd.DataFrame(rows))
 
 
-def _hidden_dim(result: TensorDictBase, site: str) -> int | None:
-    value = result.get(("hidden_dim", site), None)
-    return None if value is None else int(value)
+def _place(site: str) -> dict[str, Any]:
+    return {"site": str(site), **site_parts(site)}
 
 
-def novelty_table(result: TensorDictBase, sites: Sequence[str], identity: Identity) -> pd.DataFrame:
+def _share(layer: int | None, last: int) -> float:
+    return np.nan if layer is None else layer / max(last, 1)
+
+
+def novelty_rows(one: Measured) -> Iterable[dict[str, Any]]:
     """One row a pair of sites: every scalar under a root whose places are pairs."""
-    rows: dict[str, dict[str, object]] = {}
-    for root in result.keys():
-        branch = result.get(root)
-        if not hasattr(branch, "keys"):
-            continue
-        for path, value in leaves(branch):
+    rows: dict[str, dict[str, Any]] = {}
+    for root in map(str, one.result.keys()):
+        for path, value in leaves(one.result.get(root)):
             if "->" not in path[0]:
                 continue
             a, b = path[0].split("->", 1)
-            one, other = site_parts(a), site_parts(b)
-            row = rows.setdefault(
-                path[0],
-                {
-                    **identity.columns(),
-                    "a": a,
-                    "b": b,
-                    "kind": one["kind"],
-                    "stack": one["stack"],
-                    "layer": one["layer"],
-                    "transition": f"{_short(a, one)}->{_short(b, other)}",
-                    "novelty_k": min(identity.novelty_k, _hidden_dim(result, a) or identity.novelty_k),
-                },
-            )
-            row["_".join(path[1:]) or root] = cell(value)
-    return _whole_layers(pd.DataFrame(list(rows.values())))
+            place = site_parts(a)
+            row = {
+                **one.model,
+                "a": a,
+                "b": b,
+                **place,
+                "transition": f"{_short(a)}->{_short(b)}",
+                "novelty_k": min(one.novelty_k, one.widths.get(a, one.novelty_k)),
+            }
+            rows.setdefault(path[0], row)["_".join(path[1:]) or root] = cell(value)
+    return rows.values()
 
 
-def _short(name: str, parts: Mapping[str, object]) -> str:
-    return name if parts["layer"] is None else str(parts["layer"])
+def _short(name: str) -> str:
+    layer = site_parts(name)["layer"]
+    return name if layer is None else str(layer)
 
 
-def router_table(result: TensorDictBase, identity: Identity) -> pd.DataFrame:
+def router_rows(one: Measured) -> Iterator[dict[str, Any]]:
     """One row a router; ``load`` and ``mean_probability`` are vectors over experts."""
-    branch = result.get("router", None)
-    if branch is None:
-        return pd.DataFrame()
-    rows = []
-    for site in branch.keys():
-        values = {name: cell(branch.get((site, name))) for name in branch.get(site).keys()}
-        rows.append({**identity.columns(), "site": site, **site_parts(site), **values})
-    return _whole_layers(pd.DataFrame(rows))
+    branch = one.result.get("router", None)
+    for site in [] if branch is None else branch.keys():
+        yield {**one.model, **_place(site), **_cells(branch.get(site))}
 
 
-def diagnostics_table(result: TensorDictBase, sites: Sequence[str], identity: Identity) -> pd.DataFrame:
+def ablation_rows(one: Measured) -> Iterator[dict[str, Any]]:
     """The ablation: one row a site and variant."""
-    rows = []
-    for site in map(str, sites):
-        branch = result.get(("ablation", site))
+    for site in one.sites:
+        branch = one.result.get(("ablation", str(site)))
         for variant in branch.keys():
-            row = {**identity.columns(), "site": site, **site_parts(site), "variant": variant}
-            row |= {"tokens": int(result["sample_rows"]), "hidden_dim": _hidden_dim(result, site)}
-            rows.append({**row, **{name: cell(value) for (name,), value in leaves(branch.get(variant))}})
-    return _whole_layers(pd.DataFrame(rows))
+            counts = {"tokens": one.sample, "hidden_dim": one.widths.get(site)}
+            yield {**one.model, **_place(site), "variant": variant, **counts, **_cells(branch.get(variant))}
 
 
-def eigenvalue_arrays(
-    result: TensorDictBase, sites: Sequence[str], several_groups: bool
-) -> dict[str, np.ndarray]:
+def _cells(branch: TensorDict) -> dict[str, Any]:
+    return {name: cell(value) for (name,), value in leaves(branch)}
+
+
+def eigenvalue_arrays(passes: Sequence[Measured]) -> dict[str, np.ndarray]:
     """Eigenvalues by ``layer_00``, or by site where a layer number would not be enough."""
-    branch = result.get("eigenvalues", None)
-    if branch is None:
-        return {}
-    by_layer = _one_kind(sites) and not several_groups
-    return {
-        f"layer_{site_parts(site)['layer']:02d}" if by_layer else site: branch.get(site).cpu().numpy()
-        for site in map(str, sites)
+    sites = [site for one in passes for site in one.sites]
+    by_layer = len({(site.kind, site.stack) for site in sites}) == 1 and None not in {
+        site.layer for site in sites
     }
-
-
-def _whole_layers(table: pd.DataFrame) -> pd.DataFrame:
-    if "layer" in table and table["layer"].notna().all():
-        table["layer"] = table["layer"].astype(int)
-    return table
+    return {
+        f"layer_{site.layer:02d}" if by_layer else str(site): one.result["eigenvalues", str(site)]
+        .cpu()
+        .numpy()
+        for one in passes
+        for site in one.sites
+        if "eigenvalues" in one.result.keys()
+    }

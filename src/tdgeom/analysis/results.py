@@ -13,6 +13,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 
 from tdgeom.files import bundle
+from tdgeom.plot.picture_files import write_plots
 
 __all__ = ["AnalysisResults"]
 
@@ -101,6 +102,26 @@ class AnalysisResults:
             metadata=metadata,
             artifact_dir=Path(path).resolve(),
         )
+
+    def write_plots(self, folder: str | Path | None = None) -> list[Path]:
+        """The pictures of the tables as PNG files, and their paths; see ``tg.plot.write_plots``.
+
+        Args:
+            folder: default ``plots`` in the saved bundle.
+
+        Raises:
+            ValueError: no folder, and nothing saved. ModuleNotFoundError: no matplotlib.
+        """
+        return write_plots(self, self._plots_folder(folder))
+
+    def _plots_folder(self, folder: str | Path | None) -> Path:
+        if folder is not None:
+            return Path(folder)
+        if self.artifact_dir is None:
+            raise ValueError(
+                f"{type(self).__name__}.write_plots: nothing is saved yet. Call save() first, or name a folder."
+            )
+        return self.artifact_dir / "plots"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain Python values, ready for ``json.dumps`` (NaN becomes None)."""

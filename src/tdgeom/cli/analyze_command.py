@@ -7,61 +7,46 @@ from typing import Annotated
 
 import typer
 
+from tdgeom.analysis.analyze_model import analyze_model
+from tdgeom.analysis.settings import MAX_ROWS
+from tdgeom.cli.demo import demo_model_path, run_demo
 from tdgeom.cli.options import (
-    BatchSize,
-    Dataset,
-    Device,
-    JsonLines,
     Layers,
     Model,
-    Out,
-    Overwrite,
-    Plots,
-    Remote,
-    Seed,
-    SequenceLength,
+    OneModelOptions,
     Sites,
-    TextFile,
-    Tokenizer,
-    Untrained,
-    check_out,
-    device_choice,
-    documents,
+    TextOptions,
     layer_choice,
     listed,
-    loaded,
     quiet_transformers,
-    report,
+    with_options,
 )
+from tdgeom.cli.print_results import print_results
 
 __all__ = ["analyze", "demo"]
 
 
+@with_options
 def analyze(
     model: Model,
-    text: TextFile = None,
-    jsonl: JsonLines = None,
-    dataset: Dataset = None,
+    options: OneModelOptions,
     layers: Layers = "all",
     sites: Sites = "residual_input",
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure.")] = 100_000,
-    batch_size: BatchSize = 8,
-    seq_len: SequenceLength = None,
+    max_rows: Annotated[
+        int | None, typer.Option("--max-rows", min=2, help=f"Rows (tokens) to measure. [{MAX_ROWS}]")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=2, help="Another name of --max-rows.")
+    ] = None,
     metrics: Annotated[
         str, typer.Option(help="default, or any of spectrum,sample,novelty,router.", metavar="FAMILIES")
     ] = "default",
     diagnostics: Annotated[str | None, typer.Option(help="normalization_ablation", metavar="NAMES")] = None,
-    out: Out = None,
-    plots: Plots = False,
-    overwrite: Overwrite = False,
     save_mode: Annotated[str, typer.Option(help="bundle or csv (tables as CSV), or json.")] = "bundle",
-    device: Device = None,
-    tokenizer: Tokenizer = None,
     skip_first: Annotated[
         int, typer.Option(min=0, help="Leave out this many tokens at the start of a sequence.")
     ] = 0,
     skip_special: Annotated[bool, typer.Option("--skip-special", help="Leave out special tokens.")] = False,
-    untrained: Untrained = False,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
@@ -69,55 +54,44 @@ def analyze(
         ),
     ] = None,
     every: Annotated[int, typer.Option(min=1, help="Batches between two writes of the checkpoint.")] = 100,
-    seed: Seed = 0,
     run_name: Annotated[str | None, typer.Option(help="A name to record.")] = None,
-    trust_remote_code: Remote = False,
 ) -> None:
     """Measure a model's representations of a text: tables here, a bundle and pictures in DIR."""
-    source, named = documents(text, jsonl, dataset)
-    overwrite = check_out(out, overwrite, plots, save_mode)
-    net, batches = loaded(
-        model,
-        source,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        tokenizer=tokenizer,
-        trust_remote_code=trust_remote_code,
-    )
-    from tdgeom.analysis.analyze_model import analyze_model
-
+    if max_rows is not None and max_tokens is not None:
+        raise typer.BadParameter("--max-tokens is another name of --max-rows: give one of them")
+    documents, named = options.documents()
+    options.check_out(save_mode)
+    net, batches = options.loaded(model, documents)
     results = analyze_model(
         model,
         batches,
         model=net,
-        max_tokens=max_tokens,
+        max_rows=max_rows or max_tokens or MAX_ROWS,
         metrics=listed(metrics),
         diagnostics=listed(diagnostics) if diagnostics else None,
         layers=layer_choice(layers),
         sites=listed(sites),
-        device=device_choice(device),
-        seed=seed,
+        device=options.device_or_cuda(),
+        seed=options.seed,
         select={"skip_first": skip_first, "skip_special": skip_special},
-        untrained=untrained,
+        untrained=options.untrained,
         checkpoint=checkpoint,
         every=every,
         run_name=run_name,
-        tokenizer_name=tokenizer or model,
+        tokenizer_name=options.tokenizer or model,
         dataset_name=named,
-        run_metadata={"batch_size": batch_size, "command": "tdgeom analyze"},
+        run_metadata={"batch_size": options.batch_size, "command": "tdgeom analyze"},
     )
-    report(results, out, save_mode, overwrite, plots)
+    options.finish(results, print_results, save_mode)
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Where the bundle and its plots go.", metavar="DIR")] = Path(
         "tdgeom-demo"
     ),
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure.")] = 20_000,
+    max_rows: Annotated[int, typer.Option(min=2, help="Rows (tokens) to measure.")] = 20_000,
 ) -> None:
     """Measure a real pretrained model on real text, offline (needs the demo extra)."""
-    from tdgeom.cli.demo import demo_model_path, run_demo
-
     demo_model_path()
     quiet_transformers()
-    report(run_demo(out, max_tokens=max_tokens), None, "bundle", False, False)
+    TextOptions().finish(run_demo(out, max_rows=max_rows), print_results)

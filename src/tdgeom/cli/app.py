@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -29,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # typer carries its own copy of click in later versions: its exceptions are found through the one it exports
-UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,19 +98,19 @@ def _options(
     pass
 
 
-def _example(line: str) -> dict[str, str]:
-    return {"epilog": f"Example: [bold]{line}[/bold]"}
-
-
 app.command(
     epilog="Examples: [bold]tdgeom analyze gpt2 --text book.txt --out run[/bold]; "
     "[bold]tdgeom analyze ./my-model --jsonl rows.jsonl:body --layers 0,5,-1 --sites residual_output,mlp_output[/bold]; "
-    "[bold]tdgeom analyze gpt2 --dataset wikitext:wikitext-2-raw-v1:test --max-tokens 50000 --plots --out run[/bold]"
+    "[bold]tdgeom analyze gpt2 --dataset wikitext:wikitext-2-raw-v1:test --max-rows 50000 --plots --out run[/bold]"
 )(analyze)
-app.command(**_example("tdgeom demo --max-tokens 5000 --out try"))(demo)
-app.command(**_example("tdgeom show tdgeom-demo"))(show)
-app.command(**_example("tdgeom sites gpt2"))(sites)
-app.command(**_example("tdgeom compare gpt2 ./my-gpt2 --text book.txt --plots --out run"))(compare)
-app.command(**_example("tdgeom dimension gpt2 --text book.txt --untrained --plots --out run"))(dimension)
-app.command(**_example("tdgeom overlap gpt2 --text book.txt --labels chapters.txt"))(overlap)
+EXAMPLES: dict[Callable[..., None], str] = {
+    demo: "demo --max-rows 5000 --out try",
+    show: "show tdgeom-demo",
+    sites: "sites gpt2",
+    compare: "compare gpt2 ./my-gpt2 --text book.txt --plots --out run",
+    dimension: "dimension gpt2 --text book.txt --untrained --plots --out run",
+    overlap: "overlap gpt2 --text book.txt --labels chapters.txt",
+}
+for command, example in EXAMPLES.items():
+    app.command(epilog=f"Example: [bold]tdgeom {example}[/bold]")(command)
 app.add_typer(runs)

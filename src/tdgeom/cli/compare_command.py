@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from tdgeom.analysis.compare import MAX_ROWS
+from tdgeom.analysis.compare import compare as compared
+from tdgeom.analysis.settings import MAX_ROWS
 from tdgeom.cli.options import (
-    BatchSize,
-    Dataset,
-    Device,
-    JsonLines,
     Layers,
-    Out,
-    Overwrite,
-    Plots,
-    Remote,
-    Seed,
     Sites,
-    TextFile,
-    check_out,
-    console,
-    device_choice,
-    documents,
+    TextOptions,
     layer_choice,
     listed,
-    load_tokenizer,
     quiet_transformers,
-    say_where,
-    sequence_length,
+    with_options,
 )
+from tdgeom.cli.print_comparison import print_comparison
 from tdgeom.measures.registry import DEFAULT_MEASURES, MEASURES, named_stages
+from tdgeom.model.loading import load_model
 
 __all__: list[str] = []
 
 
+@with_options
 def compare(
     model_a: Annotated[
         str, typer.Argument(help="A Hugging Face id or a local directory.", metavar="MODEL_A")
@@ -43,10 +32,8 @@ def compare(
     model_b: Annotated[
         str, typer.Argument(help="The other model, or another checkpoint.", metavar="MODEL_B")
     ],
-    text: TextFile = None,
-    jsonl: JsonLines = None,
-    dataset: Dataset = None,
-    measures: Annotated[
+    options: TextOptions,
+    metrics: Annotated[
         str, typer.Option(help=f"Comma-separated: {', '.join(MEASURES)}.", metavar="NAMES")
     ] = ",".join(DEFAULT_MEASURES),
     sites: Sites = "residual_output",
@@ -62,35 +49,21 @@ def compare(
         int | None,
         typer.Option(min=3, help="Random projections a site, for wide models. [exact moments]", metavar="K"),
     ] = None,
-    batch_size: BatchSize = 8,
-    seq_len: Annotated[int | None, typer.Option("--seq-len", min=3, help="Longest sequence. [256]")] = None,
-    out: Out = None,
-    plots: Plots = False,
-    overwrite: Overwrite = False,
-    device: Device = None,
-    seed: Seed = 0,
-    trust_remote_code: Remote = False,
 ) -> None:
     """Compare every layer of two models, or of two checkpoints, on one text."""
-    names = listed(measures)
     try:
-        stages = named_stages(names, sketch=sketch is not None)
+        stages = named_stages(listed(metrics), sketch=sketch is not None)
     except ValueError as error:
         raise typer.BadParameter(f"--{error}") from error
-    source, named = documents(text, jsonl, dataset)
-    overwrite = check_out(out, overwrite, plots, "bundle")
+    documents, named = options.documents()
+    options.check_out()
     quiet_transformers()
-    from tdgeom.analysis.compare import compare as compared
-    from tdgeom.cli.print_comparison import print_comparison
-    from tdgeom.model.loading import load_model
-
-    tokenizers = [load_tokenizer(model, trust_remote_code) for model in (model_a, model_b)]
-    nets = [load_model(model, trust_remote_code=trust_remote_code) for model in (model_a, model_b)]
-    length = min(sequence_length(seq_len, net, words) for net, words in zip(nets, tokenizers))
+    tokenizers = [options.tokenizer_of(model) for model in (model_a, model_b)]
+    nets = [load_model(model, trust_remote_code=options.trust_remote_code) for model in (model_a, model_b)]
     result = compared(
         nets[0],
         nets[1],
-        source,
+        documents,
         stages,
         sites=listed(sites),
         layers=layer_choice(layers),
@@ -99,32 +72,11 @@ def compare(
         align=align,
         max_rows=max_rows,
         sketch=sketch,
-        batch_size=batch_size,
-        seq_len=length,
-        device=device_choice(device),
-        seed=seed,
+        batch_size=options.batch_size,
+        max_length=min(map(options.length_for, nets, tokenizers)),
+        device=options.device_or_cuda(),
+        seed=options.seed,
     )
-    if result is None:  # another rank of a process group has it
-        return
-    result.metadata |= {"dataset": named, "run_metadata": {"command": "tdgeom compare"}}
-    print_comparison(result, console())
-    if out is not None:
-        result.save(out, overwrite=overwrite)
-        if plots:
-            _draw(result)
-    say_where(result)
-
-
-def _draw(result: Any) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from tdgeom import plot
-
-    folder = result.artifact_dir / "plots"
-    folder.mkdir(exist_ok=True)
-    for measure in result.measures:
-        figure = Figure(figsize=(6.4, 5.4), layout="constrained")
-        FigureCanvasAgg(figure)
-        plot.matrix(result.novelty, measure, figure.subplots())
-        figure.savefig(folder / f"{measure}.png", dpi=150)
+    if result is not None:
+        result.metadata |= {"dataset": named, "run_metadata": {"command": "tdgeom compare"}}
+    options.finish(result, print_comparison)

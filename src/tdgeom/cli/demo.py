@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from tdgeom.analysis.analyze_model import analyze_model
+from tdgeom.analysis.results import AnalysisResults
+from tdgeom.files.bundle import METADATA
+from tdgeom.model.loading import load_model
+from tdgeom.plot.style import require_matplotlib
+from tdgeom.rows.text import TextBatches
 
 __all__ = ["demo_labels", "demo_model", "demo_model_path", "demo_texts", "demo_topics", "run_demo"]
 
@@ -43,8 +51,6 @@ def demo_model() -> tuple[Any, Any]:
         (6, 384)
     """
     from transformers import AutoTokenizer
-
-    from tdgeom.model.loading import load_model
 
     folder = str(demo_model_path())
     return load_model(folder), AutoTokenizer.from_pretrained(folder)
@@ -118,28 +124,24 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def run_demo(
-    out: str | Path | None = "tdgeom-demo", *, max_tokens: int = 20_000, progress: bool = True
-) -> Any:
+    out: str | Path | None = "tdgeom-demo", *, max_rows: int = 20_000, progress: bool = True
+) -> AnalysisResults | None:
     """Measure all layers of the demo's model on the demo's text; save the bundle and its plots in ``out``.
 
     Args:
         out: the folder; an earlier demo there is replaced, anything else is not. None saves nothing.
-        max_tokens: tokens to measure.
+        max_rows: rows (tokens) to measure.
         progress: a progress bar on a terminal.
 
     Returns:
-        AnalysisResults.
+        AnalysisResults, on rank 0 of a process group (None elsewhere).
 
     Raises:
         ModuleNotFoundError: the demo extra is not installed. FileExistsError: ``out`` holds something else.
     """
-    from tdgeom import plot
-    from tdgeom.analysis.analyze_model import analyze_model
-    from tdgeom.rows.text import TextBatches
-
     replace = out is not None and Path(out).exists()
     if out is not None:
-        plot.require_matplotlib()
+        require_matplotlib()
         if replace and not _is_demo(Path(out)):
             raise FileExistsError(f"{out} exists and is no earlier demo: name another folder with --out.")
     model, tokenizer = demo_model()
@@ -147,26 +149,24 @@ def run_demo(
         MODEL_NAME,
         TextBatches(demo_texts(), tokenizer),
         model=model,
-        max_tokens=max_tokens,
+        max_rows=max_rows,
         diagnostics=["normalization_ablation"],
         run_name=RUN_NAME,
         tokenizer_name=MODEL_NAME,
         dataset_name="pydoc_data.topics",
         progress=progress,
     )
-    if out is not None:
+    if out is not None and results is not None:
         results.save(out, overwrite=replace)
-        plot.write_plots(results, results.artifact_dir / "plots")
+        results.write_plots()
     return results
 
 
 def _is_demo(folder: Path) -> bool:
     """An earlier demo, or an empty folder."""
-    import json
-
     if folder.is_dir() and not any(folder.iterdir()):
         return True
     try:
-        return json.loads((folder / "metadata.json").read_text(encoding="utf-8")).get("run_name") == RUN_NAME
+        return json.loads((folder / METADATA).read_text(encoding="utf-8")).get("run_name") == RUN_NAME
     except (OSError, ValueError, AttributeError):
         return False

@@ -6,36 +6,22 @@ representation the mean over positions of the normalised input of each block, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from tensordict.nn import TensorDictModuleBase
 
-from tdgeom.cli.options import (
-    BatchSize,
-    Dataset,
-    Device,
-    JsonLines,
-    Model,
-    Out,
-    Overwrite,
-    Plots,
-    Remote,
-    Seed,
-    SequenceLength,
-    TextFile,
-    Tokenizer,
-    Untrained,
-    check_out,
-    console,
-    device_choice,
-    documents,
-    listed,
-    loaded,
-    say_where,
-)
+import tdgeom as tg
+from tdgeom.analysis.analyze_model import analyze_model
+from tdgeom.cli.options import Model, OneModelOptions, listed, with_options
+from tdgeom.cli.print_profile import print_profiles
+from tdgeom.model.capture import Capture
+from tdgeom.model.structure.hidden_states import hidden_state_sites
+from tdgeom.run.profiles import intrinsic_dimension_profile, overlap_profile
 
 __all__: list[str] = []
 
@@ -51,6 +37,10 @@ ESTIMATORS = {
     "global_pca": "GlobalPCA",
     "ca_pca": "CAPCA",
     "participation_ratio": "ParticipationRatio",
+}
+PROFILES = {
+    "dimension": ("intrinsic_dimension", intrinsic_dimension_profile),
+    "overlap": ("overlap", overlap_profile),
 }
 HiddenSites = Annotated[
     str | None,
@@ -77,73 +67,41 @@ Neighbors = Annotated[
 ]
 
 
+@dataclass
+class HiddenStateOptions(OneModelOptions):
+    """The options of both commands."""
+
+    sites: HiddenSites = None
+    pool: Pool = "mean"
+    max_rows: MaxRows = 10_000
+    neighbors: Neighbors = None
+
+
+@with_options
 def dimension(
     model: Model,
-    text: TextFile = None,
-    jsonl: JsonLines = None,
-    dataset: Dataset = None,
+    options: HiddenStateOptions,
     estimator: Annotated[
         str, typer.Option(help=f"Comma-separated: {', '.join(ESTIMATORS)}.", metavar="NAMES")
     ] = "twonn,gride",
-    sites: HiddenSites = None,
-    pool: Pool = "mean",
-    max_rows: MaxRows = 10_000,
-    batch_size: BatchSize = 8,
-    seq_len: SequenceLength = None,
-    out: Out = None,
-    plots: Plots = False,
-    overwrite: Overwrite = False,
-    neighbors: Neighbors = None,
-    untrained: Untrained = False,
-    device: Device = None,
-    tokenizer: Tokenizer = None,
-    seed: Seed = 0,
-    trust_remote_code: Remote = False,
 ) -> None:
     """Intrinsic dimension over the layers of a model.
 
     A row is a sequence (the mean over its tokens), or with --pool none a token; Gride wants more than 64 rows.
     """
-    import tdgeom as tg
-    from tdgeom.analysis.profiles import intrinsic_dimension_profile
-
     names = listed(estimator)
     if unknown := [name for name in names if name not in ESTIMATORS]:
         raise typer.BadParameter(
             f"--estimator takes any of {', '.join(ESTIMATORS)}, got {', '.join(unknown)}"
         )
-
-    def stages(chosen: list[str]) -> list[Any]:
-        return [getattr(tg, ESTIMATORS[name])() for name in names]
-
-    _measure(
-        model,
-        documents(text, jsonl, dataset),
-        stages,
-        {"intrinsic_dimension": intrinsic_dimension_profile},
-        command="tdgeom dimension",
-        sites=sites,
-        pool=pool,
-        max_rows=max_rows,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        out=out,
-        plots=plots,
-        overwrite=overwrite,
-        neighbors=neighbors,
-        untrained=untrained,
-        device=device,
-        tokenizer=tokenizer,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-    )
+    stages = [getattr(tg, ESTIMATORS[name])() for name in names]
+    _measure("dimension", model, options, lambda sites: stages)
 
 
+@with_options
 def overlap(
     model: Model,
-    text: TextFile = None,
-    jsonl: JsonLines = None,
-    dataset: Dataset = None,
+    options: HiddenStateOptions,
     labels: Annotated[
         Path | None, typer.Option(help="A label a line, one for each document.", metavar="FILE")
     ] = None,
@@ -151,51 +109,14 @@ def overlap(
     balanced: Annotated[
         bool, typer.Option("--balanced", help="Every class counts alike in the label overlap.")
     ] = False,
-    sites: HiddenSites = None,
-    pool: Pool = "mean",
-    max_rows: MaxRows = 10_000,
-    batch_size: BatchSize = 8,
-    seq_len: SequenceLength = None,
-    out: Out = None,
-    plots: Plots = False,
-    overwrite: Overwrite = False,
-    neighbors: Neighbors = None,
-    untrained: Untrained = False,
-    device: Device = None,
-    tokenizer: Tokenizer = None,
-    seed: Seed = 0,
-    trust_remote_code: Remote = False,
 ) -> None:
     """Neighbourhood overlap from layer to layer and, with --labels, the overlap with labels."""
-    import tdgeom as tg
-    from tdgeom.analysis.profiles import overlap_profile
 
-    def stages(chosen: list[str]) -> list[Any]:
-        pairs = tg.ForEachPair(tg.NeighborhoodOverlap(k=k), chosen, pairs=list(pairwise(chosen)))
+    def stages(sites: list[str]) -> list[TensorDictModuleBase]:
+        pairs = tg.ForEachPair(tg.NeighborhoodOverlap(k=k), sites, pairs=list(pairwise(sites)))
         return [pairs] if labels is None else [pairs, tg.LabelOverlap(k=k, balanced=balanced)]
 
-    _measure(
-        model,
-        documents(text, jsonl, dataset),
-        stages,
-        {"overlap": overlap_profile},
-        command="tdgeom overlap",
-        labels=labels,
-        sites=sites,
-        pool=pool,
-        max_rows=max_rows,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        out=out,
-        plots=plots,
-        overwrite=overwrite,
-        neighbors=neighbors,
-        untrained=untrained,
-        device=device,
-        tokenizer=tokenizer,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-    )
+    _measure("overlap", model, options, stages, labels)
 
 
 def read_labels(path: Path, wanted: int) -> tuple[list[int], list[str]]:
@@ -214,89 +135,46 @@ def read_labels(path: Path, wanted: int) -> tuple[list[int], list[str]]:
 
 
 def _measure(
-    model: str,
-    source: tuple[Any, str],
-    stages: Callable[[list[str]], list[Any]],
-    profiles: Mapping[str, Any],
-    *,
     command: str,
-    sites: str | None,
-    pool: str,
-    max_rows: int,
-    batch_size: int,
-    seq_len: int | None,
-    out: Path | None,
-    plots: bool,
-    overwrite: bool,
-    neighbors: int | None,
-    untrained: bool,
-    device: str | None,
-    tokenizer: str | None,
-    seed: int,
-    trust_remote_code: bool,
+    model: str,
+    options: HiddenStateOptions,
+    stages: Callable[[list[str]], list[TensorDictModuleBase]],
     labels: Path | None = None,
 ) -> None:
-    """Analyse with these stages, print the profiles, save and draw them."""
-    if pool not in ("mean", "none"):
-        raise typer.BadParameter(f"--pool takes mean or none, got {pool!r}")
-    if neighbors is not None and out is None:
+    """Analyse with these stages, print the profile, save and draw it."""
+    if options.pool not in ("mean", "none"):
+        raise typer.BadParameter(f"--pool takes mean or none, got {options.pool!r}")
+    if options.neighbors is not None and options.out is None:
         raise typer.BadParameter("--neighbors needs --out DIR, the bundle that keeps the tables")
-    overwrite = check_out(out, overwrite, plots, "bundle")
-    texts, named = source
-    classes: list[str] = []
+    documents, named = options.documents()
+    options.check_out()
+    select: dict[str, Any] = {"pool": "mean"} if options.pool == "mean" else {}
+    recorded: dict[str, Any] = {"batch_size": options.batch_size, "command": f"tdgeom {command}"}
     numbers = None
     if labels is not None:
-        texts = list(texts)
-        numbers, classes = read_labels(labels, len(texts))
-    net, batches = loaded(
-        model,
-        texts,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        tokenizer=tokenizer,
-        trust_remote_code=trust_remote_code,
-        labels=numbers,
-    )
-    from tdgeom.analysis.analyze_model import analyze_model
-    from tdgeom.model.capture import Capture
-    from tdgeom.model.structure.hidden_states import hidden_state_sites
-
-    asked = Capture(net, listed(sites) if sites else hidden_state_sites(net))
-    select: dict[str, Any] = {"pool": "mean"} if pool == "mean" else {}
-    if labels is not None:
+        documents = list(documents)
+        numbers, recorded["classes"] = read_labels(labels, len(documents))
         select["also"] = ["label"]
+    net, batches = options.loaded(model, documents, numbers)
+    sites = Capture(net, listed(options.sites) if options.sites else hidden_state_sites(net)).sites
     results = analyze_model(
         model,
         batches,
         model=net,
-        max_tokens=max_rows,
-        sample_limit=max_rows,
-        metrics=stages(asked.sites),
-        sites=[str(site) for site in asked.sites],
-        device=device_choice(device),
-        seed=seed,
+        max_rows=options.max_rows,
+        sample_size=options.max_rows,
+        metrics=stages([str(site) for site in sites]),
+        sites=[str(site) for site in sites],
+        device=options.device_or_cuda(),
+        seed=options.seed,
         select=select,
-        neighbors=neighbors or False,
-        untrained=untrained,
-        tokenizer_name=tokenizer or model,
+        neighbors=options.neighbors or False,
+        untrained=options.untrained,
+        tokenizer_name=options.tokenizer or model,
         dataset_name=named,
-        run_metadata={
-            "batch_size": batch_size,
-            "command": command,
-            **({"classes": classes} if classes else {}),
-        },
+        run_metadata=recorded,
     )
-    if results is None:  # another rank of a process group has them
-        return
-    from tdgeom.cli.print_profile import print_profile
-
-    for name, profile in profiles.items():
+    if results is not None:
+        name, profile = PROFILES[command]
         results.diagnostics[name] = profile(results)
-        print_profile(results, name, console())
-    if out is not None:
-        results.save(out, overwrite=overwrite)
-        if plots:
-            from tdgeom.plot import write_plots
-
-            write_plots(results, results.artifact_dir / "plots")
-    say_where(results)
+    options.finish(results, print_profiles)

@@ -7,24 +7,22 @@ from typing import Annotated
 
 import typer
 
+from tdgeom.analysis.results import AnalysisResults
 from tdgeom.cli.options import Model, Remote, console, quiet_transformers
+from tdgeom.cli.print_comparison import print_comparison
+from tdgeom.cli.print_results import print_results
+from tdgeom.cli.print_sites import print_sites
+from tdgeom.model.loading import model_structure
+from tdgeom.model.structure.resolve import available_sites
 
 __all__ = ["show", "sites"]
 
 
 def show(folder: Annotated[Path, typer.Argument(help="A bundle that --out named.", metavar="DIR")]) -> None:
     """Print the tables of a saved analysis."""
-    from tdgeom.analysis.results import AnalysisResults
-
     results = AnalysisResults.load(folder)
-    if "align" in results.metadata:  # a comparison of two models
-        from tdgeom.cli.print_comparison import print_comparison
-
-        print_comparison(results, console())
-    else:
-        from tdgeom.cli.print_results import print_results
-
-        print_results(results, console())
+    printed = print_comparison if "align" in results.metadata else print_results
+    printed(results, console())
 
 
 def sites(
@@ -34,9 +32,5 @@ def sites(
 ) -> None:
     """List which sites a model has and the modules they are read at; its weights are not loaded."""
     quiet_transformers()
-    from tdgeom.cli.print_sites import print_sites
-    from tdgeom.model.loading import model_structure
-    from tdgeom.model.structure.resolve import available_sites
-
     net = model_structure(model, trust_remote_code=trust_remote_code)
     print_sites(net, available_sites(net), console(), every=every)

@@ -1,12 +1,23 @@
-"""What the commands share: their options, the text they read, the model they load."""
+"""What the commands share: their options, the text they read, the model they load, how they end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from torch import nn
+
+from tdgeom.files.bundle import METADATA
+from tdgeom.model.loading import first_reason, load_model
+from tdgeom.plot.style import require_matplotlib
+from tdgeom.rows.text import TextBatches, read_dataset, read_jsonl, read_text
 
 __all__: list[str] = []
 
@@ -35,10 +46,10 @@ Sites = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences a batch.")]
-SequenceLength = Annotated[
+MaxLength = Annotated[
     int | None,
     typer.Option(
-        "--seq-len",
+        "--max-length",
         min=3,
         help="Longest sequence; longer documents are split. [256, or what the model takes]",
     ),
@@ -59,6 +70,146 @@ Remote = Annotated[
 ]
 
 
+@dataclass
+class TextOptions:
+    """The options of every command that measures models on a text."""
+
+    text: TextFile = None
+    jsonl: JsonLines = None
+    dataset: Dataset = None
+    batch_size: BatchSize = 8
+    max_length: MaxLength = None
+    out: Out = None
+    plots: Plots = False
+    overwrite: Overwrite = False
+    device: Device = None
+    seed: Seed = 0
+    trust_remote_code: Remote = False
+
+    def documents(self) -> tuple[Iterable[str], str]:
+        """The documents that exactly one of the three options names, and their name."""
+        readers = {self.text: read_text, self.jsonl: read_jsonl, self.dataset: read_dataset}
+        named = [name for name in (self.text, self.jsonl, self.dataset) if name is not None]
+        if len(named) != 1:
+            raise typer.BadParameter(
+                "give the text by exactly one of --text FILE, --jsonl FILE:FIELD and --dataset NAME"
+            )
+        return readers[named[0]](named[0]), named[0]
+
+    def check_out(self, save_mode: str = "bundle") -> None:
+        """Refuse before the work what would be refused after it; an empty folder may always be overwritten."""
+        if save_mode not in ("bundle", "csv", "json"):
+            raise typer.BadParameter(f"--save-mode takes bundle, csv or json, got {save_mode!r}")
+        if self.plots:
+            if self.out is None:
+                raise typer.BadParameter("--plots needs --out DIR, the folder that the pictures go to")
+            require_matplotlib()
+        if self.out is None or not self.out.exists():
+            return
+        if self.out.is_dir() and not any(self.out.iterdir()):
+            self.overwrite = True
+        elif not self.overwrite:
+            raise typer.BadParameter(
+                f"{self.out} exists already: name another folder, or replace a bundle there with --overwrite"
+            )
+        elif not (self.out / METADATA).is_file():
+            raise typer.BadParameter(
+                f"{self.out} exists and is no bundle (it has no {METADATA}), so it is not overwritten"
+            )
+
+    def tokenizer_of(self, name: str) -> Any:
+        """The tokenizer of that name, or an error that names --tokenizer."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # no backend, no such repository, files that do not fit
+            raise ValueError(
+                f"could not load the tokenizer of {name!r}: {first_reason(name, error)} Name another one with --tokenizer."
+            ) from error
+
+    def length_for(self, model: nn.Module, tokenizer: Any) -> int:
+        """The sequence length: what was asked for if the model takes it, else 256 or the most it takes."""
+        names = ("max_position_embeddings", "n_positions", "max_seq_len")
+        limits = [getattr(getattr(model, "config", None), name, None) for name in names]
+        most = min(
+            (
+                limit
+                for limit in (*limits, tokenizer.model_max_length)
+                if isinstance(limit, int) and 0 < limit < 10**9
+            ),
+            default=None,
+        )
+        if self.max_length is None:
+            return min(256, most or 256)
+        if most is not None and self.max_length > most:
+            raise typer.BadParameter(
+                f"--max-length {self.max_length} is longer than the {most} positions that the model takes"
+            )
+        return self.max_length
+
+    def device_or_cuda(self) -> str | None:
+        """The device asked for, else CUDA where there is one."""
+        import torch
+
+        return self.device or ("cuda" if torch.cuda.is_available() else None)
+
+    def finish(
+        self, results: Any, printed: Callable[[Any, Console], None], save_mode: str = "bundle"
+    ) -> None:
+        """Print an analysis; save it, and draw it, where the options say so."""
+        if results is None:  # another rank of a process group has it
+            return
+        terminal = console()
+        printed(results, terminal)
+        if self.out is not None:
+            results.save(self.out, save_mode, overwrite=self.overwrite)
+            if self.plots:
+                results.write_plots()
+        say_where(results)
+
+
+@dataclass
+class OneModelOptions(TextOptions):
+    """The options of every command that measures one model."""
+
+    tokenizer: Tokenizer = None
+    untrained: Untrained = False
+
+    def loaded(
+        self, model: str, documents: Iterable[str], labels: Sequence[float] | None = None
+    ) -> tuple[nn.Module, TextBatches]:
+        """The model with its weights, and its tokenizer's batches of the documents."""
+        quiet_transformers()
+        words = self.tokenizer_of(self.tokenizer or model)
+        net = load_model(model, trust_remote_code=self.trust_remote_code)
+        length = self.length_for(net, words)
+        return net, TextBatches(
+            documents, words, batch_size=self.batch_size, max_length=length, labels=labels
+        )
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command of typer's in which the parameter that is a class of options stands for one option a field."""
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    (shared,) = (parameter for parameter in own if is_dataclass(parameter.annotation))
+    types = typing.get_type_hints(shared.annotation, include_extras=True)
+    options = [
+        inspect.Parameter(field.name, shared.kind, default=field.default, annotation=types[field.name])
+        for field in fields(shared.annotation)
+    ]
+
+    @functools.wraps(command)
+    def called(**given: Any) -> None:
+        taken = {option.name: given.pop(option.name) for option in options}
+        command(**given, **{shared.name: shared.annotation(**taken)})
+
+    every = [one for parameter in own for one in (options if parameter is shared else [parameter])]
+    called.__annotations__ = {one.name: one.annotation for one in every}
+    vars(called)["__signature__"] = inspect.Signature(every)
+    return called
+
+
 def quiet_transformers() -> None:
     """Silence transformers' logs and bars, unless --debug wants them."""
     if not STATE["debug"]:
@@ -68,35 +219,9 @@ def quiet_transformers() -> None:
         logging.disable_progress_bar()
 
 
-def console() -> Any:
+def console() -> Console:
     """Where tables are printed."""
-    from rich.console import Console
-
     return Console(highlight=False, soft_wrap=False)
-
-
-def check_out(out: Path | None, overwrite: bool, plots: bool, save_mode: str) -> bool:
-    """Refuse before the work what would be refused after it; whether to overwrite (an empty folder always)."""
-    if save_mode not in ("bundle", "csv", "json"):
-        raise typer.BadParameter(f"--save-mode takes bundle, csv or json, got {save_mode!r}")
-    if plots:
-        from tdgeom.plot import require_matplotlib
-
-        if out is None:
-            raise typer.BadParameter("--plots needs --out DIR, the folder that the pictures go to")
-        require_matplotlib()
-    if out is None or not out.exists():
-        return overwrite
-    if not (out.is_dir() and not any(out.iterdir())):
-        if not overwrite:
-            raise typer.BadParameter(
-                f"{out} exists already: name another folder, or replace a bundle there with --overwrite"
-            )
-        if not (out / "metadata.json").is_file():
-            raise typer.BadParameter(
-                f"{out} exists and is no bundle (it has no metadata.json), so it is not overwritten"
-            )
-    return True
 
 
 def listed(text: str) -> list[str]:
@@ -114,103 +239,6 @@ def layer_choice(text: str) -> str | slice:
         raise typer.BadParameter(
             f"--layers takes all, indices such as 0,5,-1, or a range such as 2:8, got {text!r}"
         ) from None
-
-
-def load_tokenizer(name: str, trust_remote_code: bool) -> Any:
-    """The tokenizer of that name, or an error that names --tokenizer."""
-    from transformers import AutoTokenizer
-
-    from tdgeom.model.loading import first_reason
-
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (
-        Exception
-    ) as error:  # a backend that is missing, a repository that is not there, files that do not fit
-        raise ValueError(
-            f"could not load the tokenizer of {name!r}: {first_reason(name, error)} Name another one with --tokenizer."
-        ) from error
-
-
-def sequence_length(asked: int | None, model: Any, tokenizer: Any) -> int:
-    """The sequence length: what was asked for if the model takes it, else 256 or the most it takes."""
-    config = getattr(model, "config", None)
-    limits = [
-        getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")
-    ]
-    limits = [
-        limit
-        for limit in (*limits, tokenizer.model_max_length)
-        if isinstance(limit, int) and 0 < limit < 10**9
-    ]
-    most = min(limits, default=None)
-    if asked is None:
-        return min(256, most or 256)
-    if most is not None and asked > most:
-        raise typer.BadParameter(
-            f"--seq-len {asked} is longer than the {most} positions that the model takes"
-        )
-    return asked
-
-
-def device_choice(asked: str | None) -> str | None:
-    """The device asked for, else CUDA where there is one."""
-    import torch
-
-    return asked or ("cuda" if torch.cuda.is_available() else None)
-
-
-def documents(text: str | None, jsonl: str | None, dataset: str | None) -> tuple[Iterable[str], str]:
-    """The documents that exactly one of the three options names, and their name."""
-    if sum(source is not None for source in (text, jsonl, dataset)) != 1:
-        raise typer.BadParameter(
-            "give the text by exactly one of --text FILE, --jsonl FILE:FIELD and --dataset NAME"
-        )
-    from tdgeom.rows.text import read_dataset, read_jsonl, read_text
-
-    if text is not None:
-        return read_text(text), text
-    if jsonl is not None:
-        return read_jsonl(jsonl), jsonl
-    return read_dataset(dataset or ""), str(dataset)
-
-
-def loaded(
-    model: str,
-    source: Iterable[str],
-    *,
-    batch_size: int,
-    seq_len: int | None,
-    tokenizer: str | None,
-    trust_remote_code: bool,
-    labels: Sequence[float] | None = None,
-) -> tuple[Any, Any]:
-    """The model with its weights, and its tokenizer's batches of the documents."""
-    quiet_transformers()
-    from tdgeom.model.loading import load_model
-    from tdgeom.rows.text import TextBatches
-
-    words = load_tokenizer(tokenizer or model, trust_remote_code)
-    net = load_model(model, trust_remote_code=trust_remote_code)
-    length = sequence_length(seq_len, net, words)
-    return net, TextBatches(source, words, batch_size=batch_size, seq_len=length, labels=labels)
-
-
-def report(results: Any, out: Path | None, save_mode: str, overwrite: bool, plots: bool) -> None:
-    """Print an analysis; save it, and draw it, where the options say so."""
-    from tdgeom.cli.print_results import print_results
-
-    if results is None:  # another rank of a process group has them
-        return
-    terminal = console()
-    print_results(results, terminal)
-    if out is not None:
-        results.save(out, save_mode, overwrite=overwrite)
-        if plots:
-            from tdgeom.plot import write_plots
-
-            write_plots(results, results.artifact_dir / "plots")
-    say_where(results)
 
 
 def say_where(results: Any) -> None:

@@ -13,32 +13,38 @@ from tdgeom.cli.terminal_tables import cells_of, plain_table, titled
 
 __all__: list[str] = []
 
-TITLES = {
-    "intrinsic_dimension": "Intrinsic dimension",
-    "overlap": "Neighbourhood overlap",
-}
-NOTES = {
-    "intrinsic_dimension": "From the finest scale to the coarsest.",
-    "overlap": "0: no neighbour is shared (has the row's label); 1: all are. Pairs stand at their first site.",
+# profile: its title, and how to read it
+PROFILES = {
+    "intrinsic_dimension": ("Intrinsic dimension", "From the finest scale to the coarsest."),
+    "overlap": (
+        "Neighbourhood overlap",
+        "0: no neighbour is shared (has the row's label); 1: all are. Pairs stand at their first site.",
+    ),
 }
 
 
-def print_profile(results: Any, name: str, console: Console) -> None:
-    """One profile of ``results.diagnostics`` as tables: the single numbers together, each estimate over scales alone."""
-    table = results.diagnostics[name].copy()
-    table["column"] = [_column(row) for row in table.to_dict("records")]
+def print_profiles(results: Any, console: Console) -> None:
+    """The profiles in ``results.diagnostics`` as tables: single numbers together, each estimate over scales alone."""
     console.print(headline(results, "rows"))
+    for name, (title, note) in PROFILES.items():
+        if name in results.diagnostics:
+            table = results.diagnostics[name]
+            table = table.assign(column=[_column(row) for row in table.to_dict("records")])
+            _print_profile(title, Text(note, style="dim"), table, console)
+
+
+def _print_profile(title: str, note: Text, table: pd.DataFrame, console: Console) -> None:
     if "step" not in table:
-        _print_pivot(TITLES[name], table, "value", console)
-        console.print(Text(NOTES[name], style="dim"))
+        _print_pivot(title, table, "value", console)
+        console.print(note)
         return
     scales = table.groupby("estimator")["step"].transform("max")
     if (scales == 0).any():
-        _print_pivot(TITLES[name], table[scales == 0], "estimate", console)
+        _print_pivot(title, table[scales == 0], "estimate", console)
     for column, part in table[scales > 0].groupby("column", sort=False):
         part = part.assign(column=[f"scale {step + 1}" for step in part["step"]])
-        _print_pivot(f"{TITLES[name]}: {column}", part, "estimate", console)
-        console.print(Text(NOTES[name], style="dim"))
+        _print_pivot(f"{title}: {column}", part, "estimate", console)
+        console.print(note)
 
 
 def _column(row: dict[Any, Any]) -> str:

@@ -91,9 +91,9 @@ def named_stages(names: Sequence[str], *, sketch: bool = False) -> list[PairStag
     full = [ALIASES.get(name, name) for name in names]
     if unknown := [name for name in full if name not in MEASURES]:
         others = ", ".join(f"{alias} for {name}" for alias, name in ALIASES.items())
-        raise ValueError(f"measures takes any of {', '.join(MEASURES)} ({others}), got {', '.join(unknown)}.")
+        raise ValueError(f"metrics takes any of {', '.join(MEASURES)} ({others}), got {', '.join(unknown)}.")
     if sketch and (exact := [name for name in full if MEASURES[name].rows == "all"]):
-        raise ValueError(f"measures {', '.join(exact)} need exact moments: leave them out, or sketch.")
+        raise ValueError(f"metrics {', '.join(exact)} need exact moments: leave them out, or sketch.")
     moments = {
         "sample": {},
         "all": {"source": "moments"},

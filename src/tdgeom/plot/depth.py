@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from tdgeom.analysis.profiles import intrinsic_dimension_profile, overlap_profile
 from tdgeom.plot.lines import profile
+from tdgeom.run.profiles import intrinsic_dimension_profile, overlap_profile
 
 __all__ = ["intrinsic_dimension", "overlap"]
 

@@ -68,7 +68,7 @@ def side_name(sites: Sequence[str]) -> str:
     """What one side of a matrix is: which kind of site, of which model where names have a prefix."""
     parts = [site_parts(site) for site in sites]
     prefix = sites[0].rpartition("/")[0]
-    return " ".join(part for part in (prefix, parts[0]["stack"], "layer,", parts[0]["kind"]) if part)
+    return " ".join(filter(None, (prefix, parts[0]["stack"], "layer,", parts[0]["kind"])))
 
 
 def short_names(sites: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,18 @@ from tdgeom.plot.pair_grids import short_names
 from tdgeom.plot.spectra import spectrum
 from tdgeom.plot.style import as_array, require_matplotlib
 
-__all__ = ["write_plots"]
+__all__ = ["one_picture", "write_pictures", "write_plots"]
+
+Picture = tuple[tuple[float, float], Callable[[Any], Any]]
+"""Width and height in inches, and what draws into the figure."""
 
 
 def write_plots(results: Any, folder: str | Path) -> list[Path]:
     """The pictures of an analysis as PNG files: spectra, profiles, layer by layer changes, ablation, router load.
 
     Args:
-        results: ``AnalysisResults``.
+        results: ``AnalysisResults``, or anything with its tables ``metrics``, ``novelty``, ``router``, ``diagnostics``, its
+            ``eigenvalues`` and ``metadata``.
         folder: made if it is not there; files of the same names are replaced.
 
     Returns:
@@ -32,6 +36,11 @@ def write_plots(results: Any, folder: str | Path) -> list[Path]:
     Raises:
         ModuleNotFoundError: no matplotlib.
     """
+    return write_pictures(_pictures(results), folder, _title(results.metadata))
+
+
+def write_pictures(pictures: Mapping[str, Picture], folder: str | Path, title: str = "") -> list[Path]:
+    """Pictures by name as PNG files; no pyplot, so that nothing of the caller's figures or backend is touched."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -39,27 +48,33 @@ def write_plots(results: Any, folder: str | Path) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, (size, draw) in _pictures(results).items():
-        # no pyplot: nothing of the caller's figures or backend is touched
+    for name, (size, draw) in pictures.items():
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
-        figure.suptitle(_title(results.metadata), fontsize="medium")
+        if title:
+            figure.suptitle(title, fontsize="medium")
         written.append(folder / f"{name}.png")
         figure.savefig(written[-1], dpi=150)
     return written
 
 
-def _pictures(results: Any) -> dict[str, tuple[tuple[float, float], Any]]:
-    pictures: dict[str, tuple[tuple[float, float], Any]] = {}
+def one_picture(draw: Callable[..., Any], *given: Any, size: tuple[float, float], **how: Any) -> Picture:
+    """A picture of one pair of axes, by a function that takes ``ax=``."""
+    return size, lambda figure: draw(*given, ax=figure.subplots(), **how)
+
+
+def _pictures(results: Any) -> dict[str, Picture]:
+    pictures: dict[str, Picture] = {}
     hue = _kinds(results.metrics)
     if results.eigenvalues:
-        pictures["spectrum"] = ((6.4, 4.6), lambda figure: spectrum(results, figure.subplots()))
+        pictures["spectrum"] = one_picture(spectrum, results, size=(6.4, 4.6))
+    shapes, changes = results.metrics, results.novelty
     for name, table, x, wanted in (
-        ("profile", results.metrics, "layer", ("d_pr", "effective_rank", "top1_share", "cos_sim_mean")),
+        ("profile", shapes, "layer", ("d_pr", "effective_rank", "top1_share", "cos_sim_mean")),
         (
             "between_layers",
-            results.novelty,
+            changes,
             "transition",
             ("feature_subspace_novelty", "linear_cka", "layer_cosine_sim"),
         ),
@@ -67,20 +82,18 @@ def _pictures(results: Any) -> dict[str, tuple[tuple[float, float], Any]]:
         shown = [column for column in wanted if column in table and table[column].notna().any()]
         if shown and table[x].notna().all():
             pictures[name] = _panels(table, shown, x, hue)
+    size = (6.4, 4.4)
     ablation = results.diagnostics.get("normalization_ablation")
     if ablation is not None and hue is None and ablation["layer"].notna().all():
-        pictures["ablation"] = (
-            (6.4, 4.4),
-            lambda figure: profile(ablation, "d_pr", hue="variant", ax=figure.subplots()),
-        )
+        pictures["ablation"] = one_picture(profile, ablation, "d_pr", hue="variant", size=size)
     for name, draw in (("intrinsic_dimension", intrinsic_dimension), ("overlap", overlap)):
         if name in results.diagnostics:
             table = results.diagnostics[name]
-            pictures[name] = ((6.4, 4.4), _drawing(draw, table))
+            pictures[name] = one_picture(draw, table, size=size)
             if "step" in table and table["step"].max() > 0:
-                pictures[f"{name}_over_scales"] = ((6.4, 4.4), _drawing(draw, table, x="scale"))
+                pictures[f"{name}_over_scales"] = one_picture(draw, table, x="scale", size=size)
     if "load" in results.router:
-        pictures["router"] = ((7.0, 4.4), lambda figure: _router(results.router, figure.subplots()))
+        pictures["router"] = one_picture(_router, results.router, size=(7.0, 4.4))
     return pictures
 
 
@@ -93,17 +106,11 @@ def _title(metadata: Mapping[str, Any]) -> str:
 
 def _kinds(table: pd.DataFrame) -> str | None:
     """The column that tells sites of one layer apart."""
-    several = [
-        column
-        for column in ("weights", "kind", "stack")
-        if column in table and table[column].nunique(dropna=False) > 1
-    ]
-    return several[0] if several else None
+    apart = (column for column in ("weights", "kind", "stack") if column in table)
+    return next((column for column in apart if table[column].nunique(dropna=False) > 1), None)
 
 
-def _panels(
-    table: pd.DataFrame, columns: Sequence[str], x: str, hue: str | None
-) -> tuple[tuple[float, float], Any]:
+def _panels(table: pd.DataFrame, columns: Sequence[str], x: str, hue: str | None) -> Picture:
     across = 2 if len(columns) in (2, 4) else len(columns)
     down = -(-len(columns) // across)
 
@@ -112,10 +119,6 @@ def _panels(
             profile(table, column, x, hue=hue, ax=ax, legend=index == 0)
 
     return (4.2 * across, 3.2 * down), draw
-
-
-def _drawing(draw: Any, table: pd.DataFrame, **how: Any) -> Any:
-    return lambda figure: draw(table, figure.subplots(), **how)
 
 
 def _router(table: pd.DataFrame, ax: Any) -> Any:

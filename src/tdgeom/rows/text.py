@@ -169,7 +169,7 @@ def _field(row: object, field: str, where: str, form: str) -> str:
 class TextBatches:
     """Documents as tokenized batches: a loader for ``run`` and ``analyze_model``.
 
-    Documents longer than ``seq_len`` tokens come as several sequences, each with the tokenizer's own special tokens. A
+    Documents longer than ``max_length`` tokens come as several sequences, each with the tokenizer's own special tokens. A
     batch is padded to its longest sequence, on the right, with the pad token or else the end-of-text token (the attention
     mask says which positions count). Documents are read lazily; empty ones give no sequence.
 
@@ -182,7 +182,7 @@ class TextBatches:
             re-iterable; a generator is read once.
         tokenizer: a Hugging Face tokenizer, fast or slow.
         batch_size: sequences a batch.
-        seq_len: longest sequence, special tokens included.
+        max_length: longest sequence, special tokens included.
         labels: one number a document.
 
     Raises:
@@ -202,16 +202,16 @@ class TextBatches:
         tokenizer: Any,
         *,
         batch_size: int = 8,
-        seq_len: int = 256,
+        max_length: int = 256,
         labels: Sequence[float] | None = None,
     ) -> None:
         if isinstance(texts, str):
             raise TypeError("TextBatches expects an iterable of documents, got one string: put it in a list.")
         special = tokenizer.num_special_tokens_to_add()
-        if batch_size < 1 or seq_len <= special:
+        if batch_size < 1 or max_length <= special:
             raise ValueError(
-                f"TextBatches expects batch_size >= 1 and seq_len > {special} (the tokenizer adds {special} special tokens), "
-                f"got {batch_size} and {seq_len}."
+                f"TextBatches expects batch_size >= 1 and max_length > {special} (the tokenizer adds {special} special tokens), "
+                f"got {batch_size} and {max_length}."
             )
         if labels is not None and isinstance(texts, Sized) and len(labels) != len(texts):
             raise ValueError(f"TextBatches expects one label a document, got {len(labels)} for {len(texts)}.")
@@ -222,7 +222,7 @@ class TextBatches:
                 f"pandas.factorize(labels)[0], or numpy.unique(labels, return_inverse=True)[1]."
             )
         self.texts, self.tokenizer, self.labels = texts, tokenizer, labels
-        self.batch_size, self.seq_len = batch_size, seq_len
+        self.batch_size, self.max_length = batch_size, max_length
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self._pad = next(token for token in pads if token is not None)
         self._read = False
@@ -264,7 +264,7 @@ class TextBatches:
         made = self.tokenizer(
             texts,
             truncation=True,
-            max_length=self.seq_len,
+            max_length=self.max_length,
             return_overflowing_tokens=True,
             return_special_tokens_mask=True,
         )
@@ -272,7 +272,7 @@ class TextBatches:
             yield member, {name: made[name][row] for name in self._fields(made)}
 
     def _cut_slow(self, texts: list[str]) -> Iterator[tuple[int, dict[str, list[int]]]]:
-        width = self.seq_len - self.tokenizer.num_special_tokens_to_add()
+        width = self.max_length - self.tokenizer.num_special_tokens_to_add()
         for member, text in enumerate(texts):
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             for start in range(0, len(ids), width):

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.stage import Stage
 
 __all__ = ["AlignedRows", "PairedTexts", "cut_alike", "matched_ends"]
-
-Alignment = Literal["characters", "document"]
 
 
 def matched_ends(
@@ -83,7 +81,7 @@ def _texts_of(vocabulary: dict[str, int], count: int = 600) -> Iterator[str]:
 class PairedTexts:
     """Documents as batches for two tokenizers, with what matches their tokens.
 
-    Every document is one sequence a side, cut off at ``seq_len`` tokens, with one warning. Each batch is a dict with ``"a"``
+    Every document is one sequence a side, cut off at ``max_length`` tokens, with one warning. Each batch is a dict with ``"a"``
     and ``"b"`` (``input_ids``, ``attention_mask`` and what else the tokenizer makes), ``document_id`` (B,), and under
     ``"aligned"``: for "characters" ``a`` and ``b`` (B, M) int64, the matched positions, -1 beyond the last; for "document"
     ``a`` (B, Ta) and ``b`` (B, Tb) bool, the positions that are averaged (special tokens are not).
@@ -92,7 +90,7 @@ class PairedTexts:
         texts: documents; iterable again if the loader is to be read twice.
         tokenizer_a, tokenizer_b: Hugging Face tokenizers; "characters" needs fast ones, whose tokens know their place.
         align: "characters" or "document".
-        batch_size: documents a batch. seq_len: longest sequence, special tokens included.
+        batch_size: documents a batch. max_length: longest sequence, special tokens included.
 
     Raises:
         ValueError: "characters" with a slow tokenizer. TypeError: one string instead of documents, or no strings.
@@ -104,9 +102,9 @@ class PairedTexts:
         tokenizer_a: Any,
         tokenizer_b: Any,
         *,
-        align: Alignment = "characters",
+        align: str = "characters",
         batch_size: int = 8,
-        seq_len: int = 256,
+        max_length: int = 256,
     ) -> None:
         if isinstance(texts, str):
             raise TypeError("PairedTexts expects an iterable of documents, got one string: put it in a list.")
@@ -119,7 +117,7 @@ class PairedTexts:
                 f"{type(slow[0]).__name__}. Take align='document'."
             )
         self.texts, self.tokenizers, self.align = texts, (tokenizer_a, tokenizer_b), align
-        self.batch_size, self.seq_len = batch_size, seq_len
+        self.batch_size, self.max_length = batch_size, max_length
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._told = False
@@ -149,7 +147,7 @@ class PairedTexts:
         made = tokenizer(
             texts,
             truncation=True,
-            max_length=self.seq_len,
+            max_length=self.max_length,
             return_special_tokens_mask=True,
             return_attention_mask=True,
             return_offsets_mapping=spans,
@@ -168,11 +166,12 @@ class PairedTexts:
 
     def _warn_of_cuts(self, tokenizer: Any, texts: list[str], ids: list[list[int]]) -> None:
         for text, row in zip(texts, ids):
-            if not self._told and len(row) == self.seq_len < len(_ids(tokenizer, text)):
+            if not self._told and len(row) == self.max_length < len(_ids(tokenizer, text)):
                 self._told = True
                 warnings.warn(
                     f"a document has {len(_ids(tokenizer, text)):,} tokens: here and in others what is beyond "
-                    f"seq_len={self.seq_len} is left out. Split long documents, or raise seq_len where the models take more.",
+                    f"max_length={self.max_length} is left out. "
+                    f"Split long documents, or raise max_length where the models take more.",
                     stacklevel=2,
                 )
 
@@ -210,7 +209,7 @@ class AlignedRows(Stage):
         sites_a: Sequence[str],
         sites_b: Sequence[str],
         *,
-        align: Alignment = "characters",
+        align: str = "characters",
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, TypedDict
 
 import pandas as pd
 import torch
@@ -51,11 +52,13 @@ def to_frame(result: TensorDictBase, root: str) -> pd.DataFrame:
     width = max((len(where) for where in rows), default=0)
     level = [LEVELS.get(root, "part"), *(f"part_{i}" for i in range(2, width))]
     table = [{**_place(where, level), **cells} for where, cells in rows.items()]
-    frame = pd.DataFrame(table)
-    for column in ("layer", "layer_a", "layer_b"):
-        if column in frame and frame[column].notna().all():
-            frame[column] = frame[column].astype(int)
-    return frame
+    return whole_numbers(pd.DataFrame(table), "layer", "layer_a", "layer_b")
+
+
+def whole_numbers(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """The table with these columns as integers, where they are there and have no gap."""
+    full = [column for column in columns if column in table and table[column].notna().all()]
+    return table.astype(dict.fromkeys(full, int))
 
 
 def leaves(branch: TensorDictBase, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
@@ -68,7 +71,7 @@ def leaves(branch: TensorDictBase, path: tuple[str, ...] = ()) -> Iterator[tuple
             yield from leaves(value, (*path, key))
 
 
-def cell(value: Tensor) -> object:
+def cell(value: Tensor) -> Any:
     """A tensor as a table's cell: a Python number, or a NumPy array."""
     value = value.detach().cpu()
     if value.ndim:
@@ -89,7 +92,15 @@ def _place(where: tuple[str, ...], level: list[str]) -> dict[str, object]:
     return {**place, **dict(zip(level, rest))}
 
 
-def site_parts(name: str) -> dict[str, object]:
+class SiteParts(TypedDict):
+    """The columns that say where a site stands."""
+
+    kind: str
+    layer: int | None
+    stack: str | None
+
+
+def site_parts(name: str) -> SiteParts:
     """``kind``, ``layer`` and ``stack`` of a site's name; a name of the user's own is its own kind."""
     try:
         site = Site(name)

@@ -164,8 +164,8 @@ def _refuse_too_long(model: nn.Module, given: Mapping[str, Any]) -> None:
     if any(rows < needed for rows in learned):
         most = max(limits)
         raise ValueError(
-            f"the batch has sequences of {needed} tokens, {type(model).__name__} takes {most}. Cut them: seq_len={most} where "
-            f"texts are tokenized, or the tokenizer's truncation=True, max_length={most}."
+            f"the batch has sequences of {needed} tokens, {type(model).__name__} takes {most}. Cut them: max_length={most} where "
+            f"texts are tokenized (and truncation=True for a tokenizer of your own)."
         )
 
 

@@ -11,7 +11,7 @@ from tensordict.nn import TensorDictSequential
 
 import models
 import tdgeom as tg
-from tdgeom.analysis.profiles import relative_depths
+from tdgeom.run.profiles import relative_depths
 
 SITES = ["attn_input.0", "attn_input.1", "attn_input.2", "final_norm"]
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from tensordict import TensorDictBase, is_tensor_collection
 
+from tdgeom.core.keys import Key
 from tdgeom.measures.dimension.estimate import DimensionEstimate
-from tdgeom.run.to_frame import cell, site_parts
+from tdgeom.run.to_frame import SiteParts, cell, site_parts, whole_numbers
 
 __all__ = ["intrinsic_dimension_profile", "overlap_profile", "relative_depths"]
 
@@ -77,7 +78,7 @@ def overlap_profile(result: Any) -> pd.DataFrame:
     return _of_each(result, _overlap_rows, what, "ForEachPair", "NeighborhoodOverlap")
 
 
-def relative_depths(sites: list[str]) -> dict[str, float]:
+def relative_depths(sites: Iterable[str]) -> dict[str, float]:
     """Where each site stands in its stack, from 0 to 1; NaN for a site that has no place in one.
 
     >>> relative_depths(["attn_input.0", "attn_input.1", "final_norm"])
@@ -98,18 +99,22 @@ def relative_depths(sites: list[str]) -> dict[str, float]:
     }
 
 
-def _place(part: Mapping[str, Any], after_inputs: bool) -> int | None:
+def _place(part: SiteParts, after_inputs: bool) -> int | None:
     """A site's layer; beside the inputs of blocks a block's output stands where the next block's input does."""
     if part["kind"] == "embed":
         return 0
-    return (
-        part["layer"]
-        if part["layer"] is None or not after_inputs
-        else part["layer"] + (part["kind"] == "residual_output")
-    )
+    if part["layer"] is None or not after_inputs:
+        return part["layer"]
+    return part["layer"] + (part["kind"] == "residual_output")
 
 
-def _of_each(result: Any, rows: Any, what: str, over: str, stage: str) -> pd.DataFrame:
+def _of_each(
+    result: Any,
+    rows: Callable[[TensorDictBase], Iterator[dict[str, Any]]],
+    what: str,
+    over: str,
+    stage: str,
+) -> pd.DataFrame:
     """The rows of a result, and of its untrained baseline where it has one."""
     found = []
     for weights, one in _results(result):
@@ -121,11 +126,7 @@ def _of_each(result: Any, rows: Any, what: str, over: str, stage: str) -> pd.Dat
             f"the result has nothing {what}; there is {have}. Put tg.{over}(tg.{stage}(), sites) in the pipeline, or "
             f"tg.{stage}() into the metrics= of analyze_model."
         )
-    table = pd.DataFrame(found)
-    for column in ("layer", "other_layer", "rows", "duplicates"):
-        if column in table and table[column].notna().all():
-            table[column] = table[column].astype(int)
-    return table
+    return whole_numbers(pd.DataFrame(found), "layer", "other_layer", "rows", "duplicates")
 
 
 def _results(result: Any) -> list[tuple[str | None, TensorDictBase]]:
@@ -142,17 +143,13 @@ def _results(result: Any) -> list[tuple[str | None, TensorDictBase]]:
 
 
 def _dimension_rows(result: TensorDictBase) -> Iterator[dict[str, Any]]:
-    branch = result.get("dimension", None)
-    if branch is None:
-        return
-    depths = relative_depths(list(branch.keys()))
-    for site in branch.keys():
-        for estimator in branch.get(site).keys():
-            leaves = branch.get((site, estimator))
-            if not is_tensor_collection(leaves) or "estimate" not in leaves.keys():
-                continue
-            place = {"site": site, **site_parts(site), "relative_depth": depths[site], "estimator": estimator}
-            yield from ({**place, **scale} for scale in _scales(leaves))
+    sites = _branches(result, "dimension")
+    depths = relative_depths(sites)
+    for site in sites:
+        for estimator, leaves in _branches(result, ("dimension", site)).items():
+            if "estimate" in leaves.keys():
+                place = {**site_parts(site), "relative_depth": depths[site], "estimator": estimator}
+                yield from ({"site": site, **place, **scale} for scale in _scales(leaves))
 
 
 def _scales(leaves: TensorDictBase) -> Iterator[dict[str, Any]]:
@@ -164,27 +161,32 @@ def _scales(leaves: TensorDictBase) -> Iterator[dict[str, Any]]:
 
 
 def _overlap_rows(result: TensorDictBase) -> Iterator[dict[str, Any]]:
-    labels = _branch(result, "neighborhood")
-    pairs = {pair: leaves for pair, leaves in _branch(result, "between").items() if "->" in pair}
-    ends = {pair: tuple(pair.split("->", 1)) for pair in pairs}
-    depths = relative_depths(list(dict.fromkeys([*labels, *(site for two in ends.values() for site in two)])))
+    labels = _branches(result, "neighborhood")
+    pairs = {
+        tuple(pair.split("->", 1)): one for pair, one in _branches(result, "between").items() if "->" in pair
+    }
+    depths = relative_depths(dict.fromkeys([*labels, *(site for pair in pairs for site in pair)]))
 
-    def place(site: str) -> dict[str, Any]:
-        return {"site": site, **site_parts(site), "relative_depth": depths[site]}
+    def row(measure: str, value: Any, site: str, other: str | None = None) -> dict[str, Any]:
+        return {
+            "measure": measure,
+            "site": site,
+            **site_parts(site),
+            "relative_depth": depths[site],
+            "other": other,
+            "other_layer": None if other is None else site_parts(other)["layer"],
+            "other_relative_depth": float("nan") if other is None else depths[other],
+            "value": cell(value),
+        }
 
     for pair, leaves in pairs.items():
-        a, b = ends[pair]
-        other = {"other": b, "other_layer": site_parts(b)["layer"], "other_relative_depth": depths[b]}
-        for measure in leaves.keys():
-            if measure in OVERLAPS:
-                yield {"measure": measure, **place(a), **other, "value": cell(leaves.get(measure))}
+        yield from (row(name, leaves.get(name), *pair) for name in leaves.keys() if name in OVERLAPS)
     for site, leaves in labels.items():
-        for measure in leaves.keys():
-            other = {"other": None, "other_layer": None, "other_relative_depth": float("nan")}
-            yield {"measure": measure, **place(site), **other, "value": cell(leaves.get(measure))}
+        yield from (row(name, leaves.get(name), site) for name in leaves.keys())
 
 
-def _branch(result: TensorDictBase, root: str) -> Mapping[str, TensorDictBase]:
+def _branches(result: TensorDictBase, root: Key) -> Mapping[str, TensorDictBase]:
+    """What stands below a root, single values aside."""
     branch = result.get(root, None)
     if branch is None or not is_tensor_collection(branch):
         return {}

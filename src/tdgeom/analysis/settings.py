@@ -1,0 +1,138 @@
+"""What is asked of an analysis, as one frozen object that the pipeline, the pass, the tables and the metadata read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensordict.nn import TensorDictModuleBase
+from torch import nn
+
+from tdgeom.core.stage import PairStage
+from tdgeom.measures.normalization import NormalizationAblation
+from tdgeom.model.sites import LayerSpec
+
+__all__ = ["DIAGNOSTICS", "FAMILIES", "AnalysisSettings", "ComparisonSettings", "stage_record"]
+
+FAMILIES = ("spectrum", "sample", "novelty", "router")
+DIAGNOSTICS = ("normalization_ablation",)
+MAX_ROWS = 100_000
+
+Metrics = str | TensorDictModuleBase | Sequence[str | TensorDictModuleBase] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What every analysis is asked: where it reads, how many rows, and the seed of their sample."""
+
+    sites: str | Sequence[str] = "residual_input"
+    layers: LayerSpec = "all"
+    max_rows: int | None = MAX_ROWS
+    sample_size: int = 4096
+    seed: int = 0
+    select: Mapping[str, Any] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """Every setting that changes a number, as the metadata keep it; the sites themselves stand there already."""
+        return {
+            "sample_size": self.sample_size,
+            "seed": self.seed,
+            "select": {name: str(value) for name, value in self.select.items()},
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalysisSettings(Settings):
+    """What ``analyze_model`` is asked; its arguments say what each is.
+
+    Raises:
+        ValueError: an unknown family or diagnostic. TypeError: a metric that is neither a name nor a TensorDict module.
+    """
+
+    metrics: Metrics = "default"
+    diagnostics: str | Sequence[str] | None = None
+    output_router_logits: bool | str = "auto"
+    novelty_k: int = 32
+    neighbors: bool | int | None = False
+
+    families: tuple[str, ...] = field(init=False)
+    stages: tuple[TensorDictModuleBase, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        given = [self.metrics] if isinstance(self.metrics, str | nn.Module) else list(self.metrics or [])
+        names = [one for one in given if isinstance(one, str)]
+        if unknown := [name for name in names if name not in (*FAMILIES, "default")]:
+            raise ValueError(
+                f"unknown metric families {unknown}; there is 'default' or any of {list(FAMILIES)}, and any TensorDict module "
+                f"of your own (a tg.Stage reading 'sample', 'eigenvalues' or ('moments', ...))."
+            )
+        everything = not given or "default" in names
+        diagnostics = (
+            (self.diagnostics,) if isinstance(self.diagnostics, str) else tuple(self.diagnostics or ())
+        )
+        if unknown := sorted(set(diagnostics) - set(DIAGNOSTICS)):
+            raise ValueError(f"unknown diagnostics {unknown}; there is {list(DIAGNOSTICS)}.")
+        found = {
+            "families": tuple(name for name in FAMILIES if everything or name in names),
+            "stages": tuple(_module(one) for one in given if not isinstance(one, str)),
+            "diagnostics": diagnostics,
+            "neighbors": 100 if self.neighbors is True else (self.neighbors or None),
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+
+    def record(self) -> dict[str, Any]:
+        """Every setting that changes a number, as the metadata keep it."""
+        return {
+            "metrics": [*self.families, *(type(stage).__name__ for stage in self.stages)],
+            "extra_stages": [stage_record(stage) for stage in self.stages],
+            "diagnostics": list(self.diagnostics or ()),
+            "novelty_k": self.novelty_k,
+            "neighbors": self.neighbors,
+            "ablation_variants": list(NormalizationAblation().variants) if self.diagnostics else [],
+            **super().record(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonSettings(Settings):
+    """What ``compare`` is asked; its arguments say what each is."""
+
+    stages: Sequence[PairStage]
+    align: str
+    sketch: int | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Every setting that changes a number, as the metadata keep it."""
+        return {
+            "metrics": [stage_record(stage) for stage in self.stages],
+            "sketch": self.sketch,
+            **super().record(),
+        }
+
+
+def _module(given: Any) -> TensorDictModuleBase:
+    if not TensorDictModuleBase.is_tdmodule_compatible(given):
+        raise TypeError(
+            f"metrics= takes family names and TensorDict modules, got {type(given).__name__}. Wrap a function in "
+            f"TensorDictModule(function, in_keys=['sample'], out_keys=[('spectrum', 'name')])."
+        )
+    return given
+
+
+def stage_record(stage: TensorDictModuleBase) -> dict[str, Any]:
+    """A stage by its name, the settings that may change its numbers, and its keys."""
+    plain = (str, int, float, bool, tuple, list)
+    values = {
+        name: value
+        for name, value in vars(stage).items()
+        if not name.startswith("_") and isinstance(value, plain)
+    }
+    values.pop("training", None)
+    return {
+        "stage": type(stage).__name__,
+        **values,
+        "in_keys": list(stage.in_keys),
+        "out_keys": list(stage.out_keys),
+    }
