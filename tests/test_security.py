@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tdgeom as tg
-from tdgeom.files import bundle
+from tdgeom.files.bundle import write_bundle
 
 SOURCE = Path(tg.__file__).parent
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
@@ -153,7 +153,7 @@ def test_an_archive_with_changed_bytes_and_a_fitting_hash(data, tmp_path_factory
     folder = tmp_path_factory.mktemp("fuzz") / "run"
     tables = {"metrics": pd.DataFrame({"a": [1.0]}), "novelty": pd.DataFrame({"b": ["x"]})}
     values = np.random.default_rng(0).normal(size=300)
-    bundle.write(folder, tables, {"eigenvalues": {"layer_00": values}}, {}, "bundle", False)
+    write_bundle(folder, tables, {"eigenvalues": {"layer_00": values}}, {}, "bundle", False)
     path = folder / "eigenvalues.npz"
     raw = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
@@ -197,7 +197,7 @@ def test_metadata_that_is_no_metadata_is_refused(folder, text) -> None:
 @given(data=st.data())
 def test_a_changed_byte_anywhere_is_refused_or_harmless(data, tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("fuzz") / "run"
-    bundle.write(
+    write_bundle(
         folder,
         {"metrics": pd.DataFrame({"a": [1.0]}), "novelty": pd.DataFrame({"b": ["x"]})},
         {"eigenvalues": {"layer_00": np.ones(3)}},

@@ -72,8 +72,8 @@ from tdgeom.rows.token_context import ContextWindow
 from tdgeom.run.profiles import intrinsic_dimension_profile, overlap_profile
 from tdgeom.run.run import run
 from tdgeom.run.to_frame import to_frame
+from tdgeom.store.activation_store import ActivationStore
 from tdgeom.store.runs import Runs
-from tdgeom.store.store import ActivationStore
 from tdgeom.store.store_activations import StoreActivations
 from tdgeom.stream.collect import Collect
 from tdgeom.stream.covariance import StreamingCovariance

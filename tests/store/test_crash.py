@@ -17,7 +17,7 @@ from tensordict import TensorDict
 import crash_writer
 import tdgeom as tg
 from tdgeom.files.errors import StoreError
-from tdgeom.store.store import ActivationStore
+from tdgeom.store.activation_store import ActivationStore
 
 TESTS = Path(__file__).parents[1]
 

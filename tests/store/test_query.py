@@ -52,11 +52,12 @@ def store(tmp_path_factory) -> tg.ActivationStore:
 
 
 def enter(store, about: dict, created: float | None = None) -> str:
-    from tdgeom.store.about import describe, new_id
-    from tdgeom.store.shard_layout import Layout
+    from tdgeom.store.run_description import describe_run
+    from tdgeom.store.run_ids import new_id
+    from tdgeom.store.shard_layout import ShardLayout
 
     run = new_id()
-    store.catalogue.add_run(run, "capture", describe(**about), Layout(), created)
+    store.catalogue.add_run(run, "capture", describe_run(**about), ShardLayout(), created)
     store.catalogue.set_state(run, "complete")
     return run
 
@@ -189,15 +190,18 @@ def test_every_value_is_bound() -> None:
 def test_a_thousand_runs_are_queried_in_milliseconds(tmp_path) -> None:
     store = tg.ActivationStore(tmp_path)
     from tdgeom.files.json_text import canonical
-    from tdgeom.store.about import describe, new_id
-    from tdgeom.store.shard_layout import Layout
+    from tdgeom.store.run_description import describe_run
+    from tdgeom.store.run_ids import new_id
+    from tdgeom.store.shard_layout import ShardLayout
 
     rows = []
     for i in range(1000):
-        about = describe(model=f"m{i % 7}", capture={"layers": [i % 5, 9], "deep": {"k": i % 11}}, tag="t")
+        about = describe_run(
+            model=f"m{i % 7}", capture={"layers": [i % 5, 9], "deep": {"k": i % 11}}, tag="t"
+        )
         rows.append(
             (new_id(), "capture", "complete", None, float(i), 0.0, about.model, None, None, "default",
-             canonical(about.details), Layout().to_json())
+             canonical(about.details), ShardLayout().to_json())
         )  # fmt: skip
     with store.catalogue.writing() as connection:
         connection.executemany(f"INSERT INTO runs VALUES ({','.join('?' * 12)})", rows)

@@ -124,7 +124,7 @@ def test_what_is_gone_already_does_not_stop_a_delete(store, three) -> None:
 
 
 def test_a_run_being_written_stops_the_whole_delete(store, three) -> None:
-    from tdgeom.store.writer import RunLock
+    from tdgeom.store.run_writer import RunLock
 
     lock = RunLock(store.catalogue, three[1])
     with pytest.raises(StoreBusyError, match="nothing was removed"):
@@ -187,7 +187,12 @@ def test_an_analysis_is_kept_found_and_loaded(store) -> None:
     run = store.save_analysis(results, model="tiny", tag="check")
     found = store.query(kind="analysis", capture={"sites": "residual_input.1"}, tag="check")
     assert found.ids == [run] and found[0]["state"] == "complete"
-    assert store.load_analysis(run).metrics["d_pr"].tolist() == results.metrics["d_pr"].tolist()
+    bundle = store.load_analysis(run)
+    assert bundle.tables["metrics"]["d_pr"].tolist() == results.metrics["d_pr"].tolist()
+    loaded = tg.AnalysisResults.load(bundle)
+    assert (
+        loaded.to_dict()["novelty"] == results.to_dict()["novelty"] and loaded.artifact_dir == bundle.folder
+    )
     assert results.artifact_dir is None and store.verify() == []
     with pytest.raises(StoreError, match="is an analysis"):
         store.load(run)
@@ -207,7 +212,7 @@ def test_an_analysis_is_exported_and_imported(store, tmp_path) -> None:
     other = tg.ActivationStore(tmp_path / "other")
     assert other.import_runs(folder).ids == [run] and other.metadata(run) == store.metadata(run)
     assert (
-        other.load_analysis(run).metrics["d_pr"].tolist() == results.metrics["d_pr"].tolist()
+        other.load_analysis(run).tables["metrics"]["d_pr"].tolist() == results.metrics["d_pr"].tolist()
         and other.verify() == []
     )
     table = folder / run / "bundle" / "metrics.csv"

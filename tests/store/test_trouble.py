@@ -19,7 +19,7 @@ from tensordict import TensorDict
 
 import tdgeom as tg
 from tdgeom.files.errors import StoreError
-from tdgeom.store.store import ActivationStore
+from tdgeom.store.activation_store import ActivationStore
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pandas as pd
 import torch
 from tensordict import TensorDict, TensorDictBase
 
-from tdgeom.files import bundle
+from tdgeom.files.bundle import Bundle, read_bundle, safe_name, write_bundle
+from tdgeom.files.json_text import plain
 from tdgeom.plot.picture_files import write_plots
 
 __all__ = ["AnalysisResults"]
@@ -74,21 +76,22 @@ class AnalysisResults:
         tables = {"metrics": self.metrics, "novelty": self.novelty}
         if not self.router.empty:
             tables["router"] = self.router
-        tables |= {f"diagnostics/{bundle.safe_name(name)}": table for name, table in self.diagnostics.items()}
+        tables |= {f"diagnostics/{safe_name(name)}": table for name, table in self.diagnostics.items()}
         metadata = {**self.metadata, "save_mode": save_mode}
         arrays = {"eigenvalues": self.eigenvalues, "neighbors": _packed(self.neighbors)}
-        self.artifact_dir = bundle.write(Path(save_dir), tables, arrays, metadata, save_mode, overwrite)
+        self.artifact_dir = write_bundle(Path(save_dir), tables, arrays, metadata, save_mode, overwrite)
         self.metadata = metadata
         return self.artifact_dir
 
     @classmethod
-    def load(cls, path: str | Path) -> AnalysisResults:
-        """Read a bundle back, after checking the hash of every file.
+    def load(cls, path: str | Path | Bundle) -> AnalysisResults:
+        """Results from a bundle: its folder, after checking the hash of every file, or what ``store.load_analysis`` gave.
 
         Raises:
             FileNotFoundError: no bundle there. ValueError: a file is missing, added to or changed, or the schema is newer.
         """
-        tables, arrays, metadata = bundle.read(Path(path))
+        found = path if isinstance(path, Bundle) else read_bundle(Path(path))
+        tables = found.tables
         diagnostics = {
             name.split("/", 1)[1]: table for name, table in tables.items() if name.startswith("diagnostics/")
         }
@@ -97,10 +100,10 @@ class AnalysisResults:
             novelty=tables["novelty"],
             router=tables.get("router", pd.DataFrame()),
             diagnostics=diagnostics,
-            eigenvalues=arrays["eigenvalues"],
-            neighbors=_unpacked(arrays["neighbors"]),
-            metadata=metadata,
-            artifact_dir=Path(path).resolve(),
+            eigenvalues=dict(found.arrays["eigenvalues"]),
+            neighbors=_unpacked(found.arrays["neighbors"]),
+            metadata=dict(found.metadata),
+            artifact_dir=found.folder,
         )
 
     def write_plots(self, folder: str | Path | None = None) -> list[Path]:
@@ -125,7 +128,7 @@ class AnalysisResults:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain Python values, ready for ``json.dumps`` (NaN becomes None)."""
-        return bundle.plain(
+        return plain(
             {
                 "metrics": self.metrics.to_dict(orient="records"),
                 "novelty": self.novelty.to_dict(orient="records"),
@@ -141,7 +144,7 @@ class AnalysisResults:
 
 def default_folder(run_name: str | None) -> Path:
     """Where a bundle goes that was given no folder."""
-    return Path(bundle.safe_name(run_name or "tdgeom_run"))
+    return Path(safe_name(run_name or "tdgeom_run"))
 
 
 def _packed(tables: TensorDictBase | None) -> dict[str, np.ndarray]:
@@ -156,7 +159,7 @@ def _packed(tables: TensorDictBase | None) -> dict[str, np.ndarray]:
     return packed
 
 
-def _unpacked(arrays: dict[str, np.ndarray]) -> TensorDictBase | None:
+def _unpacked(arrays: Mapping[str, np.ndarray]) -> TensorDictBase | None:
     if not arrays:
         return None
     tables = TensorDict({}, batch_size=[])

@@ -141,7 +141,7 @@ def import_(
 
 
 def _open(path: Path | None, make: bool = False) -> Any:
-    from tdgeom.store.store import ActivationStore
+    from tdgeom.store.activation_store import ActivationStore
 
     if path is None:
         raise typer.BadParameter("name the store: --store DIR, or the environment variable TDGEOM_STORE")
@@ -155,7 +155,7 @@ def _chosen(store: Any, names: list[str]) -> Any:
 
     found = store.query()
     ids = list(dict.fromkeys(found[name]["id"] for name in names))
-    return Runs(store, [store.catalogue.record(run) for run in ids])
+    return Runs(store.catalogue, [store.catalogue.record(run) for run in ids])
 
 
 def _show(runs: Any) -> None:

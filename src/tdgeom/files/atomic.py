@@ -1,21 +1,35 @@
-"""Files of a store: opened without following links, written whole or not at all, failures explained."""
+"""Files and folders: opened without following links, written whole or not at all, hashed, failures explained."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import io
 import os
+import secrets
+import shutil
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from tdgeom.files.errors import StoreError
 
-__all__ = ["NO_LINK", "explain", "open_regular", "sync_folder", "write_whole"]
+__all__ = [
+    "NO_LINK",
+    "explain",
+    "file_sha256",
+    "open_regular",
+    "read_whole",
+    "sha256_of",
+    "sync_folder",
+    "whole_folder",
+    "write_whole",
+]
 
 # Windows lacks these; O_NONBLOCK keeps a pipe that took a file's place from blocking open() for ever.
 NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+_STEP = 1 << 18  # bytes a read() or write(): up to three times as fast as whole tensors at once, on Linux
 
 _FULL = (
     "no space is left (or a quota or the file size limit is reached). Every shard written before is safe and the run is "
@@ -45,8 +59,8 @@ def explain(error: OSError, doing: str) -> StoreError:
     return StoreError(f"{doing}: {error.strerror or error}; {remedy}")
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file of a store for reading: a regular file, not a link, a pipe or a device.
+def open_regular(path: Path) -> io.FileIO:
+    """Open a file for reading: a regular file, not a link, a pipe or a device.
 
     Raises:
         StoreError: it is missing, unreadable or no regular file.
@@ -61,6 +75,32 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(handle, "rb", buffering=0)
 
 
+def read_whole(path: Path, largest: int) -> bytes:
+    """A file's bytes, at most one more than ``largest``."""
+    try:
+        with open_regular(path) as handle:
+            return handle.read(largest + 1)
+    except OSError as error:
+        raise explain(error, f"reading {path}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    try:
+        with open_regular(path) as handle:
+            return sha256_of(iter(lambda: handle.read(_STEP), b""))
+    except OSError as error:
+        raise explain(error, f"reading {path}") from error
+
+
+def sha256_of(chunks: Iterable[bytes | memoryview]) -> str:
+    """SHA-256 of chunks of bytes one after the other, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename inside ``folder`` survive a power cut."""
     if os.name == "nt":  # folders cannot be opened there; NTFS journals renames
@@ -72,7 +112,7 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Write beside ``path``, bring the bytes to the disk, then rename: ``path`` is whole or absent, at any moment.
 
     Raises:
@@ -82,7 +122,10 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
     try:
         draft.unlink(missing_ok=True)  # of a killed process that had the same id
         with open(draft, "xb", buffering=0) as handle:  # never through a link that somebody put there
-            write(handle)
+            for chunk in chunks:
+                rest = memoryview(chunk)
+                while rest.nbytes:
+                    rest = rest[handle.write(rest[:_STEP]) :]
             os.fsync(handle.fileno())
         os.replace(draft, path)
         sync_folder(path.parent)
@@ -92,3 +135,29 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
         if isinstance(error, OSError):
             raise explain(error, f"writing {path}") from error
         raise
+
+
+@contextmanager
+def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
+    """A draft beside ``folder`` to fill, which is renamed when the block ends: ``folder`` is whole or absent, at any moment.
+
+    With ``replace`` a folder that is there is exchanged for the draft.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft, old = (
+        folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.{end}") for end in ("draft", "old")
+    )
+    try:
+        draft.mkdir()
+        yield draft
+        for path in draft.rglob("*"):  # bytes reach the disk before the folder gets its name
+            if path.is_file():
+                with open(path, "r+b") as handle:
+                    os.fsync(handle.fileno())
+        if replace and folder.exists():
+            os.rename(folder, old)
+        os.rename(draft, folder)
+        sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

@@ -1,17 +1,41 @@
-"""JSON text: one spelling for equal values on the way out, bounds on size and depth on the way in."""
+"""Plain data as JSON: values made plain, one spelling for equal ones, bounds on size and depth on the way in."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
+
+from tdgeom.files.atomic import read_whole
 from tdgeom.files.errors import StoreError
 
-__all__ = ["canonical", "read_json"]
+__all__ = ["canonical", "plain", "read_json", "read_json_file"]
 
 LARGEST_JSON = 16 * 2**20
 DEEPEST_JSON = 64
+
+
+def plain(value: Any) -> Any:
+    """Plain JSON values: tensors, NumPy arrays and scalars unpacked, NaN and Inf as None, anything else as its string."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(part) for part in value]
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return plain(value.tolist())
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int | bool):
+        return value
+    return None if value is pd.NA else str(value)
 
 
 def canonical(value: Any) -> str:
@@ -46,6 +70,11 @@ def read_json(text: str | bytes, what: str, largest: int = LARGEST_JSON) -> Any:
     if _is_deeper(value, DEEPEST_JSON):
         raise StoreError(f"{what}: JSON nested deeper than {DEEPEST_JSON} levels is refused.")
     return value
+
+
+def read_json_file(path: Path, largest: int = LARGEST_JSON) -> Any:
+    """``read_json`` of a file."""
+    return read_json(read_whole(path, largest), str(path), largest)
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,10 +11,9 @@ import torch
 from tensordict import NonTensorData, TensorDict, TensorDictBase, is_non_tensor, is_tensor_collection
 from torch import Tensor
 
-from tdgeom.files.bundle import plain
 from tdgeom.files.errors import StoreError
-from tdgeom.files.json_text import read_json
-from tdgeom.store.shard_layout import Layout, entries_of
+from tdgeom.files.json_text import plain, read_json
+from tdgeom.store.shard_layout import ShardLayout, entries_of
 
 __all__ = ["pack", "unpack"]
 
@@ -22,7 +21,7 @@ _MOST_DIGITS = 12  # of a position in a list
 Captured = TensorDictBase | Tensor | Mapping[str, Any] | Sequence[TensorDictBase]
 
 
-def pack(captured: Captured) -> tuple[Layout, dict[str, Tensor]]:
+def pack(captured: Captured) -> tuple[ShardLayout, dict[str, Tensor]]:
     """(layout, tensors by their name in the shard) of a TensorDict, a mapping, a tensor or a list of these.
 
     Raises:
@@ -32,17 +31,16 @@ def pack(captured: Captured) -> tuple[Layout, dict[str, Tensor]]:
     several = isinstance(captured, list | tuple)
     tensors: dict[tuple[str, ...], Tensor] = {}
     values: dict[tuple[str, ...], Any] = {}
-    batch_size: Sequence[int] = ()
+    batch_size = tuple(getattr(captured, "batch_size", ()))
     if several:
         for position, one in enumerate(captured):
             _collect(_tree(one), (str(position),), tensors, values)
     else:
-        batch_size = getattr(captured, "batch_size", ())
         _collect(_tree(captured), (), tensors, values)
     if not tensors:
         raise ValueError("there is no tensor to save in what was given.")
     found = {key: (value.dtype, value.dtype, value.shape) for key, value in tensors.items()}
-    layout = Layout(entries_of(found), False, tuple(batch_size), several, tuple(values.items()))
+    layout = ShardLayout(entries_of(found), False, batch_size, several, tuple(values.items()))
     try:
         read_json(layout.to_json(), "its layout")  # what could not be read back is not written
     except (StoreError, ValueError, RecursionError) as error:
@@ -50,7 +48,7 @@ def pack(captured: Captured) -> tuple[Layout, dict[str, Tensor]]:
     return layout, {entry.name: tensors[entry.key] for entry in layout.entries}
 
 
-def unpack(layout: Layout, tensors: Mapping[str, Tensor]) -> TensorDict | list[TensorDict]:
+def unpack(layout: ShardLayout, tensors: Mapping[str, Tensor]) -> TensorDict | list[TensorDict]:
     """What ``pack`` took apart, as TensorDicts; a list's members have batch size []."""
     leaves: list[tuple[tuple[str, ...], Any]] = [(one.key, tensors[one.name]) for one in layout.entries]
     leaves += layout.values
@@ -77,7 +75,7 @@ def _filled(leaves: Sequence[tuple[tuple[str, ...], Any]], batch_size: Sequence[
         else:
             found.set_non_tensor(key, value)
     try:
-        found.batch_size = batch_size
+        found.batch_size = torch.Size(batch_size)
     except RuntimeError as error:
         raise StoreError(
             f"the layout's batch size {list(batch_size)} does not fit its tensors: {error}"

@@ -5,16 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from tdgeom.files.errors import StoreError, StoreLookupError
 from tdgeom.files.json_text import canonical, read_json
-from tdgeom.store.about import DETAILS, About, valid_id
-from tdgeom.store.database import Database
-from tdgeom.store.locks import is_locked
-from tdgeom.store.records import KINDS, STATES, Record, ShardRecord, first_gap, is_rounding
-from tdgeom.store.shard_layout import Layout
+from tdgeom.store.run_description import DETAILS, RunDescription
+from tdgeom.store.run_ids import valid_id
+from tdgeom.store.run_records import (
+    KINDS,
+    STATES,
+    RunRecord,
+    ShardRecord,
+    first_gap,
+    is_rounding,
+    relative_errors,
+)
+from tdgeom.store.shard_layout import ShardLayout
+from tdgeom.store.sqlite_file import SqliteFile
+from tdgeom.store.write_lock import is_locked
 
 __all__ = ["BUNDLE", "Catalogue"]
 
@@ -27,7 +37,7 @@ _ENTER_SHARD = "INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?)"
 _ENDED_EARLY = "its writer ended before the run did: resume it or remove it"
 
 
-class Catalogue(Database):
+class Catalogue(SqliteFile):
     """The SQLite file of the store in ``folder``."""
 
     def __init__(self, folder: Path) -> None:
@@ -49,8 +59,8 @@ class Catalogue(Database):
         self,
         run: str,
         kind: str,
-        about: About,
-        layout: Layout,
+        about: RunDescription,
+        layout: ShardLayout,
         created: float | None = None,
         shards: Sequence[ShardRecord] | None = None,
     ) -> bool:
@@ -109,7 +119,7 @@ class Catalogue(Database):
             for table, column in (("shards", "run"), ("tags", "run"), ("runs", "id")):
                 connection.execute(f"DELETE FROM {table} WHERE {column} = ?", (run,))
 
-    def records(self, condition: str = "1", values: Sequence[Any] = ()) -> list[Record]:
+    def records(self, condition: str = "1", values: Sequence[Any] = ()) -> list[RunRecord]:
         """The runs (``r``) that meet a condition in SQL, its values bound, oldest first."""
         found = self._read(condition, values)
         left = [one.id for one in found if one.state == "writing" and not self.is_being_written(one.id)]
@@ -121,7 +131,7 @@ class Catalogue(Database):
         now = [again.get(one.id) if one.id in left else one for one in found]
         return [_ended(one) if one.id in left else one for one in now if one is not None]
 
-    def _read(self, condition: str, values: Sequence[Any]) -> list[Record]:
+    def _read(self, condition: str, values: Sequence[Any]) -> list[RunRecord]:
         with self.reading() as connection:
             rows = connection.execute(
                 f"{_RECORD} WHERE {condition} ORDER BY r.created, r.rowid", tuple(values)
@@ -134,7 +144,7 @@ class Catalogue(Database):
                 tags.setdefault(run, []).append(tag)
         return [self._record(row, tags.get(row[0], [])) for row in rows]
 
-    def record(self, run: str) -> Record:
+    def record(self, run: str) -> RunRecord:
         """One run by its whole id."""
         if not isinstance(run, str):
             raise TypeError(
@@ -146,13 +156,35 @@ class Catalogue(Database):
             raise StoreLookupError(f"there is no run {str(run)[:40]!r} in {self.folder}.")
         return found[0]
 
-    def layout(self, run: str) -> Layout:
+    def metadata(self, run: str | RunRecord) -> dict[str, Any]:
+        """Everything that is known of a run, as JSON values."""
+        record = run if isinstance(run, RunRecord) else self.record(run)
+        about = record.about
+        return {
+            "id": record.id,
+            "kind": record.kind,
+            "state": record.state,
+            "reason": record.reason,
+            "created": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="seconds"),
+            "model": about.model,
+            "revision": about.revision,
+            "dataset": about.dataset,
+            "experiment": about.experiment,
+            "tags": list(about.tags),
+            "shards": record.shards,
+            "rows": record.rows,
+            "bytes": record.bytes,
+            "relative_error": relative_errors(self.shards(record.id)),
+            **about.details,
+        }
+
+    def layout(self, run: str) -> ShardLayout:
         """What the shards of a run hold."""
         with self.reading() as connection:
             row = connection.execute("SELECT layout FROM runs WHERE id = ?", (run,)).fetchone()
         if row is None:
             raise StoreLookupError(f"there is no run {str(run)[:40]!r} in {self.folder}.")
-        return Layout.from_json(self._text(row[0], run), f"{self.path}: the layout of run {run}")
+        return ShardLayout.from_json(self._text(row[0], run), f"{self.path}: the layout of run {run}")
 
     def shards(self, run: str) -> list[ShardRecord]:
         """The finished shards of a run, by rank and number."""
@@ -170,22 +202,24 @@ class Catalogue(Database):
         return found
 
     def _shard(self, run: str, row: Sequence[Any]) -> ShardRecord:
-        *numbers, sha256, rounding = row
+        rank, number, rows, size, sha256, rounding = row
         rounded = read_json(self._text(rounding, run), f"{self.path}: the rounding of run {run}")
-        if not all(type(one) is int and 0 <= one < 2**48 for one in numbers) or not is_rounding(rounded):
+        naturals = all(type(one) is int and 0 <= one < 2**48 for one in (rank, number, rows, size))
+        if not naturals or not is_rounding(rounded):
             raise self._tampered(run)
-        return ShardRecord(*numbers, self._text(sha256, run), rounded)
+        return ShardRecord(rank, number, rows, size, self._text(sha256, run), rounded)
 
-    def _record(self, row: Sequence[Any], tags: Sequence[Any]) -> Record:
-        run, kind, state, reason, created, updated, *names, details, shards, rows, size = row
-        optional = (reason, *names[:3])
+    def _record(self, row: Sequence[Any], tags: Sequence[Any]) -> RunRecord:
+        run, kind, state, reason, created, updated, *told, details, shards, rows, size = row
+        model, revision, dataset, experiment = told
+        optional = (reason, model, revision, dataset)
         numbers = (created, updated, shards, rows, size)
         if (
             not valid_id(run)
             or kind not in KINDS
             or state not in STATES
             or not all(one is None or isinstance(one, str) for one in optional)
-            or not all(isinstance(one, str) for one in (names[3], details, *tags))
+            or not all(isinstance(one, str) for one in (experiment, details, *tags))
             or not all(isinstance(one, int | float) and 0 <= one < 2**60 for one in numbers)
             or max(created, updated) > 1e11
         ):
@@ -193,8 +227,8 @@ class Catalogue(Database):
         parsed = read_json(details, f"{self.path}: the details of run {run}")
         if not isinstance(parsed, dict) or not set(parsed) <= set(DETAILS):
             raise self._tampered(run)
-        about = About(*names, tuple(tags), parsed)
-        return Record(run, kind, state, reason, created, updated, about, shards, int(rows), int(size))
+        about = RunDescription(model, revision, dataset, experiment, tuple(tags), parsed)
+        return RunRecord(run, kind, state, reason, created, updated, about, shards, int(rows), int(size))
 
     def is_being_written(self, run: str) -> bool:
         """Whether a process holds the right to write the run."""
@@ -209,7 +243,7 @@ class Catalogue(Database):
         return StoreError(f"{self.path}: the entry of run {str(run)[:40]!r} is damaged or was tampered with.")
 
 
-def _ended(record: Record) -> Record:
+def _ended(record: RunRecord) -> RunRecord:
     is_left = record.state == "writing"
     return replace(record, state="failed", reason=_ENDED_EARLY) if is_left else record
 

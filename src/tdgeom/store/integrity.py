@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from tdgeom.files.bundle import read as read_bundle
+from tdgeom.files.bundle import read_bundle
 from tdgeom.files.errors import StoreError
-from tdgeom.files.shard_writing import file_sha256
-from tdgeom.files.shards import Shard
-from tdgeom.store.about import valid_id
 from tdgeom.store.catalogue import BUNDLE, Catalogue
-from tdgeom.store.reader import open_shards
-from tdgeom.store.records import ShardRecord
+from tdgeom.store.run_ids import valid_id
+from tdgeom.store.run_shards import check_hash, open_shard, open_shards
 
-__all__ = ["Damage", "verify"]
+__all__ = ["Damage", "find_damage"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,7 @@ class Damage:
         return f"{where}: {self.problem}"
 
 
-def verify(catalogue: Catalogue, run: str | None = None) -> list[Damage]:
+def find_damage(catalogue: Catalogue, run: str | None = None) -> list[Damage]:
     """Everything that is wrong with a run; with all runs, their folders and the catalogue, where none is named.
 
     Raises:
@@ -45,41 +41,27 @@ def verify(catalogue: Catalogue, run: str | None = None) -> list[Damage]:
     for path in sorted(catalogue.folder.iterdir()):
         # a writer killed before it entered its run leaves a folder without shards, which is no damage
         if valid_id(path.name) and path.name not in runs and any(path.glob("*.safetensors")):
-            found.append(
-                Damage(
-                    "shards of a run that the catalogue does not have: import it again, or delete the folder",
-                    path.name,
-                )
+            problem = (
+                "shards of a run that the catalogue does not have: import it again, or delete the folder"
             )
+            found.append(Damage(problem, path.name))
     return found
 
 
 def _damage_of_run(catalogue: Catalogue, run: str) -> list[Damage]:
-    record = catalogue.record(run)
+    found = []
     try:
-        folder, layout, shards = catalogue.folder_of(run), catalogue.layout(run), catalogue.shards(run)
+        record, folder, layout = catalogue.record(run), catalogue.folder_of(run), catalogue.layout(run)
+        shards = catalogue.shards(run)
         if record.kind == "analysis" and record.state == "complete":
             read_bundle(folder / BUNDLE)
-    except (StoreError, ValueError, OSError) as error:
-        return [Damage(str(error), run)]
-    problems = [(shard, _damage_of_shard(folder / shard.name, shard)) for shard in shards]
-    found = [Damage(problem, run, shard.name) for shard, problem in problems if problem is not None]
-    if shards and not found:
-        try:
+        for shard in shards:
+            try:
+                check_hash(open_shard(folder, shard, []).path, shard)
+            except StoreError as error:
+                found.append(Damage(str(error), run, shard.name))
+        if shards and not found:
             open_shards(folder, layout, shards)
-        except StoreError as error:
-            found.append(Damage(str(error), run))
+    except (StoreError, ValueError, OSError) as error:
+        found.append(Damage(str(error), run))
     return found
-
-
-def _damage_of_shard(path: Path, shard: ShardRecord) -> str | None:
-    try:
-        Shard(path, size=shard.bytes)
-        digest = file_sha256(path)
-    except StoreError as error:
-        return str(error)
-    if digest != shard.sha256:
-        return (
-            f"its SHA-256 is {digest[:16]}..., it was written with {shard.sha256[:16]}...: a bit has changed."
-        )
-    return None

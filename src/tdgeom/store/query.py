@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from tdgeom.files.bundle import plain
-from tdgeom.files.json_text import canonical
+from tdgeom.files.json_text import canonical, plain
 from tdgeom.model.loading import model_identity
-from tdgeom.store.about import capture_of
+from tdgeom.store.run_description import capture_of
 
 __all__ = ["condition", "names"]
 
@@ -104,12 +103,14 @@ def names(wanted: Any, what: str) -> list[str]:
 
 
 def _seconds(moment: str | float | datetime) -> float:
-    if isinstance(moment, int | float) and not isinstance(moment, bool):
-        return float(moment)
     try:
-        read = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
-        return (read if read.tzinfo else read.replace(tzinfo=timezone.utc)).timestamp()
-    except (ValueError, AttributeError, OverflowError) as error:
+        if isinstance(moment, datetime | str):
+            read = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
+            return (read if read.tzinfo else read.replace(tzinfo=timezone.utc)).timestamp()
+        if isinstance(moment, bool):
+            raise TypeError
+        return float(moment)
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(
             f"since= and until= take an ISO date or time, such as '2026-11-21' or '2026-11-21T08:00', got {moment!r}."
         ) from error

@@ -2,51 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-import torch
-from torch import Tensor
 
 from tdgeom.files.errors import StoreError
-from tdgeom.store.about import About
 from tdgeom.store.catalogue import Catalogue
-from tdgeom.store.reader import RowSource
-from tdgeom.store.shard_layout import Entry, Layout
-from tdgeom.store.writer import RunLock, RunWriter
+from tdgeom.store.row_source import RowSource
+from tdgeom.store.run_description import RunDescription
+from tdgeom.store.run_writer import RunLock, RunWriter
+from tdgeom.store.shard_layout import ShardLayout, StoredTensor
 
-__all__ = ["ResumedWriter", "open_writer", "refuse_other_rows"]
+__all__ = ["open_writer", "refuse_other_rows"]
 
 _ID_ROWS = 1 << 20
 
 
-class ResumedWriter:
-    """A ``RunWriter`` that passes over the rows that the run has already, by their row id (8 bytes a row in memory)."""
-
-    def __init__(self, writer: RunWriter, row_ids: np.ndarray) -> None:
-        self._writer = writer
-        self._row_ids = np.sort(row_ids)
-
-    def append(self, values: Sequence[Tensor]) -> None:
-        """The rows among these that the run has not; ``row_id`` is the last of the values."""
-        row_id = values[-1].cpu().numpy()
-        place = np.searchsorted(self._row_ids, row_id).clip(max=len(self._row_ids) - 1)
-        is_new = torch.from_numpy(self._row_ids[place] != row_id).to(values[-1].device)
-        self._writer.append([value[is_new] for value in values])
-
-    def flush(self) -> None:
-        """As for ``RunWriter``."""
-        self._writer.flush()
-
-    def stop(self) -> None:
-        """As for ``RunWriter``."""
-        self._writer.stop()
-
-
 def open_writer(
-    catalogue: Catalogue, run: str, about: About, layout: Layout, *, rank: int, shard_bytes: int
-) -> RunWriter | ResumedWriter:
-    """A writer for the run; enters it if the catalogue does not have it.
+    catalogue: Catalogue,
+    run: str,
+    about: RunDescription,
+    layout: ShardLayout,
+    *,
+    rank: int,
+    shard_bytes: int,
+) -> RunWriter:
+    """A writer for the run, which passes over rows that it has; enters it if the catalogue does not have it.
 
     Raises:
         StoreBusyError: another process writes it. StoreError: it is complete, or holds other rows than these.
@@ -63,17 +42,15 @@ def open_writer(
         if state == "failed":
             catalogue.set_state(run, "writing")
         lock.remove_leftovers()
-        writer = RunWriter(lock, layout, shard_bytes)
         source = RowSource(catalogue, run, layout.of_rows([]), _ID_ROWS)
-        if not source.rows:
-            return writer
-        return ResumedWriter(writer, np.concatenate([batch["row_id"].numpy() for batch in source]))
+        known = [batch["row_id"].numpy() for batch in source]
+        return RunWriter(lock, layout, shard_bytes, np.concatenate([np.zeros(0, np.int64), *known]))
     except BaseException:
         lock.release()
         raise
 
 
-def refuse_other_rows(run: str, held: Layout, given: Layout) -> None:
+def refuse_other_rows(run: str, held: ShardLayout, given: ShardLayout) -> None:
     """Raise a ``StoreError`` that names what differs, unless nothing does."""
     if held == given:
         return
@@ -87,7 +64,7 @@ def refuse_other_rows(run: str, held: Layout, given: Layout) -> None:
     )
 
 
-def _said(entry: Entry | None) -> str:
+def _said(entry: StoredTensor | None) -> str:
     if entry is None:
         return "absent"
     cast = "" if entry.stored == entry.dtype else f" kept as {entry.stored}"

@@ -7,16 +7,17 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import pandas as pd
 
 from tdgeom.files.errors import StoreBusyError, StoreLookupError
-from tdgeom.store.about import describe
-from tdgeom.store.records import Record
-
-if TYPE_CHECKING:
-    from tdgeom.store.store import ActivationStore
+from tdgeom.store.catalogue import Catalogue
+from tdgeom.store.row_source import RowSource
+from tdgeom.store.run_access import load_run, remove_run, rows_of_run
+from tdgeom.store.run_description import describe_run
+from tdgeom.store.run_records import RunRecord
+from tdgeom.store.transfer import export_runs
 
 __all__ = ["Runs"]
 
@@ -38,8 +39,8 @@ class Runs:
         (1, True, [1.0, 1.0])
     """
 
-    def __init__(self, store: ActivationStore, records: Sequence[Record]) -> None:
-        self._store, self._records = store, list(records)
+    def __init__(self, catalogue: Catalogue, records: Sequence[RunRecord]) -> None:
+        self._catalogue, self._records = catalogue, list(records)
 
     @property
     def ids(self) -> list[str]:
@@ -50,7 +51,7 @@ class Runs:
         return len(self._records)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self._store.metadata(record) for record in self._records)
+        return (self._catalogue.metadata(record) for record in self._records)
 
     @overload
     def __getitem__(self, which: slice) -> Runs: ...
@@ -58,10 +59,10 @@ class Runs:
     def __getitem__(self, which: int | str) -> dict[str, Any]: ...
     def __getitem__(self, which: int | str | slice) -> Runs | dict[str, Any]:
         if isinstance(which, slice):
-            return Runs(self._store, self._records[which])
-        return self._store.metadata(self._one(which))
+            return Runs(self._catalogue, self._records[which])
+        return self._catalogue.metadata(self._one(which))
 
-    def _one(self, which: int | str | None) -> Record:
+    def _one(self, which: int | str | None) -> RunRecord:
         """One run by position, id or the beginning of an id; None: the only one."""
         if which is None:
             found = self._records
@@ -91,18 +92,18 @@ class Runs:
         Raises:
             StoreLookupError: no such run, or several.
         """
-        return self._store.load(self._one(which).id, **options)
+        return load_run(self._catalogue, self._one(which).id, **options)
 
-    def rows(self, which: int | str | None = None, **options: Any) -> Any:
+    def rows(self, which: int | str | None = None, **options: Any) -> RowSource:
         """One run's rows as a data source, see ``ActivationStore.rows``."""
-        return self._store.rows(self._one(which).id, **options)
+        return rows_of_run(self._catalogue, self._one(which).id, **options)
 
     def paths(self) -> dict[str, list[Path]]:
         """The files of every run, by id."""
         return {
             run: sorted(
                 path
-                for path in self._store.catalogue.folder_of(run).rglob("*")
+                for path in self._catalogue.folder_of(run).rglob("*")
                 if path.is_file() and path.suffix != ".lock"
             )
             for run in self.ids
@@ -110,7 +111,7 @@ class Runs:
 
     def delete(self) -> int:
         """Remove these runs and their files; how many. None is removed while one of them is being written."""
-        busy = [run for run in self.ids if self._store.catalogue.is_being_written(run)]
+        busy = [run for run in self.ids if self._catalogue.is_being_written(run)]
         if busy:
             raise StoreBusyError(
                 f"{busy} are being written: nothing was removed. Stop the writer, or leave them out."
@@ -118,16 +119,16 @@ class Runs:
         removed = 0
         for run in self.ids:
             with suppress(StoreLookupError):  # somebody else removed it since the query
-                self._store.remove(run)
+                remove_run(self._catalogue, run)
                 removed += 1
         self._records = []
         return removed
 
     def retag(self, add: str | Sequence[str] = (), remove: str | Sequence[str] = ()) -> Runs:
         """Give tags to these runs and take others away."""
-        new = describe(tag=add).tags
-        old = describe(tag=remove).tags
-        with self._store.catalogue.writing() as connection:
+        new = describe_run(tag=add).tags
+        old = describe_run(tag=remove).tags
+        with self._catalogue.writing() as connection:
             for run in self.ids:
                 connection.executemany(
                     "DELETE FROM tags WHERE run = ? AND tag = ?", [(run, tag) for tag in old]
@@ -146,23 +147,21 @@ class Runs:
         return self._moved([self._one(which).id], experiment)
 
     def _moved(self, runs: Sequence[str], experiment: str) -> Runs:
-        name = describe(experiment=experiment).experiment
-        with self._store.catalogue.writing() as connection:
+        name = describe_run(experiment=experiment).experiment
+        with self._catalogue.writing() as connection:
             connection.executemany(
                 "UPDATE runs SET experiment = ? WHERE id = ?", [(name, run) for run in runs]
             )
         return self._read_again()
 
     def _read_again(self) -> Runs:
-        known = {record.id: record for record in self._store.catalogue.records()}
+        known = {record.id: record for record in self._catalogue.records()}
         self._records = [known[run] for run in self.ids if run in known]
         return self
 
     def export(self, folder: str | Path) -> Path:
-        """Copy these runs into a new folder that ``ActivationStore.import_runs`` reads; see ``transfer.export``."""
-        from tdgeom.store.transfer import export
-
-        return export(self._store, self.ids, Path(folder))
+        """Copy these runs into a new folder that ``ActivationStore.import_runs`` reads; see ``transfer.export_runs``."""
+        return export_runs(self._catalogue, self.ids, Path(folder))
 
     def to_frame(self) -> pd.DataFrame:
         """One row a run: what the catalogue says of it."""
@@ -189,7 +188,7 @@ class Runs:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{len(self)} runs</p>"
 
 
-def _cells(record: Record) -> tuple[str, ...]:
+def _cells(record: RunRecord) -> tuple[str, ...]:
     about = record.about
     texts = (record.id, record.kind, record.state, about.model or "-", about.dataset or "-", about.experiment)
     return (*texts, ",".join(about.tags) or "-", _size(record.bytes))

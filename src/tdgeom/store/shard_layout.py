@@ -15,13 +15,13 @@ from tdgeom.files.json_text import canonical, read_json
 from tdgeom.files.shards import CODES, MOST_DIMENSIONS, MOST_VALUES
 from tdgeom.store.stored_dtypes import SCALED
 
-__all__ = ["Entry", "Layout", "entries_of"]
+__all__ = ["StoredTensor", "ShardLayout", "entries_of"]
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredTensor:
     """One tensor of a run.
 
     ``key``: where it is in a TensorDict. ``name``: what the shards call it. ``dtype``: as it came. ``stored``: as it lies
@@ -46,7 +46,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardLayout:
     """What the shards of a run hold.
 
     ``rows``: tensors are joined along their first dimension over all shards; else one shard holds them whole.
@@ -54,14 +54,14 @@ class Layout:
     ``values``: leaves that are no tensors.
     """
 
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[StoredTensor, ...] = ()
     rows: bool = True
     batch_size: tuple[int, ...] = ()
     several: bool = False
     values: tuple[tuple[tuple[str, ...], Any], ...] = ()
 
     @property
-    def by_key(self) -> dict[Key, Entry]:
+    def by_key(self) -> dict[Key, StoredTensor]:
         """Entries by key."""
         return {as_key(entry.key): entry for entry in self.entries}
 
@@ -70,7 +70,7 @@ class Layout:
         """Bytes of one row of all tensors."""
         return sum(entry.row_bytes for entry in self.entries)
 
-    def of_rows(self, names: Sequence[str] | None) -> list[Entry]:
+    def of_rows(self, names: Sequence[str] | None) -> list[StoredTensor]:
         """The entries of these sites and carried values (default all), of ``row_id`` and of a carried ``document_id``.
 
         Raises:
@@ -109,7 +109,7 @@ class Layout:
         )
 
     @classmethod
-    def from_json(cls, text: str, what: str) -> Layout:
+    def from_json(cls, text: str, what: str) -> ShardLayout:
         """Parse what may be hostile.
 
         Raises:
@@ -132,7 +132,7 @@ class Layout:
 
 def entries_of(
     tensors: Mapping[tuple[str, ...], tuple[torch.dtype, torch.dtype, Sequence[int]]],
-) -> tuple[Entry, ...]:
+) -> tuple[StoredTensor, ...]:
     """Entries from key -> (dtype, stored dtype, shape), each with a name of its own: the key's parts joined by slashes.
 
     Raises:
@@ -149,7 +149,7 @@ def entries_of(
         while name in used or name + "#scale" in used:
             name = f"{name}#{number}"
         used |= {name, name + "#scale"}
-        found.append(Entry(key, name, dtype, stored, tuple(shape)))
+        found.append(StoredTensor(key, name, dtype, stored, tuple(shape)))
     return tuple(found)
 
 
@@ -169,10 +169,10 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _entry(raw: Any) -> Entry:
+def _entry(raw: Any) -> StoredTensor:
     if not isinstance(raw, dict) or not isinstance(raw["name"], str):
         raise TypeError(f"{str(raw)[:80]} is no entry")
-    return Entry(
+    return StoredTensor(
         _key(raw["key"]), raw["name"], _DTYPES[raw["dtype"]], _DTYPES[raw["stored"]], _shape(raw["shape"])
     )
 
@@ -196,7 +196,7 @@ def _flag(raw: Any) -> bool:
     return raw
 
 
-def _refuse_clashes(layout: Layout) -> None:
+def _refuse_clashes(layout: ShardLayout) -> None:
     names = [name for one in layout.entries for name in (one.name, one.scale) if name is not None]
     keys = [one.key for one in layout.entries] + [key for key, _ in layout.values]
     if len(set(names)) != len(names) or len(set(keys)) != len(keys):

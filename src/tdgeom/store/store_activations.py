@@ -14,13 +14,14 @@ from tdgeom.core.process_groups import broadcast_number, rank_and_world
 from tdgeom.core.state_transfer import gather_states
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.files.errors import StoreError
-from tdgeom.store.about import describe, id_of, new_id, number_of
-from tdgeom.store.records import relative_errors
-from tdgeom.store.resume import ResumedWriter, open_writer, refuse_other_rows
-from tdgeom.store.shard_layout import Layout, entries_of
-from tdgeom.store.store import ActivationStore
+from tdgeom.store.activation_store import ActivationStore
+from tdgeom.store.resume import open_writer, refuse_other_rows
+from tdgeom.store.run_description import describe_run
+from tdgeom.store.run_ids import id_of, new_id, number_of
+from tdgeom.store.run_records import relative_errors
+from tdgeom.store.run_writer import RunWriter
+from tdgeom.store.shard_layout import ShardLayout, entries_of
 from tdgeom.store.stored_dtypes import named_dtype
-from tdgeom.store.writer import RunWriter
 
 __all__ = ["StoreActivations"]
 
@@ -63,6 +64,8 @@ class StoreActivations(StreamingStage):
         tensor([1., 1., 1.], dtype=torch.float64)
     """
 
+    runs: Tensor
+
     def __init__(
         self,
         store: ActivationStore | str | os.PathLike[str],
@@ -97,12 +100,12 @@ class StoreActivations(StreamingStage):
         self.store = store if isinstance(store, ActivationStore) else ActivationStore(store)
         self.dtype, self.shard_bytes, self.resume = named_dtype(dtype), shard_bytes, resume
         self._sites = 1 if sites is None else len(sites)
-        self._about = describe(**about)
+        self._about = describe_run(**about)
         if resume is not None:
             self._refuse_another_model(resume)
         self._agreed: int | None = None  # the number of the run that all ranks will write
-        self._writer: RunWriter | ResumedWriter | None = None
-        self._layout = Layout()
+        self._writer: RunWriter | None = None
+        self._layout = ShardLayout()
         self.add_state("runs", torch.int64)
 
     @property
@@ -147,17 +150,17 @@ class StoreActivations(StreamingStage):
             refuse_other_rows(self.run_id, self._layout, layout)
         self._writer.append(inputs)
 
-    def combine(self, other: StoreActivations) -> None:
+    def combine(self, other: Any) -> None:
         """Count another's runs as well; ranks write one run together."""
         self.runs = torch.unique(torch.cat([self.runs, other.runs.to(self.runs.device)]))
 
-    def merge_(self, other: StoreActivations) -> StoreActivations:  # type: ignore[override]
+    def merge_(self, other: StreamingStage) -> StreamingStage:
         """Count the runs of ``other`` as well; there may be more or fewer of them."""
-        same = isinstance(other, StoreActivations) and other.settings() == self.settings()
-        if same and not self.is_empty and not other.is_empty:
+        is_other = isinstance(other, StoreActivations) and not self.is_empty and not other.is_empty
+        if is_other and other.settings() == self.settings():
             self.combine(other)
             return self
-        return super().merge_(other)  # type: ignore[return-value]
+        return super().merge_(other)
 
     def reset(self) -> None:
         """Forget every row; the next ones begin a new run. A run under way keeps the rows it got and stays unfinished."""
@@ -221,7 +224,7 @@ class StoreActivations(StreamingStage):
             self._writer.stop()
         self._writer = None
 
-    def _layout_of(self, inputs: Sequence[Tensor]) -> Layout:
+    def _layout_of(self, inputs: Sequence[Tensor]) -> ShardLayout:
         count = inputs[-1].shape
         tensors = {}
         for position, (key, role, value) in enumerate(zip(self.in_keys, self._roles, inputs)):
@@ -230,9 +233,10 @@ class StoreActivations(StreamingStage):
                     f"StoreActivations expects {key!r} of shape ({count[0]}, ...) beside {self.in_keys[-1]!r}, got "
                     f"{tuple(value.shape)}. Rows of all sites must come from one selection (SelectTokens)."
                 )
-            is_cast = self.dtype is not None and position < self._sites and value.is_floating_point()
-            tensors[key_tuple(role)] = (value.dtype, self.dtype if is_cast else value.dtype, value.shape[1:])
-        return Layout(entries_of(tensors))
+            is_cast = position < self._sites and value.is_floating_point()
+            stored = self.dtype if self.dtype is not None and is_cast else value.dtype
+            tensors[key_tuple(role)] = (value.dtype, stored, value.shape[1:])
+        return ShardLayout(entries_of(tensors))
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self.settle()

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tdgeom.files.atomic import explain, open_regular, sync_folder, write_whole
-from tdgeom.files.bundle import METADATA
-from tdgeom.files.bundle import read as read_bundle
+from tdgeom.files.atomic import explain, open_regular, sync_folder, whole_folder, write_whole
+from tdgeom.files.bundle import METADATA, read_bundle
 from tdgeom.files.errors import StoreError
-from tdgeom.files.json_text import canonical, read_json
-from tdgeom.files.shard_writing import file_sha256
-from tdgeom.store.about import About, describe, valid_id
-from tdgeom.store.catalogue import BUNDLE
-from tdgeom.store.reader import open_shards
-from tdgeom.store.records import KINDS, Record, ShardRecord, first_gap, is_rounding
-from tdgeom.store.shard_layout import Layout
-from tdgeom.store.writer import RunLock
+from tdgeom.files.json_text import canonical, read_json_file
+from tdgeom.store.catalogue import BUNDLE, Catalogue
+from tdgeom.store.run_description import RunDescription, describe_run
+from tdgeom.store.run_ids import valid_id
+from tdgeom.store.run_records import KINDS, RunRecord, ShardRecord, first_gap, is_rounding
+from tdgeom.store.run_shards import check_hash, open_shards
+from tdgeom.store.run_writer import RunLock
+from tdgeom.store.shard_layout import ShardLayout
 
-if TYPE_CHECKING:
-    from tdgeom.store.store import ActivationStore
-
-__all__ = ["export", "import_runs"]
+__all__ = ["export_runs", "import_runs"]
 
 FORMAT = 1
 RECORD = "run.json"
 
 
-def export(store: ActivationStore, runs: Sequence[str], folder: Path) -> Path:
+def export_runs(catalogue: Catalogue, runs: Sequence[str], folder: Path) -> Path:
     """Copy complete runs into a new folder, whole or not at all: a folder a run, its files and ``run.json``.
 
     Raises:
@@ -43,33 +36,24 @@ def export(store: ActivationStore, runs: Sequence[str], folder: Path) -> Path:
         raise StoreError("there are no runs to export: the query found none.")
     if folder.exists():
         raise StoreError(f"{folder} exists already: export into a new folder.")
-    records = [store.catalogue.record(run) for run in runs]
+    records = [catalogue.record(run) for run in runs]
     for record in records:
         if record.state != "complete":
             raise StoreError(
                 f"run {record.id} is not complete ({record.state}) and cannot be exported: resume it or leave it out."
             )
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        with whole_folder(folder) as draft:
+            for record in records:
+                (draft / record.id).mkdir()
+                _export_run(catalogue, record, draft / record.id)
     except OSError as error:
         raise explain(error, f"exporting into {folder}") from error
-    try:
-        for record in records:
-            (draft / record.id).mkdir()
-            _export_run(store, record, draft / record.id)
-        draft.chmod(0o755)
-        os.rename(draft, folder)
-        sync_folder(folder.parent)
-    except OSError as error:
-        raise explain(error, f"exporting into {folder}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
-def _export_run(store: ActivationStore, record: Record, folder: Path) -> None:
-    shards = store.catalogue.shards(record.id)
+def _export_run(catalogue: Catalogue, record: RunRecord, folder: Path) -> None:
+    shards = catalogue.shards(record.id)
     about = record.about
     names = {name: getattr(about, name) for name in ("model", "revision", "dataset", "experiment")}
     told = {
@@ -78,13 +62,13 @@ def _export_run(store: ActivationStore, record: Record, folder: Path) -> None:
         "kind": record.kind,
         "created": record.created,
         "about": {**names, "tag": list(about.tags), **about.details},
-        "layout": store.catalogue.layout(record.id).to_json(),
+        "layout": catalogue.layout(record.id).to_json(),
         "shards": [
             [one.rank, one.number, one.rows, one.bytes, one.sha256, dict(one.rounding)] for one in shards
         ],
     }
-    _copy_files(store.catalogue.folder_of(record.id), folder, record.kind, shards)
-    write_whole(folder / RECORD, lambda handle: handle.write(canonical(told).encode()))
+    _copy_files(catalogue.folder_of(record.id), folder, record.kind, shards)
+    write_whole(folder / RECORD, [canonical(told).encode()])
 
 
 @dataclass(frozen=True)
@@ -93,13 +77,13 @@ class _Exported:
 
     run: str
     kind: str
+    about: RunDescription
+    layout: ShardLayout
     created: float
-    about: About
-    layout: Layout
     shards: list[ShardRecord]
 
 
-def import_runs(store: ActivationStore, folder: str | Path) -> list[str]:
+def import_runs(catalogue: Catalogue, folder: Path) -> list[str]:
     """Take the runs of an exported folder into a store, under their own ids; those it already has are left as they are.
 
     A run is in the store once all its files are: where this process is killed, the run is not, and importing again takes it.
@@ -108,30 +92,30 @@ def import_runs(store: ActivationStore, folder: str | Path) -> list[str]:
         StoreError: no exported folder, or one that was changed; nothing of such a run is taken. Or the store has an unfinished
             run of that id.
     """
-    folder = Path(folder)
     found = sorted(path for path in folder.iterdir() if valid_id(path.name)) if folder.is_dir() else []
     if not found:
         raise StoreError(f"{folder} holds no exported runs: give the folder that export made.")
     checked = [_read(path) for path in found]  # all of them, before anything is taken
-    states = {record.id: record.state for record in store.catalogue.records()}
+    states = {record.id: record.state for record in catalogue.records()}
     for one in checked:
         if states.get(one.run, "complete") != "complete":
             raise StoreError(
-                f"{store.path} has the run {one.run} already, in the state {states[one.run]}: remove it there, then import."
+                f"{catalogue.folder} has the run {one.run} already, in the state {states[one.run]}: remove it there, then "
+                f"import."
             )
     for one in checked:
         if one.run not in states:
-            _import_run(store, folder / one.run, one)
+            _import_run(catalogue, folder / one.run, one)
     return [one.run for one in checked]
 
 
-def _import_run(store: ActivationStore, source: Path, told: _Exported) -> None:
-    lock = RunLock(store.catalogue, told.run)
+def _import_run(catalogue: Catalogue, source: Path, told: _Exported) -> None:
+    lock = RunLock(catalogue, told.run)
     try:
         lock.clear()
         _copy_files(source, lock.folder, told.kind, told.shards)
         sync_folder(lock.folder)
-        store.catalogue.add_run(told.run, told.kind, told.about, told.layout, told.created, told.shards)
+        catalogue.add_run(told.run, told.kind, told.about, told.layout, told.created, told.shards)
     except BaseException as error:
         lock.clear()
         if isinstance(error, OSError):
@@ -145,18 +129,14 @@ def _read(path: Path) -> _Exported:
     """One exported run, its record and its files checked in full."""
     if path.is_symlink():
         raise StoreError(f"{path} is a symbolic link, which an export never holds: it was tampered with.")
-    try:
-        with open_regular(path / RECORD) as handle:
-            told = read_json(handle.read(17 * 2**20), f"{path / RECORD}")
-    except OSError as error:
-        raise explain(error, f"reading {path / RECORD}") from error
+    told = read_json_file(path / RECORD)
     if not _is_record(told, path.name):
         raise StoreError(
             f"{path / RECORD} is not the record of run {path.name}: it is damaged or was tampered with."
         )
-    kind, layout = told["kind"], Layout.from_json(told["layout"], f"the layout in {path / RECORD}")
+    kind, layout = told["kind"], ShardLayout.from_json(told["layout"], f"the layout in {path / RECORD}")
     try:
-        about = describe(**told["about"])
+        about = describe_run(**told["about"])
         shards = sorted((_shard(path, one) for one in told["shards"]), key=lambda one: (one.rank, one.number))
     except (TypeError, ValueError) as error:
         raise StoreError(f"{path / RECORD} is damaged or was tampered with: {error}") from error
@@ -169,7 +149,7 @@ def _read(path: Path) -> _Exported:
         _check_bundle(path / BUNDLE)
     else:
         open_shards(path, layout, shards)
-    return _Exported(path.name, kind, float(told["created"]), about, layout, shards)
+    return _Exported(path.name, kind, about, layout, float(told["created"]), shards)
 
 
 def _is_record(told: Any, run: str) -> bool:
@@ -191,8 +171,7 @@ def _shard(path: Path, told: Any) -> ShardRecord:
     if not all(type(one) is int and 0 <= one < 2**48 for one in numbers) or not is_rounding(told[5]):
         raise StoreError(f"{path / RECORD} lists a shard that is none: {str(told)[:80]}.")
     shard = ShardRecord(*told)
-    if file_sha256(path / shard.name) != shard.sha256:
-        raise StoreError(f"{path / shard.name} has changed since it was exported: its SHA-256 differs.")
+    check_hash(path / shard.name, shard)
     return shard
 
 
@@ -200,10 +179,7 @@ def _copy_files(source: Path, target: Path, kind: str, shards: Sequence[ShardRec
     """A run's files, each read once more as a copy and checked there."""
     for shard in shards:
         _copy(source / shard.name, target / shard.name)
-        if file_sha256(target / shard.name) != shard.sha256:
-            raise StoreError(
-                f"{source / shard.name} is damaged: its SHA-256 is not the one it was written with."
-            )
+        check_hash(target / shard.name, shard)
     if kind == "analysis":
         for name in [*_check_bundle(source / BUNDLE), METADATA]:
             (target / BUNDLE / name).parent.mkdir(parents=True, exist_ok=True)
@@ -214,16 +190,11 @@ def _copy_files(source: Path, target: Path, kind: str, shards: Sequence[ShardRec
 def _check_bundle(folder: Path) -> list[str]:
     """The names of a bundle's files, which were all checked against their hashes."""
     try:
-        return list(read_bundle(folder)[2]["files"])
+        return list(read_bundle(folder).metadata["files"])
     except (ValueError, OSError) as error:
         raise StoreError(f"the analysis in {folder} cannot be copied: {error}") from error
 
 
 def _copy(source: Path, target: Path) -> None:
-    try:
-        with open_regular(source) as held, open(target, "xb") as copy:
-            shutil.copyfileobj(held, copy, 1 << 22)
-            copy.flush()
-            os.fsync(copy.fileno())
-    except OSError as error:
-        raise explain(error, f"copying {source}") from error
+    with open_regular(source) as held:
+        write_whole(target, iter(lambda: held.read(1 << 22), b""))

@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tdgeom.store.about import About
+from tdgeom.store.run_description import RunDescription
 
-__all__ = ["KINDS", "STATES", "Record", "ShardRecord", "first_gap", "is_rounding", "relative_errors"]
+__all__ = ["KINDS", "STATES", "RunRecord", "ShardRecord", "first_gap", "is_rounding", "relative_errors"]
 
 STATES = ("writing", "complete", "failed", "removing")
 KINDS = ("activations", "capture", "analysis")
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """A run as the catalogue has it.
 
     ``kind``: "activations" (rows from a pipeline), "capture" (saved from memory) or "analysis". ``state``: "writing",
@@ -29,7 +29,7 @@ class Record:
     reason: str | None
     created: float
     updated: float
-    about: About
+    about: RunDescription
     shards: int
     rows: int
     bytes: int

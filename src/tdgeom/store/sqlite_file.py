@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from tdgeom.files.errors import StoreError
 
-__all__ = ["Database"]
+__all__ = ["SqliteFile"]
 
 FORMAT = 1
 _APPLICATION = 0x7464676D  # "tdgm"
@@ -31,7 +32,7 @@ _LONGEST_QUERY = 60.0  # seconds: a damaged tree of pages must not hang a reader
 _LONGEST_VALUE = 32 * 2**20  # bytes of one value
 
 
-class Database:
+class SqliteFile:
     """The file at ``path``: a connection an operation, so that forks, threads and copies are no matter."""
 
     def __init__(self, path: Path) -> None:
@@ -107,7 +108,7 @@ class Database:
         try:
             until = time.monotonic() + _LONGEST_QUERY
             connection.set_progress_handler(lambda: time.monotonic() > until, 1_000_000)
-            if hasattr(connection, "setlimit"):  # Python 3.11
+            if sys.version_info >= (3, 11):
                 connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_VALUE)
             connection.execute("PRAGMA trusted_schema=OFF")
             connection.execute("PRAGMA cell_size_check=ON")

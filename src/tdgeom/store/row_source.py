@@ -1,10 +1,9 @@
-"""A stored run read again: row by row as a source of batches, or whole."""
+"""A stored run read again row by row: a source of batches, and rows by their number."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,15 +12,13 @@ from torch import Tensor
 
 from tdgeom.core.keys import as_key
 from tdgeom.core.row_ids import POSITION_BITS
-from tdgeom.files.errors import StoreError
-from tdgeom.files.shard_writing import file_sha256
 from tdgeom.files.shards import Shard, bits_of, from_bits
 from tdgeom.store.catalogue import Catalogue
-from tdgeom.store.records import ShardRecord
-from tdgeom.store.shard_layout import Entry, Layout
+from tdgeom.store.run_shards import check_hash, decoded_rows, open_shard
+from tdgeom.store.shard_layout import StoredTensor
 from tdgeom.store.stored_dtypes import decode
 
-__all__ = ["RowSource", "open_shards", "read_tensors"]
+__all__ = ["RowSource"]
 
 _MOST_MAPS = 100  # some systems allow a process 256 open files
 
@@ -44,7 +41,7 @@ class RowSource:
         self,
         catalogue: Catalogue,
         run: str,
-        entries: Sequence[Entry],
+        entries: Sequence[StoredTensor],
         batch_rows: int,
         verify: bool = False,
     ) -> None:
@@ -73,7 +70,7 @@ class RowSource:
             shard = self._shard(number)
             for begin in range(0, record.rows, self.batch_rows):
                 end = min(record.rows, begin + self.batch_rows)
-                yield self._batch([_decoded_rows(shard, entry, begin, end) for entry in self._entries])
+                yield self._batch([decoded_rows(shard, entry, begin, end) for entry in self._entries])
 
     def __getitem__(self, rows: Tensor | np.ndarray | Sequence[int] | slice) -> TensorDict:
         """Rows by number, in the order given."""
@@ -110,7 +107,7 @@ class RowSource:
         if number not in self._open:
             shard = open_shard(self._folder, self._records[number], self._entries)
             if self.verify:
-                _check_hash(shard, self._records[number])
+                check_hash(shard.path, self._records[number])
             self._open[number] = shard
         return self._open[number]
 
@@ -139,80 +136,16 @@ class RowSource:
 class _Column:
     """Rows of one tensor, gathered as raw bits (NumPy copies whole rows, torch value by value) and decoded at the end."""
 
-    def __init__(self, entry: Entry, count: int) -> None:
+    def __init__(self, entry: StoredTensor, count: int) -> None:
         self._entry = entry
         self._bits = np.empty((count, *entry.shape), dtype=bits_of(entry.stored))
         self._scale = np.empty(count, dtype=bits_of(torch.float32)) if entry.scale is not None else None
 
     def fill(self, here: np.ndarray, shard: Shard, rows: np.ndarray) -> None:
         self._bits[here] = np.take(shard.bits(self._entry.name), rows, axis=0)
-        if self._scale is not None:
+        if self._scale is not None and self._entry.scale is not None:
             self._scale[here] = np.take(shard.bits(self._entry.scale), rows, axis=0)
 
     def decoded(self) -> Tensor:
         scale = None if self._scale is None else from_bits(self._scale, torch.float32)
         return decode(from_bits(self._bits, self._entry.stored), scale, self._entry.dtype)
-
-
-def open_shard(folder_of_run: Path, record: ShardRecord, entries: Sequence[Entry]) -> Shard:
-    """A shard with rows of every entry, as the layout says."""
-    shard = Shard(folder_of_run / record.name, size=record.bytes)
-    for entry in entries:
-        _check(shard, entry.name, entry.stored, (record.rows, *entry.shape))
-        if entry.scale is not None:
-            _check(shard, entry.scale, torch.float32, (record.rows,))
-    return shard
-
-
-def open_shards(folder_of_run: Path, layout: Layout, records: Sequence[ShardRecord]) -> list[Shard]:
-    """All shards of a run, each holding what the layout says.
-
-    Raises:
-        StoreError: one does not.
-    """
-    if layout.rows:
-        return [open_shard(folder_of_run, record, layout.entries) for record in records]
-    if len(records) != 1:
-        raise StoreError(
-            f"{folder_of_run} should hold one file, {len(records)} are listed: the run is damaged."
-        )
-    shard = Shard(folder_of_run / records[0].name, size=records[0].bytes)
-    for entry in layout.entries:
-        _check(shard, entry.name, entry.stored, entry.shape)
-    return [shard]
-
-
-def read_tensors(catalogue: Catalogue, run: str, layout: Layout) -> dict[str, Tensor]:
-    """Every tensor of a run by its name, whole and in memory, from shards that are what was written."""
-    records = catalogue.shards(run)
-    shards = open_shards(catalogue.folder_of(run), layout, records)
-    for shard, record in zip(shards, records):
-        _check_hash(shard, record)
-    if layout.rows:
-        return {
-            entry.name: torch.cat(
-                [torch.empty((0, *entry.shape), dtype=entry.dtype)]
-                + [_decoded_rows(shard, entry, 0, record.rows) for shard, record in zip(shards, records)]
-            )
-            for entry in layout.entries
-        }
-    return {entry.name: shards[0].whole(entry.name) for entry in layout.entries}
-
-
-def _decoded_rows(shard: Shard, entry: Entry, begin: int, end: int) -> Tensor:
-    scale = shard.rows(entry.scale, begin, end) if entry.scale is not None else None
-    return decode(shard.rows(entry.name, begin, end), scale, entry.dtype)
-
-
-def _check(shard: Shard, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    placed = shard.place(name)
-    if placed.dtype != dtype or placed.shape != shape:
-        raise StoreError(
-            f"{shard.path}: tensor {name!r} is {placed.dtype} of shape {placed.shape}, the catalogue says {dtype} of shape "
-            f"{shape}: the shard is damaged or was exchanged."
-        )
-
-
-def _check_hash(shard: Shard, record: ShardRecord) -> None:
-    if file_sha256(shard.path) != record.sha256:
-        raise StoreError(f"{shard.path} is not what was written: its SHA-256 differs, so a bit has changed.")

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+import copy
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from tensordict import TensorDict
 
-from tdgeom.analysis.results import AnalysisResults
 from tdgeom.files.atomic import explain
-from tdgeom.files.errors import StoreBusyError, StoreError
+from tdgeom.files.bundle import Bundle, read_bundle
+from tdgeom.files.errors import StoreError
 from tdgeom.files.shard_writing import write_shard
-from tdgeom.store.about import About, describe, new_id
-from tdgeom.store.capture_tree import Captured, pack, unpack
+from tdgeom.store.capture_tree import Captured, pack
 from tdgeom.store.catalogue import BUNDLE, Catalogue
-from tdgeom.store.integrity import Damage, verify
+from tdgeom.store.integrity import Damage, find_damage
 from tdgeom.store.query import condition, names
-from tdgeom.store.reader import RowSource, read_tensors
-from tdgeom.store.records import STATES, Record, ShardRecord, relative_errors
+from tdgeom.store.row_source import RowSource
+from tdgeom.store.run_access import load_run, readable, remove_run, rows_of_run
+from tdgeom.store.run_description import RunDescription, describe_run
+from tdgeom.store.run_ids import new_id
+from tdgeom.store.run_records import STATES, ShardRecord
+from tdgeom.store.run_writer import RunLock, reason_of
 from tdgeom.store.runs import Runs
-from tdgeom.store.shard_layout import Layout
+from tdgeom.store.shard_layout import ShardLayout
 from tdgeom.store.transfer import import_runs
-from tdgeom.store.writer import RunLock, reason_of
 
 __all__ = ["ActivationStore"]
 
 VARIABLE = "TDGEOM_STORE"
-_ROOM_FOR_A_MARK = 1 << 20  # bytes, many times what SQLite asks for
+
+
+class Analysis(Protocol):
+    """What ``save_analysis`` keeps: anything that writes itself into a folder as a bundle, such as ``AnalysisResults``."""
+
+    metadata: Mapping[str, Any]
+
+    def save(self, save_dir: Path, /) -> Any:
+        """Write the bundle."""
 
 
 class ActivationStore:
@@ -90,12 +97,11 @@ class ActivationStore:
         Raises:
             StoreError: the disk refused; the run is then marked as failed.
         """
-        description = describe(**about)
+        description = describe_run(**about)
         layout, tensors = pack(activations)
         with self._new_run("capture", description, layout) as lock:
-            shard = ShardRecord(0, 0, 0, 0, "", {})
-            size, digest = write_shard(lock.folder / shard.name, tensors)
-            self.catalogue.add_shard(lock.run, ShardRecord(0, 0, 0, size, digest, {}))
+            path = lock.folder / ShardRecord(0, 0, 0, 0, "", {}).name
+            self.catalogue.add_shard(lock.run, ShardRecord(0, 0, 0, *write_shard(path, tensors), {}))
         return lock.run
 
     def load(
@@ -110,11 +116,7 @@ class ActivationStore:
         Raises:
             StoreLookupError: no such run. StoreError: it is not complete, or its files are damaged.
         """
-        record = self._readable(run, partial)
-        if record.kind == "analysis":
-            raise StoreError(f"run {run} is an analysis: load it with store.load_analysis.")
-        layout = self.catalogue.layout(run)
-        return unpack(layout, read_tensors(self.catalogue, run, layout)), self.metadata(record)
+        return load_run(self.catalogue, run, partial=partial)
 
     def rows(
         self,
@@ -140,37 +142,13 @@ class ActivationStore:
         Raises:
             StoreLookupError: no such run, or no such site in it. StoreError: not complete, or it holds no rows.
         """
-        self._readable(run, partial)
-        layout = self.catalogue.layout(run)
-        row_id = layout.by_key.get("row_id")
-        if not layout.rows or row_id is None or row_id.dtype != torch.int64 or row_id.shape:
-            raise StoreError(f"run {run} holds no rows: it was saved from memory, load it with store.load.")
-        if batch_rows < 1:
-            raise ValueError(f"batch_rows must be at least 1, got {batch_rows}.")
-        names = None if sites is None else [str(name) for name in (*sites, *also)]
-        return RowSource(self.catalogue, run, layout.of_rows(names), batch_rows, verify)
+        return rows_of_run(
+            self.catalogue, run, sites=sites, also=also, batch_rows=batch_rows, partial=partial, verify=verify
+        )
 
-    def metadata(self, run: str | Record) -> dict[str, Any]:
+    def metadata(self, run: str) -> dict[str, Any]:
         """Everything the catalogue says of a run, as JSON values."""
-        record = run if isinstance(run, Record) else self.catalogue.record(run)
-        about = record.about
-        return {
-            "id": record.id,
-            "kind": record.kind,
-            "state": record.state,
-            "reason": record.reason,
-            "created": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="seconds"),
-            "model": about.model,
-            "revision": about.revision,
-            "dataset": about.dataset,
-            "experiment": about.experiment,
-            "tags": list(about.tags),
-            "shards": record.shards,
-            "rows": record.rows,
-            "bytes": record.bytes,
-            "relative_error": relative_errors(self.catalogue.shards(record.id)),
-            **about.details,
-        }
+        return self.catalogue.metadata(run)
 
     def query(self, **wanted: Any) -> Runs:
         """The runs that fit: ``store.query(model="gpt2", tag="final", capture={"layers": [0, 5]})``.
@@ -190,7 +168,7 @@ class ActivationStore:
                 f"query: there is no state {sorted(unknown)[0]!r}; a run is one of {list(STATES)}."
             )
         found = self.catalogue.records(*condition(**wanted))
-        return Runs(self, [record for record in found if record.state in states])
+        return Runs(self.catalogue, [record for record in found if record.state in states])
 
     def import_runs(self, folder: str | os.PathLike[str]) -> Runs:
         """Take in the runs of a folder that ``Runs.export`` made.
@@ -198,10 +176,10 @@ class ActivationStore:
         Raises:
             StoreError: no such folder, or one that was changed.
         """
-        taken = import_runs(self, Path(folder))
-        return Runs(self, [self.catalogue.record(run) for run in taken])
+        taken = import_runs(self.catalogue, Path(folder))
+        return Runs(self.catalogue, [self.catalogue.record(run) for run in taken])
 
-    def save_analysis(self, results: AnalysisResults, **about: Any) -> str:
+    def save_analysis(self, results: Analysis, **about: Any) -> str:
         """Keep an analysis as a bundle in this store; the new run's id. ``load_analysis`` gives it back.
 
         Args:
@@ -210,21 +188,23 @@ class ActivationStore:
         """
         own = {"model": results.metadata.get("model_id"), "dataset": results.metadata.get("dataset")}
         own |= {"capture": results.metadata.get("capture"), "config": results.metadata.get("model_config")}
-        description = describe(**{name: value for name, value in own.items() if value} | about)
-        with self._new_run("analysis", description, Layout()) as lock:
-            replace(results).save(lock.folder / BUNDLE)
+        description = describe_run(**{name: value for name, value in own.items() if value} | about)
+        with self._new_run("analysis", description, ShardLayout()) as lock:
+            copy.copy(results).save(lock.folder / BUNDLE)  # saving notes the folder on what is saved
         return lock.run
 
-    def load_analysis(self, run: str) -> AnalysisResults:
-        """An analysis that ``save_analysis`` kept; the hash of every file is checked.
+    def load_analysis(self, run: str) -> Bundle:
+        """The bundle that ``save_analysis`` kept, the hash of every file checked: its tables, arrays and metadata.
+
+        ``tg.AnalysisResults.load(store.load_analysis(run))`` makes the results object of it.
 
         Raises:
             StoreLookupError: no such run. StoreError: it is no analysis, or not complete. ValueError: a file has changed.
         """
-        record = self._readable(run, False)
+        record = readable(self.catalogue, run)
         if record.kind != "analysis":
             raise StoreError(f"run {run} holds {record.kind}, no analysis: load it with store.load.")
-        return AnalysisResults.load(self.catalogue.folder_of(run) / BUNDLE)
+        return read_bundle(self.catalogue.folder_of(run) / BUNDLE)
 
     def remove(self, run: str) -> None:
         """Delete a run and its files; one that was being removed when the process died is removed for good.
@@ -232,30 +212,14 @@ class ActivationStore:
         Raises:
             StoreBusyError: it is being written. StoreLookupError: no such run. StoreError: the disk refused.
         """
-        record = self.catalogue.record(run)
-        folder = self.catalogue.folder_of(run)
-        if self.catalogue.is_being_written(run):
-            raise StoreBusyError(f"run {run} is being written: stop its writer, then remove it.")
-        try:
-            self.catalogue.set_state(run, "removing")
-        except StoreError:
-            # on a full disk nothing can be marked before something is removed: then the files of a large run go first
-            if shutil.disk_usage(self.path).free > _ROOM_FOR_A_MARK or record.bytes < _ROOM_FOR_A_MARK:
-                raise
-        try:
-            shutil.rmtree(folder)
-        except FileNotFoundError:
-            pass  # an earlier removal got this far
-        except OSError as error:
-            raise explain(error, f"removing {folder}") from error
-        self.catalogue.drop_run(run)
+        remove_run(self.catalogue, run)
 
     def verify(self, run: str | None = None) -> list[Damage]:
         """Check every shard of a run (of all runs) against its hash, and the catalogue; an empty list: all is well."""
-        return verify(self.catalogue, run)
+        return find_damage(self.catalogue, run)
 
     @contextmanager
-    def _new_run(self, kind: str, about: About, layout: Layout) -> Iterator[RunLock]:
+    def _new_run(self, kind: str, about: RunDescription, layout: ShardLayout) -> Iterator[RunLock]:
         """A run that is complete when the block ends, and marked as failed where it raises."""
         lock = RunLock(self.catalogue, new_id())
         try:
@@ -268,18 +232,6 @@ class ActivationStore:
             raise
         finally:
             lock.release()
-
-    def _readable(self, run: str, partial: bool) -> Record:
-        record = self.catalogue.record(run)
-        if record.state != "complete" and not partial:
-            why = f" ({record.reason})" if record.reason else ""
-            raise StoreError(
-                f"run {run} is not complete: its state is {record.state}{why}. partial=True reads its "
-                f"{record.shards} finished shards."
-            )
-        if record.state == "complete" and record.kind != "analysis" and not record.shards:
-            raise StoreError(f"run {run} has lost its shards: the catalogue is damaged.")
-        return record
 
     def __repr__(self) -> str:
         return f"ActivationStore({str(self.path)!r})"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,10 +15,10 @@ from tdgeom.files.atomic import explain, sync_folder
 from tdgeom.files.errors import StoreBusyError, StoreError
 from tdgeom.files.shard_writing import write_shard
 from tdgeom.store.catalogue import Catalogue
-from tdgeom.store.locks import Lock
-from tdgeom.store.records import ShardRecord
-from tdgeom.store.shard_layout import Layout
+from tdgeom.store.run_records import ShardRecord
+from tdgeom.store.shard_layout import ShardLayout
 from tdgeom.store.stored_dtypes import encode, rounding_error
+from tdgeom.store.write_lock import Lock
 
 __all__ = ["RunLock", "RunWriter", "reason_of"]
 
@@ -82,10 +83,11 @@ class RunWriter:
         lock: the right to write; released by ``stop`` and where writing fails.
         layout: what a shard holds.
         shard_bytes: a shard's size, and so the size of the buffers.
+        known: ids of rows that the run has already; such rows are passed over (8 bytes a row in memory).
     """
 
-    def __init__(self, lock: RunLock, layout: Layout, shard_bytes: int) -> None:
-        self._lock, self._entries = lock, layout.entries
+    def __init__(self, lock: RunLock, layout: ShardLayout, shard_bytes: int, known: np.ndarray) -> None:
+        self._lock, self._entries, self._known = lock, layout.entries, np.sort(known)
         self._capacity = max(1, shard_bytes // layout.row_bytes)
         self._held = 0
         self._buffers: dict[str, Tensor] = {}
@@ -104,23 +106,28 @@ class RunWriter:
         return self._lock.run
 
     def append(self, values: Sequence[Tensor]) -> None:
-        """Rows of every entry, in the order of the layout; full shards are written.
+        """Copy rows of every entry, in the order of the layout (``row_id`` last); full shards are written.
 
         Raises:
             StoreError: a value beyond the stored dtype's range, or the disk refused (the run is then marked as failed).
         """
+        if len(self._known):
+            row_id = values[-1].cpu().numpy()
+            nearest = np.searchsorted(self._known, row_id).clip(max=len(self._known) - 1)
+            is_new = torch.from_numpy(self._known[nearest] != row_id).to(values[-1].device)
+            values = [value[is_new] for value in values]
         encoded = [encode(value, entry.stored) for value, entry in zip(values, self._entries)]
         begin, count = 0, values[0].shape[0]
         while begin < count:
             end = min(count, begin + self._capacity - self._held)
             for entry, value, (stored, scale) in zip(self._entries, values, encoded):
-                part = slice(begin, end)
-                self._fill(entry.name, stored[part])
-                if entry.scale is not None:
-                    self._fill(entry.scale, scale[part])
+                part, place = slice(begin, end), slice(self._held, self._held + end - begin)
+                self._buffers[entry.name][place] = stored[part]
+                scales = None if scale is None else scale[part]
+                if scales is not None and entry.scale is not None:
+                    self._buffers[entry.scale][place] = scales
                 if stored is not value:
-                    error = rounding_error(value[part], stored[part], None if scale is None else scale[part])
-                    self._add_rounding(entry.name, error)
+                    self._add_rounding(entry.name, rounding_error(value[part], stored[part], scales))
             self._held += end - begin
             begin = end
             if self._held == self._capacity:
@@ -168,9 +175,6 @@ class RunWriter:
         with suppress(StoreError):  # a run that nobody writes counts as failed without the mark
             self._lock.catalogue.set_state(self.run, "failed", self._failure)
         self._lock.release()
-
-    def _fill(self, name: str, rows: Tensor) -> None:
-        self._buffers[name][self._held : self._held + rows.shape[0]] = rows
 
     def _add_rounding(self, name: str, error: Tensor) -> None:
         before = self._rounding.get(name)

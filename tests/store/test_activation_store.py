@@ -9,8 +9,8 @@ from tensordict import TensorDict, lazy_stack
 
 import tdgeom as tg
 from tdgeom.files.errors import StoreBusyError, StoreError, StoreLookupError
-from tdgeom.store.store import ActivationStore
-from tdgeom.store.writer import RunLock
+from tdgeom.store.activation_store import ActivationStore
+from tdgeom.store.run_writer import RunLock
 
 
 @pytest.fixture

@@ -2,50 +2,23 @@
 
 from __future__ import annotations
 
-import re
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from tdgeom.files.bundle import plain
-from tdgeom.files.json_text import canonical, read_json
+from tdgeom.files.json_text import canonical, plain, read_json
 from tdgeom.model.loading import config_summary, model_identity
 
-__all__ = ["DETAILS", "About", "capture_of", "describe", "id_of", "new_id", "number_of", "valid_id"]
+__all__ = ["DETAILS", "RunDescription", "capture_of", "describe_run"]
 
 DETAILS = ("config", "capture", "interventions", "positions", "metadata")
 _LONGEST_NAME = 4096
 
 
-def new_id() -> str:
-    """A run's id: ``r`` and 12 hexadecimal digits, drawn at random."""
-    return "r" + secrets.token_hex(6)
-
-
-def number_of(run: str) -> int:
-    """An id as a number, which a tensor can hold.
-
-    >>> id_of(number_of("r00000000ffff"))
-    'r00000000ffff'
-    """
-    return int(run[1:], 16)
-
-
-def id_of(number: int) -> str:
-    """The id of a number."""
-    return f"r{number:012x}"
-
-
-def valid_id(text: object) -> bool:
-    """Whether this is an id: the only text of a catalogue that ever becomes part of a path."""
-    return isinstance(text, str) and re.fullmatch(r"r[0-9a-f]{12}", text) is not None
-
-
 @dataclass(frozen=True)
-class About:
+class RunDescription:
     """What a run says about itself; ``details`` holds those of ``DETAILS`` that were given, as JSON values."""
 
     model: str | None = None
@@ -56,7 +29,7 @@ class About:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def describe(
+def describe_run(
     *,
     model: str | nn.Module | None = None,
     revision: str | None = None,
@@ -68,7 +41,7 @@ def describe(
     interventions: Any = None,
     positions: Any = None,
     metadata: Mapping[str, Any] | None = None,
-) -> About:
+) -> RunDescription:
     """A description as plain JSON values.
 
     Args:
@@ -97,7 +70,7 @@ def describe(
         "metadata": metadata,
     }
     tags = tuple(tag or ()) if isinstance(tag, Iterable) and not isinstance(tag, str) else (tag,)
-    return About(
+    return RunDescription(
         model=_name(model, "model") if model is not None else None,
         revision=_name(revision, "revision") if revision is not None else None,
         dataset=_name(dataset, "dataset") if dataset is not None else None,

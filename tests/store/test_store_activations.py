@@ -16,7 +16,7 @@ from tensordict.nn import TensorDictSequential
 import models
 import tdgeom as tg
 from tdgeom.files.errors import StoreBusyError, StoreError
-from tdgeom.store.store import ActivationStore
+from tdgeom.store.activation_store import ActivationStore
 
 SOURCE = Path(__file__).parents[2] / "src"
 SITES = ["residual_input.0", "residual_output.1"]

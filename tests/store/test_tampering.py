@@ -5,89 +5,19 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-import struct
 
 import pytest
-import safetensors.torch
 import torch
 
 import tdgeom as tg
 from tdgeom.files.errors import StoreError
-from tdgeom.files.shard_writing import write_shard
-from tdgeom.files.shards import Shard
-from tdgeom.store.shard_layout import Layout
-from tdgeom.store.store import ActivationStore
+from tdgeom.store.activation_store import ActivationStore
+from tdgeom.store.shard_layout import ShardLayout
 
 
 @pytest.fixture
 def store(tmp_path):
     return ActivationStore(tmp_path / "store")
-
-
-def shard_file(path, header, data=b"", length=None):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
-    return path
-
-
-def entry(**changes):
-    return {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16], **changes}
-
-
-BAD_HEADERS = {
-    "claims more than the file": (b"{}", 1 << 62, "its header claims"),
-    "claims 2 GB": (b"{}", 1 << 31, "its header claims"),
-    "no JSON": (b"{'a'", None, "not valid JSON"),
-    "no object": (b"[]", None, "no JSON object"),
-    "no UTF-8": (b'{"\xff": 1}', None, "not valid JSON"),
-    "deep": (b'{"a":' * 5000 + b"1" + b"}" * 5000, None, "not valid JSON|nested deeper"),
-    "a name twice": (b'{"a": 1, "a": 2}', None, "names a key twice"),
-    "no entry": ({"a": 3}, None, "is not one"),
-    "another field": ({"a": entry(code="x")}, None, "is not one"),
-    "unknown dtype": ({"a": entry(dtype="OBJECT")}, None, "is not one"),
-    "dtype is a list": ({"a": entry(dtype=["F32"])}, None, "is not one"),
-    "negative size": ({"a": entry(shape=[-2, -2])}, None, "is not one"),
-    "true as a size": ({"a": entry(shape=[True, 4])}, None, "is not one"),
-    "huge size": ({"a": entry(shape=[1 << 62, 0])}, None, "is not one"),
-    "huge product": ({"a": entry(shape=[1 << 40, 1 << 40, 0], data_offsets=[0, 0])}, None, "does not fit"),
-    "17 dimensions": ({"a": entry(shape=[1] * 17)}, None, "is not one"),
-    "one offset": ({"a": entry(data_offsets=[0])}, None, "is not one"),
-    "offsets backwards": ({"a": entry(data_offsets=[16, 0])}, None, "does not fit"),
-    "offsets outside": ({"a": entry(data_offsets=[16, 32])}, None, "does not fit"),
-    "another length": ({"a": entry(shape=[2, 3])}, None, "does not fit"),
-    "a gap": ({"a": entry(shape=[2], data_offsets=[8, 16])}, None, "leaves a gap"),
-    "overlap": ({"a": entry(), "b": entry()}, None, "overlaps"),
-    "too short": ({"a": entry(shape=[2], data_offsets=[0, 8])}, None, "its tensors end at byte"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_HEADERS)
-def test_a_shard_with_a_bad_header_is_refused(tmp_path, name):
-    header, length, message = BAD_HEADERS[name]
-    with pytest.raises(StoreError, match=message):
-        Shard(shard_file(tmp_path / "x.safetensors", header, bytes(16), length))
-
-
-def test_shards_are_safetensors_files_both_ways(tmp_path):
-    tensors = {
-        "a/b": torch.randn(3, 5).bfloat16(), "odd": torch.ones(3, dtype=torch.int8), "scalar": torch.tensor(2.5),
-        "wide": torch.randn(3, 2, dtype=torch.float64), "empty": torch.zeros(0, 4), "flag": torch.tensor([True, False]),
-    }  # fmt: skip
-    write_shard(tmp_path / "ours.safetensors", tensors)
-    theirs = safetensors.torch.load_file(tmp_path / "ours.safetensors")
-    safetensors.torch.save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
-    ours = Shard(tmp_path / "theirs.safetensors")
-    assert set(theirs) == set(ours.tensors) == set(tensors)
-    for name, value in tensors.items():
-        assert torch.equal(theirs[name], value) and theirs[name].dtype == value.dtype
-        assert torch.equal(ours.whole(name), value) and ours.whole(name).dtype == value.dtype
-
-
-def test_booleans_that_are_none_are_read_as_true(tmp_path):
-    path = shard_file(
-        tmp_path / "x", {"a": {"dtype": "BOOL", "shape": [3], "data_offsets": [0, 3]}}, b"\x00\x01\xff"
-    )
-    assert Shard(path).whole("a").tolist() == [False, True, True]
 
 
 def test_a_shard_that_is_a_link_or_a_pipe_is_refused(store, tmp_path):
@@ -170,9 +100,9 @@ def test_a_catalogue_with_a_bad_entry_is_refused_in_words(store, statement, valu
     ],
 )  # fmt: skip
 def test_a_bad_layout_is_refused(change):
-    raw = {**json.loads(Layout().to_json()), **change}
+    raw = {**json.loads(ShardLayout().to_json()), **change}
     with pytest.raises(StoreError, match="the layout is damaged"):
-        Layout.from_json(json.dumps(raw), "the layout")
+        ShardLayout.from_json(json.dumps(raw), "the layout")
 
 
 def test_row_ids_that_are_no_ids_are_refused(store):

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 
 from tdgeom.files.errors import StoreError
 from tdgeom.store.capture_tree import pack, unpack
-from tdgeom.store.shard_layout import Layout
+from tdgeom.store.shard_layout import ShardLayout
 
 # names that clash once joined by slashes, and those that shards use themselves
 NAMES = st.sampled_from(["a", "b", "a/b", "a#scale", "__metadata__", "a#1", "0", "μ.0", ""])
@@ -34,7 +34,7 @@ def leaves(tree, key=()):
 
 
 def read_back(layout):
-    return Layout.from_json(json.dumps(json.loads(layout.to_json())), "the layout")
+    return ShardLayout.from_json(json.dumps(json.loads(layout.to_json())), "the layout")
 
 
 @given(TREES.filter(has_tensor))
@@ -63,7 +63,7 @@ def test_any_list_comes_back(trees):
 @pytest.mark.parametrize("name", ["first", "9" * 5000, "-1", "1.5"])
 def test_positions_that_are_none_are_refused(name):
     layout, tensors = pack({name: {"a": torch.ones(2)}})
-    broken = Layout(layout.entries, rows=False, several=True)
+    broken = ShardLayout(layout.entries, rows=False, several=True)
     with pytest.raises(StoreError, match="begins with no position in a list"):
         unpack(broken, tensors)
 
@@ -71,4 +71,4 @@ def test_positions_that_are_none_are_refused(name):
 def test_a_batch_size_that_does_not_fit_is_refused():
     layout, tensors = pack({"a": torch.ones(2)})
     with pytest.raises(StoreError, match=r"batch size \[3\] does not fit its tensors"):
-        unpack(Layout(layout.entries, rows=False, batch_size=(3,)), tensors)
+        unpack(ShardLayout(layout.entries, rows=False, batch_size=(3,)), tensors)
