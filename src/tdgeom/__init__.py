@@ -24,6 +24,7 @@ from tdgeom.measures.dimension.local import LocalKNN, LocalPCA
 from tdgeom.measures.dimension.pca import GlobalPCA, ParticipationRatio
 from tdgeom.measures.dimension.tle import TLE
 from tdgeom.measures.dimension.twonn import TwoNN
+from tdgeom.measures.eigen_spectrum import EigenSpectrum
 from tdgeom.measures.neighbors.information_imbalance import InformationImbalance
 from tdgeom.measures.neighbors.label_overlap import LabelOverlap
 from tdgeom.measures.neighbors.nearest_neighbors import NearestNeighbors
@@ -40,7 +41,7 @@ from tdgeom.measures.similarity.matching import SoftMatching
 from tdgeom.measures.similarity.procrustes import Procrustes
 from tdgeom.measures.similarity.rsa import RSA
 from tdgeom.measures.similarity.subspace import LayerCosine, SubspaceNovelty
-from tdgeom.measures.spectrum import EigenSpectrum, RankMe, SpectrumMetrics
+from tdgeom.measures.spectrum import RankMe, SpectrumMetrics
 from tdgeom.model.aggregate import AggregateActs, GroupAttention
 from tdgeom.model.capture import Capture
 from tdgeom.model.capture_spec import CaptureSpec

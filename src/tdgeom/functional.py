@@ -15,6 +15,7 @@ from tdgeom.measures.dimension.local import local_knn, local_knn_from_distances,
 from tdgeom.measures.dimension.pca import global_pca, participation_ratio, pca_dimension
 from tdgeom.measures.dimension.tle import tle, tle_from_neighbors
 from tdgeom.measures.dimension.twonn import twonn, twonn_curve, twonn_from_distances
+from tdgeom.measures.eigen_spectrum import eigen_spectrum
 from tdgeom.measures.neighbors.approximate import approximate_neighbors
 from tdgeom.measures.neighbors.information_imbalance import conditional_ranks, information_imbalance
 from tdgeom.measures.neighbors.label_overlap import label_overlap, label_overlap_of
@@ -34,7 +35,6 @@ from tdgeom.measures.similarity.rsa import rdm, rsa
 from tdgeom.measures.similarity.subspace import feature_subspace_novelty, layer_cosine_sim
 from tdgeom.measures.spectrum import (
     alpha_req,
-    eigen_spectrum,
     entropy_dimension,
     log_spectrum_slope,
     rankme,

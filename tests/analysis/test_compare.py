@@ -196,7 +196,7 @@ def test_two_checkpoints_of_one_model_against_numpy(tmp_path):
 def test_moments_that_would_not_fit_are_refused_with_the_remedy(monkeypatch, wide):
     from tdgeom.analysis import compare as comparison
 
-    small = functools.partial(comparison.StreamingCrossMoments, memory_limit=20_000)
+    small = functools.partial(comparison.StreamingCrossMoments, memory=20_000)
     monkeypatch.setattr(comparison, "StreamingCrossMoments", small)
     with pytest.raises(ValueError, match=r"7 sites of width up to 24 and 12 pairs.*Pass sketch=1024"):
         tg.compare(models.gpt2(), wide, loader(), progress=False)

@@ -84,17 +84,6 @@ def test_default_variants_and_their_order():
     assert len(stage.out_keys) == 4 * len(SPECTRUM_METRICS)
 
 
-def test_given_eigenvalues_serve_raw():
-    x = rows()
-    alone = tg.NormalizationAblation()(TensorDict(sample=x))
-    shared = tg.NormalizationAblation()(TensorDict(sample=x, sample_eigenvalues=F.sample_eigenvalues(x)))
-    doctored = tg.NormalizationAblation()(TensorDict(sample=x, sample_eigenvalues=torch.ones(10)))
-    for key in tg.NormalizationAblation().out_keys:
-        assert float(alone[key]) == pytest.approx(float(shared[key]), rel=1e-12, nan_ok=True)
-    assert float(doctored["ablation", "raw", "d_pr"]) == pytest.approx(10)
-    assert doctored["ablation", "token_l2", "d_pr"] == alone["ablation", "token_l2", "d_pr"]
-
-
 def test_variants_of_ones_own_see_rows_and_positions():
     seen = []
 

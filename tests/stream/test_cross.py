@@ -308,8 +308,8 @@ def test_update_compiles_to_one_graph():
 def test_state_above_the_memory_limit_is_refused_before_it_is_made():
     x, y = rows(4, 300, 300)
     with pytest.raises(ValueError, match=r"sketch=1024.*pairs="):
-        streamed((x, y), 4, memory_limit=3 * 8 * 300**2 - 1)
-    assert not streamed((x, y), 4, memory_limit=3 * 8 * 300**2).is_empty
+        streamed((x, y), 4, memory=3 * 8 * 300**2 - 1)
+    assert not streamed((x, y), 4, memory=3 * 8 * 300**2).is_empty
     wide = torch.zeros(1, 65536)  # two covariances and a cross covariance: 103 GB
     with pytest.raises(ValueError, match="96.0 GiB"):
         streamed((wide, wide), 1)

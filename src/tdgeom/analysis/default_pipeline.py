@@ -12,13 +12,14 @@ from tdgeom.core.for_each import ForEach, ForEachPair, pair_list
 from tdgeom.core.keys import key_tuple
 from tdgeom.core.stage import PairStage
 from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.measures.eigen_spectrum import EigenSpectrum
 from tdgeom.measures.neighbors.nearest_neighbors import NearestNeighbors
 from tdgeom.measures.normalization import NormalizationAblation
 from tdgeom.measures.router import RouterLoad
-from tdgeom.measures.sample_metrics import SampleMetrics, SampleSpectrum
+from tdgeom.measures.sample_metrics import PRODUCTS, SampleMetrics, SampleSpectrum
 from tdgeom.measures.similarity.cka import LinearCKA
 from tdgeom.measures.similarity.subspace import LayerCosine, SubspaceNovelty
-from tdgeom.measures.spectrum import EigenSpectrum, SpectrumMetrics
+from tdgeom.measures.spectrum import SpectrumMetrics
 from tdgeom.model.capture import Capture
 from tdgeom.rows.select_tokens import SelectTokens
 from tdgeom.stream.covariance import StreamingCovariance
@@ -26,8 +27,7 @@ from tdgeom.stream.row_sample import RowSample
 
 __all__ = ["HELD", "analysis_pipeline", "default_pipeline"]
 
-SHARED_PRODUCTS = ("sample_eigenvalues", "sample_covariance", "sample_unit_covariance")
-HELD = ("moments", "eigenvectors", "sample", "sample_row_id", *SHARED_PRODUCTS)
+HELD = ("moments", "eigenvectors", "sample", "sample_row_id", *map(str, PRODUCTS))
 
 
 def analysis_pipeline(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key
 from tdgeom.core.stage import Stage
-from tdgeom.measures.spectrum import eigen_spectrum
+from tdgeom.measures.eigen_spectrum import eigen_spectrum
 from tdgeom.probing.closed_form import within_scatter
 from tdgeom.probing.label_moments import LEAVES, class_counts, pool_folds
 

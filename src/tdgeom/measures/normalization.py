@@ -10,11 +10,18 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from tdgeom.core.keys import Key, key_tuple, resolve_keys
+from tdgeom.core.keys import Key, Keys, key_tuple
 from tdgeom.core.row_ids import POSITION_BITS
-from tdgeom.core.stage import Stage
-from tdgeom.measures.sample_metrics import covariance_of, sample_eigenvalues, unit_rows, working
-from tdgeom.measures.spectrum import SpectrumMetrics, covariance_eigenvalues
+from tdgeom.measures.eigen_spectrum import covariance_eigenvalues
+from tdgeom.measures.sample_metrics import (
+    PRODUCTS,
+    SampleStage,
+    covariance_of,
+    sample_eigenvalues,
+    unit_rows,
+    working,
+)
+from tdgeom.measures.spectrum import SpectrumMetrics
 
 __all__ = ["VARIANTS", "NormalizationAblation", "Variant", "normalized"]
 
@@ -104,7 +111,7 @@ def _wants_position(function: Variant) -> bool:
     )
 
 
-class NormalizationAblation(Stage):
+class NormalizationAblation(SampleStage):
     """Spectrum metrics of the sample under several normalisations.
 
     ``raw``; ``token_l2`` (rows to unit L2); ``token_rms`` (rows to unit RMS: the spectrum of ``token_l2`` up to scale);
@@ -117,7 +124,8 @@ class NormalizationAblation(Stage):
         metrics: the stage that measures each variant's ``"eigenvalues"`` (or its ``"sample"``); its outputs' last key
             parts are the metric names. Default ``SpectrumMetrics()``.
 
-    Reads ``"sample"`` (*B, N, D), and where present ``"sample_row_id"`` (N,) and what ``SampleSpectrum`` writes; writes
+    Reads ``"sample"`` (*B, N, D), and where present ``"sample_row_id"`` (N,) and what ``SampleSpectrum`` wrote of the same rows;
+    writes
     ``("ablation", variant, metric)`` (*B,). Covariances are unbiased and centred after normalisation.
 
     Raises:
@@ -131,16 +139,8 @@ class NormalizationAblation(Stage):
         2.0
     """
 
-    reads = {
-        "sample": "N D",
-        "sample_row_id": "N",
-        "sample_eigenvalues": "D",
-        "sample_covariance": "D D",
-        "sample_unit_covariance": "D D",
-    }
-    optional = frozenset(
-        {"sample_row_id", "sample_eigenvalues", "sample_covariance", "sample_unit_covariance"}
-    )
+    reads = {"sample": "N D", "sample_row_id": "N", **PRODUCTS}
+    optional = frozenset({"sample_row_id", *map(str, PRODUCTS)})
     shared = frozenset({"sample_row_id"})
     one_thread_a_site = True
 
@@ -149,8 +149,8 @@ class NormalizationAblation(Stage):
         *,
         variants: Sequence[str] | Mapping[str, str | Variant] = DEFAULT,
         metrics: TensorDictModuleBase | None = None,
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
+        in_keys: Keys = None,
+        out_keys: Keys = None,
     ) -> None:
         if isinstance(variants, str):
             raise TypeError(
@@ -172,38 +172,18 @@ class NormalizationAblation(Stage):
             )
         names = [key_tuple(key)[-1] for key in metrics.out_keys]
         paths = [(variant, name) for variant in named for name in names]
-        super().__init__(in_keys=in_keys, writes=[("ablation", variant, name) for variant, name in paths])
-        self.out_keys = self._placed(out_keys, paths)
+        # A root takes (variant, metric) under it: one name alone would clash between variants.
+        if isinstance(out_keys, str | tuple):
+            out_keys = [(*key_tuple(out_keys), *path) for path in paths]
+        writes: list[Key] = [("ablation", *path) for path in paths]
+        super().__init__(in_keys=in_keys, out_keys=out_keys, writes=writes)
         self.variants = named
         self.metrics = metrics
 
-    def _placed(self, out_keys: Key | list[Key] | None, paths: list[tuple[str, str]]) -> list[Key]:
-        # A root takes (variant, metric) under it, two levels: one name alone would clash between variants.
-        if isinstance(out_keys, list) and len(out_keys) != len(paths):
-            raise ValueError(
-                f"NormalizationAblation writes {len(paths)} leaves, (variant, metric) in this order: {paths[:4]} ...; "
-                f"out_keys has {len(out_keys)}."
-            )
-        if out_keys is not None and not isinstance(out_keys, str | tuple):
-            return resolve_keys(out_keys, paths, what="out_keys", owner=type(self).__name__)
-        root = ("ablation",) if out_keys is None else key_tuple(out_keys)
-        return [(*root, *path) for path in paths]
-
-    def compute(
-        self,
-        sample: Tensor,
-        row_id: Tensor | None = None,
-        eigenvalues: Tensor | None = None,
-        covariance: Tensor | None = None,
-        unit_covariance: Tensor | None = None,
-    ) -> list[Tensor]:
+    def compute(self, sample: Tensor, row_id: Tensor | None = None, *products: Tensor | None) -> list[Tensor]:
         """Measure every variant, sharing what variants share."""
-        if sample.shape[-2] < 2:
-            raise ValueError(
-                f"NormalizationAblation needs at least 2 rows, got {self.in_keys[0]!r} of shape {tuple(sample.shape)}. Give "
-                f"the run more data, or a larger RowSample(size=)."
-            )
-        sample = working(sample)
+        eigenvalues, covariance, unit_covariance = self.products_of(sample, products)
+        sample = working(self.checked(sample))
         position = None if row_id is None else row_id & ((1 << POSITION_BITS) - 1)
         known = {"raw": eigenvalues, "covariance": covariance, "unit_covariance": unit_covariance}
         shared = {name: value for name, value in known.items() if value is not None}

@@ -8,10 +8,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Keys
 from tdgeom.core.streaming_stage import StreamingStage
 
 __all__ = ["RouterLoad", "router_load"]
+
+ROUTER_LEAVES = (
+    "router_entropy", "router_entropy_norm", "load_imbalance", "most_used_expert", "top_expert_load",
+    "routed_assignments", "load", "mean_probability",
+)  # fmt: skip
 
 
 def router_load(counts: Tensor, probability: Tensor | None = None) -> dict[str, Tensor]:
@@ -26,9 +31,7 @@ def router_load(counts: Tensor, probability: Tensor | None = None) -> dict[str, 
     top = load.amax(-1)
     return {
         "router_entropy": entropy,
-        "router_entropy_norm": entropy / math.log(experts)
-        if experts > 1
-        else torch.full_like(entropy, torch.nan),
+        "router_entropy_norm": entropy / (math.log(experts) or math.nan),  # of one expert: 0/0
         "load_imbalance": top * experts,
         "most_used_expert": load.argmax(-1),
         "top_expert_load": top,
@@ -57,27 +60,13 @@ class RouterLoad(StreamingStage):
     """
 
     reads = {"tokens": "N E"}
-    writes = [
-        ("router", name)
-        for name in (
-            "router_entropy",
-            "router_entropy_norm",
-            "load_imbalance",
-            "most_used_expert",
-            "top_expert_load",
-            "routed_assignments",
-            "load",
-            "mean_probability",
-        )
-    ]
+    writes = [("router", name) for name in ROUTER_LEAVES]
 
-    def __init__(
-        self,
-        *,
-        top_k: int = 2,
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
-    ) -> None:
+    counts: Tensor
+    rows: Tensor
+    probability: Tensor
+
+    def __init__(self, *, top_k: int = 2, in_keys: Keys = None, out_keys: Keys = None) -> None:
         if top_k < 1:
             raise ValueError(f"RouterLoad: top_k must be at least 1, got {top_k}.")
         super().__init__(in_keys=in_keys, out_keys=out_keys)
@@ -92,12 +81,8 @@ class RouterLoad(StreamingStage):
 
     def start(self, tokens: Tensor) -> dict[str, Tensor]:
         """No assignments yet."""
-        experts = tokens.shape[-1]
-        return {
-            "counts": torch.zeros(experts, dtype=torch.int64),
-            "rows": torch.zeros((), dtype=torch.int64),
-            "probability": torch.zeros(experts, dtype=torch.float64),
-        }
+        counts = torch.zeros(tokens.shape[-1], dtype=torch.int64, device=tokens.device)
+        return {"counts": counts, "rows": counts.sum(), "probability": counts.double()}
 
     def accumulate(self, tokens: Tensor) -> None:
         """Count the assignments of a block of rows."""
@@ -113,8 +98,10 @@ class RouterLoad(StreamingStage):
 
     def combine(self, other: RouterLoad) -> None:
         """Add another's assignments."""
-        for name in ("counts", "rows", "probability"):
-            getattr(self, name).add_(getattr(other, name).to(self.counts.device))
+        home = self.counts.device
+        self.counts += other.counts.to(home)
+        self.rows += other.rows.to(home)
+        self.probability += other.probability.to(home)
 
     def result(self) -> Mapping[str, Tensor]:
         """See ``router_load``."""

@@ -2,43 +2,39 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from tdgeom.core.keys import Key
 from tdgeom.core.stage import Stage
-from tdgeom.core.warnings import UndefinedMeasureWarning
-from tdgeom.measures.spectrum import covariance_eigenvalues, entropy_dimension
+from tdgeom.measures.eigen_spectrum import covariance_eigenvalues
+from tdgeom.measures.spectrum import entropy_dimension
+from tdgeom.numerics.centring import holds, warn_undefined
+from tdgeom.numerics.hashing import fingerprint
 from tdgeom.numerics.products import gram
 
 __all__ = [
+    "PRODUCTS",
     "SAMPLE_METRICS",
     "SampleMetrics",
     "SampleSpectrum",
+    "SampleStage",
     "cosine_similarity",
     "sample_eigenvalues",
     "sample_metrics",
 ]
 
 SAMPLE_METRICS = (
-    "sv_effective_rank",
-    "sv_stable_rank",
-    "sv_participation_ratio",
-    "cos_sim_mean",
-    "cos_sim_std",
-    "ve_4",
-    "ve_8",
-    "ve_16",
-    "ve_32",
-    "norm_mean",
-    "norm_q05",
-    "norm_q50",
-    "norm_q95",
-    "norm_max",
-    "top_feature_share",
-)
+    "sv_effective_rank", "sv_stable_rank", "sv_participation_ratio", "cos_sim_mean", "cos_sim_std",
+    "ve_4", "ve_8", "ve_16", "ve_32",
+    "norm_mean", "norm_q05", "norm_q50", "norm_q95", "norm_max", "top_feature_share",
+)  # fmt: skip
+PRODUCTS: dict[Key, str] = {
+    "sample_eigenvalues": "E", "sample_covariance": "E E", "sample_unit_covariance": "E E", "sample_fingerprint": "",
+}  # fmt: skip
+"""What ``SampleSpectrum`` writes, and its shapes; E may be another sample's D."""
 
 
 def working(rows: Tensor) -> Tensor:
@@ -51,10 +47,15 @@ def covariance_of(rows: Tensor) -> Tensor:
     rows = working(rows)
     y = rows - rows.mean(-2, keepdim=True)
     y = y - y.mean(-2, keepdim=True)
-    scale = y.abs().amax((-2, -1), keepdim=True)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    y = y / scale
+    y, scale = _unit_scale(y)
     return gram(y).double() * (scale.double().square() / (rows.shape[-2] - 1))
+
+
+def _unit_scale(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows whose largest magnitude is 1, so that no square of theirs under- or overflows, and what it was."""
+    scale = y.abs().amax((-2, -1), keepdim=True)
+    scale = torch.where(scale > 0, scale, 1)
+    return y / scale, scale
 
 
 def sample_eigenvalues(sample: Tensor) -> Tensor:
@@ -72,9 +73,9 @@ def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows at unit L2 norm (*B, N, D), rows of zeros stay zero; and which have a direction, bool (*B, N)."""
     # The largest magnitude is divided out first, so that the squares of rows of any scale are numbers.
     scale = torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True)).detach()
-    rows = rows / torch.where(scale > 0, scale, torch.ones_like(scale))
+    rows = rows / torch.where(scale > 0, scale, 1)
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return rows / torch.where(norm > 0, norm, torch.ones_like(norm)), norm[..., 0] > 0
+    return rows / torch.where(norm > 0, norm, 1), norm[..., 0] > 0
 
 
 def cosine_similarity(sample: Tensor, unit_covariance: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -110,7 +111,7 @@ def cosine_similarity(sample: Tensor, unit_covariance: Tensor | None = None) -> 
 def _products_squared(e: Tensor, rest: Tensor, directed: Tensor, covariance: Tensor | None) -> Tensor:
     """Σ_ij (e_i·e_j)² = ||EᵀE||²_F, from the covariance where that is of these very rows."""
     rows = e.shape[-2]
-    if covariance is not None and bool(directed.all()):
+    if covariance is not None and holds(directed.all()):
         # EᵀE is taken about m, the covariance about the mean: they differ by rest·restᵀ/N.
         products = covariance.double() * (rows - 1)
         turned = (products @ rest.unsqueeze(-1))[..., 0]
@@ -123,9 +124,7 @@ def _products_squared(e: Tensor, rest: Tensor, directed: Tensor, covariance: Ten
 def _variances(sample: Tensor) -> Tensor:
     """(*B, D) variance of each feature, up to one common factor, without a float64 copy of the rows."""
     y = working(sample)
-    y = y - y.mean(-2, keepdim=True)
-    scale = y.abs().amax((-2, -1), keepdim=True)
-    y = y / torch.where(scale > 0, scale, torch.ones_like(scale))
+    y, _ = _unit_scale(y - y.mean(-2, keepdim=True))
     return y.square().sum(-2, dtype=torch.float64)
 
 
@@ -166,40 +165,53 @@ def sample_metrics(
     }
 
 
-class SampleSpectrum(Stage):
+class SampleStage(Stage):
+    """A stage on a sample of two rows or more, which uses what ``SampleSpectrum`` wrote of these very rows."""
+
+    def checked(self, sample: Tensor) -> Tensor:
+        """The sample, of two rows or more."""
+        if sample.shape[-2] < 2:
+            raise ValueError(
+                f"{type(self).__name__} needs at least 2 rows, got {self.in_keys[0]!r} of shape {tuple(sample.shape)}. Give "
+                f"the run more data, or a larger RowSample(size=)."
+            )
+        return sample
+
+    @staticmethod
+    def products_of(sample: Tensor, products: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+        """``PRODUCTS`` but the fingerprint, or None for each where the fingerprint is missing or of other rows."""
+        unknown: list[Tensor | None] = [None] * (len(PRODUCTS) - 1)
+        *known, of = products or (*unknown, None)
+        same = of is not None and of.shape == sample.shape[:-2] and holds((of == fingerprint(sample)).all())
+        return known if same else unknown
+
+
+class SampleSpectrum(SampleStage):
     """What several stages need of one sample, computed once: its covariance, that of its unit rows, its eigenvalues.
 
     Reads ``"sample"`` (*B, N, D); writes, unbiased, centred and in float64, ``"sample_eigenvalues"`` (*B, D) descending,
-    ``"sample_covariance"`` (*B, D, D), and ``"sample_unit_covariance"`` (*B, D, D) of the rows at unit L2 norm.
-    ``SampleMetrics``, ``NormalizationAblation`` and ``LinearCKA`` use them where they are, and compute them where not.
+    ``"sample_covariance"`` (*B, D, D), and ``"sample_unit_covariance"`` (*B, D, D) of the rows at unit L2 norm; and
+    ``"sample_fingerprint"`` (*B,), by which ``SampleMetrics`` and ``NormalizationAblation`` know that these are of the sample
+    they read. Of another sample they use none of it, and compute their own.
 
         >>> import torch, tdgeom as tg
-        >>> values, covariance, _ = tg.SampleSpectrum()(sample=torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
+        >>> values, covariance, *_ = tg.SampleSpectrum()(sample=torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
         >>> values.tolist(), covariance.tolist()
         ([2.0, 0.0], [[2.0, 0.0], [0.0, 0.0]])
     """
 
     reads = {"sample": "N D"}
-    writes = ["sample_eigenvalues", "sample_covariance", "sample_unit_covariance"]
+    writes = list(PRODUCTS)
     one_thread_a_site = True
 
-    def compute(self, sample: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def compute(self, sample: Tensor) -> tuple[Tensor, ...]:
         """See ``sample_eigenvalues``."""
-        _check_rows(sample, self)
-        covariance = covariance_of(sample)
+        covariance = covariance_of(self.checked(sample))
         values = covariance_eigenvalues(covariance, rank=sample.shape[-2] - 1)
-        return values, covariance, covariance_of(unit_rows(working(sample))[0])
+        return values, covariance, covariance_of(unit_rows(working(sample))[0]), fingerprint(sample)
 
 
-def _check_rows(sample: Tensor, stage: Stage) -> None:
-    if sample.shape[-2] < 2:
-        raise ValueError(
-            f"{type(stage).__name__} needs at least 2 rows, got {stage.in_keys[0]!r} of shape {tuple(sample.shape)}. Give "
-            f"the run more data, or a larger RowSample(size=)."
-        )
-
-
-class SampleMetrics(Stage):
+class SampleMetrics(SampleStage):
     """Spectrum, cosine and norm measures of a uniform sample of rows.
 
     s are the singular values of the *centred* sample: ``sv_effective_rank`` = exp entropy of s/Σs, ``sv_stable_rank`` =
@@ -209,8 +221,9 @@ class SampleMetrics(Stage):
     ``norm_q05``, ``norm_q50``, ``norm_q95``, ``norm_max``) and ``top_feature_share``, the share of variance in the single
     largest feature (near 1: massive activations).
 
-    Reads ``"sample"`` (*B, N, D), and where present what ``SampleSpectrum`` writes; writes ``("sample_metrics", name)`` (*B,).
-    Raises ValueError below 2 rows; identical rows give NaN with one ``UndefinedMeasureWarning``.
+    Reads ``"sample"`` (*B, N, D), and where present what ``SampleSpectrum`` wrote of the same rows; writes
+    ``("sample_metrics", name)`` (*B,). Raises ValueError below 2 rows; identical rows give NaN with one
+    ``UndefinedMeasureWarning``.
 
         >>> import torch, tdgeom as tg
         >>> from tensordict import TensorDict
@@ -219,24 +232,14 @@ class SampleMetrics(Stage):
         0.0
     """
 
-    reads = {
-        "sample": "N D",
-        "sample_eigenvalues": "D",
-        "sample_covariance": "D D",
-        "sample_unit_covariance": "D D",
-    }
-    optional = frozenset({"sample_eigenvalues", "sample_covariance", "sample_unit_covariance"})
+    reads = {"sample": "N D", **PRODUCTS}
+    optional = frozenset(map(str, PRODUCTS))
     writes = [("sample_metrics", name) for name in SAMPLE_METRICS]
     one_thread_a_site = True
 
-    def compute(self, sample: Tensor, *known: Tensor | None) -> Mapping[str, Tensor]:
+    def compute(self, sample: Tensor, *products: Tensor | None) -> Mapping[str, Tensor]:
         """See ``sample_metrics``."""
-        _check_rows(sample, self)
-        metrics = sample_metrics(sample, *known)
-        if not torch.compiler.is_compiling() and bool(metrics["sv_stable_rank"].isnan().any()):
-            warnings.warn(
-                f"SampleMetrics: all rows of {self.in_keys[0]!r} are the same, so its spectral measures are NaN",
-                UndefinedMeasureWarning,
-                stacklevel=2,
-            )
+        metrics = sample_metrics(self.checked(sample), *self.products_of(sample, products))
+        reason = f"all rows of {self.in_keys[0]!r} are the same."
+        warn_undefined(metrics["sv_stable_rank"], "SampleMetrics (what is spectral)", reason)
         return metrics

@@ -1,25 +1,26 @@
-"""Covariance spectra: eigenvalues, what they say about dimension, and RankMe."""
+"""What the eigenvalues of a covariance say about dimension, and RankMe."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Key, Keys
 from tdgeom.core.stage import Stage
 from tdgeom.core.warnings import UndefinedMeasureWarning
-from tdgeom.numerics.eigenvalues import leading_eigenpairs, symmetric_eigenvalues
+from tdgeom.measures.eigen_spectrum import covariance_eigenvalues
+from tdgeom.numerics.centring import holds, warn_undefined
+from tdgeom.numerics.eigenvalues import refuse_truncated
 
 __all__ = [
     "SPECTRUM_METRICS",
-    "EigenSpectrum",
     "RankMe",
     "SpectrumMetrics",
     "alpha_req",
-    "eigen_spectrum",
     "entropy_dimension",
     "log_spectrum_slope",
     "rankme",
@@ -27,99 +28,10 @@ __all__ = [
 ]
 
 SPECTRUM_METRICS = (
-    "d_pr",
-    "d_pr_norm",
-    "d_entropy",
-    "d_entropy_norm",
-    "effective_rank",
-    "stable_rank",
-    "top1_share",
-    "top10_share",
-    "top32_share",
-    "k90",
-    "k95",
-    "k99",
-    "log_spectrum_slope_10_200",
-    "alpha_req",
-    "isoscore",
-    "near_rank1",
-)
-
-
-def eigen_spectrum(
-    covariance: Tensor, k: int = 32, rank: int | Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, descending and clipped at 0, and the first k eigenvectors as columns, of (*B, D, D).
-
-    float64 throughout. Returns (*B, D) and (*B, D, min(k, D)); the sign of each vector is fixed (its largest-magnitude
-    entry is positive). Eigenvalues beyond ``rank`` (rows less 1; an int or (*B,)) are exactly 0. A covariance that is not
-    finite gives NaN.
-
-    >>> eigen_spectrum(torch.diag(torch.tensor([1.0, 4.0])), k=1)[0]
-    tensor([4., 1.], dtype=torch.float64)
-    """
-    covariance = covariance.double()
-    k = min(k, covariance.shape[-1])
-    # eigh raises on NaN: such a matrix goes in as zeros and comes out as NaN, the others of the batch as they are.
-    finite = torch.isfinite(covariance).all(-1).all(-1)[..., None]
-    values, vectors = leading_eigenpairs(torch.where(finite[..., None], covariance, 0.0), k)
-    vectors = vectors.flip(-1)
-    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
-    vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
-    values = torch.where(finite, _zero_beyond(values.flip(-1).clamp(min=0), rank), torch.nan)
-    return values, torch.where(finite[..., None], vectors, torch.nan)
-
-
-def _zero_beyond(values: Tensor, rank: int | Tensor | None) -> Tensor:
-    """What is left beyond the rank is rounding, and measures of √λ would count it."""
-    if rank is None:
-        return values
-    if isinstance(rank, Tensor):
-        rank = rank.to(values.device).unsqueeze(-1)
-    within = torch.arange(values.shape[-1], device=values.device) < rank
-    return torch.where(within, values, torch.zeros_like(values))
-
-
-def covariance_eigenvalues(covariance: Tensor, rank: int | Tensor | None = None) -> Tensor:
-    """Eigenvalues of (*B, D, D), descending, clipped at 0, and exactly 0 beyond ``rank``; NaN where it is not finite."""
-    covariance = covariance.double()
-    finite = torch.isfinite(covariance).all(-1).all(-1)[..., None]
-    values = symmetric_eigenvalues(torch.where(finite[..., None], covariance, 0.0)).flip(-1).clamp(min=0)
-    return torch.where(finite, _zero_beyond(values, rank), torch.nan)
-
-
-class EigenSpectrum(Stage):
-    """Eigenvalues of a covariance, all of them, and its leading eigenvectors.
-
-    λ descending, clipped at 0; eigenvectors as columns with a fixed sign. The covariance is taken as it is (unbiased and
-    centred when it comes from ``StreamingCovariance``).
-
-    Reads ``("moments", "covariance")`` (*B, D, D) and where present ``("moments", "count")`` (*B,): with fewer rows than
-    features the eigenvalues beyond count-1 are 0, not rounding. Writes ``"eigenvalues"`` (*B, D) and ``"eigenvectors"``
-    (*B, D, min(k, D)), float64.
-
-        >>> import torch, tdgeom as tg
-        >>> values, vectors = tg.EigenSpectrum(k=1)(moments_covariance=torch.diag(torch.tensor([1.0, 3.0])))
-        >>> values.tolist(), vectors.flatten().tolist()
-        ([3.0, 1.0], [0.0, 1.0])
-    """
-
-    reads = {("moments", "covariance"): "D D", ("moments", "count"): ""}
-    optional = frozenset({"count"})
-    writes = ["eigenvalues", "eigenvectors"]
-    one_thread_a_site = True
-
-    def __init__(
-        self, *, k: int = 32, in_keys: Key | list[Key] | None = None, out_keys: Key | list[Key] | None = None
-    ) -> None:
-        if k < 1:
-            raise ValueError(f"EigenSpectrum: k must be at least 1, got {k}.")
-        super().__init__(in_keys=in_keys, out_keys=out_keys)
-        self.k = k
-
-    def compute(self, covariance: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See ``eigen_spectrum``."""
-        return eigen_spectrum(covariance, self.k, None if count is None else count - 1)
+    "d_pr", "d_pr_norm", "d_entropy", "d_entropy_norm", "effective_rank", "stable_rank",
+    "top1_share", "top10_share", "top32_share", "k90", "k95", "k99",
+    "log_spectrum_slope_10_200", "alpha_req", "isoscore", "near_rank1",
+)  # fmt: skip
 
 
 def entropy_dimension(weights: Tensor) -> Tensor:
@@ -144,15 +56,15 @@ def _slope_over_ranks(values: Tensor, first: int, last: int, x: Tensor, weight: 
     part = values[..., first:last]
     floor = values[..., :1] * values.shape[-1] * torch.finfo(values.dtype).eps
     real = part > floor
-    weight = torch.where(real, weight, torch.zeros_like(weight))
-    logs = torch.where(real, part, torch.ones_like(part)).log()
+    weight = torch.where(real, weight, 0.0)
+    logs = torch.where(real, part, 1.0).log()
     slope = _weighted_slope(x.expand_as(logs), logs, weight.expand_as(logs))
-    return torch.where(real.sum(-1) > 5, slope, torch.full_like(slope, torch.nan))
+    return torch.where((real.sum(-1) > 5) & ~part.isnan().any(-1), slope, torch.nan)
 
 
 def _descending(eigenvalues: Tensor) -> Tensor:
     # torch.linalg.eigvalsh gives them ascending, and every measure of rank would be of the wrong end, without a word.
-    return eigenvalues.double().sort(-1, descending=True).values
+    return eigenvalues.double().neg().sort(-1).values.neg()  # and NaN, of unknown ones, comes last
 
 
 def log_spectrum_slope(eigenvalues: Tensor, first: int = 10, last: int = 200) -> Tensor:
@@ -185,24 +97,31 @@ def alpha_req(eigenvalues: Tensor, first: int = 11, last: int = 100) -> Tensor:
     return -_slope_over_ranks(values, first - 1, last, rank.log(), 1 / rank)
 
 
-def spectrum_metrics(eigenvalues: Tensor, *, alpha_ranks: tuple[int, int] = (11, 100)) -> dict[str, Tensor]:
+def spectrum_metrics(
+    eigenvalues: Tensor,
+    *,
+    total_variance: Tensor | None = None,
+    d_pr: Tensor | None = None,
+    alpha_ranks: tuple[int, int] = (11, 100),
+) -> dict[str, Tensor]:
     """Every measure of ``SpectrumMetrics`` by name: (*B, D) eigenvalues in any order -> (*B,) each.
 
-    float64, except the counts k90, k95, k99 (int64, -1 when undefined) and near_rank1 (bool).
+    float64, except the counts k90, k95, k99 (int64, -1 when undefined) and near_rank1 (bool). Of a spectrum whose leading
+    part alone is known, NaN beyond, ``total_variance`` and ``d_pr`` (*B,) say what they can of the rest, and what they leave
+    open is NaN and -1.
 
     >>> round(float(spectrum_metrics(torch.tensor([1.0, 1.0, 0.0]))["d_pr"]), 6)
     2.0
     """
     values = _descending(eigenvalues).clamp(min=0)
     d = values.shape[-1]
-    total = values.sum(-1)
-    defined = total > 0
+    total = values.sum(-1) if total_variance is None else total_variance.double()
     p = values / total.unsqueeze(-1)
     shares = p.cumsum(-1)
-    d_pr = 1 / p.square().sum(-1)
+    d_pr = 1 / p.square().sum(-1) if d_pr is None else d_pr.double()
     d_entropy = entropy_dimension(values)
     top1 = p[..., 0]
-    counts = {level: _components(shares, level / 100, defined) for level in (90, 95, 99)}
+    counts = {level: _components(shares, level / 100, total > 0) for level in (90, 95, 99)}
     return {
         "d_pr": d_pr,
         "d_pr_norm": d_pr / d,
@@ -217,13 +136,15 @@ def spectrum_metrics(eigenvalues: Tensor, *, alpha_ranks: tuple[int, int] = (11,
         "log_spectrum_slope_10_200": log_spectrum_slope(values),
         "alpha_req": alpha_req(values, *alpha_ranks),
         "isoscore": (d_pr - 1) / (d - 1) if d > 1 else torch.full_like(d_pr, torch.nan),
-        "near_rank1": (top1 >= 0.99) & (counts[90] <= 1) & defined,
+        "near_rank1": (top1 >= 0.99) & (counts[90] <= 1) & (total > 0),
     }
 
 
 def _components(shares: Tensor, level: float, defined: Tensor) -> Tensor:
     count = (shares < level).sum(-1).clamp(max=shares.shape[-1] - 1) + 1
-    return torch.where(defined, count, torch.full_like(count, -1))
+    # Of a whole spectrum the last share is 1 but for rounding; of its leading part it may fall short.
+    reached = (shares >= level).any(-1) | ~shares[..., -1].isnan()
+    return torch.where(defined & reached, count, -1)
 
 
 class SpectrumMetrics(Stage):
@@ -235,11 +156,18 @@ class SpectrumMetrics(Stage):
     ``k99`` = smallest k with that cumulative share; ``log_spectrum_slope_10_200``; ``alpha_req``; ``isoscore`` =
     (d_pr-1)/(D-1); ``near_rank1`` = top1_share >= 0.99 and k90 <= 1. All are free of the data's scale and rotation.
 
-    Reads ``"eigenvalues"`` (*B, D), in any order; writes ``("spectrum", name)`` (*B,). Without variance every measure is
-    NaN (counts -1) and one ``UndefinedMeasureWarning`` says so.
+    Args:
+        alpha_ranks: see ``alpha_req``.
+        source: ``"eigenvalues"`` reads a whole spectrum (*B, D), in any order. ``"sketch"`` reads ``("sketch", "eigenvalues" |
+            "total_variance" | "d_pr")`` of ``StreamingSketch``: measures of d_pr are the sketch's estimates, shares are those
+            of its leading eigenvalues (never too large), and what needs the others is NaN (counts -1), with one warning.
+        in_keys, out_keys: see ``Stage``.
+
+    Writes ``("spectrum", name)`` (*B,). Without variance every measure is NaN (counts -1) and one
+    ``UndefinedMeasureWarning`` says so.
 
     Raises:
-        ValueError: negative values beyond rounding, which no covariance has.
+        ValueError: negative values beyond rounding, which no covariance has; part of a spectrum in place of the whole.
 
         >>> import torch, tdgeom as tg
         >>> from tensordict import TensorDict
@@ -248,41 +176,54 @@ class SpectrumMetrics(Stage):
         (2.0, 3)
     """
 
-    reads = {"eigenvalues": "D"}
     writes = [("spectrum", name) for name in SPECTRUM_METRICS]
 
     def __init__(
         self,
         *,
         alpha_ranks: tuple[int, int] = (11, 100),
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
+        source: Literal["eigenvalues", "sketch"] = "eigenvalues",
+        in_keys: Keys = None,
+        out_keys: Keys = None,
     ) -> None:
-        super().__init__(in_keys=in_keys, out_keys=out_keys)
-        self.alpha_ranks = alpha_ranks
+        if source not in ("eigenvalues", "sketch"):
+            raise ValueError(f"SpectrumMetrics: source is 'eigenvalues' or 'sketch', got {source!r}.")
+        reads: dict[Key, str] = {"eigenvalues": "D"}
+        if source == "sketch":
+            reads = {("sketch", "eigenvalues"): "D", ("sketch", "total_variance"): "", ("sketch", "d_pr"): ""}
+        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads)
+        self.alpha_ranks, self.source = alpha_ranks, source
 
-    def compute(self, eigenvalues: Tensor) -> Mapping[str, Tensor]:
+    def compute(
+        self, eigenvalues: Tensor, total_variance: Tensor | None = None, d_pr: Tensor | None = None
+    ) -> Mapping[str, Tensor]:
         """See ``spectrum_metrics``."""
-        if not torch.compiler.is_compiling():
-            self._check(eigenvalues)
-        return spectrum_metrics(eigenvalues, alpha_ranks=self.alpha_ranks)
+        metrics = spectrum_metrics(
+            eigenvalues, total_variance=total_variance, d_pr=d_pr, alpha_ranks=self.alpha_ranks
+        )
+        negative = (eigenvalues.amin(-1) < -1e-3 * eigenvalues.abs().amax(-1)).any()
+        if holds(negative | ~(metrics["d_entropy"] > 0).all()):  # one wait for the device
+            self._refuse_or_warn(eigenvalues, metrics, negative)
+        return metrics
 
-    def _check(self, eigenvalues: Tensor) -> None:
-        negative = eigenvalues.amin(-1) < -1e-3 * eigenvalues.abs().amax(-1)
-        flags = torch.stack([negative.any(), (eigenvalues.sum(-1) > 0).all()])  # one wait for the device
-        below_zero, varied = flags.tolist()
-        if below_zero:
+    def _refuse_or_warn(self, eigenvalues: Tensor, metrics: dict[str, Tensor], negative: Tensor) -> None:
+        key = self.in_keys[0]
+        if holds(negative):
             raise ValueError(
-                f"SpectrumMetrics expects {self.in_keys[0]!r} to hold the eigenvalues of a covariance, which are not "
+                f"SpectrumMetrics expects {key!r} to hold the eigenvalues of a covariance, which are not "
                 f"negative; got {float(eigenvalues.min()):.3g} (shape {tuple(eigenvalues.shape)}). From rows: "
                 f"StreamingCovariance, then EigenSpectrum."
             )
-        if not varied:
-            warnings.warn(
-                f"SpectrumMetrics: {self.in_keys[0]!r} has no variance (or NaN), so its measures are NaN and -1",
-                UndefinedMeasureWarning,
-                stacklevel=3,
+        if self.source == "eigenvalues":
+            refuse_truncated(eigenvalues, "SpectrumMetrics", key)
+        says = "has no variance (or NaN), so its measures are NaN and -1"
+        if holds((metrics["top1_share"] > 0).all()):
+            lacks = [name for name, value in metrics.items() if holds((value.isnan() | (value == -1)).any())]
+            says = (
+                f"holds the {int((~eigenvalues.isnan()).sum(-1).min())} leading of {eigenvalues.shape[-1]} eigenvalues, which "
+                f"leave {', '.join(lacks)} open: NaN (counts -1). StreamingSketch(k=) publishes more"
             )
+        warnings.warn(f"SpectrumMetrics: {key!r} {says}", UndefinedMeasureWarning, stacklevel=4)
 
 
 def rankme(count: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
@@ -322,11 +263,5 @@ class RankMe(Stage):
 
     def compute(self, count: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
         """See ``rankme``."""
-        value = rankme(count, mean, covariance)
-        if not torch.compiler.is_compiling() and bool(value.isnan().any()):
-            warnings.warn(
-                f"RankMe: {self.in_keys[2]!r} holds NaN or all rows are zero, so it is NaN",
-                UndefinedMeasureWarning,
-                stacklevel=2,
-            )
-        return value
+        reason = f"{self.in_keys[2]!r} holds NaN or all rows are zero."
+        return warn_undefined(rankme(count, mean, covariance), "RankMe", reason)

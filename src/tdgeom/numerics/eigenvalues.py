@@ -8,7 +8,9 @@ from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal, lapack
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["leading_eigenpairs", "symmetric_eigenvalues"]
+from tdgeom.numerics.centring import holds
+
+__all__ = ["leading_eigenpairs", "refuse_truncated", "symmetric_eigenvalues"]
 
 _SMALLEST = 128  # below this width all vectors cost no more than a few
 
@@ -33,6 +35,17 @@ def leading_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     pairs = [_by_tridiagonal(one, k) for one in flat]
     values = torch.stack([pair[0] for pair in pairs]).reshape(*matrix.shape[:-2], d)
     return values, torch.stack([pair[1] for pair in pairs]).reshape(*matrix.shape[:-2], d, k)
+
+
+def refuse_truncated(eigenvalues: Tensor, reader: str, key: object) -> None:
+    """An error for (*B, D) of which only the leading part is known, NaN beyond; all NaN is undefined, and passes."""
+    known = ~torch.isnan(eigenvalues)
+    if holds((known.any(-1) & ~known.all(-1)).any()):
+        raise ValueError(
+            f"{reader} expects a whole spectrum at {key!r}, got the {int(known.sum(-1).min())} leading of "
+            f"{known.shape[-1]} eigenvalues (NaN beyond, as StreamingSketch leaves them). Take them from StreamingCovariance and "
+            f"EigenSpectrum; SpectrumMetrics(source='sketch') reads what a sketch knows of the others."
+        )
 
 
 def _values(matrix: Tensor) -> np.ndarray | None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tdgeom.core.for_each import pair_list
-from tdgeom.core.keys import Key, as_key, key_tuple
+from tdgeom.core.keys import Key, Keys, as_key, key_tuple
 from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.stream.running_centre import about_running_mean
 from tdgeom.stream.sketch import gaussian_columns
 
 __all__ = ["StreamingCrossMoments"]
@@ -49,7 +50,7 @@ class StreamingCrossMoments(StreamingStage):
     and all of them from float64 rows.)
 
     Memory: ``8·Σ D·E`` bytes over sites and pairs (8·D² a pair), once as state and once more when published; refused
-    above ``memory_limit``. Time: the products, 2·D·E flops a row and pair, and about a tenth more.
+    above ``memory``. Time: the products, 2·D·E flops a row and pair, and about a tenth more.
 
     Args:
         sites: names; rows are read at ``("tokens", site)``, (N, D) with any width a site and the same rows in all.
@@ -61,12 +62,12 @@ class StreamingCrossMoments(StreamingStage):
             error. Memory 8·sketch² bytes a pair and 4·D·sketch for the projection.
         groups: independent groups of projections under ``sketch``.
         seed: of the projection; stages to be merged must share it.
-        memory_limit: bytes of state above which the first rows are refused.
+        memory: bytes of state above which the first rows are refused.
         in_keys: a list, one key a site. out_keys: a list of every leaf (sites first), or a root in place of
             "cross_moments".
 
     Raises:
-        ValueError: state above ``memory_limit``, rows of changed width or number, no sites, unknown pair.
+        ValueError: state above ``memory``, rows of changed width or number, no sites, unknown pair.
 
     Chan, Golub & LeVeque 1979 (merging); Song et al. 2012 (what debiased CKA needs).
 
@@ -77,6 +78,13 @@ class StreamingCrossMoments(StreamingStage):
         torch.Size([4, 2])
     """
 
+    count: Tensor
+    widths: Tensor
+    mean: Tensor
+    trace: Tensor
+    norm2_product: Tensor
+    x_norm2y: Tensor
+
     def __init__(
         self,
         sites: Sequence[str],
@@ -85,9 +93,9 @@ class StreamingCrossMoments(StreamingStage):
         sketch: int | None = None,
         groups: int = 16,
         seed: int = 0,
-        memory_limit: int = 8 * 2**30,
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
+        memory: int = 8 * 2**30,
+        in_keys: Keys = None,
+        out_keys: Keys = None,
     ) -> None:
         names = [sites] if isinstance(sites, str) else [str(site) for site in sites]
         if not names or len(set(names)) != len(names):
@@ -100,10 +108,10 @@ class StreamingCrossMoments(StreamingStage):
         self.sites = names
         self.pairs = pair_list(sites if not isinstance(sites, str) else names, pairs)
         self.sketch, self.groups, self.seed = sketch, 1 if sketch is None else groups, seed
-        self.memory_limit = memory_limit
+        self.memory = memory
         if isinstance(out_keys, (str, tuple)):
-            out_keys = [as_key((*key_tuple(out_keys), *key[1:])) for key in self._leaves()]
-        reads = {("tokens", name): f"N D{i}" for i, name in enumerate(names)}
+            out_keys = [as_key((*key_tuple(out_keys), *key_tuple(key)[1:])) for key in self._leaves()]
+        reads: dict[Key, str] = {("tokens", name): f"N D{i}" for i, name in enumerate(names)}
         super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=self._leaves())
         self._runs = _runs(names, self.pairs)
         self.add_state("count", torch.int64)
@@ -113,11 +121,10 @@ class StreamingCrossMoments(StreamingStage):
             self.add_state(f"scatter_{i}_{first}_{last}", torch.float64)
         self._projections: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
-    def _leaves(self) -> list[tuple[str, ...]]:
-        at_sites = [("cross_moments", site, leaf) for site in self.sites for leaf in SITE_LEAVES]
-        return at_sites + [
-            ("cross_moments", f"{a}->{b}", leaf) for a, b in self.pairs for leaf in PAIR_LEAVES
-        ]
+    def _leaves(self) -> list[Key]:
+        places = [(site, leaf) for site in self.sites for leaf in SITE_LEAVES]
+        places += [(f"{a}->{b}", leaf) for a, b in self.pairs for leaf in PAIR_LEAVES]
+        return [("cross_moments", *place) for place in places]
 
     def settings(self) -> dict[str, object]:
         """Sites, pairs and the projection."""
@@ -148,35 +155,30 @@ class StreamingCrossMoments(StreamingStage):
         return state
 
     def _check_memory(self, needed: int, widths: list[int]) -> None:
-        if needed > self.memory_limit:
+        if needed > self.memory:
             raise ValueError(
                 f"StreamingCrossMoments needs {needed / 2**30:.1f} GiB for {len(self.sites)} sites of width up to "
-                f"{max(widths)} and {len(self.pairs)} pairs, above memory_limit={self.memory_limit / 2**30:.1f} GiB. "
-                f"Pass sketch=1024 (random projections), fewer pairs=, or a higher memory_limit=."
+                f"{max(widths)} and {len(self.pairs)} pairs, above memory={self.memory / 2**30:.1f} GiB. "
+                f"Pass sketch=1024 (random projections), fewer pairs=, or a higher memory=."
             )
 
     def accumulate(self, *rows: Tensor) -> None:
         """Add a block of rows."""
         self._check_rows(rows)
-        total, before = self.count + rows[0].shape[0], self.count.double()
-        y, mean = _stack_centred(rows)
-        delta = (mean - self.mean) * (rows[0].shape[0] / total.double())
-        self.mean = self.mean + delta
-        y[:-1] -= (self.mean - mean).to(y.dtype)
-        # One row more carries what was summed before to the new mean: n δ δᵀ.
-        y[-1] = (delta * before.sqrt()).to(y.dtype)
-        y, delta = self._project(y, delta)
+        before = self.count.double()
+        y, self.mean, step = about_running_mean(rows, self.mean, self.count)
+        y, step = self._project(y, y.dtype), self._project(step, y.dtype)
         norms = self._norms(y[:-1])
-        self._move(-delta, before)
+        self._move(-step, before)
         self.trace = self.trace + norms.sum(0)
         self.norm2_product = self.norm2_product + norms.mT @ norms
-        columns, largest = self._largest(y, delta * before.sqrt())
+        columns, largest = self._largest(y, step * before.sqrt())
         moved = (y[:-1].mT @ norms.to(y.dtype)).double()
         if largest is not None:
             moved[largest] = columns[:-1].mT @ norms
         self.x_norm2y = self.x_norm2y + moved
         self._add_products(y, columns, largest)
-        self.count = total
+        self.count = self.count + rows[0].shape[0]
 
     def _largest(self, y: Tensor, last: Tensor) -> tuple[Tensor, Tensor | None]:
         """In float64 the columns of each site's features of most variance, and which they are; None if ``y`` is float64.
@@ -199,7 +201,7 @@ class StreamingCrossMoments(StreamingStage):
             exact, m = columns.mT @ columns, len(largest) // len(self.sites)
         for i, first, last in self._runs:
             product = y[:, edges[i] : edges[i + 1]].mT @ y[:, edges[first] : edges[last]]
-            panel = self._buffers[f"scatter_{i}_{first}_{last}"]
+            panel = self._panel(i, first, last)
             panel.add_(product)
             if largest is not None:
                 mine, theirs = slice(i * m, (i + 1) * m), slice(first * m, last * m)
@@ -226,16 +228,17 @@ class StreamingCrossMoments(StreamingStage):
         n, m = self.count.double(), twin.count.double()
         delta = twin.mean - self.mean
         self.mean = self.mean + delta * (m / (n + m))
-        _, projected = self._project(None, delta)
+        projected = self._project(delta, torch.float32)
         self._move(-projected * (m / (n + m)), n)
         twin._move(projected * (n / (n + m)), m)
-        for name in ("trace", "norm2_product", "x_norm2y"):
-            setattr(self, name, self._buffers[name] + twin._buffers[name])
+        self.trace = self.trace + twin.trace
+        self.norm2_product = self.norm2_product + twin.norm2_product
+        self.x_norm2y = self.x_norm2y + twin.x_norm2y
         edges = self._edges()
-        for i, first, last in self._runs:
-            name = f"scatter_{i}_{first}_{last}"
+        for run in self._runs:
+            i, first, last = run
             left, right = projected[edges[i] : edges[i + 1]], projected[edges[first] : edges[last]]
-            self._buffers[name].add_(twin._buffers[name]).addr_(left * (n * m / (n + m)), right)
+            self._panel(*run).add_(twin._panel(*run)).addr_(left * (n * m / (n + m)), right)
         self.count = self.count + twin.count
 
     def _move(self, shift: Tensor, n: Tensor) -> None:
@@ -295,13 +298,16 @@ class StreamingCrossMoments(StreamingStage):
         edges = [0]
         for i, first, last in self._runs:
             if i == first:
-                edges.append(edges[-1] + self._buffers[f"scatter_{i}_{first}_{last}"].shape[0])
+                edges.append(edges[-1] + self._panel(i, first, last).shape[0])
         return edges
+
+    def _panel(self, i: int, first: int, last: int) -> Tensor:
+        return self._state()[f"scatter_{i}_{first}_{last}"]
 
     def _blocks(self) -> Iterator[tuple[int, int, Tensor]]:
         edges = self._edges()
         for i, first, last in self._runs:
-            panel = self._buffers[f"scatter_{i}_{first}_{last}"]
+            panel = self._panel(i, first, last)
             for j in range(first, last):
                 yield i, j, panel[:, edges[j] - edges[first] : edges[j + 1] - edges[first]]
 
@@ -325,54 +331,29 @@ class StreamingCrossMoments(StreamingStage):
         ]
         return torch.cat([torch.cat(part, dim=1) for part in parts]).square()
 
-    def _project(self, y: Tensor | None, delta: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Rows and a shift of the mean in the coordinates of the sums."""
-        if self.sketch is None:
-            return y, delta
-        dtype = torch.float32 if y is None else y.dtype
-        widths = self.widths.tolist()
-        bases = [self._projection(d, dtype, delta.device) for d in widths]
-        if y is not None:
-            y = torch.cat([part @ base for part, base in zip(y.split(widths, 1), bases)], 1)
-        # In the rows' precision: a float64 copy of the projection would be its largest object.
-        delta = torch.cat(
-            [(part.to(dtype) @ base).double() for part, base in zip(delta.split(widths), bases)]
-        )
-        return y, delta
+    def _project(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows or a shift of the mean (..., ΣD) in the coordinates of the sums.
 
-    def _projection(self, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(width, sketch) Gaussian columns, each group's Gram matrix the identity on average.
+        ``dtype`` is that of the rows: a float64 copy of the projection would be its largest object.
+        """
+        if self.sketch is None:
+            return values
+        widths = self.widths.tolist()
+        parts = zip(values.to(dtype).split(widths, -1), widths)
+        return torch.cat(
+            [part @ self._projection(width, self.sketch, dtype, part.device) for part, width in parts], -1
+        ).to(values.dtype)
+
+    def _projection(self, width: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(width, columns) Gaussian columns, each group's Gram matrix the identity on average.
 
         Sites share it: only products of different groups are ever used, and these are independent.
         """
         key = (width, dtype, device)
         if key not in self._projections:
-            base = gaussian_columns(width, self.sketch, self.seed, dtype, device)
-            self._projections[key] = base * (self.groups / self.sketch) ** 0.5
+            base = gaussian_columns(width, columns, self.seed, dtype, device)
+            self._projections[key] = base * (self.groups / columns) ** 0.5
         return self._projections[key]
-
-
-def _stack_centred(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """All sites' rows side by side about the block's mean, with one row to spare, and that mean in float64.
-
-    The mean is taken twice, the second time of what the first left, so that float32 rows with a large offset are
-    centred to their last digit without a float64 copy of the block.
-    """
-    wide = any(x.dtype == torch.float64 for x in rows)
-    y = torch.empty(
-        rows[0].shape[0] + 1,
-        sum(x.shape[1] for x in rows),
-        dtype=torch.float64 if wide else torch.float32,
-        device=rows[0].device,
-    )
-    block = y[:-1]
-    for x, part in zip(rows, block.split([x.shape[1] for x in rows], dim=1)):
-        part.copy_(x)
-    centre = block.mean(0)
-    block -= centre
-    rest = block.mean(0)
-    block -= rest
-    return y, centre.double() + rest.double()
 
 
 def _times(matrix: Tensor, vector: Tensor, groups: int) -> Tensor:

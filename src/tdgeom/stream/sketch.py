@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import lru_cache
 
 import torch
 from scipy.special import gammaincinv
 from torch import Tensor
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Keys
 from tdgeom.core.streaming_stage import StreamingStage
-from tdgeom.core.warnings import UndefinedMeasureWarning
+from tdgeom.numerics.centring import warn_undefined
+from tdgeom.stream.running_centre import about_running_mean
 
 __all__ = ["StreamingSketch", "gaussian_columns", "nystrom"]
 
@@ -21,8 +21,10 @@ _FAILURE = 1e-6  # probability with which the error bound may be exceeded
 @lru_cache(maxsize=4)
 def gaussian_columns(width: int, columns: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(width, columns) standard normal numbers, the same for the same seed on every device; shared by all sites."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(width, columns, generator=generator).to(device, dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(width, columns, generator=generator, dtype=torch.float32, device="cpu").to(
+        device, dtype
+    )
 
 
 def nystrom(product: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +61,9 @@ class StreamingSketch(StreamingStage):
 
     Leaves:
         count, mean: n and (D,).
-        eigenvalues, eigenvectors: (k,) descending and (D, k) columns, largest entry positive.
+        eigenvalues: (D,) descending, the first k as they are found, the others NaN (of k+1 rows or fewer: 0); a whole
+            spectrum to no one who reads it, but to ``SpectrumMetrics(source="sketch")`` the part that is known.
+        eigenvectors: (D, k) columns, largest entry positive.
         total_variance: tr A, exact.
         d_pr, d_pr_standard_error: ``(tr A)²/|A|²_F`` and its error, from the unbiased
             ``|A|²_F = |Â|²_F + mean over probes of |Aω|² - |Âω|²``.
@@ -90,7 +94,7 @@ class StreamingSketch(StreamingStage):
         >>> rows = torch.randn(500, 100) * torch.tensor([30.0] + 99 * [0.1])
         >>> stage = StreamingSketch(k=1, size=16)
         >>> count, mean, eigenvalues, eigenvectors, total, d_pr, *_ = stage(tokens=rows)
-        >>> bool((eigenvalues / rows[:, 0].var() - 1).abs() < 1e-3), round(float(d_pr), 2)
+        >>> bool((eigenvalues[0] / rows[:, 0].var() - 1).abs() < 1e-3), round(float(d_pr), 2)
         (True, 1.0)
     """
 
@@ -103,6 +107,11 @@ class StreamingSketch(StreamingStage):
         )
     ]  # fmt: skip
 
+    count: Tensor
+    mean: Tensor
+    total: Tensor
+    product: Tensor
+
     def __init__(
         self,
         *,
@@ -110,8 +119,8 @@ class StreamingSketch(StreamingStage):
         size: int = 256,
         probes: int = 32,
         seed: int = 0,
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
+        in_keys: Keys = None,
+        out_keys: Keys = None,
     ) -> None:
         if not 1 <= k <= size or probes < 8:
             raise ValueError(
@@ -123,7 +132,7 @@ class StreamingSketch(StreamingStage):
         self.add_state("count", torch.int64)
         for name in ("mean", "total", "product"):
             self.add_state(name, torch.float64)
-        self._tests: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._tests: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
     def settings(self) -> dict[str, int]:
         """The projection."""
@@ -145,24 +154,12 @@ class StreamingSketch(StreamingStage):
                 f"StreamingSketch has seen rows of width {self.mean.shape[0]} and now gets {self.in_keys[0]!r} of shape "
                 f"{tuple(tokens.shape)}. Use one stage a width, or reset()."
             )
-        dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-        total, before = self.count + tokens.shape[0], self.count.double()
-        y = torch.cat([tokens.to(dtype), tokens.new_zeros(1, tokens.shape[1], dtype=dtype)])
-        block = y[:-1]
-        centre = block.mean(0)
-        block -= centre
-        rest = block.mean(0)
-        block -= rest
-        mean = centre.double() + rest.double()
-        delta = (mean - self.mean) * (tokens.shape[0] / total.double())
-        self.mean = self.mean + delta
-        block -= (self.mean - mean).to(dtype)
-        # One row more carries what was summed before to the new mean: n δ δᵀ.
-        y[-1] = (delta * before.sqrt()).to(dtype)
-        norms = torch.linalg.vector_norm(block, dim=-1, dtype=torch.float64)
-        self.total = self.total + norms.square().sum() + before * delta.square().sum()
-        self.product.add_(y.mT @ (y @ self._test(dtype)))
-        self.count = total
+        before = self.count.double()
+        y, self.mean, step = about_running_mean([tokens], self.mean, self.count)
+        norms = torch.linalg.vector_norm(y[:-1], dim=-1, dtype=torch.float64)
+        self.total = self.total + norms.square().sum() + before * step.square().sum()
+        self.product.add_(y.mT @ (y @ self._test(y.dtype)))
+        self.count = self.count + tokens.shape[0]
 
     def combine(self, other: StreamingSketch) -> None:
         """Add another's sums, both about the common mean."""
@@ -195,28 +192,25 @@ class StreamingSketch(StreamingStage):
         quantile = 2 * float(gammaincinv(self.probes / 2, _FAILURE))  # of chi-squared
         largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
         vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
-        k = min(self.k, values.shape[0])
-        if torch.isnan(d_pr):
-            warnings.warn(
-                f"StreamingSketch: no variance over {int(self.count)} rows, so eigenvalues and d_pr are undefined: NaN",
-                UndefinedMeasureWarning,
-                stacklevel=2,
-            )
+        k, d, rank = min(self.k, values.shape[0]), self.mean.shape[0], int(self.count) - 1
+        leading = torch.cat([values[:k], values.new_full((d - k,), torch.nan)])
+        if rank <= k:  # so few rows have no further directions
+            leading = torch.where(torch.arange(d, device=values.device) < rank, leading, 0 * values[0])
+        reason = f"no variance over {rank + 1} rows."
         return {
             "count": self.count.clone(),
             "mean": self.mean.clone(),
-            "eigenvalues": values[:k].clone(),
+            "eigenvalues": leading,
             "eigenvectors": vectors[:, :k].clone(),
             "total_variance": total,
-            "d_pr": d_pr,
+            "d_pr": warn_undefined(d_pr, "StreamingSketch (eigenvalues and d_pr)", reason),
             "d_pr_standard_error": d_pr * gains.std() / self.probes**0.5 / square,
             "error_bound": (missed.sum() / quantile).sqrt(),
         }
 
     def _test(self, dtype: torch.dtype) -> Tensor:
-        key = (dtype, self.mean.device)
+        width, columns = self.mean.shape[0], self.size + self.probes
+        key = (width, dtype, self.mean.device)
         if key not in self._tests:  # kept here too, so that a compiled update sees a tensor and no cache
-            self._tests[key] = gaussian_columns(
-                self.mean.shape[0], self.size + self.probes, self.seed, dtype, self.mean.device
-            )
+            self._tests[key] = gaussian_columns(width, columns, self.seed, dtype, self.mean.device)
         return self._tests[key]
