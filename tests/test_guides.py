@@ -82,3 +82,30 @@ def test_comparing_representations() -> None:
     assert len(tg.to_frame(names["result"], "between")) == pairs
     assert names["compared"].matrix("linear_cka_debiased").shape == (models.DEPTH, models.DEPTH)
     assert {"twonn", "gride"} == set(tg.intrinsic_dimension_profile(names["results"])["estimator"])
+
+
+def test_contributing() -> None:
+    batch = {name: value for name, value in batches(1)[0].items() if name != "label"}
+    names = ran("contributing.md", batch=batch)
+    assert isinstance(names["one"], tg.StreamingStage)
+
+
+def test_the_map_names_what_is_there_and_every_room() -> None:
+    root = DOCS.parent
+    page = (DOCS / "contributing.md").read_text(encoding="utf-8")
+    prose = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+    named = set(re.findall(r"`([\w./]+(?:/|\.(?:py|md|txt|toml)))`", prose))
+    assert len(named) > 50
+    missing = [name for name in named if not any((root / at / name).exists() for at in ("", "src/tdgeom"))]
+    assert not missing
+    rooms = {path.parent for path in (root / "src/tdgeom").rglob("*/__init__.py")}
+    mapped = re.findall(r"^\| `([\w/]+)/`", page, re.MULTILINE)
+    assert {f"{room.relative_to(root / 'src/tdgeom').as_posix()}" for room in rooms} == set(mapped)
+    assert len(mapped) == len(set(mapped))
+
+
+def test_the_map_is_in_the_order_in_which_rooms_may_use_each_other() -> None:
+    layers = re.findall(r'"tdgeom\.(\w+)"', (DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    page = (DOCS / "contributing.md").read_text(encoding="utf-8")
+    rooms = re.findall(r"^\| `(\w+)/`", page, re.MULTILINE)
+    assert rooms == [layer for layer in reversed(layers) if layer in rooms]

@@ -21,28 +21,18 @@ from sphinx.util.inspect import safe_getattr, signature, stringify_signature
 import tdgeom
 
 MARK = "<!-- api reference -->"
-# title -> modules of tdgeom, in the order of the page; what is nowhere here comes last, under "More"
+# title -> rooms of tdgeom, in the order of the page; the innermost room counts, what is nowhere here comes last, under "More"
 THEMES = {
-    "Composing stages": ("stage", "streaming", "compose", "run"),
-    "Around the model": ("hooks",),
-    "From activations to rows": ("tokens",),
+    "Composing stages": ("core", "run"),
+    "Around the model": ("model",),
+    "From activations to rows": ("rows",),
     "One pass over all rows": ("stream",),
-    "Spectra and single-site measures": ("spectrum", "sample_metrics", "ablation", "router", "concepts"),
-    "Comparing two sites": ("similarity",),
-    "Neighbours": ("neighbors",),
-    "Intrinsic dimension": ("dimension",),
-    "Probing and lenses": ("probing", "lens", "tuned_lens"),
-    "Analyses, results, reports": (
-        "analyze",
-        "analysis",
-        "comparison",
-        "results",
-        "frames",
-        "profiles",
-        "untrained",
-        "plot",
-        "report",
-    ),
+    "Spectra and single-site measures": ("measures", "concepts"),
+    "Comparing two sites": ("measures.similarity",),
+    "Neighbours": ("measures.neighbors",),
+    "Intrinsic dimension": ("measures.dimension",),
+    "Probing and lenses": ("probing", "model.lens"),
+    "Analyses, results, pictures": ("analysis", "plot"),
     "Keeping activations and runs": ("store",),
 }
 FUNCTIONAL = "functional"
@@ -187,9 +177,12 @@ def reference(name: str, obj: Any) -> list[str]:
 
 
 def theme_of(obj: Any) -> str:
-    """The theme of the module that defines an object."""
-    module = (getattr(obj, "__module__", None) or "").removeprefix("tdgeom.").split(".")[0]
-    return next((title for title, modules in THEMES.items() if module in modules), "More")
+    """The theme of the room that defines an object."""
+    module = f"{(getattr(obj, '__module__', None) or '').removeprefix('tdgeom.')}."
+    fitting = [
+        (room, title) for title, rooms in THEMES.items() for room in rooms if module.startswith(f"{room}.")
+    ]
+    return max(fitting, key=lambda one: len(one[0]), default=("", "More"))[1]
 
 
 def page() -> str:
