@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 from tdgeom.core.stage import PairStage
@@ -32,23 +33,13 @@ class NamedMeasure(NamedTuple):
     rows: Literal["sample", "all", "sketch"] = "sample"
 
 
-def _debiased(**settings: str) -> PairStage:
-    return LinearCKA(estimator="debiased", **settings)  # type: ignore[arg-type]
-
-
-def _overlap() -> PairStage:
-    return NeighborhoodOverlap(k=10)
-
-
-def _jaccard() -> PairStage:
-    return JaccardKNN(k=10)
-
-
 MEASURES = {
-    "linear_cka_debiased": NamedMeasure("debiased linear CKA over all rows", _debiased, "sketch"),
+    "linear_cka_debiased": NamedMeasure(
+        "debiased linear CKA over all rows", partial(LinearCKA, estimator="debiased"), "sketch"
+    ),
     "linear_cka": NamedMeasure("biased linear CKA over all rows", LinearCKA, "sketch"),
-    "neighborhood_overlap": NamedMeasure("mutual 10 nearest neighbours", _overlap),
-    "jaccard_knn": NamedMeasure("Jaccard index of the 10 nearest neighbours", _jaccard),
+    "neighborhood_overlap": NamedMeasure("mutual 10 nearest neighbours", partial(NeighborhoodOverlap, k=10)),
+    "jaccard_knn": NamedMeasure("Jaccard index of the 10 nearest neighbours", partial(JaccardKNN, k=10)),
     "rbf_cka": NamedMeasure("RBF CKA", RBFCKA),
     "rsa": NamedMeasure("RSA", RSA),
     "procrustes": NamedMeasure("Procrustes distance over all rows", Procrustes, "all"),
@@ -94,14 +85,10 @@ def named_stages(names: Sequence[str], *, sketch: bool = False) -> list[PairStag
         raise ValueError(f"metrics takes any of {', '.join(MEASURES)} ({others}), got {', '.join(unknown)}.")
     if sketch and (exact := [name for name in full if MEASURES[name].rows == "all"]):
         raise ValueError(f"metrics {', '.join(exact)} need exact moments: leave them out, or sketch.")
-    moments = {
-        "sample": {},
-        "all": {"source": "moments"},
-        "sketch": {"source": "sketch" if sketch else "moments"},
-    }
+    sources = {"all": "moments", "sketch": "sketch" if sketch else "moments"}
     stages: dict[object, PairStage] = {}
     for name in full:
         _, stage, rows = MEASURES[name]
         if stage not in stages:
-            stages[stage] = stage(**moments[rows])
+            stages[stage] = stage() if rows == "sample" else stage(source=sources[rows])
     return list(stages.values())

@@ -97,7 +97,8 @@ class StreamingCrossMoments(StreamingStage):
         in_keys: Keys = None,
         out_keys: Keys = None,
     ) -> None:
-        names = [sites] if isinstance(sites, str) else [str(site) for site in sites]
+        sites = [sites] if isinstance(sites, str) else list(sites)
+        names = [str(site) for site in sites]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"StreamingCrossMoments takes a non-empty list of different sites, got {names}.")
         if sketch is not None and (groups < 3 or sketch < groups or sketch % groups):
@@ -106,7 +107,7 @@ class StreamingCrossMoments(StreamingStage):
                 f"sketch={sketch}, groups={groups}. Take sketch=1024, groups=16."
             )
         self.sites = names
-        self.pairs = pair_list(sites if not isinstance(sites, str) else names, pairs)
+        self.pairs = pair_list(sites, pairs)
         self.sketch, self.groups, self.seed = sketch, 1 if sketch is None else groups, seed
         self.memory = memory
         if isinstance(out_keys, (str, tuple)):
@@ -270,18 +271,18 @@ class StreamingCrossMoments(StreamingStage):
 
     def result(self) -> list[Tensor]:
         """Every leaf of every site, then of every pair."""
-        edges, g, one = self._edges(), self.groups, self.sketch is None
+        edges, scatter = self._edges(), {(i, j): block for i, j, block in self._blocks()}
         given = [0, *torch.cumsum(self.widths, 0).tolist()]
-        scatter = {(i, j): block for i, j, block in self._blocks()}
         degrees = self.count.double() - 1
 
+        def at(site: int) -> int | slice:
+            return site if self.sketch is None else slice(site * self.groups, (site + 1) * self.groups)
+
         def norms(i: int, j: int) -> Tensor:
-            block = self.norm2_product[i * g : (i + 1) * g, j * g : (j + 1) * g]
-            return block[0, 0].clone() if one else block.clone()
+            return self.norm2_product[at(i), at(j)].clone()
 
         def vectors(i: int, j: int) -> Tensor:
-            block = self.x_norm2y[edges[i] : edges[i + 1], j * g : (j + 1) * g]
-            return block[:, 0].clone() if one else block.clone()
+            return self.x_norm2y[edges[i] : edges[i + 1], at(j)].clone()
 
         leaves: list[Tensor] = []
         for i in range(len(self.sites)):
