@@ -117,6 +117,27 @@ def test_a_part_is_refused_where_the_whole_is_read(batched):
         tg.SpectrumMetrics(in_keys=("sketch", "eigenvalues"))(td)
 
 
+@pytest.mark.parametrize("read", [F.pca_dimension, F.ca_pca_dimension, tg.GlobalPCA(source="eigenvalues")])
+def test_dimensions_of_a_part_are_refused_and_of_nothing_undefined(read):
+    part = torch.where(torch.arange(64) < 8, decaying(64), torch.nan)
+    with pytest.raises(ValueError, match="whole spectrum at 'eigenvalues', got the 8 leading of 64"):
+        read(torch.stack([decaying(64), part]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", tg.UndefinedMeasureWarning)
+        found = read(torch.stack([decaying(64), torch.full((64,), torch.nan)]))
+    estimate = found if isinstance(found, torch.Tensor) else found[0]
+    assert estimate[0] > 0 and estimate[1].isnan()
+
+
+def test_a_picture_of_shares_needs_the_whole():
+    pytest.importorskip("matplotlib").use("Agg")
+    part = torch.where(torch.arange(64) < 8, decaying(64), torch.nan)
+    with pytest.raises(ValueError, match="'x' has 8 of 64 eigenvalues .*normalize=False draws those"):
+        tg.plot.spectrum({"x": part})
+    line = tg.plot.spectrum({"x": part}, normalize=False).get_lines()[0]
+    assert line.get_ydata().tolist() == part[:8].tolist()
+
+
 def test_all_unknown_is_undefined_and_no_part():
     with pytest.warns(tg.UndefinedMeasureWarning, match="has no variance"):
         tg.SpectrumMetrics()(eigenvalues=torch.full((9,), torch.nan))

@@ -23,7 +23,7 @@ def spectrum(
 
     Args:
         eigenvalues: ``AnalysisResults``, a result of ``run`` with ``("eigenvalues", site)``, a mapping from name to (D,),
-            or one (D,) array or tensor; descending.
+            or one (D,) array or tensor; descending. With ``normalize=False`` also a leading part, NaN beyond.
         ax: matplotlib axes; made if None.
         normalize: draw shares of the total variance, λ/Σλ, else λ.
         legend: a legend; default up to 12 named lines, a colour bar beyond.
@@ -49,6 +49,11 @@ def spectrum(
     bottoms = []
     for (name, values), colour in zip(series.items(), colours):
         values = np.asarray(values, dtype=np.float64)
+        if normalize and np.isnan(values).any():
+            raise ValueError(
+                f"spectrum expects whole spectra to take shares of, {name or 'it'!r} has {int((~np.isnan(values)).sum())} of "
+                f"{len(values)} eigenvalues (NaN beyond, as StreamingSketch leaves them). normalize=False draws those."
+            )
         shown = values > values[0] * len(values) * np.finfo(np.float64).eps
         drawn = values / values.sum() if normalize else values
         bottoms.append(drawn[shown][int(0.98 * (shown.sum() - 1))])

@@ -122,3 +122,11 @@ def test_a_row_that_is_not_finite_is_not_left_out(bad):
     x[2, 1] = bad
     with pytest.warns(UndefinedMeasureWarning, match="not finite"):
         assert layer_cosine_sim(x, y).isnan()
+
+
+def test_sites_without_directions_are_undefined_with_one_warning():
+    u = torch.stack([torch.eye(5)[:, :2], torch.full((5, 2), torch.nan)])
+    with pytest.warns(UndefinedMeasureWarning, match="feature_subspace_novelty.*not finite") as caught:
+        value = feature_subspace_novelty(u, torch.eye(5)[:, 1:3].expand(2, 5, 2))
+    assert len(caught) == 1 and value[1].isnan()
+    assert value[0] == pytest.approx(0.5)

@@ -17,6 +17,7 @@ from tdgeom.measures.dimension.estimate import (
 from tdgeom.measures.dimension.neighbourhoods import over_neighbourhoods
 from tdgeom.measures.dimension.pca import spectrum_of
 from tdgeom.measures.neighbors.nearest_neighbors import distinct_neighbors
+from tdgeom.numerics.eigenvalues import refuse_truncated
 
 __all__ = ["CAPCA", "ca_pca", "ca_pca_dimension"]
 
@@ -74,6 +75,7 @@ def ca_pca_dimension(eigenvalues: Tensor, width: int | None = None) -> Tensor:
     >>> ca_pca_dimension(torch.tensor([0.24, 0.23, 0.01])).item()
     2.0
     """
+    refuse_truncated(eigenvalues, "ca_pca_dimension", "eigenvalues")
     values = eigenvalues.double()
     width = values.shape[-1] if width is None else width
     if width > values.shape[-1]:
@@ -84,7 +86,7 @@ def ca_pca_dimension(eigenvalues: Tensor, width: int | None = None) -> Tensor:
     tail = (values.sum(-1, keepdim=True) - head).clamp(min=0)
     target = 1 / (d + 2) - (3 * d + 4) / (d * (d + 4)) * tail
     misfit = (d * target.square() - 2 * target * head + squares).clamp(min=0).sqrt()
-    return (misfit + 2 * tail).argmin(-1).double() + 1
+    return torch.where(tail[..., 0].isnan(), torch.nan, (misfit + 2 * tail).argmin(-1).double() + 1)
 
 
 class CAPCA(NeighborhoodStage):

@@ -13,6 +13,7 @@ from tdgeom.core.keys import Key
 from tdgeom.measures.dimension.estimate import DimensionEstimate, DimensionStage
 from tdgeom.numerics.centring import real_rows, refuse_nonfinite, upcast, warn_undefined
 from tdgeom.numerics.copies import first_copies
+from tdgeom.numerics.eigenvalues import refuse_truncated
 
 __all__ = [
     "PCA_RULES",
@@ -61,6 +62,7 @@ def pca_dimension(
         raise ValueError(f"rule is one of {list(PCA_RULES)}, got {rule!r}.")
     if not 0 < alpha < 1 or not 0 < share <= 1:
         raise ValueError(f"alpha lies in (0, 1) and share in (0, 1], got {alpha!r} and {share!r}.")
+    refuse_truncated(eigenvalues, "pca_dimension", "eigenvalues")
     values = eigenvalues.double().clamp(min=0)
     values = values / values[..., :1]  # NaN where there is no variance
     total = values.sum(-1, keepdim=True)

@@ -87,7 +87,10 @@ def _hsic(a: _Neighbours, b: _Neighbours) -> Tensor:
 
 def _compare(a: _Side, b: _Side) -> Tensor:
     lead = torch.broadcast_shapes(a.lead, b.lead)
-    places = [torch.arange(len(side.items), device="cpu").reshape(side.lead).expand(lead).flatten() for side in (a, b)]
+    places = [
+        torch.arange(len(side.items), device="cpu").reshape(side.lead).expand(lead).flatten()
+        for side in (a, b)
+    ]
     values = []
     for p, q in zip(*([side.items[i] for i in place] for side, place in zip((a, b), places))):
         values.append(alignment(_hsic(p, q), p.own, q.own))

@@ -23,7 +23,7 @@ def feature_subspace_novelty(u: Tensor, v: Tensor) -> Tensor:
 
     Returns:
         (...) in [0, 1]: 0 for equal subspaces, 1 for orthogonal ones; two random ones have about ``sqrt(1 -
-        k/D)``.
+        k/D)``. NaN with one warning where a side has no vectors (rows without variance).
 
     The sines are singular values of ``V - U(UᵀV)``, so that equal subspaces give 0 to rounding (1 - σ²
     would leave the square root of it, 1e-8). Invariances: any basis of either subspace, and one rotation of
@@ -48,7 +48,11 @@ def feature_subspace_novelty(u: Tensor, v: Tensor) -> Tensor:
         )
     u, v = as_rows(u, "feature_subspace_novelty").double(), as_rows(v, "feature_subspace_novelty").double()
     outside = v - u @ (u.mT @ v)
-    return torch.linalg.svdvals(outside).clamp(max=1).mean(-1)
+    # LAPACK raises on NaN: such a pair goes in as zeros and comes out as NaN.
+    undefined = ~torch.isfinite(outside).all(-1).all(-1)
+    sines = torch.linalg.svdvals(torch.where(undefined[..., None, None], 0.0, outside)).clamp(max=1)
+    value = torch.where(undefined, torch.nan, sines.mean(-1))
+    return warn_undefined(value, "feature_subspace_novelty", "one side's vectors are not finite.")
 
 
 class SubspaceNovelty(PairStage):
