@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tensordict import TensorDict, lazy_stack
+from tensordict import NonTensorStack, TensorDict, lazy_stack, tensorclass
 
 import tdgeom as tg
 from tdgeom.files.errors import StoreBusyError, StoreError, StoreLookupError
@@ -61,10 +61,39 @@ def test_values_that_are_no_tensors_come_back_one_a_sequence_or_one_for_all(stor
     given.set_non_tensor("source", "a book")
     found, _ = store.load(store.save(given))
     assert found["texts"] == ["a", "b", "c"] and found["source"] == "a book" and found.batch_size == (3,)
+    assert found[1]["texts"] == "b" and found[1]["source"] == "a book"
     found, _ = store.load(
         store.save({"x": torch.ones(1), "none": None, "large": 10**30, "part": np.float64(0.5)})
     )
     assert found["none"] is None and found["large"] == 10**30 and found["part"] == 0.5
+
+
+@tensorclass
+class Said:
+    acts: torch.Tensor
+    text: str
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        TensorDict({"x": torch.ones(2, 3), "words": [["a", "b", "c"], ["d", "e", "f"]]}, batch_size=[2]),
+        TensorDict({"part": {"x": torch.ones(2), "words": ["a", None]}}, batch_size=[2]),
+        lazy_stack([TensorDict({"x": torch.ones(2), "words": word}) for word in ("a", "b")]),
+        TensorDict({"x": torch.ones(2), "words": NonTensorStack("a", ["b", {"c": 1}])}, batch_size=[2]),
+    ],
+)
+def test_one_value_a_sequence_stays_one_a_sequence(store, given):
+    found, _ = store.load(store.save(given))
+    assert found.batch_size == given.batch_size
+    name = ("part", "words") if "part" in given.keys() else "words"
+    assert found[name] == given[name]
+    assert [found[i][name] for i in range(2)] == [given[i][name] for i in range(2)]
+
+
+def test_a_tensorclass_comes_back_as_its_fields(store):
+    found, _ = store.load(store.save({"said": Said(acts=torch.ones(3), text="α", batch_size=[3])}))
+    assert torch.equal(found["said", "acts"], torch.ones(3)) and found["said", "text"] == "α"
 
 
 UNSAVED = {

@@ -65,9 +65,10 @@ def read_json(text: str | bytes, what: str, largest: int = LARGEST_JSON) -> Any:
         raise StoreError(f"{what}: {len(text):,} bytes of JSON, more than {largest:,} are refused.")
     try:
         value = json.loads(text, object_pairs_hook=_no_key_twice, parse_float=_finite, parse_constant=_finite)
+        depth = _depth(value)
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{what}: not valid JSON ({error}).") from error
-    if _is_deeper(value, DEEPEST_JSON):
+    if depth > DEEPEST_JSON + 1:
         raise StoreError(f"{what}: JSON nested deeper than {DEEPEST_JSON} levels is refused.")
     return value
 
@@ -91,16 +92,6 @@ def _finite(text: str) -> float:
     return value
 
 
-def _is_deeper(value: Any, levels: int) -> bool:
-    layer = [value]
-    for _ in range(levels + 1):
-        inner: list[Any] = []
-        for one in layer:
-            if isinstance(one, dict):
-                inner.extend(one.values())
-            elif isinstance(one, list):
-                inner.extend(one)
-        if not inner:
-            return False
-        layer = inner
-    return True
+def _depth(value: Any) -> int:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return max(map(_depth, parts), default=0) + 1

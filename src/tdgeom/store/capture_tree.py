@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from tensordict import NonTensorData, TensorDict, TensorDictBase, is_non_tensor, is_tensor_collection
+from tensordict import (
+    NonTensorData,
+    NonTensorStack,
+    TensorDict,
+    TensorDictBase,
+    is_non_tensor,
+    is_tensor_collection,
+)
 from torch import Tensor
 
 from tdgeom.files.errors import StoreError
 from tdgeom.files.json_text import plain, read_json
 from tdgeom.store.shard_layout import ShardLayout, entries_of
 
-__all__ = ["pack", "unpack"]
+__all__ = ["Captured", "pack", "unpack"]
 
-_MOST_DIGITS = 12  # of a position in a list
 Captured = TensorDictBase | Tensor | Mapping[str, Any] | Sequence[TensorDictBase]
 
 
@@ -29,18 +35,21 @@ def pack(captured: Captured) -> tuple[ShardLayout, dict[str, Tensor]]:
             cannot hold. StoreError: a dtype that shards do not hold.
     """
     several = isinstance(captured, list | tuple)
-    tensors: dict[tuple[str, ...], Tensor] = {}
-    values: dict[tuple[str, ...], Any] = {}
-    batch_size = tuple(getattr(captured, "batch_size", ()))
-    if several:
-        for position, one in enumerate(captured):
-            _collect(_tree(one), (str(position),), tensors, values)
-    else:
-        _collect(_tree(captured), (), tensors, values)
+    tree = {str(i): _tree(one) for i, one in enumerate(captured)} if several else _tree(captured)
+    leaves = dict(_leaves(tree, ()))
+    tensors = {key: leaf for key, leaf in leaves.items() if isinstance(leaf, Tensor)}
     if not tensors:
         raise ValueError("there is no tensor to save in what was given.")
-    found = {key: (value.dtype, value.dtype, value.shape) for key, value in tensors.items()}
-    layout = ShardLayout(entries_of(found), False, batch_size, several, tuple(values.items()))
+    stacks = {key: leaf.tolist() for key, leaf in leaves.items() if isinstance(leaf, NonTensorStack)}
+    values = {key: leaf for key, leaf in leaves.items() if key not in tensors} | stacks
+    layout = ShardLayout(
+        entries=entries_of({key: (value.dtype, value.dtype, value.shape) for key, value in tensors.items()}),
+        rows=False,
+        batch_size=tuple(getattr(captured, "batch_size", ())),
+        several=several,
+        values=tuple((key, plain(value)) for key, value in values.items()),
+        stacks=tuple(stacks),
+    )
     try:
         read_json(layout.to_json(), "its layout")  # what could not be read back is not written
     except (StoreError, ValueError, RecursionError) as error:
@@ -50,37 +59,32 @@ def pack(captured: Captured) -> tuple[ShardLayout, dict[str, Tensor]]:
 
 def unpack(layout: ShardLayout, tensors: Mapping[str, Tensor]) -> TensorDict | list[TensorDict]:
     """What ``pack`` took apart, as TensorDicts; a list's members have batch size []."""
-    leaves: list[tuple[tuple[str, ...], Any]] = [(one.key, tensors[one.name]) for one in layout.entries]
-    leaves += layout.values
-    if not layout.several:
-        return _filled(leaves, layout.batch_size)
-    parts: dict[int, list[tuple[tuple[str, ...], Any]]] = {}
-    for key, value in leaves:
-        is_empty_member = len(key) == 1 and value == {}
-        if (len(key) < 2 and not is_empty_member) or not key[0].isdecimal() or len(key[0]) > _MOST_DIGITS:
-            raise StoreError(f"the layout's key {key} begins with no position in a list: it is damaged.")
-        inside = parts.setdefault(int(key[0]), [])
-        if not is_empty_member:
-            inside.append((key[1:], value))
-    return [_filled(parts[position]) for position in sorted(parts)]
-
-
-def _filled(leaves: Sequence[tuple[tuple[str, ...], Any]], batch_size: Sequence[int] = ()) -> TensorDict:
-    found = TensorDict({}, batch_size=[])
-    for key, value in leaves:
-        if isinstance(value, Tensor):
-            found.set(key, value)
-        elif value == {}:
-            found.set(key, TensorDict({}, batch_size=[]))
-        else:
-            found.set_non_tensor(key, value)
+    tree: dict[str, Any] = {}
+    leaves = [(one.key, tensors[one.name]) for one in layout.entries]
+    for key, leaf in [*leaves, *((key, _value(layout, key, value)) for key, value in layout.values)]:
+        inside = tree
+        for name in key[:-1]:
+            inside = inside.setdefault(name, {})
+        inside[key[-1]] = leaf
+    members = [tree.get(str(i)) for i in range(len(tree))] if layout.several else [tree]
+    if not all(isinstance(member, dict) for member in members):
+        raise StoreError(f"the layout has a key that begins with no position in a list: {list(tree)[:12]}.")
     try:
-        found.batch_size = torch.Size(batch_size)
+        found = [TensorDict(member, batch_size=layout.batch_size) for member in members]
     except RuntimeError as error:
         raise StoreError(
-            f"the layout's batch size {list(batch_size)} does not fit its tensors: {error}"
+            f"the layout's batch size {list(layout.batch_size)} does not fit its tensors: {error}"
         ) from error
-    return found
+    return found if layout.several else found[0]
+
+
+def _value(layout: ShardLayout, key: tuple[str, ...], value: Any) -> Any:
+    if key not in layout.stacks:
+        return NonTensorData(value) if value != {} else {}
+    try:
+        return NonTensorStack.from_list(value)
+    except RuntimeError:  # lists of several depths
+        return NonTensorStack(*map(NonTensorData, value))
 
 
 def _tree(captured: Any) -> Any:
@@ -88,31 +92,25 @@ def _tree(captured: Any) -> Any:
     return {"tensor": captured} if isinstance(captured, Tensor | np.ndarray) else captured
 
 
-def _collect(
-    node: Any,
-    key: tuple[str, ...],
-    tensors: dict[tuple[str, ...], Tensor],
-    values: dict[tuple[str, ...], Any],
-) -> None:
+def _leaves(node: Any, key: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every tensor, JSON value, stack of values (one a sequence) and empty branch, by key."""
     if isinstance(node, np.ndarray) and node.dtype.kind in "biufc":
         node = torch.as_tensor(node)
     if isinstance(node, Tensor):
-        tensors[key] = _dense(node, key)
+        yield key, _dense(node, key)
     elif not is_non_tensor(node) and (isinstance(node, Mapping) or is_tensor_collection(node)):
         parts = _items(node, key)
         if not parts:
-            values[key] = {}
+            yield key, {}
         for name, part in parts:
             if not isinstance(name, str):
                 raise TypeError(f"keys are text, got {name!r} under {key}.")
-            _collect(part, (*key, name), tensors, values)
+            yield from _leaves(part, (*key, name))
     else:
-        value = node
-        if is_non_tensor(node):  # a stack of values, such as one text a sequence, comes back as a list
-            value = node.data if isinstance(node, NonTensorData) else node.tolist()
-        if not _is_json(value):
+        value = node.data if isinstance(node, NonTensorData) else node
+        if not _is_json(value.tolist() if isinstance(value, NonTensorStack) else value):
             raise TypeError(f"{key} holds {type(value).__name__}: only tensors and JSON values can be saved.")
-        values[key] = plain(value)
+        yield key, value
 
 
 def _is_json(value: Any) -> bool:
@@ -135,11 +133,12 @@ def _items(node: Any, key: tuple[str, ...]) -> list[tuple[Any, Any]]:
 
 
 def _dense(tensor: Tensor, key: tuple[str, ...]) -> Tensor:
-    is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
-    if not is_dense or tensor.device.type == "meta":
-        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else str(tensor.layout)
-        kind = "meta" if tensor.device.type == "meta" else kind
+    odd = {"meta": tensor.device.type == "meta", "nested": tensor.is_nested, "quantized": tensor.is_quantized}
+    kinds = [
+        kind for kind, is_it in {**odd, str(tensor.layout): tensor.layout != torch.strided}.items() if is_it
+    ]
+    if kinds:
         raise TypeError(
-            f"{key} holds a {kind} tensor: only dense ones with values can be saved. Unpack it first."
+            f"{key} holds a {kinds[0]} tensor: only dense ones with values can be saved. Unpack it first."
         )
     return tensor.detach()

@@ -19,7 +19,6 @@ from tdgeom.store.run_records import (
     RunRecord,
     ShardRecord,
     first_gap,
-    is_rounding,
     relative_errors,
 )
 from tdgeom.store.shard_layout import ShardLayout
@@ -82,10 +81,8 @@ class Catalogue(SqliteFile):
         """Enter a finished shard: from here on its rows belong to the run."""
         with self.writing() as connection:
             connection.execute(_ENTER_SHARD, _shard_values(run, shard))
-            changed = connection.execute(
-                "UPDATE runs SET updated=? WHERE id=? AND state='writing'", (time.time(), run)
-            )
-            if not changed.rowcount:
+            update = "UPDATE runs SET updated=? WHERE id=? AND state='writing'"
+            if not connection.execute(update, (time.time(), run)).rowcount:
                 raise StoreError(
                     f"run {run} is no longer being written (it was removed or finished elsewhere)."
                 )
@@ -97,20 +94,17 @@ class Catalogue(SqliteFile):
             StoreError: it failed or was removed elsewhere.
         """
         with self.writing() as connection:
-            changed = connection.execute(
-                "UPDATE runs SET state='complete', updated=? WHERE id=? AND state IN ('writing', 'complete')",
-                (time.time(), run),
+            update = (
+                "UPDATE runs SET state='complete', updated=? WHERE id=? AND state IN ('writing', 'complete')"
             )
-            if not changed.rowcount:
+            if not connection.execute(update, (time.time(), run)).rowcount:
                 raise StoreError(f"run {run} failed or was removed elsewhere, so it is not complete.")
 
     def set_state(self, run: str, state: str, reason: str | None = None) -> None:
         """Move a run to another state."""
         with self.writing() as connection:
-            changed = connection.execute(
-                "UPDATE runs SET state=?, reason=?, updated=? WHERE id=?", (state, reason, time.time(), run)
-            )
-            if not changed.rowcount:
+            update = "UPDATE runs SET state=?, reason=?, updated=? WHERE id=?"
+            if not connection.execute(update, (state, reason, time.time(), run)).rowcount:
                 raise StoreLookupError(f"run {run} is no longer in the store.")
 
     def drop_run(self, run: str) -> None:
@@ -202,12 +196,12 @@ class Catalogue(SqliteFile):
         return found
 
     def _shard(self, run: str, row: Sequence[Any]) -> ShardRecord:
-        rank, number, rows, size, sha256, rounding = row
+        *told, rounding = row
         rounded = read_json(self._text(rounding, run), f"{self.path}: the rounding of run {run}")
-        naturals = all(type(one) is int and 0 <= one < 2**48 for one in (rank, number, rows, size))
-        if not naturals or not is_rounding(rounded):
-            raise self._tampered(run)
-        return ShardRecord(rank, number, rows, size, self._text(sha256, run), rounded)
+        try:
+            return ShardRecord.checked([*told, rounded])
+        except ValueError as error:
+            raise self._tampered(run) from error
 
     def _record(self, row: Sequence[Any], tags: Sequence[Any]) -> RunRecord:
         run, kind, state, reason, created, updated, *told, details, shards, rows, size = row

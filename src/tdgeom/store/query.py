@@ -130,17 +130,21 @@ def _holds(wanted: Any, path: str, parts: list[str], values: list[Any]) -> None:
         parts.append("json_extract(r.details, ?) = json(?)")
         values += [path, canonical(wanted)]
         return
-    kind, value = _typed(wanted)
-    own = f"json_type(r.details, ?) IN {kind}" + (
-        "" if value is None else " AND json_extract(r.details, ?) = ?"
-    )
-    inside = f"e.type IN {kind}" + ("" if value is None else " AND e.value = ?")
+    equal, bound = _equals("json_type(r.details, ?)", "json_extract(r.details, ?)", wanted, path)
+    inside, bound_inside = _equals("e.type", "e.value", wanted)
     parts.append(
-        f"({own}) OR (json_type(r.details, ?) = 'array' AND EXISTS "
+        f"({equal}) OR (json_type(r.details, ?) = 'array' AND EXISTS "
         f"(SELECT 1 FROM json_each(r.details, ?) e WHERE {inside}))"
     )
-    bound = [] if value is None else [value]
-    values += [path, *([path] if bound else []), *bound, path, path, *bound]
+    values += [*bound, path, path, *bound_inside]
+
+
+def _equals(kind_of: str, value_of: str, wanted: Any, *path: str) -> tuple[str, list[Any]]:
+    """A single value is this one, and of its type."""
+    kind, value = _typed(wanted)
+    if value is None:
+        return f"{kind_of} IN {kind}", [*path]
+    return f"{kind_of} IN {kind} AND {value_of} = ?", [*path, *path, value]
 
 
 def _typed(value: Any) -> tuple[str, Any]:
@@ -178,15 +182,14 @@ def _compared(text: str, parts: list[str], values: list[Any]) -> None:
         raise ValueError(
             f"where= compares with a single value, got {match['value']!r}. Use metadata= for nested ones."
         )
-    kind, bound = _typed(value)
     if match["op"] in ("=", "!="):
-        same = f"json_type(r.details, ?) IN {kind}" + (
-            "" if bound is None else " AND json_extract(r.details, ?) = ?"
-        )
-        parts.append(same if match["op"] == "=" else f"json_type(r.details, ?) IS NOT NULL AND NOT ({same})")
-        values += ([path] if match["op"] == "!=" else []) + [path] + ([] if bound is None else [path, bound])
+        equal, bound = _equals("json_type(r.details, ?)", "json_extract(r.details, ?)", value, path)
+        is_equal = match["op"] == "="
+        parts.append(equal if is_equal else f"json_type(r.details, ?) IS NOT NULL AND NOT ({equal})")
+        values += bound if is_equal else [path, *bound]
         return
-    if bound is None:
+    kind, number = _typed(value)
+    if number is None:
         raise ValueError(f"where=: {match['value']!r} has no order; compare it with = or !=.")
     parts.append(f"json_type(r.details, ?) IN {kind} AND json_extract(r.details, ?) {match['op']} ?")
-    values += [path, path, bound]
+    values += [path, path, number]

@@ -9,7 +9,7 @@ from typing import Any
 
 from tdgeom.store.run_description import RunDescription
 
-__all__ = ["KINDS", "STATES", "RunRecord", "ShardRecord", "first_gap", "is_rounding", "relative_errors"]
+__all__ = ["KINDS", "STATES", "RunRecord", "ShardRecord", "first_gap", "relative_errors"]
 
 STATES = ("writing", "complete", "failed", "removing")
 KINDS = ("activations", "capture", "analysis")
@@ -46,10 +46,30 @@ class ShardRecord:
     sha256: str
     rounding: Mapping[str, Sequence[float]]
 
+    @classmethod
+    def checked(cls, told: Any) -> ShardRecord:
+        """A record from its values, which may be hostile.
+
+        Raises:
+            ValueError: they are none.
+        """
+        if isinstance(told, list) and len(told) == 6:
+            *numbers, sha256, rounding = told
+            naturals = all(type(one) is int and 0 <= one < 2**48 for one in numbers)
+            parts = list(rounding.values()) if isinstance(rounding, dict) else [None]
+            if naturals and isinstance(sha256, str) and all(map(_is_rounding, parts)):
+                return cls(*told)
+        raise ValueError(f"a shard is listed that is none: {str(told)[:80]}")
+
     @property
     def name(self) -> str:
         """The file's name, from numbers alone."""
         return f"rank-{self.rank:05d}-{self.number:08d}.safetensors"
+
+
+def _is_rounding(part: Any) -> bool:
+    numbers = part if isinstance(part, list) and len(part) == 3 else [None]
+    return all(type(one) in (int, float) and math.isfinite(one) and one >= 0 for one in numbers)
 
 
 def first_gap(shards: Sequence[ShardRecord]) -> ShardRecord | None:
@@ -58,16 +78,6 @@ def first_gap(shards: Sequence[ShardRecord]) -> ShardRecord | None:
         if shard.number != (before.number + 1 if before is not None and before.rank == shard.rank else 0):
             return shard
     return None
-
-
-def is_rounding(value: Any) -> bool:
-    """Whether this is a ``ShardRecord.rounding``."""
-    return isinstance(value, dict) and all(
-        isinstance(part, list)
-        and len(part) == 3
-        and all(type(one) in (int, float) and math.isfinite(one) and one >= 0 for one in part)
-        for part in value.values()
-    )
 
 
 def relative_errors(shards: Sequence[ShardRecord]) -> dict[str, dict[str, float]]:

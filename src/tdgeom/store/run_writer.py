@@ -56,21 +56,22 @@ class RunLock:
         """Whether this process may write: not after ``release``, and never in a forked copy."""
         return self._lock.is_held
 
-    def clear(self) -> None:
-        """Delete every file in the folder of a run that the catalogue does not have."""
+    def clear(self, beginning: str = "") -> None:
+        """Delete the files, those whose name begins so, that the catalogue does not have."""
+        known = {shard.name for shard in self.catalogue.shards(self.run)}
         for path in self.folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.suffix != ".lock":
+            elif (
+                path.name.lstrip(".").startswith(beginning)
+                and path.name not in known
+                and path.suffix != ".lock"
+            ):
                 path.unlink()
 
-    def remove_leftovers(self) -> None:
+    def clear_leftovers(self) -> None:
         """Delete files of this rank that a killed writer left before the catalogue had them."""
-        known = {shard.name for shard in self.catalogue.shards(self.run)}
-        for path in self.folder.iterdir():
-            is_mine = path.name.lstrip(".").startswith(f"rank-{self.rank:05d}-")
-            if is_mine and path.name not in known:
-                path.unlink()
+        self.clear(f"rank-{self.rank:05d}-")
 
 
 class RunWriter:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from datetime import datetime, timezone
-from html import escape
 from pathlib import Path
 from typing import Any, overload
 
@@ -177,15 +175,7 @@ class Runs:
         return "\n".join(lines + ([f"... and {left} more"] if left > 0 else []))
 
     def _repr_html_(self) -> str:
-        names = ("id", "kind", "state", "model", "dataset", "experiment", "tags", "size", "created")
-        head = "".join(f"<th>{name}</th>" for name in names)
-        body = ""
-        for record in self._records[:_SHOWN]:
-            created = datetime.fromtimestamp(record.created, timezone.utc).isoformat(" ", "minutes")
-            body += (
-                "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in (*_cells(record), created)) + "</tr>"
-            )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{len(self)} runs</p>"
+        return self.to_frame().to_html(max_rows=_SHOWN, show_dimensions=True)
 
 
 def _cells(record: RunRecord) -> tuple[str, ...]:

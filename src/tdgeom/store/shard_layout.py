@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ class ShardLayout:
 
     ``rows``: tensors are joined along their first dimension over all shards; else one shard holds them whole.
     ``several``: a list of TensorDicts, the position in the list being the first part of every key.
-    ``values``: leaves that are no tensors.
+    ``values``: leaves that are no tensors; ``stacks``: the keys of those that hold one value a sequence.
     """
 
     entries: tuple[StoredTensor, ...] = ()
@@ -59,6 +59,7 @@ class ShardLayout:
     batch_size: tuple[int, ...] = ()
     several: bool = False
     values: tuple[tuple[tuple[str, ...], Any], ...] = ()
+    stacks: tuple[tuple[str, ...], ...] = ()
 
     @property
     def by_key(self) -> dict[Key, StoredTensor]:
@@ -89,24 +90,10 @@ class ShardLayout:
 
     def to_json(self) -> str:
         """As text for the catalogue."""
-        return canonical(
-            {
-                "rows": self.rows,
-                "batch_size": self.batch_size,
-                "several": self.several,
-                "values": self.values,
-                "entries": [
-                    {
-                        "key": one.key,
-                        "name": one.name,
-                        "dtype": _dtype_name(one.dtype),
-                        "stored": _dtype_name(one.stored),
-                        "shape": one.shape,
-                    }
-                    for one in self.entries
-                ],
-            }
-        )
+        told = asdict(self)
+        for entry in told["entries"]:
+            entry |= {name: _dtype_name(entry[name]) for name in ("dtype", "stored")}
+        return canonical(told)
 
     @classmethod
     def from_json(cls, text: str, what: str) -> ShardLayout:
@@ -123,6 +110,7 @@ class ShardLayout:
                 batch_size=_shape(raw["batch_size"]),
                 several=_flag(raw["several"]),
                 values=tuple((_key(key), value) for key, value in raw["values"]),
+                stacks=tuple(map(_key, raw.get("stacks", []))),
             )
             _refuse_clashes(layout)
         except (KeyError, TypeError, ValueError) as error:
@@ -201,5 +189,8 @@ def _refuse_clashes(layout: ShardLayout) -> None:
     keys = [one.key for one in layout.entries] + [key for key, _ in layout.values]
     if len(set(names)) != len(names) or len(set(keys)) != len(keys):
         raise ValueError("a name or a key comes twice")
+    values = dict(layout.values)
+    if not all(isinstance(values.get(key), list) for key in layout.stacks):
+        raise ValueError("a stack is no list")
     if {key[:n] for key in keys for n in range(1, len(key))} & set(keys):
         raise ValueError("a key is the parent of another")

@@ -44,28 +44,19 @@ class SqliteFile:
         Raises:
             StoreError: it is something else than a catalogue.
         """
-        if not self.path.exists() or self._is_unfinished():
-            self.create()
-
-    def _is_unfinished(self) -> bool:
-        with self._explained("opening"), self._connected_to_read() as connection:
-            is_marked = connection.execute("PRAGMA user_version").fetchone()[0] > 0
-            return (
-                not is_marked and not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            )
-
-    def create(self) -> None:
-        """Make the tables unless they are there."""
+        if self.path.exists():
+            with self._explained("opening"), self._connected_to_read() as connection:
+                if not _is_blank(connection):
+                    return
         with self._explained("creating"), closing(self._connect("mode=rwc")) as connection:
-            if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
-                _use_write_ahead_log(connection)
-                connection.execute("BEGIN IMMEDIATE")
-                if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                    for statement in _TABLES.values():
-                        connection.execute(statement)
-                    connection.execute(f"PRAGMA application_id={_APPLICATION}")
-                    connection.execute(f"PRAGMA user_version={FORMAT}")
-                connection.execute("COMMIT")
+            _use_write_ahead_log(connection)
+            connection.execute("BEGIN IMMEDIATE")
+            if _is_blank(connection):
+                for statement in _TABLES.values():
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA application_id={_APPLICATION}")
+                connection.execute(f"PRAGMA user_version={FORMAT}")
+            connection.execute("COMMIT")
             self._check(connection)
 
     @contextmanager
@@ -184,6 +175,11 @@ class SqliteFile:
             ) from error
         except (UnicodeDecodeError, OverflowError) as error:
             raise StoreError(f"{doing} the catalogue {self.path}: {error}; the file is damaged.") from error
+
+
+def _is_blank(connection: sqlite3.Connection) -> bool:
+    counts = ("PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
+    return not any(connection.execute(count).fetchone()[0] for count in counts)
 
 
 def _use_write_ahead_log(connection: sqlite3.Connection) -> None:

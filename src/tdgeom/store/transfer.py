@@ -14,7 +14,7 @@ from tdgeom.files.json_text import canonical, read_json_file
 from tdgeom.store.catalogue import BUNDLE, Catalogue
 from tdgeom.store.run_description import RunDescription, describe_run
 from tdgeom.store.run_ids import valid_id
-from tdgeom.store.run_records import KINDS, RunRecord, ShardRecord, first_gap, is_rounding
+from tdgeom.store.run_records import KINDS, RunRecord, ShardRecord, first_gap
 from tdgeom.store.run_shards import check_hash, open_shards
 from tdgeom.store.run_writer import RunLock
 from tdgeom.store.shard_layout import ShardLayout
@@ -137,7 +137,7 @@ def _read(path: Path) -> _Exported:
     kind, layout = told["kind"], ShardLayout.from_json(told["layout"], f"the layout in {path / RECORD}")
     try:
         about = describe_run(**told["about"])
-        shards = sorted((_shard(path, one) for one in told["shards"]), key=lambda one: (one.rank, one.number))
+        shards = sorted(map(ShardRecord.checked, told["shards"]), key=lambda one: (one.rank, one.number))
     except (TypeError, ValueError) as error:
         raise StoreError(f"{path / RECORD} is damaged or was tampered with: {error}") from error
     gap = first_gap(shards)
@@ -147,7 +147,9 @@ def _read(path: Path) -> _Exported:
         )
     if kind == "analysis":
         _check_bundle(path / BUNDLE)
-    else:
+    for shard in shards:
+        check_hash(path / shard.name, shard)
+    if shards:
         open_shards(path, layout, shards)
     return _Exported(path.name, kind, about, layout, float(told["created"]), shards)
 
@@ -164,15 +166,6 @@ def _is_record(told: Any, run: str) -> bool:
         and isinstance(told.get("layout"), str)
         and isinstance(told.get("shards"), list)
     )
-
-
-def _shard(path: Path, told: Any) -> ShardRecord:
-    numbers = told[:4] if isinstance(told, list) and len(told) == 6 else [None]
-    if not all(type(one) is int and 0 <= one < 2**48 for one in numbers) or not is_rounding(told[5]):
-        raise StoreError(f"{path / RECORD} lists a shard that is none: {str(told)[:80]}.")
-    shard = ShardRecord(*told)
-    check_hash(path / shard.name, shard)
-    return shard
 
 
 def _copy_files(source: Path, target: Path, kind: str, shards: Sequence[ShardRecord]) -> None:
