@@ -269,6 +269,36 @@ def test_carried_values_of_any_shape_and_dtype_come_back(store):
         again.update(TensorDict(ragged))
 
 
+def test_rows_are_copied_as_they_come(store):
+    x, ids = torch.empty(10, 4), torch.empty(10, dtype=torch.int64)
+    wanted = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    keep = tg.StoreActivations(store, ["x"], shard_bytes=24 * 25)
+    for first in range(0, 60, 10):  # as a loader that fills one tensor again and again
+        x.copy_(wanted[first : first + 10])
+        torch.arange(first, first + 10, out=ids)
+        keep.update(TensorDict({"tokens": {"x": x}, "row_id": ids}))
+    keep.sync_()
+    x.zero_(), ids.zero_()
+    found = store.rows(keep.run_id)[:]
+    assert torch.equal(found["tokens", "x"], wanted) and torch.equal(found["row_id"], torch.arange(60))
+
+
+@pytest.mark.parametrize("width", [(3,), ()], ids=str)
+def test_complex_rows_are_kept_exactly_or_refused(store, width):
+    x = torch.randn(7, *width, generator=torch.Generator().manual_seed(0), dtype=torch.complex64)
+    for given in (x, x.conj(), x.conj().imag):
+        keep = tg.StoreActivations(store, ["x"])
+        keep.update(TensorDict({"tokens": {"x": given}, "row_id": torch.arange(7)}))
+        keep.sync_()
+        found = store.rows(keep.run_id)[:]["tokens", "x"]
+        assert found.dtype == given.dtype and torch.equal(found, given.resolve_conj().resolve_neg())
+    keep = tg.StoreActivations(store, ["x"], dtype="bfloat16")
+    with pytest.raises(
+        ValueError, match=r"casts real rows to torch.bfloat16, got torch.complex64 at .*view_as_real"
+    ):
+        keep.update(TensorDict({"tokens": {"x": x}, "row_id": torch.arange(7)}))
+
+
 def test_rows_of_a_dtype_that_shards_do_not_hold_begin_no_run(store):
     keep = tg.StoreActivations(store, ["x"])
     with pytest.raises(StoreError, match="'tokens/x' has dtype torch.complex128, which shards do not hold"):

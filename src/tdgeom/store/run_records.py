@@ -68,7 +68,7 @@ class ShardRecord:
 
 
 def _is_rounding(part: Any) -> bool:
-    numbers = part if isinstance(part, list) and len(part) == 3 else [None]
+    numbers: list[Any] = part if isinstance(part, list) and len(part) == 3 else [None]
     return all(type(one) in (int, float) and math.isfinite(one) and one >= 0 for one in numbers)
 
 

@@ -233,6 +233,11 @@ class StoreActivations(StreamingStage):
                     f"StoreActivations expects {key!r} of shape ({count[0]}, ...) beside {self.in_keys[-1]!r}, got "
                     f"{tuple(value.shape)}. Rows of all sites must come from one selection (SelectTokens)."
                 )
+            if self.dtype is not None and position < self._sites and value.is_complex():
+                raise ValueError(
+                    f"StoreActivations casts real rows to {self.dtype}, got {value.dtype} at {key!r}. Keep them as they come "
+                    f"(dtype=None), or give real and imaginary parts as features (torch.view_as_real)."
+                )
             is_cast = position < self._sites and value.is_floating_point()
             stored = self.dtype if self.dtype is not None and is_cast else value.dtype
             tensors[key_tuple(role)] = (value.dtype, stored, value.shape[1:])
