@@ -8,6 +8,7 @@ from tdgeom.analysis.compare import compare
 from tdgeom.analysis.comparison import Comparison
 from tdgeom.analysis.default_pipeline import analysis_pipeline
 from tdgeom.analysis.results import AnalysisResults
+from tdgeom.analysis.settings import AnalysisSettings
 from tdgeom.cli import demo
 from tdgeom.concepts.bases import ConceptBasis, FisherBasis
 from tdgeom.concepts.coordinates import Interpolate, Project, Reconstruct
@@ -103,6 +104,7 @@ __all__ = [
     "compare",
     "Comparison",
     "analysis_pipeline",
+    "AnalysisSettings",
     "AnalysisResults",
     # around the model
     "Capture",

@@ -127,6 +127,15 @@ def test_show_prints_each_site_with_a_bar_in_80_and_120_columns(command, bundle,
             assert word in folded
 
 
+def test_the_ablation_beside_a_baseline_has_a_row_for_each(command, folder, text):
+    options = ("--max-rows", 100, "--untrained", "--diagnostics", "normalization_ablation", "--layers", 0)
+    code, out, err = command("analyze", folder, "--text", text, *options)
+    assert (code, err) == (0, "")
+    rows = out.split("Normalization ablation: d_pr")[1].splitlines()
+    found = [re.findall(r"^ *0 (trained|untrained)((?: +[\d.]+){4})$", row) for row in rows]
+    assert [row[0][0] for row in found if row] == ["trained", "untrained"]
+
+
 def test_tables_need_no_unicode(bundle):
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     print_results(tg.AnalysisResults.load(bundle), Console(file=file, width=60))

@@ -127,7 +127,7 @@ def analyze_model(
         net.to(device)
     if untrained is not False and isinstance(dataloader, Iterator):
         raise ValueError(
-            "untrained= reads the data twice, but the dataloader is an iterator that can be read once. Give a list or a "
+            "analyze_model: untrained= reads the data twice, but the dataloader is an iterator that can be read once. Give a list or a "
             "DataLoader."
         )
     progress = None if progress else False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import pandas as pd
 
@@ -13,31 +13,25 @@ __all__ = ["with_baseline"]
 
 def with_baseline(trained: AnalysisResults, untrained: AnalysisResults) -> AnalysisResults:
     """One analysis with the rows of both, told apart by the column ``weights``; the baseline stays whole at ``baseline``."""
-    both = {"trained": trained, "untrained": untrained}
-
-    def joined(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-        marked = []
-        for weights, table in tables.items():
-            if not table.empty:
-                marked.append(table.copy())
-                marked[-1].insert(0, "weights", weights)
-        return pd.concat(marked, ignore_index=True) if marked else pd.DataFrame()
-
-    def of(attribute: str) -> pd.DataFrame:
-        return joined({weights: getattr(one, attribute) for weights, one in both.items()})
-
-    baseline: dict[str, Any] = {f"untrained_{name}": values for name, values in untrained.eigenvalues.items()}
-    return AnalysisResults(
-        metrics=of("metrics"),
-        novelty=of("novelty"),
-        router=of("router"),
+    own = {f"untrained_{name}": values for name, values in untrained.eigenvalues.items()}
+    return replace(
+        trained,
+        metrics=_both(trained.metrics, untrained.metrics),
+        novelty=_both(trained.novelty, untrained.novelty),
+        router=_both(trained.router, untrained.router),
         diagnostics={
-            name: joined({weights: one.diagnostics[name] for weights, one in both.items()})
-            for name in trained.diagnostics
+            name: _both(table, untrained.diagnostics[name]) for name, table in trained.diagnostics.items()
         },
-        eigenvalues={**trained.eigenvalues, **baseline},
+        eigenvalues={**trained.eigenvalues, **own},
         metadata={**trained.metadata, "baseline": "untrained"},
-        neighbors=trained.neighbors,
-        result=trained.result,
         baseline=untrained,
     )
+
+
+def _both(trained: pd.DataFrame, untrained: pd.DataFrame) -> pd.DataFrame:
+    tables = {"trained": trained, "untrained": untrained}
+    filled = [table.assign(weights=weights) for weights, table in tables.items() if not table.empty]
+    if not filled:
+        return pd.DataFrame()
+    both = pd.concat(filled, ignore_index=True)
+    return both[["weights", *both.columns.drop("weights")]]

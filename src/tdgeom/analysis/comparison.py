@@ -37,7 +37,7 @@ class Comparison(AnalysisResults):
         """
         measure = self.measures[0] if measure is None else measure
         if measure not in self._columns:
-            raise KeyError(f"the comparison has no measure {measure!r}; it has {self._columns}.")
+            raise KeyError(f"Comparison has no measure {measure!r}; it has {self._columns}.")
         order = {side: list(dict.fromkeys(self.novelty[side])) for side in ("a", "b")}
         table = self.novelty.pivot(index="a", columns="b", values=measure)
         return table.loc[order["a"], order["b"]]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 
-from tdgeom.analysis.settings import AnalysisSettings, Metrics
+from tdgeom.analysis.settings import AnalysisSettings
 from tdgeom.core.for_each import ForEach, ForEachPair, pair_list
 from tdgeom.core.keys import key_tuple
 from tdgeom.core.stage import PairStage
@@ -25,7 +24,7 @@ from tdgeom.rows.select_tokens import SelectTokens
 from tdgeom.stream.covariance import StreamingCovariance
 from tdgeom.stream.row_sample import RowSample
 
-__all__ = ["HELD", "analysis_pipeline", "default_pipeline"]
+__all__ = ["HELD", "analysis_pipeline"]
 
 HELD = ("moments", "eigenvectors", "sample", "sample_row_id", *map(str, PRODUCTS))
 
@@ -33,55 +32,30 @@ HELD = ("moments", "eigenvectors", "sample", "sample_row_id", *map(str, PRODUCTS
 def analysis_pipeline(
     capture: Capture,
     sites: Sequence[str],
+    settings: AnalysisSettings | None = None,
     *,
-    metrics: Metrics = "default",
-    diagnostics: str | Sequence[str] | None = None,
     routers: Sequence[str] = (),
     router_top_k: int = 2,
-    sample_size: int = 4096,
-    novelty_k: int = 32,
-    neighbors: bool | int = False,
-    seed: int = 0,
-    select: Mapping[str, Any] | None = None,
 ) -> TensorDictSequential:
-    """The pipeline that ``analyze_model`` runs: only the stages that the metrics need.
+    """The pipeline that ``analyze_model`` runs: only the stages that the metrics asked for need.
 
     Args:
         capture: the hooking context that reads ``sites`` and ``routers``.
         sites: sites whose geometry is measured.
-        metrics: "default" or any of "spectrum", "sample", "novelty", "router", and stages of one's own; each of these runs
-            at every site (a pair stage at every consecutive pair, a ``ForEachPair`` at its own pairs).
-        diagnostics: any of "normalization_ablation".
+        settings: what is asked, ``AnalysisSettings(metrics=..., sample_size=..., ...)``; default all of it. A stage of one's own
+            runs at every site, a pair stage at every consecutive pair, a ``ForEachPair`` at its own pairs; what
+            ``select={"also": ...}`` carries the sample holds too.
         routers: sites of router logits, for the family "router".
         router_top_k: experts a token is routed to.
-        sample_size: rows of the uniform sample.
-        novelty_k: leading eigenvectors compared between sites.
-        neighbors: a table of this many nearest neighbours of the sample's rows (True: 100), for stages with
-            ``source="neighbors"``.
-        seed: seed of the sample.
-        select: further settings of ``SelectTokens`` (positions, skip_first, pool, ...); what its ``also=`` carries the
-            sample holds too.
+
+        >>> import torch, tdgeom as tg
+        >>> capture = tg.Capture(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)), in_keys=["x"])
+        >>> pipeline = analysis_pipeline(capture, capture.sites, tg.AnalysisSettings(metrics="spectrum"))
+        >>> result = tg.run(pipeline, [{"x": torch.randn(50, 2)}])
+        >>> sorted(result["spectrum"].keys())
+        ['residual_input.0', 'residual_input.1']
     """
-    settings = AnalysisSettings(
-        metrics=metrics,
-        diagnostics=diagnostics,
-        sample_size=sample_size,
-        novelty_k=novelty_k,
-        neighbors=neighbors,
-        seed=seed,
-        select=select or {},
-    )
-    return default_pipeline(capture, sites, settings, routers, router_top_k)
-
-
-def default_pipeline(
-    capture: Capture,
-    sites: Sequence[str],
-    settings: AnalysisSettings,
-    routers: Sequence[str] = (),
-    router_top_k: int = 2,
-) -> TensorDictSequential:
-    """``analysis_pipeline`` from the settings of an analysis."""
+    settings = settings or AnalysisSettings()
     pairs = pair_list(sites)
     also = [str(name) for name in settings.select.get("also", ())]
     ends: list[TensorDictModuleBase] = []

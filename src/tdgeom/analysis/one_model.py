@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
 from torch import nn
 
-from tdgeom.analysis.default_pipeline import HELD, default_pipeline
+from tdgeom.analysis.default_pipeline import HELD, analysis_pipeline
 from tdgeom.analysis.metadata import analysis_metadata
 from tdgeom.analysis.result_tables import (
     Measured,
@@ -116,7 +116,7 @@ def _router_sites(model: nn.Module, asked: Capture, settings: AnalysisSettings) 
         return Capture(model, "router_logits", layers=settings.layers).sites
     if wanted is True:
         raise ValueError(
-            "output_router_logits=True, but the model has no router_logits site (tdgeom sites MODEL lists what it has). Use "
+            "analyze_model: output_router_logits=True, but the model has no router_logits site (tdgeom sites MODEL lists what it has). Use "
             "'auto' to measure routers only where there are some."
         )
     return []
@@ -129,7 +129,7 @@ def _by_stack(sites: Sequence[Site], dataloader: Iterable[Any]) -> dict[str | No
         groups.setdefault(site.stack, []).append(site)
     if len(groups) > 1 and isinstance(dataloader, Iterator):
         raise ValueError(
-            f"the sites belong to {len(groups)} stacks {list(groups)}, whose positions differ, so each needs a pass of its own, "
+            f"analyze_model: the sites belong to {len(groups)} stacks {list(groups)}, whose positions differ, so each needs a pass of its own, "
             f"but the dataloader is an iterator that can be read once. Give a list or a DataLoader, or sites of one stack."
         )
     return groups
@@ -144,7 +144,7 @@ def _stack_pipeline(
         settings = replace(settings, select=select)
     top_k = int(getattr(getattr(model, "config", None), "num_experts_per_tok", None) or 2)
     capture = Capture(model, [*map(str, sites), *map(str, routers)])
-    return default_pipeline(capture, sites, settings, routers, top_k)
+    return analysis_pipeline(capture, sites, settings, routers=routers, router_top_k=top_k)
 
 
 def _kept(pipeline: TensorDictSequential, settings: AnalysisSettings) -> list[str]:

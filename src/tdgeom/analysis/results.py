@@ -52,9 +52,17 @@ class AnalysisResults:
 
     def __repr__(self) -> str:
         label = self.metadata.get("model_id") or self.metadata.get("model_class") or "no model"
-        held = {"metrics": self.metrics, "novelty": self.novelty, "router": self.router, **self.diagnostics}
-        tables = [f"{name} {len(table)} x {len(table.columns)}" for name, table in held.items() if len(table)]
+        tables = [
+            f"{name} {len(table)} x {len(table.columns)}"
+            for name, table in self._tables().items()
+            if len(table)
+        ]
         return f"{type(self).__name__}({label}: {', '.join(tables) or 'no tables'})"
+
+    def _tables(self) -> dict[str, pd.DataFrame]:
+        """Every table, under its name in a bundle."""
+        own = {f"diagnostics/{safe_name(name)}": table for name, table in self.diagnostics.items()}
+        return {"metrics": self.metrics, "novelty": self.novelty, "router": self.router, **own}
 
     def _repr_html_(self) -> str:
         return self.metrics.to_html(max_rows=60, index=False)
@@ -73,10 +81,9 @@ class AnalysisResults:
             FileExistsError: the folder exists. ValueError: an unknown mode.
         """
         save_dir = default_folder(self.metadata.get("run_name")) if save_dir is None else save_dir
-        tables = {"metrics": self.metrics, "novelty": self.novelty}
-        if not self.router.empty:
-            tables["router"] = self.router
-        tables |= {f"diagnostics/{safe_name(name)}": table for name, table in self.diagnostics.items()}
+        tables = {
+            name: table for name, table in self._tables().items() if name != "router" or not table.empty
+        }
         metadata = {**self.metadata, "save_mode": save_mode}
         arrays = {"eigenvalues": self.eigenvalues, "neighbors": _packed(self.neighbors)}
         self.artifact_dir = write_bundle(Path(save_dir), tables, arrays, metadata, save_mode, overwrite)
@@ -169,7 +176,7 @@ def _unpacked(arrays: Mapping[str, np.ndarray]) -> TensorDictBase | None:
             tables.set(tuple(key) if isinstance(key, list) else key, torch.from_numpy(values))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
-                f"the neighbour tables hold an entry {name[:80]!r} that is no key: {error}"
+                f"AnalysisResults.load: the neighbour tables hold an entry {name[:80]!r} that is no key: {error}"
             ) from error
         if key[-1] == "index":
             tables.set(tuple(key), tables.get(tuple(key)).long())

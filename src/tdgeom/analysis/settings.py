@@ -44,10 +44,19 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisSettings(Settings):
-    """What ``analyze_model`` is asked; its arguments say what each is.
+    """What an analysis is asked, checked once and frozen; ``analyze_model`` makes it of its arguments of the same names.
+
+    Args:
+        metrics, diagnostics: which measures. sites, layers, output_router_logits: where.
+        max_rows, sample_size, select, seed: of which rows. novelty_k, neighbors: how many directions and neighbours.
+
+    Attributes: ``families``, the families among the metrics; ``stages``, the stages of one's own among them.
 
     Raises:
         ValueError: an unknown family or diagnostic. TypeError: a metric that is neither a name nor a TensorDict module.
+
+        >>> AnalysisSettings(metrics=["sample", "spectrum"]).families
+        ('spectrum', 'sample')
     """
 
     metrics: Metrics = "default"
@@ -64,7 +73,7 @@ class AnalysisSettings(Settings):
         names = [one for one in given if isinstance(one, str)]
         if unknown := [name for name in names if name not in (*FAMILIES, "default")]:
             raise ValueError(
-                f"unknown metric families {unknown}; there is 'default' or any of {list(FAMILIES)}, and any TensorDict module "
+                f"analyze_model: unknown metric families {unknown}; there is 'default' or any of {list(FAMILIES)}, and any TensorDict module "
                 f"of your own (a tg.Stage reading 'sample', 'eigenvalues' or ('moments', ...))."
             )
         everything = not given or "default" in names
@@ -72,7 +81,7 @@ class AnalysisSettings(Settings):
             (self.diagnostics,) if isinstance(self.diagnostics, str) else tuple(self.diagnostics or ())
         )
         if unknown := sorted(set(diagnostics) - set(DIAGNOSTICS)):
-            raise ValueError(f"unknown diagnostics {unknown}; there is {list(DIAGNOSTICS)}.")
+            raise ValueError(f"analyze_model: unknown diagnostics {unknown}; there is {list(DIAGNOSTICS)}.")
         found = {
             "families": tuple(name for name in FAMILIES if everything or name in names),
             "stages": tuple(_module(one) for one in given if not isinstance(one, str)),
@@ -115,7 +124,7 @@ class ComparisonSettings(Settings):
 def _module(given: Any) -> TensorDictModuleBase:
     if not TensorDictModuleBase.is_tdmodule_compatible(given):
         raise TypeError(
-            f"metrics= takes family names and TensorDict modules, got {type(given).__name__}. Wrap a function in "
+            f"analyze_model: metrics= takes family names and TensorDict modules, got {type(given).__name__}. Wrap a function in "
             f"TensorDictModule(function, in_keys=['sample'], out_keys=[('spectrum', 'name')])."
         )
     return given

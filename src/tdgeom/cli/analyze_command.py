@@ -33,11 +33,9 @@ def analyze(
     layers: Layers = "all",
     sites: Sites = "residual_input",
     max_rows: Annotated[
-        int | None, typer.Option("--max-rows", min=2, help=f"Rows (tokens) to measure. [{MAX_ROWS}]")
+        int | None, typer.Option(min=2, help=f"Rows (tokens) to measure. [{MAX_ROWS}]")
     ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", min=2, help="Another name of --max-rows.")
-    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Another name of --max-rows.")] = None,
     metrics: Annotated[
         str, typer.Option(help="default, or any of spectrum,sample,novelty,router.", metavar="FAMILIES")
     ] = "default",

@@ -44,7 +44,7 @@ def compare(
             help="rows (one tokenizer), characters (tokens that end together), document (means), or auto."
         ),
     ] = "auto",
-    max_rows: Annotated[int, typer.Option("--max-rows", min=4, help="Rows to compare.")] = MAX_ROWS,
+    max_rows: Annotated[int, typer.Option(min=4, help="Rows to compare.")] = MAX_ROWS,
     sketch: Annotated[
         int | None,
         typer.Option(min=3, help="Random projections a site, for wide models. [exact moments]", metavar="K"),

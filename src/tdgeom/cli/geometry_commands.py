@@ -42,39 +42,33 @@ PROFILES = {
     "dimension": ("intrinsic_dimension", intrinsic_dimension_profile),
     "overlap": ("overlap", overlap_profile),
 }
-HiddenSites = Annotated[
-    str | None,
-    typer.Option(
-        "--sites",
-        help="Kinds or sites, comma-separated. [attn_input and final_norm, or the last residual_output]",
-        show_default=False,
-    ),
-]
-MaxRows = Annotated[
-    int, typer.Option("--max-rows", min=3, help="Rows to measure: sequences, or tokens with --pool none.")
-]
-Pool = Annotated[
-    str, typer.Option("--pool", help="mean: a row is the mean over a sequence. none: every token is one.")
-]
-Neighbors = Annotated[
-    int | None,
-    typer.Option(
-        "--neighbors",
-        min=1,
-        help="Keep tables of this many nearest neighbours in the bundle, to analyse them later.",
-        metavar="K",
-    ),
-]
 
 
 @dataclass
 class HiddenStateOptions(OneModelOptions):
     """The options of both commands."""
 
-    sites: HiddenSites = None
-    pool: Pool = "mean"
-    max_rows: MaxRows = 10_000
-    neighbors: Neighbors = None
+    sites: Annotated[
+        str | None,
+        typer.Option(
+            help="Kinds or sites, comma-separated. [attn_input and final_norm, or the last residual_output]",
+            show_default=False,
+        ),
+    ] = None
+    pool: Annotated[
+        str, typer.Option(help="mean: a row is the mean over a sequence. none: every token is one.")
+    ] = "mean"
+    max_rows: Annotated[
+        int, typer.Option(min=3, help="Rows to measure: sequences, or tokens with --pool none.")
+    ] = 10_000
+    neighbors: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Keep tables of this many nearest neighbours in the bundle, to analyse them later.",
+            metavar="K",
+        ),
+    ] = None
 
 
 @with_options

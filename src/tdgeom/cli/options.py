@@ -24,47 +24,10 @@ __all__: list[str] = []
 STATE = {"debug": False}
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face id or a local directory.", metavar="MODEL")]
-TextFile = Annotated[
-    str | None, typer.Option("--text", help="A text file; blank lines separate documents.", metavar="FILE")
-]
-JsonLines = Annotated[
-    str | None, typer.Option("--jsonl", help="A field of a JSON-lines file.", metavar="FILE:FIELD")
-]
-Dataset = Annotated[
-    str | None,
-    typer.Option(
-        "--dataset", help="A dataset: NAME[:CONFIG[:SPLIT[:FIELD]]].", metavar="NAME", show_default=False
-    ),
-]
-Layers = Annotated[
-    str, typer.Option("--layers", help="all, or indices such as 0,5,-1, or a range such as 2:8.")
-]
+Layers = Annotated[str, typer.Option(help="all, or indices such as 0,5,-1, or a range such as 2:8.")]
 Sites = Annotated[
-    str,
-    typer.Option(
-        "--sites", help="Kinds or sites, comma-separated; [bold]tdgeom sites MODEL[/bold] lists them."
-    ),
+    str, typer.Option(help="Kinds or sites, comma-separated; [bold]tdgeom sites MODEL[/bold] lists them.")
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences a batch.")]
-MaxLength = Annotated[
-    int | None,
-    typer.Option(
-        "--max-length",
-        min=3,
-        help="Longest sequence; longer documents are split. [256, or what the model takes]",
-    ),
-]
-Out = Annotated[Path | None, typer.Option("--out", help="Save a bundle in this new folder.", metavar="DIR")]
-Plots = Annotated[bool, typer.Option("--plots", help="Write pictures into DIR/plots.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier bundle in DIR.")]
-Device = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; default cuda if there is one.")
-]
-Tokenizer = Annotated[str | None, typer.Option("--tokenizer", help="Another tokenizer than the model's own.")]
-Untrained = Annotated[
-    bool, typer.Option("--untrained", help="Measure the same model with fresh random weights beside it.")
-]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the row sample.")]
 Remote = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
 ]
@@ -74,16 +37,30 @@ Remote = Annotated[
 class TextOptions:
     """The options of every command that measures models on a text."""
 
-    text: TextFile = None
-    jsonl: JsonLines = None
-    dataset: Dataset = None
-    batch_size: BatchSize = 8
-    max_length: MaxLength = None
-    out: Out = None
-    plots: Plots = False
-    overwrite: Overwrite = False
-    device: Device = None
-    seed: Seed = 0
+    text: Annotated[
+        str | None, typer.Option(help="A text file; blank lines separate documents.", metavar="FILE")
+    ] = None
+    jsonl: Annotated[str | None, typer.Option(help="A field of a JSON-lines file.", metavar="FILE:FIELD")] = (
+        None
+    )
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="A dataset: NAME[:CONFIG[:SPLIT[:FIELD]]].", metavar="NAME", show_default=False),
+    ] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a batch.")] = 8
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=3, help="Longest sequence; longer documents are split. [256, or what the model takes]"
+        ),
+    ] = None
+    out: Annotated[Path | None, typer.Option(help="Save a bundle in this new folder.", metavar="DIR")] = None
+    plots: Annotated[bool, typer.Option("--plots", help="Write pictures into DIR/plots.")] = False
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier bundle in DIR.")] = False
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default cuda if there is one.")
+    ] = None
+    seed: Annotated[int, typer.Option(help="Seed of the row sample.")] = 0
     trust_remote_code: Remote = False
 
     def documents(self) -> tuple[Iterable[str], str]:
@@ -173,8 +150,10 @@ class TextOptions:
 class OneModelOptions(TextOptions):
     """The options of every command that measures one model."""
 
-    tokenizer: Tokenizer = None
-    untrained: Untrained = False
+    tokenizer: Annotated[str | None, typer.Option(help="Another tokenizer than the model's own.")] = None
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="Measure the same model with fresh random weights beside it.")
+    ] = False
 
     def loaded(
         self, model: str, documents: Iterable[str], labels: Sequence[float] | None = None

@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from tdgeom.cli.terminal_tables import cells_of, plain_table, titled
+from tdgeom.cli.terminal_tables import cells_of, columns_table, titled
 from tdgeom.plot.pair_grids import pair_grid, short_names
 
 __all__: list[str] = []
@@ -30,17 +30,13 @@ def print_comparison(result: Any, console: Console) -> None:
     console.print(
         Text.assemble((ids, "bold"), f": {int(data['rows_observed']):,} rows, {HOW[data['align']]}")
     )
-    table = plain_table()
-    table.add_column(names[0], justify="right")
-    columns = []
+    headings, columns = [names[0]], []
     for measure in measures:
         grid, rows, across = pair_grid(result.novelty, measure, False, None)
         fair = np.nan_to_num(grid, nan=np.inf if measure in DISTANCES else -np.inf)
         best = fair.argmin(1) if measure in DISTANCES else fair.argmax(1)
         near = short_names(across)
-        table.add_column(f"{measure}".replace("_", "_\n", 1), justify="right")
-        table.add_column(f"at {names[1]}", justify="right")
+        headings += [measure.replace("_", "_\n", 1), f"at {names[1]}"]
         columns += [cells_of(grid[np.arange(len(rows)), best].tolist(), measure), [near[at] for at in best]]
-    for index, label in enumerate(short_names(rows)):
-        table.add_row(label, *(column[index] for column in columns))
+    table = columns_table(headings, [short_names(rows), *columns])
     titled(console, f"Each layer of {names[0]}, and the layer of {names[1]} that is nearest to it", table)

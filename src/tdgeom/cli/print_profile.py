@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tdgeom.cli.print_results import headline
-from tdgeom.cli.terminal_tables import cells_of, plain_table, titled
+from tdgeom.cli.terminal_tables import cells_of, columns_table, titled
 
 __all__: list[str] = []
 
@@ -55,13 +55,9 @@ def _column(row: dict[Any, Any]) -> str:
 def _print_pivot(title: str, table: pd.DataFrame, value: str, console: Console) -> None:
     """A line a site, in the order of the table, and a column for each entry of ``column``."""
     sites = list(dict.fromkeys(table["site"]))
-    drawn = plain_table()
-    drawn.add_column("site", justify="right", no_wrap=True)
-    made = []
+    headings, columns = ["site"], [sites]
     for column, rows in table.groupby("column", sort=False):
-        drawn.add_column(str(column).replace("_", "_\n", 1).replace(" (", "\n("), justify="right")
+        headings.append(str(column).replace("_", "_\n", 1).replace(" (", "\n("))
         by_site = dict(zip(rows["site"], rows[value]))
-        made.append(cells_of([by_site.get(site) for site in sites], value))
-    for index, site in enumerate(sites):
-        drawn.add_row(site, *(column[index] for column in made))
-    titled(console, title, drawn)
+        columns.append(cells_of([by_site.get(site) for site in sites], value))
+    titled(console, title, columns_table(headings, columns))

@@ -10,35 +10,20 @@ import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
-from tdgeom.cli.terminal_tables import bar_of, broken, cell, cells_of, decimals_of, plain_table, titled
+from tdgeom.cli.terminal_tables import bar_of, broken, cells_of, columns_table, titled
 
 __all__ = ["headline", "print_results"]
 
 LEAST_BAR = 12
 # shown in this order as far as the width goes; the first one present gets the bar
 METRICS = (
-    "d_pr",
-    "effective_rank",
-    "top1_share",
-    "k90",
-    "cos_sim_mean",
-    "stable_rank",
-    "alpha_req",
-    "norm_mean",
-    "d_entropy",
-    "k99",
-    "top10_share",
-    "ve_32",
-    "near_rank1",
-)
+    "d_pr", "effective_rank", "top1_share", "k90", "cos_sim_mean", "stable_rank", "alpha_req", "norm_mean", "d_entropy",
+    "k99", "top10_share", "ve_32", "near_rank1",
+)  # fmt: skip
 NOVELTY = ("feature_subspace_novelty", "linear_cka", "layer_cosine_sim")
 ROUTER = (
-    "router_entropy_norm",
-    "load_imbalance",
-    "most_used_expert",
-    "top_expert_load",
-    "routed_assignments",
-)
+    "router_entropy_norm", "load_imbalance", "most_used_expert", "top_expert_load", "routed_assignments",
+)  # fmt: skip
 IDENTITY = {
     "model_key", "model_label", "site", "kind", "stack", "layer", "num_layers", "layer_norm_depth", "relative_depth",
     "tokens_observed", "hidden_dim", "a", "b", "transition", "novelty_k", "variant", "tokens",
@@ -139,33 +124,25 @@ def _print(console: Console, title: str, table: pd.DataFrame, wanted: Sequence[s
         room -= needed
         shown.append(column)
         cells.append(made)
-    bar_width = min(30, LEAST_BAR + max(room, 0))
-    drawn = plain_table()
-    drawn.add_column(name, justify="right", no_wrap=True, overflow="fold")
+    headings, parts = [name], [labels]
     if shown:
         values = [float(value) for value in table[shown[0]]]
-        finite = [abs(value) for value in values if math.isfinite(value)]
-        top = 1.0 if shown[0] in UNIT else max(finite, default=1.0)
-        drawn.add_column(broken(shown[0]), justify="right", overflow="fold")
-        drawn.add_column("", style="cyan", min_width=bar_width, overflow="fold")
-        for column in shown[1:]:
-            drawn.add_column(broken(column), justify="right", overflow="fold")
-        for row, label in enumerate(labels):
-            bar = bar_of(values[row], top, bar_width, console)
-            drawn.add_row(label, cells[0][row], bar, *(made[row] for made in cells[1:]))
+        top = 1.0 if shown[0] in UNIT else max(filter(math.isfinite, map(abs, values)), default=1.0)
+        width = min(30, LEAST_BAR + max(room, 0))
+        bars = [bar_of(value, top, width, console) for value in values]
+        headings += [broken(shown[0]), "", *map(broken, shown[1:])]
+        parts += [cells[0], bars, *cells[1:]]
+    drawn = columns_table(headings, parts)
+    if shown:
+        bar = drawn.columns[2]
+        bar.justify, bar.style, bar.min_width = "left", "cyan", width
     titled(console, title, drawn)
 
 
 def _print_ablation(console: Console, name: str, table: pd.DataFrame) -> None:
-    variants = list(dict.fromkeys(table["variant"]))
-    drawn = plain_table()
-    first = table[table["variant"] == variants[0]]
-    heading, labels = _label(first)
-    drawn.add_column(heading, justify="right", overflow="fold")
-    for variant in variants:
-        drawn.add_column(broken(variant), justify="right", overflow="fold")
-    decimals = decimals_of(table["d_pr"])
-    by_site = {key: rows.set_index("variant")["d_pr"] for key, rows in table.groupby("site", sort=False)}
-    for label, site in zip(labels, first["site"]):
-        drawn.add_row(label, *(cell(by_site[site].get(variant), "d_pr", decimals) for variant in variants))
+    heading, labels = _label(table)
+    variants, rows = list(dict.fromkeys(table["variant"])), list(dict.fromkeys(labels))
+    cells = dict(zip(zip(table["variant"], labels), cells_of(table["d_pr"], "d_pr")))
+    by_variant = [[cells.get((variant, row), "-") for row in rows] for variant in variants]
+    drawn = columns_table([heading, *map(broken, variants)], [rows, *by_variant])
     titled(console, f"{name.replace('_', ' ').capitalize()}: d_pr", drawn)

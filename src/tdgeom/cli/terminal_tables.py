@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["bar_of", "broken", "cell", "cells_of", "decimals_of", "plain_table", "titled"]
+__all__ = ["bar_of", "broken", "cell", "cells_of", "columns_table", "plain_table", "titled"]
 
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 COUNTS = ("most_used_expert", "routed_assignments")  # whole numbers, as are k90, k95, ...
@@ -20,6 +20,16 @@ COUNTS = ("most_used_expert", "routed_assignments")  # whole numbers, as are k90
 def plain_table() -> Table:
     """An empty table in the look of all."""
     return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+
+
+def columns_table(headings: Iterable[str], columns: Iterable[list[str]]) -> Table:
+    """A table from columns of text, aligned on the right; the first names the rows and is never broken."""
+    table = plain_table()
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right", no_wrap=number == 0, overflow="fold")
+    for row in zip(*columns):
+        table.add_row(*row)
+    return table
 
 
 def titled(console: Console, title: str, table: Table) -> None:

@@ -111,18 +111,18 @@ def read_dataset(spec: str) -> Documents:
         import datasets
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "reading a dataset by name needs the package 'datasets': pip install datasets, or give the text itself "
+            "read_dataset needs the package 'datasets': pip install datasets, or give the text itself "
             "(--text FILE, --jsonl FILE:FIELD)."
         ) from None
     name, config, split, field, *more = [*str(spec).split(":"), "", "", ""][: max(4, spec.count(":") + 1)]
     if more or not name:
-        raise ValueError(f"a dataset is NAME[:CONFIG[:SPLIT[:FIELD]]], got {spec!r}.")
+        raise ValueError(f"read_dataset: a dataset is NAME[:CONFIG[:SPLIT[:FIELD]]], got {spec!r}.")
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
     except Exception as error:  # offline, misspelt, gated: datasets has a class for each
         said = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"could not open the dataset {spec!r}: {said} Give NAME[:CONFIG[:SPLIT[:FIELD]]] of a dataset that is reachable "
+            f"read_dataset could not open {spec!r}: {said} Give NAME[:CONFIG[:SPLIT[:FIELD]]] of a dataset that is reachable "
             f"or in the cache, or a local directory."
         ) from error
 

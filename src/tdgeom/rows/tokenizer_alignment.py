@@ -113,7 +113,7 @@ class PairedTexts:
         slow = [t for t in (tokenizer_a, tokenizer_b) if not getattr(t, "is_fast", False)]
         if align == "characters" and slow:
             raise ValueError(
-                f"align='characters' needs tokenizers that know where each token stands in the text (fast ones), got "
+                f"PairedTexts: align='characters' needs tokenizers that know where each token stands in the text (fast ones), got "
                 f"{type(slow[0]).__name__}. Take align='document'."
             )
         self.texts, self.tokenizers, self.align = texts, (tokenizer_a, tokenizer_b), align
@@ -169,7 +169,7 @@ class PairedTexts:
             if not self._told and len(row) == self.max_length < len(_ids(tokenizer, text)):
                 self._told = True
                 warnings.warn(
-                    f"a document has {len(_ids(tokenizer, text)):,} tokens: here and in others what is beyond "
+                    f"PairedTexts: a document has {len(_ids(tokenizer, text)):,} tokens: here and in others what is beyond "
                     f"max_length={self.max_length} is left out. "
                     f"Split long documents, or raise max_length where the models take more.",
                     stacklevel=2,
@@ -179,7 +179,7 @@ class PairedTexts:
 def _document(text: Any) -> str:
     if not isinstance(text, str):
         raise TypeError(
-            f"two tokenizers need documents as strings, got {type(text).__name__}: give the texts themselves, not their batches."
+            f"PairedTexts needs documents as strings, got {type(text).__name__}: give the texts themselves, not their batches."
         )
     return text
 

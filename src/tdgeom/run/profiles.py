@@ -49,7 +49,9 @@ def intrinsic_dimension_profile(result: Any) -> pd.DataFrame:
         >>> frame[["layer", "relative_depth", "estimator"]].values.tolist()
         [[0, 0.0, 'twonn'], [1, 1.0, 'twonn']]
     """
-    return _of_each(result, _dimension_rows, "under 'dimension'", "ForEach", "TwoNN")
+    return _of_each(
+        "intrinsic_dimension_profile", result, _dimension_rows, "under 'dimension'", "ForEach", "TwoNN"
+    )
 
 
 def overlap_profile(result: Any) -> pd.DataFrame:
@@ -75,7 +77,7 @@ def overlap_profile(result: Any) -> pd.DataFrame:
         [['neighborhood_overlap', 'attn_input.0', 'attn_input.1']]
     """
     what = f"of {', '.join(sorted(OVERLAPS))}"
-    return _of_each(result, _overlap_rows, what, "ForEachPair", "NeighborhoodOverlap")
+    return _of_each("overlap_profile", result, _overlap_rows, what, "ForEachPair", "NeighborhoodOverlap")
 
 
 def relative_depths(sites: Iterable[str]) -> dict[str, float]:
@@ -109,6 +111,7 @@ def _place(part: SiteParts, after_inputs: bool) -> int | None:
 
 
 def _of_each(
+    caller: str,
     result: Any,
     rows: Callable[[TensorDictBase], Iterator[dict[str, Any]]],
     what: str,
@@ -117,25 +120,25 @@ def _of_each(
 ) -> pd.DataFrame:
     """The rows of a result, and of its untrained baseline where it has one."""
     found = []
-    for weights, one in _results(result):
+    for weights, one in _results(caller, result):
         for row in rows(one):
             found.append(row if weights is None else {"weights": weights, **row})
     if not found:
-        have = sorted(map(str, _results(result)[0][1].keys()))
+        have = sorted(map(str, _results(caller, result)[0][1].keys()))
         raise KeyError(
-            f"the result has nothing {what}; there is {have}. Put tg.{over}(tg.{stage}(), sites) in the pipeline, or "
+            f"{caller}: the result has nothing {what}; there is {have}. Put tg.{over}(tg.{stage}(), sites) in the pipeline, or "
             f"tg.{stage}() into the metrics= of analyze_model."
         )
     return whole_numbers(pd.DataFrame(found), "layer", "other_layer", "rows", "duplicates")
 
 
-def _results(result: Any) -> list[tuple[str | None, TensorDictBase]]:
+def _results(caller: str, result: Any) -> list[tuple[str | None, TensorDictBase]]:
     if is_tensor_collection(result):
         return [(None, result)]
     own, baseline = getattr(result, "result", None), getattr(result, "baseline", None)
     if own is None:
         raise ValueError(
-            f"a profile is made from what run() returned, or from AnalysisResults fresh from analyze_model; got "
+            f"{caller} takes what run() returned, or AnalysisResults fresh from analyze_model; got "
             f"{type(result).__name__} without a result. A loaded bundle has its tables in .metrics and, saved with "
             f"neighbors=True, its neighbour tables in .neighbors: run the estimators on those with source='neighbors'."
         )

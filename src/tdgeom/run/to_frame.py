@@ -42,7 +42,7 @@ def to_frame(result: TensorDictBase, root: str) -> pd.DataFrame:
     branch = result.get(root, None)
     if branch is None or not is_tensor_collection(branch):
         have = sorted(str(key) for key in result.keys() if is_tensor_collection(result.get(key)))
-        raise KeyError(f"the result has nothing under {root!r}; there is {have}.")
+        raise KeyError(f"to_frame: the result has nothing under {root!r}; there is {have}.")
     rows: dict[tuple[str, ...], dict[str, object]] = {}
     for path, value in leaves(branch):
         where, name = path[:-1], path[-1]
