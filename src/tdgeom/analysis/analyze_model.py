@@ -127,8 +127,8 @@ def analyze_model(
         net.to(device)
     if untrained is not False and isinstance(dataloader, Iterator):
         raise ValueError(
-            "analyze_model: untrained= reads the data twice, but the dataloader is an iterator that can be read once. Give a list or a "
-            "DataLoader."
+            "analyze_model: untrained= reads the data twice, but the dataloader is an iterator that can be read once. "
+            "Give a list or a DataLoader."
         )
     progress = None if progress else False
     options = {"every": every, "in_keys": in_keys, "progress": progress}

@@ -116,8 +116,8 @@ def _router_sites(model: nn.Module, asked: Capture, settings: AnalysisSettings) 
         return Capture(model, "router_logits", layers=settings.layers).sites
     if wanted is True:
         raise ValueError(
-            "analyze_model: output_router_logits=True, but the model has no router_logits site (tdgeom sites MODEL lists what it has). Use "
-            "'auto' to measure routers only where there are some."
+            "analyze_model: output_router_logits=True, but the model has no router_logits site (tdgeom sites MODEL "
+            "lists what it has). Use 'auto' to measure routers only where there are some."
         )
     return []
 
@@ -129,8 +129,9 @@ def _by_stack(sites: Sequence[Site], dataloader: Iterable[Any]) -> dict[str | No
         groups.setdefault(site.stack, []).append(site)
     if len(groups) > 1 and isinstance(dataloader, Iterator):
         raise ValueError(
-            f"analyze_model: the sites belong to {len(groups)} stacks {list(groups)}, whose positions differ, so each needs a pass of its own, "
-            f"but the dataloader is an iterator that can be read once. Give a list or a DataLoader, or sites of one stack."
+            f"analyze_model: the sites belong to {len(groups)} stacks {list(groups)}, whose positions differ, so each needs "
+            f"a pass of its own, but the dataloader is an iterator that can be read once. Give a list or a DataLoader, or "
+            f"sites of one stack."
         )
     return groups
 

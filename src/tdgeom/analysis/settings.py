@@ -73,8 +73,8 @@ class AnalysisSettings(Settings):
         names = [one for one in given if isinstance(one, str)]
         if unknown := [name for name in names if name not in (*FAMILIES, "default")]:
             raise ValueError(
-                f"analyze_model: unknown metric families {unknown}; there is 'default' or any of {list(FAMILIES)}, and any TensorDict module "
-                f"of your own (a tg.Stage reading 'sample', 'eigenvalues' or ('moments', ...))."
+                f"analyze_model: unknown metric families {unknown}; there is 'default' or any of {list(FAMILIES)}, and any "
+                f"TensorDict module of your own (a tg.Stage reading 'sample', 'eigenvalues' or ('moments', ...))."
             )
         everything = not given or "default" in names
         diagnostics = (

@@ -113,8 +113,8 @@ class PairedTexts:
         slow = [t for t in (tokenizer_a, tokenizer_b) if not getattr(t, "is_fast", False)]
         if align == "characters" and slow:
             raise ValueError(
-                f"PairedTexts: align='characters' needs tokenizers that know where each token stands in the text (fast ones), got "
-                f"{type(slow[0]).__name__}. Take align='document'."
+                f"PairedTexts: align='characters' needs tokenizers that know where each token stands in the text (fast ones), "
+                f"got {type(slow[0]).__name__}. Take align='document'."
             )
         self.texts, self.tokenizers, self.align = texts, (tokenizer_a, tokenizer_b), align
         self.batch_size, self.max_length = batch_size, max_length
