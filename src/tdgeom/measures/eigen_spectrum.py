@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tdgeom.core.keys import Keys
 from tdgeom.core.stage import Stage
+from tdgeom.numerics.centring import real_rows
 from tdgeom.numerics.eigenvalues import leading_eigenpairs, symmetric_eigenvalues
 
 __all__ = ["EigenSpectrum", "covariance_eigenvalues", "eigen_spectrum"]
@@ -36,6 +37,7 @@ def eigen_spectrum(
 
 def _finite(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """eigh raises on NaN: such a matrix goes in as zeros and comes out as NaN, the others of the batch as they are."""
+    covariance = real_rows(covariance, "the spectrum of a covariance")
     finite = torch.isfinite(covariance).all(-1).all(-1)[..., None]
     return torch.where(finite[..., None], covariance.double(), 0.0), finite
 

@@ -11,7 +11,7 @@ from tdgeom.core.keys import Key
 from tdgeom.core.stage import Stage
 from tdgeom.measures.eigen_spectrum import covariance_eigenvalues
 from tdgeom.measures.spectrum import entropy_dimension
-from tdgeom.numerics.centring import holds, warn_undefined
+from tdgeom.numerics.centring import holds, real_rows, warn_undefined
 from tdgeom.numerics.hashing import fingerprint
 from tdgeom.numerics.products import gram
 
@@ -39,6 +39,7 @@ PRODUCTS: dict[Key, str] = {
 
 def working(rows: Tensor) -> Tensor:
     """Rows in the precision their products are taken in: float64 stays, everything else becomes float32."""
+    rows = real_rows(rows, "a measure of a sample")
     return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
 
 

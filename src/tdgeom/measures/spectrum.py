@@ -13,7 +13,7 @@ from tdgeom.core.keys import Key, Keys
 from tdgeom.core.stage import Stage
 from tdgeom.core.warnings import UndefinedMeasureWarning
 from tdgeom.measures.eigen_spectrum import covariance_eigenvalues
-from tdgeom.numerics.centring import holds, warn_undefined
+from tdgeom.numerics.centring import holds, real_rows, warn_undefined
 from tdgeom.numerics.eigenvalues import refuse_truncated
 
 __all__ = [
@@ -64,6 +64,7 @@ def _slope_over_ranks(values: Tensor, first: int, last: int, x: Tensor, weight: 
 
 def _descending(eigenvalues: Tensor) -> Tensor:
     # torch.linalg.eigvalsh gives them ascending, and every measure of rank would be of the wrong end, without a word.
+    eigenvalues = real_rows(eigenvalues, "a measure of eigenvalues")
     return eigenvalues.double().neg().sort(-1).values.neg()  # and NaN, of unknown ones, comes last
 
 
@@ -235,8 +236,8 @@ def rankme(count: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
     2.0
     """
     n = count.double()[..., None, None]
-    mean = mean.double()
-    gram = (n - 1) * covariance.double() + n * mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    mean, covariance = (real_rows(moment, "rankme").double() for moment in (mean, covariance))
+    gram = (n - 1) * covariance + n * mean.unsqueeze(-1) * mean.unsqueeze(-2)
     return entropy_dimension(covariance_eigenvalues(gram).sqrt())
 
 
