@@ -400,3 +400,9 @@ def test_leaves_of_a_sketch_are_not_taken_for_exact_ones():
         measured(td, CCA(source="moments"))
     with pytest.raises(ValueError, match="source='sketch'"):
         measured(td, LinearCKA(source="moments"))
+    as_wide = published(streamed((x, x), 100, sketch=50, groups=5))  # as many projections as features
+    for measure in (CCA, SVCCA, PWCCA, LinearR2, Procrustes):
+        with pytest.raises(
+            ValueError, match=rf"{measure.__name__} expects exact moments.*\(50, 50\) and a table as norm4"
+        ):
+            measured(as_wide, measure(source="moments"))

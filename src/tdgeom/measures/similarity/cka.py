@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tdgeom.core.keys import Keys
 from tdgeom.measures.similarity.hsic import alignment, hsic1
-from tdgeom.measures.similarity.pair_sources import MomentPairStage, Source
+from tdgeom.measures.similarity.pair_sources import MomentPairStage, Source, refuse_sketch
 from tdgeom.measures.similarity.projected_cka import block_squares, group_traces, ratio_over_groups
 from tdgeom.numerics.centring import as_rows, centre, check_matched, warn_undefined
 from tdgeom.numerics.products import gram
@@ -192,6 +192,7 @@ class LinearCKA(MomentPairStage):
     """
 
     sources = ("sample", "moments", "sketch")
+    optional = frozenset()
 
     def __init__(
         self,
@@ -218,7 +219,7 @@ class LinearCKA(MomentPairStage):
             return _prepare(inputs[0], "LinearCKA")
         n, covariance, norm4 = (value.to(torch.float64) for value in inputs)
         if self.source == "moments":
-            _refuse_sketch(norm4)
+            refuse_sketch("LinearCKA", n, None, covariance, norm4)
             norm4 = norm4[..., None, None]
         scatter, groups = covariance * (n - 1)[..., None, None], norm4.shape[-1]
         return _Moments(n, group_traces(scatter, groups), block_squares(scatter, groups), norm4)
@@ -243,15 +244,6 @@ class LinearCKA(MomentPairStage):
         for name, (value, *_) in zip(self.estimates, found):
             warn_undefined(value, name, _REASON if name == "linear_cka" else _REASON_DEBIASED)
         return [value for values in found for value in values]
-
-
-def _refuse_sketch(norm4: Tensor) -> None:
-    # Exact moments of a batch of data sets would have a batch of counts too, which then broadcasts; a sketch has not.
-    if norm4.ndim >= 2 and norm4.shape[-1] == norm4.shape[-2]:
-        raise ValueError(
-            f"LinearCKA reads norm4 of shape {tuple(norm4.shape)}, a table over groups of projections: these are the "
-            f"leaves of a sketch. Take source='sketch'."
-        )
 
 
 def _tables(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tdgeom.measures.similarity.pair_sources import MomentPairStage
+from tdgeom.measures.similarity.pair_sources import MomentPairStage, refuse_sketch
 from tdgeom.numerics.centring import as_rows, centre
 
 __all__ = ["Factor", "LinearPairStage", "factor_moments", "factor_rows", "overlap"]
@@ -131,5 +131,6 @@ class LinearPairStage(MomentPairStage):
     def prepare(self, *inputs: Tensor) -> Factor:
         """One decomposition a site."""
         if self.source == "moments":
-            return factor_moments(*inputs, standardise=self.standardise, share=self.share)
+            refuse_sketch(self.__name__, *inputs)
+            return factor_moments(*inputs[:3], standardise=self.standardise, share=self.share)
         return factor_rows(inputs[0], self.__name__, standardise=self.standardise, share=self.share)

@@ -5,14 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from torch import Tensor
+
 from tdgeom.core.keys import Key, Keys
 from tdgeom.core.stage import PairStage
 
-__all__ = ["MATCHED_ROWS", "MomentPairStage", "Source"]
+__all__ = ["MATCHED_ROWS", "MomentPairStage", "Source", "refuse_sketch"]
 
 Source = Literal["sample", "moments", "sketch"]
 
 MATCHED_ROWS: dict[Key, str] = {("sample", "a"): "N D", ("sample", "b"): "N E"}
+
+
+def refuse_sketch(
+    reader: str, count: Tensor, mean: Tensor | None, covariance: Tensor, norm4: Tensor | None
+) -> None:
+    """An error where exact moments are read and these are of random projections.
+
+    Those have a table of norm4 over their groups, and a covariance of another width than the mean.
+    """
+    table = norm4 is not None and norm4.ndim >= count.ndim + 2 and norm4.shape[-1] == norm4.shape[-2]
+    if table or (mean is not None and mean.shape[-1] != covariance.shape[-1]):
+        raise ValueError(
+            f"{reader} expects exact moments, a mean and a covariance of the same D and one number as norm4, got a covariance of "
+            f"shape {tuple(covariance.shape)}{' and a table as norm4' if table else ''}: the leaves of a sketch. Leave "
+            f"sketch= out of StreamingCrossMoments, or take LinearCKA(source='sketch')."
+        )
 
 
 class MomentPairStage(PairStage):
@@ -25,12 +43,15 @@ class MomentPairStage(PairStage):
 
     Class attributes:
         sources: those that ``source=`` may name. measures: the names of what is written under "between".
-        side_leaves, pair_leaves: what is read with any source but "sample", and its shape on side a.
+        side_leaves, pair_leaves: what is read with any source but "sample", and its shape on side a. ``norm4`` tells moments
+            from a sketch of them, where it is there.
     """
+
+    optional = frozenset({"norm4"})
 
     sources: Sequence[Source] = ("sample", "moments")
     measures: Sequence[str] = ()
-    side_leaves: Mapping[str, str] = {"count": "", "mean": "D", "covariance": "D D"}
+    side_leaves: Mapping[str, str] = {"count": "", "mean": "D_mean", "covariance": "D D"}
     pair_leaves: Mapping[str, str] = {"cross_covariance": "D E"}
 
     def __init__(self, *, source: Source = "sample", in_keys: Keys = None, out_keys: Keys = None) -> None:
@@ -45,5 +66,8 @@ class MomentPairStage(PairStage):
                 for leaf, shape in self.side_leaves.items()
             }
             reads |= {("cross_moments", leaf): shape for leaf, shape in self.pair_leaves.items()}
+            reads |= {
+                ("cross_moments", side, "norm4"): "" for side in "ab" if "norm4" not in self.side_leaves
+            }
         writes: list[Key] = [("between", name) for name in self.measures]
         super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=writes)

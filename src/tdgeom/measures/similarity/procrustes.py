@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tdgeom.measures.similarity.pair_sources import MomentPairStage
+from tdgeom.measures.similarity.pair_sources import MomentPairStage, refuse_sketch
 from tdgeom.numerics.centring import as_rows, centre, check_matched, warn_undefined
 
 __all__ = ["Procrustes", "angular_shape", "procrustes"]
@@ -102,6 +102,7 @@ class Procrustes(MomentPairStage):
         """Unit norm; (N, min(N, D)) rows or the total variance."""
         if self.source == "sample":
             return _shape(inputs[0], "Procrustes")
+        refuse_sketch("Procrustes", *inputs)
         return torch.diagonal(inputs[2].to(torch.float64), dim1=-2, dim2=-1).sum(-1)
 
     def compare(self, a: Tensor, b: Tensor, *rest: Tensor) -> dict[str, Tensor]:
