@@ -155,7 +155,7 @@ def _chosen(store: Any, names: list[str]) -> Any:
 
     found = store.query()
     ids = list(dict.fromkeys(found[name]["id"] for name in names))
-    return Runs(store.catalogue, [store.catalogue.record(run) for run in ids])
+    return Runs(store, [store.catalogue.record(run) for run in ids])
 
 
 def _show(runs: Any) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
-
-from tensordict import TensorDict
 
 from tdgeom.files.atomic import explain
 from tdgeom.files.bundle import Bundle, read_bundle
@@ -19,8 +17,7 @@ from tdgeom.store.capture_tree import Captured, pack
 from tdgeom.store.catalogue import BUNDLE, Catalogue
 from tdgeom.store.integrity import Damage, find_damage
 from tdgeom.store.query import condition, names
-from tdgeom.store.row_source import RowSource
-from tdgeom.store.run_access import load_run, readable, remove_run, rows_of_run
+from tdgeom.store.run_access import RunAccess
 from tdgeom.store.run_description import RunDescription, describe_run
 from tdgeom.store.run_ids import new_id
 from tdgeom.store.run_records import STATES, ShardRecord
@@ -43,7 +40,7 @@ class Analysis(Protocol):
         """Write the bundle."""
 
 
-class ActivationStore:
+class ActivationStore(RunAccess):
     """A folder that keeps activations and analyses, and finds them again.
 
     Beside the runs' folders lies one SQLite file, the catalogue: what each run is, in which state, and which finished
@@ -68,7 +65,7 @@ class ActivationStore:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
-        self.catalogue = Catalogue(self.path)
+        super().__init__(Catalogue(self.path))
         if not self.catalogue.path.exists():
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -104,52 +101,6 @@ class ActivationStore:
             self.catalogue.add_shard(lock.run, ShardRecord(0, 0, 0, *write_shard(path, tensors), {}))
         return lock.run
 
-    def load(
-        self, run: str, *, partial: bool = False
-    ) -> tuple[TensorDict | list[TensorDict], dict[str, Any]]:
-        """(activations, metadata) of a run, all in memory, every shard checked against its hash; for large runs see ``rows``.
-
-        Args:
-            run: its id.
-            partial: load the finished shards of a run that is not complete.
-
-        Raises:
-            StoreLookupError: no such run. StoreError: it is not complete, or its files are damaged.
-        """
-        return load_run(self.catalogue, run, partial=partial)
-
-    def rows(
-        self,
-        run: str,
-        *,
-        sites: Sequence[str] | None = None,
-        also: Sequence[str] = (),
-        batch_rows: int = 2048,
-        partial: bool = False,
-        verify: bool = False,
-    ) -> RowSource:
-        """The rows of a stored run as a data source: ``tg.run(pipeline, store.rows(run))``.
-
-        Args:
-            run: its id.
-            sites: the sites to read; default all, with every carried value.
-            also: carried values to read beside the sites given.
-            batch_rows: rows a batch.
-            partial: read the finished shards of a run that is not complete.
-            verify: check every shard against its hash before the first of its rows is read, which reads it once more; else
-                sizes and headers are checked.
-
-        Raises:
-            StoreLookupError: no such run, or no such site in it. StoreError: not complete, or it holds no rows.
-        """
-        return rows_of_run(
-            self.catalogue, run, sites=sites, also=also, batch_rows=batch_rows, partial=partial, verify=verify
-        )
-
-    def metadata(self, run: str) -> dict[str, Any]:
-        """Everything the catalogue says of a run, as JSON values."""
-        return self.catalogue.metadata(run)
-
     def query(self, **wanted: Any) -> Runs:
         """The runs that fit: ``store.query(model="gpt2", tag="final", capture={"layers": [0, 5]})``.
 
@@ -168,7 +119,7 @@ class ActivationStore:
                 f"query: there is no state {sorted(unknown)[0]!r}; a run is one of {list(STATES)}."
             )
         found = self.catalogue.records(*condition(**wanted))
-        return Runs(self.catalogue, [record for record in found if record.state in states])
+        return Runs(self, [record for record in found if record.state in states])
 
     def import_runs(self, folder: str | os.PathLike[str]) -> Runs:
         """Take in the runs of a folder that ``Runs.export`` made.
@@ -177,7 +128,7 @@ class ActivationStore:
             StoreError: no such folder, or one that was changed.
         """
         taken = import_runs(self.catalogue, Path(folder))
-        return Runs(self.catalogue, [self.catalogue.record(run) for run in taken])
+        return Runs(self, [self.catalogue.record(run) for run in taken])
 
     def save_analysis(self, results: Analysis, **about: Any) -> str:
         """Keep an analysis as a bundle in this store; the new run's id. ``load_analysis`` gives it back.
@@ -201,18 +152,10 @@ class ActivationStore:
         Raises:
             StoreLookupError: no such run. StoreError: it is no analysis, or not complete. ValueError: a file has changed.
         """
-        record = readable(self.catalogue, run)
+        record = self.readable(run)
         if record.kind != "analysis":
             raise StoreError(f"run {run} holds {record.kind}, no analysis: load it with store.load.")
         return read_bundle(self.catalogue.folder_of(run) / BUNDLE)
-
-    def remove(self, run: str) -> None:
-        """Delete a run and its files; one that was being removed when the process died is removed for good.
-
-        Raises:
-            StoreBusyError: it is being written. StoreLookupError: no such run. StoreError: the disk refused.
-        """
-        remove_run(self.catalogue, run)
 
     def verify(self, run: str | None = None) -> list[Damage]:
         """Check every shard of a run (of all runs) against its hash, and the catalogue; an empty list: all is well."""

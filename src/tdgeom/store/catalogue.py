@@ -150,9 +150,8 @@ class Catalogue(SqliteFile):
             raise StoreLookupError(f"there is no run {str(run)[:40]!r} in {self.folder}.")
         return found[0]
 
-    def metadata(self, run: str | RunRecord) -> dict[str, Any]:
+    def metadata(self, record: RunRecord) -> dict[str, Any]:
         """Everything that is known of a run, as JSON values."""
-        record = run if isinstance(run, RunRecord) else self.record(run)
         about = record.about
         return {
             "id": record.id,

@@ -1,4 +1,4 @@
-"""A stored run by its id: loaded whole, streamed row by row, removed."""
+"""Stored runs by their ids: loaded whole, streamed row by row, removed."""
 
 from __future__ import annotations
 
@@ -17,74 +17,110 @@ from tdgeom.store.row_source import RowSource
 from tdgeom.store.run_records import RunRecord
 from tdgeom.store.run_shards import read_tensors
 
-__all__ = ["load_run", "readable", "remove_run", "rows_of_run"]
+__all__ = ["RunAccess"]
 
 _ROOM_FOR_A_MARK = 1 << 20  # bytes, many times what SQLite asks for
 
 
-def readable(catalogue: Catalogue, run: str, partial: bool = False) -> RunRecord:
-    """What the catalogue has of a run that is complete, or with ``partial`` of any."""
-    record = catalogue.record(run)
-    if record.state != "complete" and not partial:
-        why = f" ({record.reason})" if record.reason else ""
-        raise StoreError(
-            f"run {run} is not complete: its state is {record.state}{why}. partial=True reads its "
-            f"{record.shards} finished shards."
-        )
-    if record.state == "complete" and record.kind != "analysis" and not record.shards:
-        raise StoreError(f"run {run} has lost its shards: the catalogue is damaged.")
-    return record
+class RunAccess:
+    """What a store does with one run, named by its id."""
 
+    def __init__(self, catalogue: Catalogue) -> None:
+        self.catalogue = catalogue
 
-def load_run(
-    catalogue: Catalogue, run: str, *, partial: bool = False
-) -> tuple[TensorDict | list[TensorDict], dict[str, Any]]:
-    """(activations, metadata) of a run, see ``ActivationStore.load``."""
-    record = readable(catalogue, run, partial)
-    if record.kind == "analysis":
-        raise StoreError(f"run {run} is an analysis: load it with store.load_analysis.")
-    layout = catalogue.layout(run)
-    return unpack(layout, read_tensors(catalogue, run, layout)), catalogue.metadata(record)
+    def load(
+        self, run: str, *, partial: bool = False
+    ) -> tuple[TensorDict | list[TensorDict], dict[str, Any]]:
+        """(activations, metadata) of a run, all in memory, every shard checked against its hash; for large runs see ``rows``.
 
+        Args:
+            run: its id.
+            partial: load the finished shards of a run that is not complete.
 
-def rows_of_run(
-    catalogue: Catalogue,
-    run: str,
-    *,
-    sites: Sequence[str] | None = None,
-    also: Sequence[str] = (),
-    batch_rows: int = 2048,
-    partial: bool = False,
-    verify: bool = False,
-) -> RowSource:
-    """The rows of a run as a data source, see ``ActivationStore.rows``."""
-    readable(catalogue, run, partial)
-    layout = catalogue.layout(run)
-    row_id = layout.by_key.get("row_id")
-    if not layout.rows or row_id is None or row_id.dtype != torch.int64 or row_id.shape:
-        raise StoreError(f"run {run} holds no rows: it was saved from memory, load it with store.load.")
-    if batch_rows < 1:
-        raise ValueError(f"batch_rows must be at least 1, got {batch_rows}.")
-    names = None if sites is None else [str(name) for name in (*sites, *also)]
-    return RowSource(catalogue, run, layout.of_rows(names), batch_rows, verify)
+        Raises:
+            StoreLookupError: no such run. StoreError: it is not complete, or its files are damaged.
+        """
+        record = self.readable(run, partial)
+        if record.kind == "analysis":
+            raise StoreError(f"run {run} is an analysis: load it with store.load_analysis.")
+        layout = self.catalogue.layout(run)
+        return unpack(layout, read_tensors(self.catalogue, run, layout)), self.catalogue.metadata(record)
 
+    def rows(
+        self,
+        run: str,
+        *,
+        sites: Sequence[str] | None = None,
+        also: Sequence[str] = (),
+        batch_rows: int = 2048,
+        partial: bool = False,
+        verify: bool = False,
+    ) -> RowSource:
+        """The rows of a stored run as a data source: ``tg.run(pipeline, store.rows(run))``.
 
-def remove_run(catalogue: Catalogue, run: str) -> None:
-    """Delete a run and its files, see ``ActivationStore.remove``."""
-    record = catalogue.record(run)
-    folder = catalogue.folder_of(run)
-    if catalogue.is_being_written(run):
-        raise StoreBusyError(f"run {run} is being written: stop its writer, then remove it.")
-    try:
-        catalogue.set_state(run, "removing")
-    except StoreError:
-        # on a full disk nothing can be marked before something is removed: then the files of a large run go first
-        if shutil.disk_usage(catalogue.folder).free > _ROOM_FOR_A_MARK or record.bytes < _ROOM_FOR_A_MARK:
-            raise
-    try:
-        shutil.rmtree(folder)
-    except FileNotFoundError:
-        pass  # an earlier removal got this far
-    except OSError as error:
-        raise explain(error, f"removing {folder}") from error
-    catalogue.drop_run(run)
+        Args:
+            run: its id.
+            sites: the sites to read; default all, with every carried value.
+            also: carried values to read beside the sites given.
+            batch_rows: rows a batch.
+            partial: read the finished shards of a run that is not complete.
+            verify: check every shard against its hash before the first of its rows is read, which reads it once more; else
+                sizes and headers are checked.
+
+        Raises:
+            StoreLookupError: no such run, or no such site in it. StoreError: not complete, or it holds no rows.
+        """
+        self.readable(run, partial)
+        layout = self.catalogue.layout(run)
+        row_id = layout.by_key.get("row_id")
+        if not layout.rows or row_id is None or row_id.dtype != torch.int64 or row_id.shape:
+            raise StoreError(f"run {run} holds no rows: it was saved from memory, load it with store.load.")
+        if batch_rows < 1:
+            raise ValueError(f"batch_rows must be at least 1, got {batch_rows}.")
+        names = None if sites is None else [str(name) for name in (*sites, *also)]
+        return RowSource(self.catalogue, run, layout.of_rows(names), batch_rows, verify)
+
+    def metadata(self, run: str) -> dict[str, Any]:
+        """Everything the catalogue says of a run, as JSON values."""
+        return self.catalogue.metadata(self.catalogue.record(run))
+
+    def remove(self, run: str) -> None:
+        """Delete a run and its files; one that was being removed when the process died is removed for good.
+
+        Raises:
+            StoreBusyError: it is being written. StoreLookupError: no such run. StoreError: the disk refused.
+        """
+        record, folder = self.catalogue.record(run), self.catalogue.folder_of(run)
+        if self.catalogue.is_being_written(run):
+            raise StoreBusyError(f"run {run} is being written: stop its writer, then remove it.")
+        try:
+            self.catalogue.set_state(run, "removing")
+        except StoreError:
+            # on a full disk nothing can be marked before something is removed: then the files of a large run go first
+            free = shutil.disk_usage(self.catalogue.folder).free
+            if free > _ROOM_FOR_A_MARK or record.bytes < _ROOM_FOR_A_MARK:
+                raise
+        try:
+            shutil.rmtree(folder)
+        except FileNotFoundError:
+            pass  # an earlier removal got this far
+        except OSError as error:
+            raise explain(error, f"removing {folder}") from error
+        self.catalogue.drop_run(run)
+
+    def readable(self, run: str, partial: bool = False) -> RunRecord:
+        """What the catalogue has of a run that is complete, or with ``partial`` of any.
+
+        Raises:
+            StoreLookupError: no such run. StoreError: it is not complete, or lost its shards.
+        """
+        record = self.catalogue.record(run)
+        if record.state != "complete" and not partial:
+            why = f" ({record.reason})" if record.reason else ""
+            raise StoreError(
+                f"run {run} is not complete: its state is {record.state}{why}. partial=True reads its "
+                f"{record.shards} finished shards."
+            )
+        if record.state == "complete" and record.kind != "analysis" and not record.shards:
+            raise StoreError(f"run {run} has lost its shards: the catalogue is damaged.")
+        return record

@@ -10,9 +10,8 @@ from typing import Any, overload
 import pandas as pd
 
 from tdgeom.files.errors import StoreBusyError, StoreLookupError
-from tdgeom.store.catalogue import Catalogue
 from tdgeom.store.row_source import RowSource
-from tdgeom.store.run_access import load_run, remove_run, rows_of_run
+from tdgeom.store.run_access import RunAccess
 from tdgeom.store.run_description import describe_run
 from tdgeom.store.run_records import RunRecord
 from tdgeom.store.transfer import export_runs
@@ -37,8 +36,8 @@ class Runs:
         (1, True, [1.0, 1.0])
     """
 
-    def __init__(self, catalogue: Catalogue, records: Sequence[RunRecord]) -> None:
-        self._catalogue, self._records = catalogue, list(records)
+    def __init__(self, store: RunAccess, records: Sequence[RunRecord]) -> None:
+        self._store, self._catalogue, self._records = store, store.catalogue, list(records)
 
     @property
     def ids(self) -> list[str]:
@@ -57,7 +56,7 @@ class Runs:
     def __getitem__(self, which: int | str) -> dict[str, Any]: ...
     def __getitem__(self, which: int | str | slice) -> Runs | dict[str, Any]:
         if isinstance(which, slice):
-            return Runs(self._catalogue, self._records[which])
+            return Runs(self._store, self._records[which])
         return self._catalogue.metadata(self._one(which))
 
     def _one(self, which: int | str | None) -> RunRecord:
@@ -90,11 +89,11 @@ class Runs:
         Raises:
             StoreLookupError: no such run, or several.
         """
-        return load_run(self._catalogue, self._one(which).id, **options)
+        return self._store.load(self._one(which).id, **options)
 
     def rows(self, which: int | str | None = None, **options: Any) -> RowSource:
         """One run's rows as a data source, see ``ActivationStore.rows``."""
-        return rows_of_run(self._catalogue, self._one(which).id, **options)
+        return self._store.rows(self._one(which).id, **options)
 
     def paths(self) -> dict[str, list[Path]]:
         """The files of every run, by id."""
@@ -117,7 +116,7 @@ class Runs:
         removed = 0
         for run in self.ids:
             with suppress(StoreLookupError):  # somebody else removed it since the query
-                remove_run(self._catalogue, run)
+                self._store.remove(run)
                 removed += 1
         self._records = []
         return removed
