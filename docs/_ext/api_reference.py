@@ -14,6 +14,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.inspect import safe_getattr, signature, stringify_signature
@@ -145,8 +146,14 @@ def call_of(obj: Any) -> str:
 
 
 def members(cls: type, name: str) -> Iterator[str]:
-    """The documented public methods and properties that tdgeom itself defines, none that it inherits."""
-    for key, value in vars(cls).items():
+    """The documented public methods and properties that the class itself defines, or, unless it is a module, an inner base."""
+    inner = [
+        one
+        for one in cls.__mro__
+        if one.__module__.startswith("tdgeom.") and one.__name__ not in tdgeom.__all__
+    ]
+    bases = [cls] if issubclass(cls, torch.nn.Module) else [cls, *inner]
+    for key, value in [entry for base in bases for entry in vars(base).items()]:
         raw = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
         docstring = safe_getattr(raw, "__doc__", None)
         if key.startswith("_") or not docstring or key == "forward":

@@ -152,7 +152,7 @@ class ActivationStore(RunAccess):
         Raises:
             StoreLookupError: no such run. StoreError: it is no analysis, or not complete. ValueError: a file has changed.
         """
-        record = self.readable(run)
+        record = self._readable(run)
         if record.kind != "analysis":
             raise StoreError(f"run {run} holds {record.kind}, no analysis: load it with store.load.")
         return read_bundle(self.catalogue.folder_of(run) / BUNDLE)

@@ -40,7 +40,7 @@ class RunAccess:
         Raises:
             StoreLookupError: no such run. StoreError: it is not complete, or its files are damaged.
         """
-        record = self.readable(run, partial)
+        record = self._readable(run, partial)
         if record.kind == "analysis":
             raise StoreError(f"run {run} is an analysis: load it with store.load_analysis.")
         layout = self.catalogue.layout(run)
@@ -70,7 +70,7 @@ class RunAccess:
         Raises:
             StoreLookupError: no such run, or no such site in it. StoreError: not complete, or it holds no rows.
         """
-        self.readable(run, partial)
+        self._readable(run, partial)
         layout = self.catalogue.layout(run)
         row_id = layout.by_key.get("row_id")
         if not layout.rows or row_id is None or row_id.dtype != torch.int64 or row_id.shape:
@@ -108,12 +108,8 @@ class RunAccess:
             raise explain(error, f"removing {folder}") from error
         self.catalogue.drop_run(run)
 
-    def readable(self, run: str, partial: bool = False) -> RunRecord:
-        """What the catalogue has of a run that is complete, or with ``partial`` of any.
-
-        Raises:
-            StoreLookupError: no such run. StoreError: it is not complete, or lost its shards.
-        """
+    def _readable(self, run: str, partial: bool = False) -> RunRecord:
+        """What the catalogue has of a run that is complete, or with ``partial`` of any."""
         record = self.catalogue.record(run)
         if record.state != "complete" and not partial:
             why = f" ({record.reason})" if record.reason else ""
