@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -56,6 +57,55 @@ def text(tmp_path_factory):
     flat = (" ".join(document.split()) for document in demo_texts()[:12])
     path.write_text("\n\n".join(flat), encoding="utf-8")
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer():
+    """A byte-level tokenizer of 400 pieces."""
+    from tdgeom.demo import demo_texts
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<eos>"], show_progress=False)
+    tokenizer.train_from_iterator(demo_texts()[:50], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+@pytest.fixture(scope="module")
+def slow_tokenizers(tmp_path_factory):
+    """Tokenizers without a backend that share one vocabulary: BERT's by case, CTRL's by the order of merges."""
+    from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
+    from transformers.models.ctrl.tokenization_ctrl import CTRLTokenizer
+
+    folder = tmp_path_factory.mktemp("slow")
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "the",
+        "cat",
+        "sat",
+        "##s",
+        "on",
+        "mat",
+        "The",
+        "Cat",
+    ]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    pieces = ["<unk>", "a@@", "b@@", "c@@", "a", "b", "c", "ab@@", "bc", "ab", "abc"]
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    merges = ("a b", "b c</w>")
+    for name, lines in (("first", merges), ("second", merges[::-1])):
+        (folder / f"{name}.txt").write_text("\n".join(["#version: 0.2", *lines, ""]))
+    bert = {case: BertTokenizerLegacy(folder / "vocab.txt", do_lower_case=case) for case in (True, False)}
+    ctrl = {
+        name: CTRLTokenizer(folder / "vocab.json", folder / f"{name}.txt") for name in ("first", "second")
+    }
+    return folder, bert, ctrl
 
 
 @pytest.fixture

@@ -5,25 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import json
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from tdgeom.demo import demo_model, demo_texts
-from tokenizers import Tokenizer, pre_tokenizers, trainers
-from tokenizers import models as token_models
-from transformers import BertTokenizer, GPT2Config, GPT2Model, PreTrainedTokenizerFast
-from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
-from transformers.models.ctrl.tokenization_ctrl import CTRLTokenizer
+from transformers import GPT2Config, GPT2Model
 
 import models
 import tdgeom as tg
 from tdgeom.analysis.compare import MAX_ROWS
 from tdgeom.cli.compare_command import compare as compare_command
 from tdgeom.measures.registry import ALIASES, DEFAULT_MEASURES, MEASURES
-from tdgeom.rows.tokenizer_alignment import AlignedRows, PairedTexts, cut_alike, matched_ends
 from terminal import refused
 
 
@@ -215,44 +209,11 @@ def test_a_sketch_reports_its_error(wide) -> None:
 
 
 @pytest.fixture(scope="module")
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(token_models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<eos>"], show_progress=False)
-    tokenizer.train_from_iterator(demo_texts()[:50], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-
-
-@pytest.fixture(scope="module")
 def byte_model() -> torch.nn.Module:
     torch.manual_seed(2)
     return GPT2Model(
         GPT2Config(vocab_size=400, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     ).eval()
-
-
-def test_matched_ends_by_hand() -> None:
-    a, b = [(0, 0), (0, 3), (3, 4), (5, 9), (0, 0)], [(0, 4), (4, 5), (5, 7), (7, 9)]
-    assert matched_ends(a, b) == [(2, 0), (3, 3)]
-    assert matched_ends([(0, 0)], b) == []
-
-
-def test_tokens_that_end_together_have_read_the_same_text(byte_tokenizer) -> None:
-    _, words = demo_model()
-    texts = demo_texts()[:5]
-    with pytest.warns(
-        UserWarning, match=r"a document has \d+ tokens: .* beyond max_length=60 is left out"
-    ) as caught:
-        (batch,) = PairedTexts(texts, words, byte_tokenizer, batch_size=5, max_length=60)
-    assert len(caught) == 1, "one warning for all documents of both sides"
-    for row, text in enumerate(texts):
-        spans = [t(text, return_offsets_mapping=True)["offset_mapping"] for t in (words, byte_tokenizer)]
-        pairs = [
-            (int(i), int(j)) for i, j in zip(batch["aligned"]["a"][row], batch["aligned"]["b"][row]) if i >= 0
-        ]
-        assert len(pairs) > 5
-        for i, j in pairs:
-            assert spans[0][i][1] == spans[1][j][1] > 0
 
 
 @pytest.mark.parametrize("align", ["auto", "document"])
@@ -302,62 +263,8 @@ def test_one_vocabulary_is_compared_token_by_token() -> None:
     assert result.metadata["align"] == "rows" and result.matrix().iloc[0, 0] == pytest.approx(1)
 
 
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory):
-    """Tokenizers without a backend that share one vocabulary: BERT's by case, CTRL's by the order of merges."""
-    folder = tmp_path_factory.mktemp("slow")
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        "the",
-        "cat",
-        "sat",
-        "##s",
-        "on",
-        "mat",
-        "The",
-        "Cat",
-    ]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    pieces = ["<unk>", "a@@", "b@@", "c@@", "a", "b", "c", "ab@@", "bc", "ab", "abc"]
-    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
-    merges = ("a b", "b c</w>")
-    for name, lines in (("first", merges), ("second", merges[::-1])):
-        (folder / f"{name}.txt").write_text("\n".join(["#version: 0.2", *lines, ""]))
-    bert = {case: BertTokenizerLegacy(folder / "vocab.txt", do_lower_case=case) for case in (True, False)}
-    ctrl = {
-        name: CTRLTokenizer(folder / "vocab.json", folder / f"{name}.txt") for name in ("first", "second")
-    }
-    return folder, bert, ctrl
-
-
-def test_slow_tokenizers_are_told_apart_by_what_they_cut(slow):
-    folder, bert, ctrl = slow
-    assert not any(t.is_fast for t in (*bert.values(), *ctrl.values()))
-    assert bert[True].get_vocab() == bert[False].get_vocab()
-    assert not cut_alike(bert[True], bert[False])
-    assert cut_alike(bert[True], BertTokenizerLegacy(folder / "vocab.txt", do_lower_case=True))
-    assert ctrl["first"].get_vocab() == ctrl["second"].get_vocab()
-    assert not cut_alike(ctrl["first"], ctrl["second"])
-    assert cut_alike(ctrl["first"], CTRLTokenizer(folder / "vocab.json", folder / "first.txt"))
-    assert not cut_alike(bert[True], ctrl["first"])
-
-
-def test_a_slow_and_a_fast_tokenizer_of_one_kind_are_alike(slow):
-    folder, bert, _ = slow
-    fast = {case: BertTokenizer(str(folder / "vocab.txt"), do_lower_case=case) for case in (True, False)}
-    assert fast[True].is_fast and fast[True].get_vocab() == bert[True].get_vocab()
-    for case in (True, False):
-        assert cut_alike(bert[case], fast[case])
-        assert not cut_alike(bert[case], fast[not case])
-    assert cut_alike(fast[True], copy.deepcopy(fast[True])) and not cut_alike(fast[True], fast[False])
-
-
-def test_slow_tokenizers_of_one_vocabulary_that_cut_differently_are_not_matched_by_row(slow):
-    _, bert, _ = slow
+def test_slow_tokenizers_of_one_vocabulary_that_cut_differently_are_not_matched_by_row(slow_tokenizers):
+    _, bert, _ = slow_tokenizers
     model, _ = demo_model()
     with pytest.raises(ValueError, match="cut text differently"):
         tg.compare(model, model, ["The cat"], tokenizer_a=bert[True], tokenizer_b=bert[False], align="rows")
@@ -406,26 +313,6 @@ def test_mistakes_say_what_to_do(byte_tokenizer) -> None:
         tg.compare(model, model, [], [tg.SVCCA(source="moments")], sketch=32)
     with pytest.raises(KeyError, match="no measure 'rsa'"):
         tg.compare(models.gpt2(), models.gpt2(), loader(), progress=False).matrix("rsa")
-
-    class Slow:
-        is_fast = False
-
-    with pytest.raises(ValueError, match="needs tokenizers that know where"):
-        PairedTexts(["a"], Slow(), words)
-    with pytest.raises(TypeError, match="put it in a list"):
-        PairedTexts("one text", words, byte_tokenizer)
-    with pytest.raises(TypeError, match="documents as strings, got dict: give the texts themselves"):
-        next(iter(PairedTexts([{"input_ids": torch.ones(1, 2)}], words, byte_tokenizer)))
-
-
-def test_aligned_rows_leave_out_a_document_without_words() -> None:
-    from tensordict import TensorDict
-
-    acts = {"a/x": torch.ones(2, 2, 1), "b/x": torch.ones(2, 3, 1)}
-    where = {"a": torch.tensor([[True, False], [True, True]]), "b": torch.tensor([[False] * 3, [True] * 3])}
-    td = TensorDict({"acts": acts, "aligned": where, "sequence_id": torch.tensor([4, 5])})
-    td = AlignedRows(["a/x"], ["b/x"], align="document")(td)
-    assert td["row_id"].tolist() == [5 << 20] and td["tokens", "a/x"].tolist() == [[1.0]]
 
 
 def test_the_command(command, folder, text, tmp_path) -> None:
