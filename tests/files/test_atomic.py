@@ -77,9 +77,10 @@ def test_a_folder_is_whole_or_absent(tmp_path):
         (draft / "half").write_bytes(b"half")
         raise KeyboardInterrupt
     assert list((tmp_path / "made").iterdir()) == []
+    (tmp_path / "x").mkdir()
     with whole_folder(tmp_path / "x") as draft:
         (draft / "file").write_bytes(b"whole")
-        assert not (tmp_path / "x").exists()
+        assert list((tmp_path / "x").iterdir()) == []
     with pytest.raises(OSError), whole_folder(tmp_path / "x") as draft:
         (draft / "file").write_bytes(b"another")
     assert (tmp_path / "x" / "file").read_bytes() == b"whole"

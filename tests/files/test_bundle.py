@@ -70,6 +70,20 @@ def test_an_existing_folder_is_refused(tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_an_empty_folder_is_filled(tmp_path) -> None:
+    for overwrite in (False, True):
+        folder = tmp_path / str(overwrite)
+        folder.mkdir()
+        assert (
+            AnalysisResults.load(results().save(folder, overwrite=overwrite)).artifact_dir == folder.resolve()
+        )
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists already"):
+        results().save(tmp_path / "file")
+    with pytest.raises(FileExistsError, match="is no bundle"):
+        results().save(tmp_path / "file", overwrite=True)
+
+
 def test_a_folder_that_is_no_bundle_is_never_overwritten(tmp_path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")

@@ -135,6 +135,7 @@ def test_a_run_being_written_stops_the_whole_delete(store, three) -> None:
 
 def test_export_and_import(store, three, tmp_path) -> None:
     before = [store.metadata(run) for run in three]
+    (tmp_path / "moved").mkdir()
     folder = store.query().export(tmp_path / "moved")
     other = tg.ActivationStore(tmp_path / "other")
     assert other.import_runs(folder).ids == sorted(three)

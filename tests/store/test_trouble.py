@@ -151,6 +151,20 @@ def test_a_read_only_store_is_read_and_not_written(open_folder):
     assert store.catalogue.record(run).state == "complete"
 
 
+@pytest.mark.parametrize("mask", [0o077, 0o002])
+def test_every_file_keeps_to_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        keep = tg.StoreActivations(ActivationStore(tmp_path / "store"), ["x"])
+        tg.run(keep, [rows(10)])
+        keep.store.query().export(tmp_path / "moved")
+    finally:
+        os.umask(before)
+    for path in tmp_path.rglob("*"):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        assert mode == (0o777 if path.is_dir() else 0o666) & ~mask, path
+
+
 def test_a_folder_that_vanishes_under_a_writer(store):
     keep = tg.StoreActivations(store, ["x"], shard_bytes=2000)
     keep.update(rows(10))

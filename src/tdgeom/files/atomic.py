@@ -19,6 +19,7 @@ __all__ = [
     "NO_LINK",
     "explain",
     "file_sha256",
+    "is_taken",
     "open_regular",
     "read_whole",
     "sha256_of",
@@ -137,11 +138,16 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         raise
 
 
+def is_taken(folder: Path) -> bool:
+    """Whether something is there, and no empty folder."""
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+
+
 @contextmanager
 def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
     """A draft beside ``folder`` to fill, which is renamed when the block ends: ``folder`` is whole or absent, at any moment.
 
-    With ``replace`` a folder that is there is exchanged for the draft.
+    An empty folder may be there; with ``replace`` any is exchanged for the draft.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft, old = (
@@ -156,6 +162,8 @@ def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
                     os.fsync(handle.fileno())
         if replace and folder.exists():
             os.rename(folder, old)
+        elif folder.exists():
+            folder.rmdir()  # an empty one gives way
         os.rename(draft, folder)
         sync_folder(folder.parent)
         shutil.rmtree(old, ignore_errors=True)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tdgeom.files.atomic import file_sha256, whole_folder
+from tdgeom.files.atomic import file_sha256, is_taken, whole_folder
 from tdgeom.files.errors import StoreError
 from tdgeom.files.json_text import plain, read_json_file
 from tdgeom.files.table_files import read_table, write_table
@@ -59,13 +59,13 @@ def check_target(folder: Path, mode: str, overwrite: bool) -> None:
     if mode not in ("bundle", "csv", "json"):
         raise ValueError(f"save_mode takes 'bundle', 'csv' or 'json', got {mode!r}.")
     folder = folder.absolute()
-    if not folder.exists():
+    if not is_taken(folder):
         return
     if not overwrite:
         raise FileExistsError(
             f"{folder} exists already: give another folder, or overwrite=True to replace a bundle there."
         )
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / METADATA).is_file()):
+    if not (folder / METADATA).is_file():
         raise FileExistsError(
             f"{folder} exists and is no bundle (it has no {METADATA}), so it is not overwritten."
         )
@@ -82,7 +82,7 @@ def write_bundle(
     """Write a bundle, whole or not at all; its folder.
 
     Args:
-        folder: a new folder, or with ``overwrite`` an earlier bundle's.
+        folder: a new or empty folder, or with ``overwrite`` an earlier bundle's.
         tables: frames by name; a name may lie in a folder of the bundle ("diagnostics/x").
         arrays: NumPy archives by name (one of ``ARRAYS``), each a mapping from a name inside it; empty ones are left out.
         metadata: anything; kept as plain JSON values.

@@ -152,23 +152,15 @@ class Catalogue(SqliteFile):
 
     def metadata(self, record: RunRecord) -> dict[str, Any]:
         """Everything that is known of a run, as JSON values."""
-        about = record.about
+        created = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="seconds")
         return {
-            "id": record.id,
-            "kind": record.kind,
-            "state": record.state,
-            "reason": record.reason,
-            "created": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="seconds"),
-            "model": about.model,
-            "revision": about.revision,
-            "dataset": about.dataset,
-            "experiment": about.experiment,
-            "tags": list(about.tags),
-            "shards": record.shards,
-            "rows": record.rows,
-            "bytes": record.bytes,
+            **{name: getattr(record, name) for name in ("id", "kind", "state", "reason")},
+            "created": created,
+            **{name: getattr(record.about, name) for name in ("model", "revision", "dataset", "experiment")},
+            "tags": list(record.about.tags),
+            **{name: getattr(record, name) for name in ("shards", "rows", "bytes")},
             "relative_error": relative_errors(self.shards(record.id)),
-            **about.details,
+            **record.about.details,
         }
 
     def layout(self, run: str) -> ShardLayout:

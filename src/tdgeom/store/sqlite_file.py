@@ -94,6 +94,9 @@ class SqliteFile:
             raise StoreError(
                 f"{self.path} is a symbolic link, which a store never holds: it was tampered with."
             )
+        if mode == "mode=rwc":
+            with suppress(OSError):  # SQLite itself makes a file narrower than the umask allows
+                self.path.touch()
         uri = f"{self.path.absolute().as_uri()}?{mode}"
         connection = sqlite3.connect(uri, uri=True, timeout=_PATIENCE, isolation_level=None)
         try:

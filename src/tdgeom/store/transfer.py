@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tdgeom.files.atomic import explain, open_regular, sync_folder, whole_folder, write_whole
+from tdgeom.files.atomic import explain, is_taken, open_regular, sync_folder, whole_folder, write_whole
 from tdgeom.files.bundle import METADATA, read_bundle
 from tdgeom.files.errors import StoreError
 from tdgeom.files.json_text import canonical, read_json_file
@@ -22,7 +22,7 @@ from tdgeom.store.shard_layout import ShardLayout
 __all__ = ["export_runs", "import_runs"]
 
 FORMAT = 1
-RECORD = "run.json"
+RUN_FILE = "run.json"
 
 
 def export_runs(catalogue: Catalogue, runs: Sequence[str], folder: Path) -> Path:
@@ -34,7 +34,7 @@ def export_runs(catalogue: Catalogue, runs: Sequence[str], folder: Path) -> Path
     folder = folder.absolute()
     if not runs:
         raise StoreError("there are no runs to export: the query found none.")
-    if folder.exists():
+    if is_taken(folder):
         raise StoreError(f"{folder} exists already: export into a new folder.")
     records = [catalogue.record(run) for run in runs]
     for record in records:
@@ -58,9 +58,7 @@ def _export_run(catalogue: Catalogue, record: RunRecord, folder: Path) -> None:
     names = {name: getattr(about, name) for name in ("model", "revision", "dataset", "experiment")}
     told = {
         "format": FORMAT,
-        "id": record.id,
-        "kind": record.kind,
-        "created": record.created,
+        **{name: getattr(record, name) for name in ("id", "kind", "created")},
         "about": {**names, "tag": list(about.tags), **about.details},
         "layout": catalogue.layout(record.id).to_json(),
         "shards": [
@@ -68,7 +66,7 @@ def _export_run(catalogue: Catalogue, record: RunRecord, folder: Path) -> None:
         ],
     }
     _copy_files(catalogue.folder_of(record.id), folder, record.kind, shards)
-    write_whole(folder / RECORD, [canonical(told).encode()])
+    write_whole(folder / RUN_FILE, [canonical(told).encode()])
 
 
 @dataclass(frozen=True)
@@ -129,21 +127,21 @@ def _read(path: Path) -> _Exported:
     """One exported run, its record and its files checked in full."""
     if path.is_symlink():
         raise StoreError(f"{path} is a symbolic link, which an export never holds: it was tampered with.")
-    told = read_json_file(path / RECORD)
+    told = read_json_file(path / RUN_FILE)
     if not _is_record(told, path.name):
         raise StoreError(
-            f"{path / RECORD} is not the record of run {path.name}: it is damaged or was tampered with."
+            f"{path / RUN_FILE} is not the record of run {path.name}: it is damaged or was tampered with."
         )
-    kind, layout = told["kind"], ShardLayout.from_json(told["layout"], f"the layout in {path / RECORD}")
+    kind, layout = told["kind"], ShardLayout.from_json(told["layout"], f"the layout in {path / RUN_FILE}")
     try:
         about = describe_run(**told["about"])
         shards = sorted(map(ShardRecord.checked, told["shards"]), key=lambda one: (one.rank, one.number))
     except (TypeError, ValueError) as error:
-        raise StoreError(f"{path / RECORD} is damaged or was tampered with: {error}") from error
+        raise StoreError(f"{path / RUN_FILE} is damaged or was tampered with: {error}") from error
     gap = first_gap(shards)
     if gap is not None or bool(shards) == (kind == "analysis") or layout.rows == (kind == "capture"):
         raise StoreError(
-            f"{path / RECORD} lists shards that are not those of a whole run ({kind}): it was tampered with."
+            f"{path / RUN_FILE} lists shards that are not those of a whole run ({kind}): it was tampered with."
         )
     if kind == "analysis":
         _check_bundle(path / BUNDLE)

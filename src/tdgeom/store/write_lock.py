@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import socket
+import sys
 import time
 import weakref
 from datetime import datetime, timezone
@@ -15,18 +16,15 @@ from tdgeom.files.atomic import NO_LINK, explain
 from tdgeom.files.errors import StoreBusyError, StoreError
 from tdgeom.files.json_text import read_json
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+if sys.platform == "win32":
     import msvcrt
+else:
+    import fcntl
 
 __all__ = ["Lock", "is_locked"]
 
 _TAKEN = (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN, errno.EDEADLK)
-_LOCKED_BYTE = (
-    1 << 30
-)  # on Windows a lock covers bytes: one far beyond the note, so that the note stays readable
+_LOCKED_BYTE = 1 << 30  # on Windows a lock covers bytes: one far beyond the note, which stays readable
 _PATIENCE = 1.0  # seconds: somebody who only asks whether it is locked holds it for an instant
 
 
@@ -40,7 +38,7 @@ class Lock:
     def __init__(self, path: Path, what: str) -> None:
         self._handle = -1
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o644)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
         except OSError as error:
             raise explain(error, f"locking {path}") from error
         try:
@@ -90,7 +88,7 @@ if hasattr(os, "register_at_fork"):
 def is_locked(path: Path) -> bool:
     """Whether a writer holds the lock at this moment."""
     try:
-        handle = os.open(path, (os.O_RDWR if fcntl is None else os.O_RDONLY) | NO_LINK)
+        handle = os.open(path, (os.O_RDWR if sys.platform == "win32" else os.O_RDONLY) | NO_LINK)
     except OSError:
         return False
     try:
@@ -105,11 +103,11 @@ def _try_lock(handle: int, patience: float = 0.0, shared: bool = False) -> bool:
     until = time.monotonic() + patience
     while True:
         try:
-            if fcntl is not None:
-                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            else:
+            if sys.platform == "win32":
                 os.lseek(handle, _LOCKED_BYTE, os.SEEK_SET)
                 msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             return True
         except OSError as error:
             if error.errno not in _TAKEN:
