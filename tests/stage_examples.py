@@ -141,7 +141,6 @@ FIT = {
     "scale": "regularised in the units of the rows",
     "offset": "regularised in the units of the rows",
 }
-SEARCH = {"compile": "the search branches on its own proof of exactness"}
 
 
 def streaming(
@@ -162,10 +161,7 @@ def dimension(make: Callable[..., torch.nn.Module], **changes: object) -> Exampl
     return Example(
         make,
         lambda: [rows(0)],
-        **{
-            "exempt": {**SEARCH, **UNITS, "batched": "searches one cloud at a time"},
-            **changes,
-        },
+        **{"exempt": UNITS, "batched": (0,), **changes},
     )
 
 
@@ -183,11 +179,6 @@ def labelled(make: Callable[..., torch.nn.Module], first: Callable[[], torch.Ten
         lambda in_keys=None, **keys: make(in_keys=in_keys or ["x", "label", "row_id"], **keys), first, labels, ids,
         shapes="takes labels of any kind", compile="finds out what kind of labels there are from their values",
     )  # fmt: skip
-
-
-def neighbours(make: Callable[..., torch.nn.Module]) -> Example:
-    """An example of a measure between two clouds' neighbour tables."""
-    return pair(make, batched=(), exempt={**SEARCH, "batched": "searches one cloud at a time"})
 
 
 def linear_head(features: int, outputs: int) -> torch.nn.Module:
@@ -328,12 +319,12 @@ EXAMPLES: dict[str, Example] = {
     "DistanceCorrelation": pair(tg.DistanceCorrelation),
     "SoftMatching": pair(tg.SoftMatching, exempt={"compile": "solves an assignment in SciPy"}),
     "NearestNeighbors": dimension(lambda **keys: tg.NearestNeighbors(4, **keys)),
-    "NeighborhoodOverlap": neighbours(lambda **keys: tg.NeighborhoodOverlap(k=5, **keys)),
-    "JaccardKNN": neighbours(lambda **keys: tg.JaccardKNN(k=5, **keys)),
-    "InformationImbalance": neighbours(tg.InformationImbalance),
+    "NeighborhoodOverlap": pair(lambda **keys: tg.NeighborhoodOverlap(k=5, **keys)),
+    "JaccardKNN": pair(lambda **keys: tg.JaccardKNN(k=5, **keys)),
+    "InformationImbalance": pair(tg.InformationImbalance),
     "LabelOverlap": Example(
-        lambda **keys: tg.LabelOverlap(k=5, **keys), lambda: [rows(), labels()], free_of_scale=(0,), free_of_offset=(0,),
-        exempt={**SEARCH, "batched": "searches one cloud at a time", "shapes": "takes labels of any kind"},
+        lambda **keys: tg.LabelOverlap(k=5, **keys), lambda: [rows(), labels()], free_of_scale=(0,),
+        free_of_offset=(0,), batched=(0,), exempt={"shapes": "takes labels of any kind"},
     ),
     "StreamingSketch": streaming(lambda **keys: tg.StreamingSketch(k=2, size=4, probes=8, **keys), rows),
     "TwoNN": dimension(tg.TwoNN),
@@ -350,8 +341,7 @@ EXAMPLES: dict[str, Example] = {
         tg.ParticipationRatio,
         lambda: [moments(rows())[name] for name in ("count", "covariance", "norm4")],
         exempt={
-            **UNITS, "batched": "the count is one for all", "compile": "warns by value",
-            "shapes": "its count has no dimension",
+            **UNITS, "batched": "the count is one for all", "shapes": "its count has no dimension",
         },
     ),
 }  # fmt: skip

@@ -48,7 +48,12 @@ def _codes(x: Tensor) -> Tensor:
     """A 64-bit code of every row, equal for equal rows: a random linear form of the bits, modulo 2^64."""
     n, width = x.shape[-2:]
     generator = torch.Generator().manual_seed(1)
-    weights = torch.randint(-(2**62), 2**62, (width,), generator=generator).mul_(2).add_(1).to(x.device)
+    weights = (
+        torch.randint(-(2**62), 2**62, (width,), generator=generator, device="cpu")
+        .mul_(2)
+        .add_(1)
+        .to(x.device)
+    )
     codes = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
     step = max(1, 2**20 * n // max(1, x.numel()))
     for s in range(0, n, step):

@@ -7,19 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 __all__ = ["opaque"]
 
 
-def opaque(shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def opaque(shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """A decorator for a function of tensors with leading dimensions that no tracer should look into.
 
     ``torch.compile`` and ``torch.export`` see an operator whose outputs ``shapes`` makes (empty, from the same arguments);
     ``vmap`` hands the whole batch to the function, as one leading dimension more. The function is annotated in full (it
-    becomes an operator's schema), returns new tensors, none twice, and carries no gradient.
+    becomes an operator's schema) and returns new tensors, none twice. It carries no gradient until the operator is given one
+    (``register_autograd``): detach what goes in.
     """
 
-    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(function: Callable[..., Any]) -> CustomOpDef:
         operator = torch.library.custom_op(
             f"tdgeom::{function.__name__.strip('_')}", function, mutates_args=()
         )

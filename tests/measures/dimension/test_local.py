@@ -260,6 +260,27 @@ def test_k_is_checked(name):
         stage(k=5, source="neighbors")(td)
 
 
+@pytest.mark.parametrize("name", ["levina_bickel", "mom", "tle", "local_knn"])
+@pytest.mark.parametrize("copies", [0, 4])
+def test_gradients_are_those_of_the_estimate(name, copies):
+    x = torch.randn(24, 3, dtype=torch.float64)
+    if copies:  # moved together with what they copy
+        torch.autograd.gradcheck(lambda x: run(name, torch.cat((x, x[:copies]))).estimate, x.requires_grad_())
+    else:
+        torch.autograd.gradcheck(lambda x: run(name, x).estimate, x.requires_grad_())
+
+
+def test_neighbourhoods_of_copies_have_no_part_in_the_gradient():
+    x = torch.randn(40, 3, dtype=torch.float64)
+    gradients = []
+    for rows in (x, torch.cat((x, x[:5]))):
+        rows = rows.clone().requires_grad_()
+        local_pca(rows, k=10, rule="participation_ratio").estimate.backward()
+        gradients.append(rows.grad)
+    assert (gradients[1][40:] == 0).all()
+    torch.testing.assert_close(gradients[1][:40], gradients[0])
+
+
 def test_auto_k_follows_the_number_of_rows():
     x = torch.randn(90, 3)
     for function in (local_knn, ca_pca):

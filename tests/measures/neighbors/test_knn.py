@@ -289,6 +289,35 @@ def test_distances_carry_gradients():
     assert torch.isfinite(x.grad).all() and x.grad.abs().sum() > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch of its own forward mode
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", 3])
+def test_gradients_under_transforms_are_those_of_autograd(metric):
+    x = torch.randn(3, 12, 4, dtype=torch.float64)
+    x[1, 7] = x[1, 2]
+
+    def score(rows):
+        table = nearest_neighbors(rows, 3, metric=metric)
+        return table.distance.sin().sum() + table.distinct_distance.nan_to_num().cos().sum()
+
+    leaf = x.clone().requires_grad_()
+    expected = torch.autograd.grad(score(leaf), leaf)[0]
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(torch.vmap(score)(leaf).sum(), leaf)[0], expected)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(score))(x), expected)
+    direction = torch.randn_like(x)
+    slope = torch.func.jvp(score, (x,), (direction,))[1]
+    torch.testing.assert_close(slope, (expected * direction).sum())
+    torch.testing.assert_close(torch.func.jacfwd(score)(x[0]), expected[0])
+    torch.autograd.gradgradcheck(lambda rows: nearest_neighbors(rows, 3, metric=metric).distance, leaf[0, :6])
+
+
+def test_a_compiled_search_says_that_it_has_no_gradient():
+    x = torch.randn(12, 3, requires_grad=True)
+    compiled = torch.compile(lambda x: nearest_neighbors(x, 2).distance, fullgraph=True, backend="eager")
+    with pytest.raises(RuntimeError, match="exact_neighbors"):
+        compiled(x).sum().backward()
+
+
 def test_the_stage_writes_the_table():
     x = torch.randn(40, 3)
     td = NearestNeighbors(3)(TensorDict({"sample": x}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Keys
 from tdgeom.core.stage import Stage
 from tdgeom.measures.dimension.estimate import DimensionEstimate, DimensionStage
 from tdgeom.measures.dimension.twonn import TwoNN
@@ -57,8 +57,8 @@ class Decimation(Stage):
         estimator: DimensionStage | None = None,
         min_rows: int = 64,
         max_repeats: int | None = None,
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
+        in_keys: Keys = None,
+        out_keys: Keys = None,
     ) -> None:
         estimator = TwoNN() if estimator is None else estimator
         fields = list(DimensionEstimate._fields)

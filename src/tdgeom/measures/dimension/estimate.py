@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Key, Keys
 from tdgeom.core.stage import Stage
 from tdgeom.measures.neighbors.nearest_neighbors import distinct_neighbors
 from tdgeom.numerics.centring import warn_undefined
@@ -115,8 +115,8 @@ class DimensionStage(Stage):
         source: str = "sample",
         memory: int | None = None,
         further: Sequence[str] = (),
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
+        in_keys: Keys = None,
+        out_keys: Keys = None,
     ) -> None:
         if source not in self.sources:
             raise ValueError(

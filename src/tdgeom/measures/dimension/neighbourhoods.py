@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tdgeom.measures.neighbors.distance_blocks import budget
+from tdgeom.numerics.centring import holds
 
 __all__ = ["over_neighbourhoods"]
 
@@ -25,14 +26,17 @@ def over_neighbourhoods(
     offset = (torch.arange(total // n, device=x.device) * n)[:, None, None]
     index = (index[..., :k].reshape(-1, n, k) + offset).reshape(-1, k)
     near = distances[..., :k].reshape(-1, k).double()
-    known = torch.isfinite(near[:, -1:])
-    # What stands in where there are not k neighbours has a measure and a gradient, both of which are then left out.
-    spare = torch.eye(k, width, dtype=torch.float64, device=x.device)
-    near = torch.where(known, near, 1.0)
-    step = max(1, budget(memory) // (8 * k * (3 * width + 12 * k)))
+    known = torch.isfinite(near[:, -1])
+    if plain := holds(known.any()):
+        which = known.nonzero().flatten()
+    else:  # vmap, a traced graph: every row, with neighbours made up where there are none, whose measure is left out
+        which = torch.arange(total, device=x.device)
+        spare = torch.eye(k, width, dtype=torch.float64, device=x.device)
+        near = torch.where(known.unsqueeze(-1), near, 1.0)
     found = []
-    for start in range(0, total, step):
-        part = slice(start, start + step)
+    for part in which.split(max(1, budget(memory) // (8 * k * (3 * width + 12 * k)))):
         rows = flat[index[part]].double() - flat[part].double().unsqueeze(1)
-        found.append(measure(torch.where(known[part].unsqueeze(-1), rows, spare), near[part]))
-    return torch.where(known.squeeze(-1), torch.cat(found), torch.nan).view(distances.shape[:-1])
+        rows = rows if plain else torch.where(known[part, None, None], rows, spare)
+        found.append(measure(rows, near[part]))
+    local = torch.full_like(near[:, 0], torch.nan).index_put((which,), torch.cat(found))
+    return local.where(known, torch.nan).view(distances.shape[:-1])

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Keys
 from tdgeom.measures.dimension.estimate import DimensionEstimate, DimensionStage
 from tdgeom.numerics.centring import real_rows, refuse_nonfinite, upcast, warn_undefined
 from tdgeom.numerics.copies import first_copies
@@ -88,7 +88,7 @@ def pca_dimension(
 def counting_rule(rule: str, alpha: float, share: float) -> Callable[..., Tensor]:
     """``pca_dimension`` with these settings, refused now if they are wrong."""
     count = partial(pca_dimension, rule=rule, alpha=alpha, share=share)
-    count(torch.ones(1))
+    count(torch.ones(1, dtype=torch.float64, device="cpu"))
     return count
 
 
@@ -232,8 +232,8 @@ class GlobalPCA(DimensionStage):
         alpha: float = 0.05,
         share: float = 0.95,
         source: Literal["sample", "eigenvalues"] = "sample",
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
+        in_keys: Keys = None,
+        out_keys: Keys = None,
     ) -> None:
         super().__init__(source=source, in_keys=in_keys, out_keys=out_keys)
         self.rule, self.alpha, self.share = rule, alpha, share
@@ -271,9 +271,7 @@ class ParticipationRatio(DimensionStage):
         "moments": {("moments", "count"): "", ("moments", "covariance"): "D D", ("moments", "norm4"): ""}
     }
 
-    def __init__(
-        self, *, in_keys: Key | list[Key] | None = None, out_keys: Key | list[Key] | None = None
-    ) -> None:
+    def __init__(self, *, in_keys: Keys = None, out_keys: Keys = None) -> None:
         super().__init__(source="moments", in_keys=in_keys, out_keys=out_keys)
 
     def compute(self, *inputs: Tensor) -> DimensionEstimate:

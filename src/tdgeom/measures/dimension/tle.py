@@ -96,7 +96,7 @@ def _tight(rows: Tensor, near: Tensor, *, epsilon: float) -> Tensor:
     mirrored = (own + other + 2 * gram).clamp(min=0)  # and to their reflections
     seen = torch.stack([_seen(square, own, other) for square in (apart, mirrored)])
     diagonal = torch.eye(k, dtype=torch.bool, device=near.device)
-    dropped = (~(seen >= epsilon)).any(0) & ~diagonal  # not(>=) drops NaN too
+    dropped = (~(seen >= epsilon)).any(0) & ~diagonal
     skip = dropped | diagonal
     pairs = torch.where(skip, 1.0, seen).log().sum((0, -1, -2))
     close = u < epsilon
@@ -109,11 +109,12 @@ def _seen(square: Tensor, own: Tensor, other: Tensor) -> Tensor:
     """Distance of a neighbour seen from another, as a share of the radius: the root in (0, 1] of a quadratic."""
     b = own + square - other
     a = 1 - own
-    root = (b * b + 4 * square * a).clamp(min=0).sqrt()
-    # The form without a difference: it also holds on the sphere itself, where a = 0.
-    plain = torch.where(b > 0, 2 * square / torch.where(b > 0, root + b, 1.0), torch.nan)
-    inner = a > 0
-    return torch.where(b > 0, plain, (root - b) / torch.where(inner, 2 * a, torch.nan))
+    outward = b > 0
+    # Roots of nothing and branches not taken keep a derivative of zero: no NaN may reach the others'.
+    root = (b * b + 4 * square * a).clamp(min=1e-300).sqrt()
+    # The form without a difference also holds on the sphere itself, where a = 0.
+    plain = 2 * square / torch.where(outward, root + b, 1.0)
+    return torch.where(outward, plain, (root - b) / torch.where(a > 0, 2 * a, torch.inf))
 
 
 class TLE(NeighborhoodStage):

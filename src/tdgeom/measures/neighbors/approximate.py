@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tdgeom.measures.neighbors.distance_blocks import centred, pair_distances
-from tdgeom.measures.neighbors.neighbor_table import Neighbors, assemble, flatten, prepare_rows
+from tdgeom.measures.neighbors.distance_gradient import found_by
+from tdgeom.measures.neighbors.neighbor_table import (
+    Neighbors,
+    check_rows,
+    empty_leaves,
+    leaves_from,
+)
 from tdgeom.measures.neighbors.search import search_rows_exactly
-from tdgeom.numerics.copies import first_copies
+from tdgeom.numerics.opaque import opaque
 
 __all__ = ["approximate_neighbors"]
 
@@ -47,32 +55,37 @@ def approximate_neighbors(
     Raises:
         ImportError: FAISS is missing. ValueError: as ``nearest_neighbors``, and for other metrics.
 
-    Johnson, Douze, Jégou: "Billion-scale similarity search with GPUs", IEEE Transactions on Big Data 7
-        (2021).
+    Johnson, Douze, Jégou: "Billion-scale similarity search with GPUs", IEEE Transactions on Big Data 7 (2021).
     """
-    faiss = _faiss()
     if metric not in ("euclidean", "cosine"):
         raise ValueError(
             f"the approximate search takes metric 'euclidean' or 'cosine', got {metric!r}. The exact one takes any p."
         )
     if not 0 < recall <= 1:
         raise ValueError(f"recall is a share in (0, 1], got {recall!r}.")
-    rows, p = prepare_rows(x, k, metric)
-    flat = flatten(rows).detach()
-    first = first_copies(flat)
-    own = torch.arange(flat.shape[1], device=flat.device)
-    tables, reached = [], []
-    for item in range(len(flat)):
-        distinct = flat[item, first[item] == own]
-        found = min(k, len(distinct) - 1)
-        if found:
-            distance, index, share = _search(faiss, distinct, found, recall, memory)
-        else:
-            distance, index, share = flat.new_empty((1, 0), dtype=torch.float64), own.new_empty((1, 0)), 1.0
-        tables.append((distance, index))
-        reached.append(share)
-    table = assemble(rows, first, tables, k, p=p, metric=metric)
-    return table, torch.tensor(reached, dtype=torch.float64, device=flat.device).view(rows.shape[:-2])
+    _faiss()
+    distance, index, distinct, _, duplicates, reached = found_by(
+        faiss_neighbors, check_rows(x, k), 2.0, metric == "cosine", k, recall, memory
+    )
+    return Neighbors(distance, index, distinct, duplicates), reached
+
+
+def _empty(x: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+    return *empty_leaves(x, *settings), x.new_empty(x.shape[:-2], dtype=torch.float64)
+
+
+@opaque(_empty)
+def faiss_neighbors(
+    x: Tensor, p: float, cosine: bool, k: int, recall: float, memory: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The leaves of an approximate search, from float32 or float64 rows (*B, N, D), and the recall measured."""
+    reached = torch.ones(x.shape[:-2], dtype=torch.float64, device=x.device)
+
+    def search(rows: Tensor, number: int, item: Tensor) -> tuple[Tensor, Tensor]:
+        near, at, reached.view(-1)[item] = _search(rows[0], number, recall, memory)
+        return near.unsqueeze(0), at.unsqueeze(0)
+
+    return *leaves_from(search, x, cosine, k, together=1), reached
 
 
 def _faiss() -> ModuleType:
@@ -86,18 +99,16 @@ def _faiss() -> ModuleType:
     return faiss
 
 
-def _search(
-    faiss: ModuleType, x: Tensor, k: int, recall: float, memory: int | None
-) -> tuple[Tensor, Tensor, float]:
+def _search(x: Tensor, k: int, recall: float, memory: int | None) -> tuple[Tensor, Tensor, float]:
     """Distances, indices and recall of the k nearest among the distinct rows ``x`` (n, D)."""
-    n = len(x)
-    small, _ = centred(x.unsqueeze(0))
-    small = small[0].cpu().contiguous().numpy()
+    faiss, n = _faiss(), len(x)
+    rows, _ = centred(x.unsqueeze(0))
+    small = rows[0].cpu().contiguous().numpy()
     cells = max(1, min(int(4 * n**0.5), n // 39))  # FAISS asks for 39 rows a cell to train
     index = faiss.index_factory(small.shape[1], f"IVF{cells},Flat")
     index.train(small)
     index.add(small)
-    probed = torch.linspace(0, n - 1, min(_PROBED, n)).long().unique().to(x.device)
+    probed = torch.linspace(0, n - 1, min(_PROBED, n), dtype=torch.float64, device=x.device).long().unique()
     true, _ = search_rows_exactly(x, probed, k, p=2.0, memory=memory)
     want = min(n, k + 1 + _SPARE)  # the row itself is among them
     probes = min(8, cells)
@@ -117,10 +128,10 @@ def _search(
 
 
 def _candidates(
-    index: object, small: object, x: Tensor, which: Tensor, want: int, k: int, memory: int | None
+    index: Any, small: np.ndarray, x: Tensor, which: Tensor, want: int, k: int, memory: int | None
 ) -> tuple[Tensor, Tensor]:
     """The k nearest among the index's ``want`` candidates for the rows ``which``, by float64 distance."""
-    _, found = index.search(small[which.cpu().numpy()], want)  # type: ignore[attr-defined,index]
+    _, found = index.search(small[which.cpu().numpy()], want)
     found = torch.from_numpy(found).to(x.device)
     usable = (found >= 0) & (found != which.unsqueeze(-1))  # -1: nothing more in the cells probed
     row, place = usable.nonzero(as_tuple=True)

@@ -84,7 +84,7 @@ class KeyBlocks:
     def __init__(self, rows: Tensor, size: int, p: float) -> None:
         b, n, _ = rows.shape
         total = math.ceil(n / size) * size
-        self._half = torch.full((b, total), torch.inf, device=rows.device)
+        self._half = torch.full((b, total), torch.inf, dtype=torch.float32, device=rows.device)
         self._half[:, :n] = torch.linalg.vector_norm(rows, dim=-1).square_().div_(2) if p == 2 else 0
         self._rows = torch.nn.functional.pad(rows, (0, 0, 0, total - n)) if total > n else rows
         self._size, self._p, self.device = size, p, rows.device
@@ -93,7 +93,7 @@ class KeyBlocks:
 
     def empty(self) -> Tensor:
         """Room for one block of keys, (b, size, size)."""
-        return torch.empty((len(self._rows), self._size, self._size), device=self.device)
+        return torch.empty((len(self._rows), self._size, self._size), dtype=torch.float32, device=self.device)
 
     def fill(self, keys: Tensor, mine: slice, other: slice) -> None:
         """Write the keys of one pair of blocks."""

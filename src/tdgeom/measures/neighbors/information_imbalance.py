@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Keys
 from tdgeom.core.stage import PairStage
 from tdgeom.measures.neighbors.distance_blocks import (
     block_rows,
@@ -21,10 +21,11 @@ from tdgeom.measures.neighbors.distance_blocks import (
     pair_distances,
 )
 from tdgeom.measures.neighbors.nearest_neighbors import nearest_neighbors
-from tdgeom.measures.neighbors.neighbor_table import flatten, prepare_rows
+from tdgeom.measures.neighbors.neighbor_table import check_rows, minkowski, searchable
 from tdgeom.measures.neighbors.search import search_distinct
 from tdgeom.numerics.centring import warn_undefined
 from tdgeom.numerics.copies import all_alike, first_copies
+from tdgeom.numerics.opaque import opaque
 
 __all__ = ["InformationImbalance", "conditional_ranks", "information_imbalance"]
 
@@ -38,9 +39,8 @@ def information_imbalance(
     neighbours are B's, near 1 if A tells nothing about B.
 
     Exact over all ranks: a rank is one plus the number of rows nearer in B, counted block by block without
-        sorting and
-    without an N x N table; rows that float32 cannot place are compared in float64. Ties in B count half (the
-    mean rank of the tied rows); ties in A go to the row that occurs first.
+    sorting and without an N x N table; rows that float32 cannot place are compared in float64. Ties in B count half
+    (the mean rank of the tied rows); ties in A go to the row that occurs first.
 
     Args:
         x, y: (\*B, N, D) and (\*B, N, E), rows matched. k: 1 <= k < N. metric: as in ``nearest_neighbors``.
@@ -56,8 +56,7 @@ def information_imbalance(
     Raises:
         ValueError: rows that do not match, and whatever ``nearest_neighbors`` refuses.
 
-    Glielmo, Zeni, Cheng, Csányi, Laio: "Ranking the information content of distance measures", PNAS Nexus 1
-        (2022).
+    Glielmo, Zeni, Cheng, Csányi, Laio: "Ranking the information content of distance measures", PNAS Nexus 1 (2022).
 
     >>> import torch
     >>> x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
@@ -70,18 +69,30 @@ def information_imbalance(
             f"information_imbalance compares matched rows, got {tuple(x.shape)} and {tuple(y.shape)}. Select the same "
             f"rows on both sides (RowSample does, by row_id)."
         )
-    n = x.shape[-2]
-    given = [prepare_rows(rows, k, metric) for rows in (x, y)]
-    a, b, p = flatten(given[0][0].detach()), flatten(given[1][0].detach()), given[0][1]
-    step = max(1, budget(memory) // (8 * n * n))
-    pairs = [_both_directions(a[s : s + step], b[s : s + step], k, p, memory) for s in range(0, len(a), step)]
-    ab, ba = (torch.cat(side).view(x.shape[:-2]) for side in zip(*pairs))
+    p, cosine = minkowski(metric)
+    ab, ba = both_imbalances(check_rows(x, k).detach(), check_rows(y, k).detach(), k, p, cosine, memory)
     return _defined(ab, ba, all_alike(x) | all_alike(y))
 
 
 def _defined(ab: Tensor, ba: Tensor, alike: Tensor) -> tuple[Tensor, Tensor]:
     ab, ba = (torch.where(alike, torch.nan, value) for value in (ab, ba))
     return warn_undefined(ab, "information_imbalance", "the rows of one side are all alike."), ba
+
+
+def _empty(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[:-2], dtype=torch.float64), x.new_empty(x.shape[:-2], dtype=torch.float64)
+
+
+@opaque(_empty)
+def both_imbalances(
+    x: Tensor, y: Tensor, k: int, p: float, cosine: bool, memory: int | None
+) -> tuple[Tensor, Tensor]:
+    """Δ(x→y) and Δ(y→x) of float32 or float64 rows (*B, N, D) and (*B, N, E)."""
+    a, b, n = searchable(x, cosine), searchable(y, cosine), x.shape[-2]
+    step = max(1, budget(memory) // (8 * n * n))
+    pairs = [_both_directions(a[s : s + step], b[s : s + step], k, p, memory) for s in range(0, len(a), step)]
+    ab, ba = (torch.cat(side).view(x.shape[:-2]) for side in zip(*pairs))
+    return ab, ba
 
 
 def _both_directions(x: Tensor, y: Tensor, k: int, p: float, memory: int | None) -> tuple[Tensor, Tensor]:
@@ -121,12 +132,17 @@ def conditional_ranks(
     >>> conditional_ranks(torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[2], [2], [0]])).flatten().tolist()
     [2.0, 2.0, 2.0]
     """
-    rows, p = prepare_rows(x, index.shape[-1], metric)
-    flat, index = flatten(rows.detach()), index.reshape(-1, *index.shape[-2:])
-    n = flat.shape[1]
+    return ranks_of(check_rows(x, index.shape[-1]).detach(), index, *minkowski(metric), memory)
+
+
+@opaque(lambda x, index, *settings: index.new_empty(index.shape, dtype=torch.float64))
+def ranks_of(x: Tensor, index: Tensor, p: float, cosine: bool, memory: int | None) -> Tensor:
+    """The ranks (*B, N, k) among float32 or float64 rows (*B, N, D)."""
+    rows, asked = searchable(x, cosine), index.reshape(-1, *index.shape[-2:])
+    n = rows.shape[1]
     step = max(1, budget(memory) // (8 * n * n))
-    parts = [_ranks(flat[s : s + step], index[s : s + step], p, memory) for s in range(0, len(flat), step)]
-    return torch.cat(parts).view(*x.shape[:-1], -1)
+    parts = [_ranks(rows[s : s + step], asked[s : s + step], p, memory) for s in range(0, len(rows), step)]
+    return torch.cat(parts).view(index.shape)
 
 
 def _ranks(
@@ -161,7 +177,7 @@ class _Ranks:
         self.distance = torch.full(
             (index.shape[-1], b, total), torch.nan, dtype=torch.float64, device=x.device
         )
-        self.low = torch.full(self.distance.shape, -torch.inf, device=x.device)
+        self.low = torch.full(self.distance.shape, -torch.inf, dtype=torch.float32, device=x.device)
         self.high = self.low.clone()
         for place in range(index.shape[-1]):
             found = (base + index[..., place]).flatten()
@@ -232,8 +248,8 @@ class InformationImbalance(PairStage):
         k: int = 1,
         metric: str | float = "euclidean",
         memory: int | None = None,
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
+        in_keys: Keys = None,
+        out_keys: Keys = None,
     ) -> None:
         super().__init__(in_keys=in_keys, out_keys=out_keys)
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from tdgeom.core.keys import Key
 from tdgeom.core.stage import Stage
 from tdgeom.measures.neighbors.nearest_neighbors import nearest_neighbors
+from tdgeom.numerics.centring import holds
 from tdgeom.numerics.copies import all_alike, undefined_where_alike
 
 __all__ = ["LabelOverlap", "label_overlap", "label_overlap_of"]
@@ -35,8 +37,15 @@ def label_overlap(
     >>> label_overlap(x, torch.tensor([0, 0, 0, 1, 1]), k=1).item()
     1.0
     """
-    most = k if class_fraction is None else int(_class_k(label, class_fraction).max())
-    index = nearest_neighbors(x, most, metric=metric, memory=memory).index
+    if class_fraction is not None:
+        try:
+            most = int(_asked(label, k, class_fraction).max())
+        except RuntimeError as error:  # vmap: labels that stand for a batch of others
+            raise ValueError(
+                "label_overlap: with class_fraction the number of neighbours to search follows from the labels, which vmap "
+                "hides. Call it on the whole batch (it takes leading dimensions), or search first: label_overlap_of(index, ...)."
+            ) from error
+    index = nearest_neighbors(x, k if class_fraction is None else most, metric=metric, memory=memory).index
     value = label_overlap_of(index, label, k=k, class_fraction=class_fraction, balanced=balanced)
     return undefined_where_alike(value, all_alike(x), "label_overlap")
 
@@ -47,13 +56,12 @@ def label_overlap_of(
     r"""Mean share of a row's neighbours that carry its label, from a neighbour table.
 
     Plain: the mean over rows of |{j in N_k(i): label_j = label_i}|/k. ``balanced``: the mean over classes of
-        the class's mean
-    (DADApy's default, ``weighted=True``). ``class_fraction=f``: row i looks at its k_i = max(1, int(f·n_c))
-    nearest neighbours, n_c the size of its class, instead of k.
+    the class's mean (DADApy's default, ``weighted=True``). ``class_fraction=f``: row i looks at its
+    k_i = max(1, int(f·n_c)) nearest neighbours, n_c the size of its class, instead of k.
 
     Args:
-        index: (\*B, N, >=k) neighbours (>= the largest k_i). label: (\*B, N) integers, or (N,) for all of
-            \*B.
+        index: (\*B, N, >=k) neighbours (>= the largest k_i).
+        label: (\*B, N) integers, or (N,) for all of \*B.
 
     Returns:
         (\*B,) in [0, 1], float64.
@@ -77,50 +85,42 @@ def label_overlap_of(
         raise ValueError(
             f"label_overlap expects one label a row, {tuple(index.shape[:-1])} or ({n},), got {tuple(label.shape)}."
         )
-    if label.is_floating_point() and bool((label != label.round()).any()):
+    if label.is_floating_point() and holds((label != label.round()).any()):
         raise ValueError(
             f"label_overlap compares classes, got {label.dtype} labels that are no whole numbers (or NaN), so that no two need "
             f"be equal. Bin a continuous label first: torch.bucketize(label, edges)."
         )
     label = label.expand(index.shape[:-1])
-    group = _groups(label)
-    if class_fraction is None:
-        each = torch.full(label.shape, k, device=index.device)
-    else:
-        each = _class_k(label, class_fraction)
-    most = int(each.max())
-    if index.shape[-1] < most:
+    each = _asked(label, k, class_fraction)
+    if holds(each.max() > index.shape[-1]):
+        most = int(each.max())
         raise ValueError(
             f"label_overlap looks at {most} neighbours, the table has {index.shape[-1]} (shape {tuple(index.shape)}). "
             f"Use NearestNeighbors(k={most}) or more."
         )
-    index = index[..., :most]
     near = label.gather(-1, index.flatten(-2)).view(index.shape)
-    within = torch.arange(most, device=index.device) < each.unsqueeze(-1)
+    within = torch.arange(index.shape[-1], device=index.device) < each.unsqueeze(-1)
     share = ((near == label.unsqueeze(-1)) & within).sum(-1).double() / each
     if not balanced:
         return share.mean(-1)
-    classes = int(group.max()) + 1
-    size = torch.zeros((*label.shape[:-1], classes), dtype=torch.float64, device=index.device)
-    total = size.scatter_add(-1, group, share)
-    size = size.scatter_add(-1, group, torch.ones_like(share))
-    present = size > 0
-    return torch.where(present, total / size.clamp(min=1), 0.0).sum(-1) / present.sum(-1)
+    weight = 1 / _class_size(label).double()  # each class weighs one
+    return (share * weight).sum(-1) / weight.sum(-1)
 
 
-def _groups(label: Tensor) -> Tensor:
-    """Labels as numbers 0, 1, ... over all data sets."""
-    return torch.unique(label, return_inverse=True)[1]
+def _class_size(label: Tensor) -> Tensor:
+    """How many rows carry the label of each row (*B, N)."""
+    label = (label.double() if label.is_floating_point() else label.long()).contiguous()
+    ordered = label.sort(-1).values
+    return torch.searchsorted(ordered, label, right=True) - torch.searchsorted(ordered, label)
 
 
-def _class_k(label: Tensor, fraction: float) -> Tensor:
-    """Neighbours that each row looks at: max(1, int(fraction · size of its class))."""
+def _asked(label: Tensor, k: int, fraction: float | None) -> Tensor:
+    """Neighbours that each row looks at: k, or max(1, int(fraction · size of its class))."""
+    if fraction is None:
+        return torch.full_like(label, k, dtype=torch.int64)
     if not 0 < fraction <= 1:
         raise ValueError(f"label_overlap: class_fraction lies in (0, 1], got {fraction!r}.")
-    group = _groups(label)
-    size = torch.zeros((*label.shape[:-1], int(group.max()) + 1), dtype=torch.float64, device=label.device)
-    size = size.scatter_add(-1, group, torch.ones_like(group, dtype=torch.float64)).gather(-1, group)
-    return (size * fraction).long().clamp(min=1)
+    return (_class_size(label).double() * fraction).long().clamp(min=1)
 
 
 class LabelOverlap(Stage):
@@ -181,7 +181,7 @@ class LabelOverlap(Stage):
 
     def compute(self, given: Tensor, label: Tensor) -> Tensor:
         """The mean overlap."""
-        settings = {"k": self.k, "class_fraction": self.class_fraction, "balanced": self.balanced}
-        if self.source == "neighbors":
-            return label_overlap_of(given, label, **settings)
-        return label_overlap(given, label, metric=self.metric, memory=self.memory, **settings)
+        overlap: Callable[..., Tensor] = label_overlap_of
+        if self.source == "sample":
+            overlap = partial(label_overlap, metric=self.metric, memory=self.memory)
+        return overlap(given, label, k=self.k, class_fraction=self.class_fraction, balanced=self.balanced)

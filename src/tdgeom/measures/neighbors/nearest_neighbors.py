@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Keys
 from tdgeom.core.stage import Stage
 from tdgeom.measures.neighbors.approximate import approximate_neighbors
 from tdgeom.measures.neighbors.distance_blocks import budget
+from tdgeom.measures.neighbors.distance_gradient import found_by
 from tdgeom.measures.neighbors.neighbor_table import (
+    Leaves,
     Neighbors,
-    assemble,
-    distances_to,
-    flatten,
-    over_all_rows,
-    prepare_rows,
+    check_rows,
+    empty_leaves,
+    leaves_from,
+    minkowski,
 )
 from tdgeom.measures.neighbors.search import search_distinct
-from tdgeom.numerics.copies import first_copies
+from tdgeom.numerics.opaque import opaque
 
 __all__ = ["NearestNeighbors", "distinct_neighbors", "nearest_neighbors"]
 
@@ -75,9 +75,9 @@ def nearest_neighbors(
     >>> table.distinct_distance[2]
     tensor([nan, nan], dtype=torch.float64)
     """
-    rows, p = prepare_rows(x, k, metric)
-    first, tables = _distinct_tables(flatten(rows).detach(), k, p=p, block=block, memory=memory)
-    return assemble(rows, first, tables, k, p=p, metric=metric)
+    rows, (p, cosine) = check_rows(x, k), minkowski(metric)
+    distance, index, distinct, _, duplicates = found_by(exact_neighbors, rows, p, cosine, k, block, memory)
+    return Neighbors(distance, index, distinct, duplicates)
 
 
 def distinct_neighbors(
@@ -98,48 +98,23 @@ def distinct_neighbors(
     >>> table.distance.flatten().tolist(), table.index.flatten().tolist(), int(table.duplicates)
     ([1.0, 1.0, nan, 2.0], [1, 0, 0, 1], 1)
     """
-    rows, p = prepare_rows(x, k, metric)
-    lead, n = rows.shape[:-2], rows.shape[-2]
-    flat = rows.reshape(-1, *rows.shape[-2:])
-    first, tables = _distinct_tables(flat.detach(), k, p=p, block=block, memory=memory)
-    distance, index = over_all_rows(first, tables, k)
-    if flat.requires_grad and torch.is_grad_enabled():
-        distance = distances_to(flat, index, p).where(torch.isfinite(distance), torch.nan)
-    if metric == "cosine":
-        distance = distance.square() / 2
-    duplicates = (first != torch.arange(n, device=flat.device)).sum(-1)
-    table = Neighbors(distance, index, distance, duplicates)
-    return Neighbors(*(leaf.reshape((*lead, *leaf.shape[1:])) for leaf in table))
+    rows, (p, cosine) = check_rows(x, k), minkowski(metric)
+    *_, distance, index, duplicates = found_by(exact_neighbors, rows, p, cosine, k, block, memory)
+    return Neighbors(distance, index, distance, duplicates)
 
 
-def _distinct_tables(
-    flat: Tensor, k: int, *, p: float, block: int | None, memory: int | None
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """``first_copies`` of (b, N, D), and per item the table over its distinct rows, by first occurrence."""
-    b, n, _ = flat.shape
-    first = first_copies(flat)
-    own = torch.arange(n, device=flat.device)
-    whole = (first == own).all(-1).tolist()
-    tables: list[tuple[Tensor, Tensor] | None] = [None] * b
-    together = [item for item in range(b) if whole[item]]
+@opaque(empty_leaves)
+def exact_neighbors(
+    x: Tensor, p: float, cosine: bool, k: int, block: int | None, memory: int | None
+) -> Leaves:
+    """The leaves of an exact search, from float32 or float64 rows (*B, N, D)."""
     # As many data sets at a time as the budget holds with one block each.
-    step = max(1, budget(memory) // (8 * n * n))
-    for s in range(0, len(together), step):
-        items = together[s : s + step]
-        rows = flat if len(items) == b else flat[items]
-        distance, index = search_distinct(rows, k, p=p, block=block, memory=memory)
-        for place, item in enumerate(items):
-            tables[item] = (distance[place], index[place])
-    for item in range(b):
-        if tables[item] is None:
-            rows = flat[item, first[item] == own]
-            found = min(k, len(rows) - 1)
-            if found:
-                distance, index = search_distinct(rows.unsqueeze(0), found, p=p, block=block, memory=memory)
-                tables[item] = (distance[0], index[0])
-            else:
-                tables[item] = (flat.new_empty((1, 0), dtype=torch.float64), own.new_empty((1, 0)))
-    return first, tables  # type: ignore[return-value]
+    together = max(1, budget(memory) // (8 * x.shape[-2] ** 2))
+
+    def search(rows: Tensor, number: int, _: Tensor) -> tuple[Tensor, Tensor]:
+        return search_distinct(rows, number, p=p, block=block, memory=memory)
+
+    return leaves_from(search, x, cosine, k, together)
 
 
 class NearestNeighbors(Stage):
@@ -182,8 +157,8 @@ class NearestNeighbors(Stage):
         backend: str = "exact",
         block: int | None = None,
         memory: int | None = None,
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
+        in_keys: Keys = None,
+        out_keys: Keys = None,
     ) -> None:
         if backend not in ("exact", "approximate"):
             raise ValueError(f"backend is 'exact' or 'approximate', got {backend!r}.")
@@ -193,9 +168,8 @@ class NearestNeighbors(Stage):
 
     def compute(self, sample: Tensor) -> dict[str, Tensor]:
         """The table, by name."""
-        if self.backend == "exact":
-            return nearest_neighbors(
-                sample, self.k, metric=self.metric, block=self.block, memory=self.memory
-            )._asdict()
-        table, recall = approximate_neighbors(sample, self.k, metric=self.metric, memory=self.memory)
-        return {**table._asdict(), "recall": recall}
+        if self.backend == "approximate":
+            table, recall = approximate_neighbors(sample, self.k, metric=self.metric, memory=self.memory)
+            return {**table._asdict(), "recall": recall}
+        table = nearest_neighbors(sample, self.k, metric=self.metric, block=self.block, memory=self.memory)
+        return table._asdict()

@@ -2,36 +2,51 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tdgeom.numerics.copies import expand_table
+from tdgeom.measures.neighbors.distance_gradient import directions
+from tdgeom.numerics.centring import real_rows, refuse_nonfinite, upcast
+from tdgeom.numerics.copies import expand_table, first_copies
 
-__all__ = ["Neighbors", "assemble", "distances_to", "flatten", "over_all_rows", "prepare_rows"]
+__all__ = ["Leaves", "Neighbors", "check_rows", "empty_leaves", "leaves_from", "minkowski", "searchable"]
 
-_SMALLEST, _LARGEST = (
-    1e-140,
-    1e150,
-)  # of the largest value; squares of differences between rows are then numbers
+# The largest value of a row lies between them; squares of differences between rows are then numbers.
+_SMALLEST, _LARGEST = 1e-140, 1e150
 
 
 class Neighbors(NamedTuple):
     """A neighbour table: what ``nearest_neighbors`` returns, in the order that ``NearestNeighbors`` writes."""
 
     distance: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which means nothing for a table
     distinct_distance: Tensor
     duplicates: Tensor
 
 
-def prepare_rows(x: Tensor, k: int, metric: str | float) -> tuple[Tensor, float]:
-    """Rows that the search takes (float32 or float64, unit length for cosine) and the Minkowski exponent."""
-    if x.ndim < 2 or x.shape[-1] < 1 or x.is_complex():
-        raise ValueError(
-            f"nearest neighbours expect real rows of shape (..., N, D), got {tuple(x.shape)} of {x.dtype}."
-        )
+# What a search finds: over all rows distance and index (*B, N, k); among first occurrences the same two (NaN and 0 where
+# there is nothing); the number of later copies (*B,).
+Leaves = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def minkowski(metric: str | float) -> tuple[float, bool]:
+    """The exponent p of a metric's distance, and whether it is one between directions."""
+    if metric in ("euclidean", "cosine"):
+        return 2.0, metric == "cosine"
+    if isinstance(metric, (int, float)) and not isinstance(metric, bool) and metric >= 1:
+        return float(metric), False
+    raise ValueError(
+        f"metric is 'euclidean', 'cosine' or a number p >= 1 (math.inf included) for Minkowski's distance, got {metric!r}."
+    )
+
+
+def check_rows(x: Tensor, k: int) -> Tensor:
+    """(*B, N, D) in float32 or float64, of which each row can have k neighbours."""
+    if x.ndim < 2 or x.shape[-1] < 1:
+        raise ValueError(f"nearest neighbours expect rows of shape (..., N, D), got {tuple(x.shape)}.")
     n = x.shape[-2]
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k is a number of neighbours, at least 1, got {k!r}.")
@@ -39,86 +54,66 @@ def prepare_rows(x: Tensor, k: int, metric: str | float) -> tuple[Tensor, float]
         raise ValueError(
             f"{k} nearest neighbours need at least {k + 1} rows, got {n} (shape {tuple(x.shape)}). Give more rows or a smaller k."
         )
-    if not x.is_floating_point():
-        x = x.double()
-    elif x.dtype not in (torch.float32, torch.float64):
-        x = x.float()
-    if x.device.type == "mps":  # no float64 there
-        x = x.cpu()
-    ends = torch.stack(torch.aminmax(x.detach()))  # one pass; NaN wins in both
-    if not bool(torch.isfinite(ends).all()):
-        raise ValueError(
-            f"nearest neighbours: the rows (shape {tuple(x.shape)}) hold NaN or Inf. Drop such rows first; "
-            f"run(..., nonfinite='drop') does it at all sites and counts them."
-        )
-    size = float(ends.abs().max())
+    rows = upcast(real_rows(x, "nearest neighbours"))
+    return rows.cpu() if rows.device.type == "mps" else rows  # no float64 there
+
+
+def searchable(x: Tensor, cosine: bool) -> Tensor:
+    """The rows as (b, N, D), of unit length for cosine; values that no search can order are refused."""
+    size = float(refuse_nonfinite(x, "nearest neighbours"))
     if size and not _SMALLEST <= size <= _LARGEST:
         raise ValueError(
             f"nearest neighbours: the rows reach {size:.0e}, whose square leaves the range of float64. Give them in a "
             f"unit between {_SMALLEST:.0e} and {_LARGEST:.0e}."
         )
-    if metric == "euclidean":
-        return x, 2.0
-    if metric == "cosine":
-        norm = torch.linalg.vector_norm(x.double(), dim=-1, keepdim=True)
-        if bool((norm == 0).any()):
-            raise ValueError(
-                "metric='cosine': a row is zero and has no direction. Drop zero rows or use 'euclidean'."
-            )
-        return x.double() / norm, 2.0
-    if isinstance(metric, (int, float)) and not isinstance(metric, bool) and metric >= 1:
-        return x, float(metric)
-    raise ValueError(
-        f"metric is 'euclidean', 'cosine' or a number p >= 1 (math.inf included) for Minkowski's distance, got {metric!r}."
-    )
+    if cosine and not bool(x.any(-1).all()):
+        raise ValueError(
+            "metric='cosine': a row is zero and has no direction. Drop zero rows or use 'euclidean'."
+        )
+    rows = x.detach().reshape(-1, *x.shape[-2:])
+    return directions(rows) if cosine else rows
 
 
-def flatten(rows: Tensor) -> Tensor:
-    """(*B, N, D) as (b, N, D)."""
-    return rows.reshape(-1, *rows.shape[-2:])
-
-
-def assemble(
-    rows: Tensor, first: Tensor, tables: list[tuple[Tensor, Tensor]], k: int, *, p: float, metric: str | float
-) -> Neighbors:
-    """The table over all rows (*B, N, D) from the tables over the distinct rows of each data set."""
-    flat, n = flatten(rows), rows.shape[-2]
-    distinct, _ = over_all_rows(first, tables, k)
-    distance, index = distinct, torch.empty(distinct.shape, dtype=torch.int64, device=flat.device)
-    if any(len(near) < n for near, _ in tables):
-        distance = distinct.clone()
-    for item, (near, at) in enumerate(tables):
-        if len(near) == n:
-            index[item] = at
+def leaves_from(
+    search: Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]],
+    x: Tensor,
+    cosine: bool,
+    k: int,
+    together: int,
+) -> Leaves:
+    """What ``search(rows (b, n, D) without copies, number, which data sets)`` finds, ``together`` data sets at a time."""
+    flat = searchable(x, cosine)
+    b, n, _ = flat.shape
+    first = first_copies(flat)
+    kept = first == torch.arange(n, device=x.device)
+    distinct = torch.full((b, n, k), torch.nan, dtype=torch.float64, device=x.device)
+    among = torch.zeros((b, n, k), dtype=torch.int64, device=x.device)
+    distance, index = torch.empty_like(distinct), torch.empty_like(among)
+    whole = kept.all(-1)
+    for items in filter(len, (*whole.nonzero().flatten().split(together), *(~whole).nonzero())):
+        rows = flat if len(items) == b else flat[items]
+        own = kept[items[0]].nonzero().flatten()
+        found = min(k, len(own) - 1)
+        if len(own) == n:
+            near, at = search(rows, k, items)
+            distance[items], index[items], distinct[items], among[items] = near, at, near, at
+            continue
+        if found:
+            near, at = search(rows[:, own], found, items)
         else:
-            distance[item], index[item] = expand_table(first[item], near, at, k)
-    if flat.requires_grad and torch.is_grad_enabled():
-        among = distances_to(flat, over_all_rows(first, tables, k)[1], p)
-        distinct = among.where(torch.isfinite(distinct), torch.nan)
-        distance = distances_to(flat, index, p)
-    if metric == "cosine":
+            near, at = distinct.new_empty((1, 1, 0)), among.new_empty((1, 1, 0))
+        distinct[items, own, :found], among[items, own, :found] = near[0], own[at[0]]
+        distance[items], index[items] = expand_table(first[items[0]], near[0], at[0], k)
+    if cosine:
         distance, distinct = distance.square() / 2, distinct.square() / 2
-    table = Neighbors(distance, index, distinct, (first != torch.arange(n, device=flat.device)).sum(-1))
-    return Neighbors(*(leaf.reshape((*rows.shape[:-2], *leaf.shape[1:])) for leaf in table))
+    lead, shape = x.shape[:-2], (*x.shape[:-1], k)
+    copies = (~kept).sum(-1)
+    return distance.view(shape), index.view(shape), distinct.view(shape), among.view(shape), copies.view(lead)
 
 
-def over_all_rows(first: Tensor, tables: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
-    """Tables among first occurrences laid out over all (b, N) rows; NaN and index 0 where there is nothing."""
-    b, n = first.shape
-    if all(len(near) == n for near, _ in tables):
-        return torch.stack([near for near, _ in tables]), torch.stack([at for _, at in tables])
-    own = torch.arange(n, device=first.device)
-    distance = torch.full((b, n, k), torch.nan, dtype=torch.float64, device=first.device)
-    index = torch.zeros((b, n, k), dtype=torch.int64, device=first.device)
-    for item, (near, at) in enumerate(tables):
-        kept = (first[item] == own).nonzero().squeeze(-1)
-        distance[item, kept, : near.shape[-1]] = near
-        index[item, kept, : near.shape[-1]] = kept[at]
-    return distance, index
-
-
-def distances_to(flat: Tensor, index: Tensor, p: float) -> Tensor:
-    """Distances from every row of (b, N, D) to the rows at ``index`` (b, N, k), inside the graph."""
-    near = flat.gather(1, index.flatten(1).unsqueeze(-1).expand(-1, -1, flat.shape[-1]))
-    near = near.view(*index.shape, flat.shape[-1])
-    return torch.linalg.vector_norm(flat.double().unsqueeze(2) - near.double(), ord=p, dim=-1)
+def empty_leaves(x: Tensor, p: float, cosine: bool, k: int, *settings: Any) -> Leaves:
+    """Leaves of the right shapes, for tracing."""
+    shape = (*x.shape[:-1], k)
+    distance, index = x.new_empty(shape, dtype=torch.float64), x.new_empty(shape, dtype=torch.int64)
+    duplicates = x.new_empty(x.shape[:-2], dtype=torch.int64)
+    return distance, index, torch.empty_like(distance), torch.empty_like(index), duplicates

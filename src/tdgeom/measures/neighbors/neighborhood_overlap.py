@@ -1,4 +1,4 @@
-"""Do two sets of rows, or rows and labels, agree on who is near whom?"""
+"""How many neighbours two sets of rows have in common: the overlap (mutual k nearest neighbours) and the Jaccard index."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Key, Keys
 from tdgeom.core.stage import PairStage
 from tdgeom.measures.neighbors.nearest_neighbors import nearest_neighbors
 from tdgeom.numerics.copies import all_alike, undefined_where_alike
@@ -108,8 +108,8 @@ class _TablePair(PairStage):
         metric: str | float = "euclidean",
         source: Literal["sample", "neighbors"] = "sample",
         memory: int | None = None,
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
+        in_keys: Keys = None,
+        out_keys: Keys = None,
     ) -> None:
         sources: Mapping[str, Mapping[Key, str]] = {
             "sample": {("sample", "a"): "N D", ("sample", "b"): "N E"},

@@ -1,6 +1,6 @@
 """Exact k nearest neighbours among distinct rows: the kernel of every neighbour-based measure.
 
-Three steps follow the products of ``_blocks``:
+Three steps follow the products of ``distance_blocks``:
 
 1. *Candidates.* Each row keeps the m = k + spare smallest keys seen and a limit below which a key is of interest. The
    minimum over groups of keys is taken first (a pass at the speed of memory); only groups whose minimum lies below
@@ -62,9 +62,9 @@ def search_distinct(
         workers = _workers(x.device) if also is None else 1
         size = block_rows(n, b * workers, block=block, memory=memory, device=x.device)
         total = math.ceil(n / size) * size
-        best = torch.full((b, total, m), torch.inf, device=x.device)
+        best = torch.full((b, total, m), torch.inf, dtype=torch.float32, device=x.device)
         where = torch.zeros((b, total, m), dtype=torch.int64, device=x.device)
-        limit = torch.full((b, total), torch.inf, device=x.device)
+        limit = torch.full((b, total), torch.inf, dtype=torch.float32, device=x.device)
 
         def take(keys: Tensor, mine: slice, other: slice) -> None:
             _absorb(keys, best[:, mine], where[:, mine], limit[:, mine], other.start)
