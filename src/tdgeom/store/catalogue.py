@@ -156,11 +156,9 @@ class Catalogue(SqliteFile):
         return {
             **{name: getattr(record, name) for name in ("id", "kind", "state", "reason")},
             "created": created,
-            **{name: getattr(record.about, name) for name in ("model", "revision", "dataset", "experiment")},
-            "tags": list(record.about.tags),
             **{name: getattr(record, name) for name in ("shards", "rows", "bytes")},
             "relative_error": relative_errors(self.shards(record.id)),
-            **record.about.details,
+            **record.about.told(),
         }
 
     def layout(self, run: str) -> ShardLayout:

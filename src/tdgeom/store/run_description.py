@@ -28,6 +28,11 @@ class RunDescription:
     tags: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
+    def told(self) -> dict[str, Any]:
+        """As JSON values, each by its name."""
+        told = {name: getattr(self, name) for name in ("model", "revision", "dataset", "experiment")}
+        return {**told, "tags": list(self.tags), **self.details}
+
 
 def describe_run(
     *,

@@ -30,7 +30,7 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
 
 
-class RunLock:
+class RunLock(Lock):
     """The right of one rank to write a run, and the run's folder.
 
     Raises:
@@ -45,28 +45,16 @@ class RunLock:
             sync_folder(catalogue.folder)
         except OSError as error:
             raise explain(error, f"making {self.folder}") from error
-        self._lock = Lock(self.folder / f"rank-{rank:05d}.lock", f"run {run}")
-
-    def release(self) -> None:
-        """Let the next writer in."""
-        self._lock.release()
-
-    @property
-    def is_held(self) -> bool:
-        """Whether this process may write: not after ``release``, and never in a forked copy."""
-        return self._lock.is_held
+        super().__init__(self.folder / f"rank-{rank:05d}.lock", f"run {run}")
 
     def clear(self, beginning: str = "") -> None:
         """Delete the files, those whose name begins so, that the catalogue does not have."""
         known = {shard.name for shard in self.catalogue.shards(self.run)}
         for path in self.folder.iterdir():
+            is_named_so = path.name.lstrip(".").startswith(beginning)
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif (
-                path.name.lstrip(".").startswith(beginning)
-                and path.name not in known
-                and path.suffix != ".lock"
-            ):
+            elif is_named_so and path.suffix != ".lock" and path.name not in known:
                 path.unlink()
 
     def clear_leftovers(self) -> None:
@@ -151,7 +139,10 @@ class RunWriter:
         try:
             self._write_shard()
         except BaseException as error:
-            self._fail(reason_of(error))
+            self._failure = reason_of(error)
+            with suppress(StoreError):  # a run that nobody writes counts as failed without the mark
+                self._lock.catalogue.set_state(self.run, "failed", self._failure)
+            self._lock.release()
             raise
         self._held, self._rounding = 0, {}
         self._number += 1
@@ -167,15 +158,8 @@ class RunWriter:
         tensors = {name: buffer[: self._held] for name, buffer in self._buffers.items()}
         size, digest = write_shard(self._lock.folder / name, tensors)
         rounding = {name: part.tolist() for name, part in self._rounding.items()}
-        self._lock.catalogue.add_shard(
-            self.run, ShardRecord(self._lock.rank, self._number, self._held, size, digest, rounding)
-        )
-
-    def _fail(self, reason: str) -> None:
-        self._failure = reason
-        with suppress(StoreError):  # a run that nobody writes counts as failed without the mark
-            self._lock.catalogue.set_state(self.run, "failed", self._failure)
-        self._lock.release()
+        record = ShardRecord(self._lock.rank, self._number, self._held, size, digest, rounding)
+        self._lock.catalogue.add_shard(self.run, record)
 
     def _add_rounding(self, name: str, error: Tensor) -> None:
         before = self._rounding.get(name)

@@ -54,12 +54,11 @@ def export_runs(catalogue: Catalogue, runs: Sequence[str], folder: Path) -> Path
 
 def _export_run(catalogue: Catalogue, record: RunRecord, folder: Path) -> None:
     shards = catalogue.shards(record.id)
-    about = record.about
-    names = {name: getattr(about, name) for name in ("model", "revision", "dataset", "experiment")}
+    about = record.about.told()
     told = {
         "format": FORMAT,
         **{name: getattr(record, name) for name in ("id", "kind", "created")},
-        "about": {**names, "tag": list(about.tags), **about.details},
+        "about": {"tag": about.pop("tags"), **about},
         "layout": catalogue.layout(record.id).to_json(),
         "shards": [
             [one.rank, one.number, one.rows, one.bytes, one.sha256, dict(one.rounding)] for one in shards

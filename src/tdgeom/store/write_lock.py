@@ -35,26 +35,22 @@ class Lock:
         StoreBusyError: another process holds it (pid, host and start are in the message).
     """
 
+    _handle = -1
+
     def __init__(self, path: Path, what: str) -> None:
-        self._handle = -1
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
-        except OSError as error:
-            raise explain(error, f"locking {path}") from error
-        try:
-            if not _try_lock(handle, patience=_PATIENCE):
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
+            if not _try_lock(self._handle, patience=_PATIENCE):
                 raise StoreBusyError(
-                    f"{what} is being written by {_holder(handle)}. Wait for it, stop it (stage.reset() for a stage of this "
-                    f"process), or write a run of your own."
+                    f"{what} is being written by {_holder(self._handle)}. Wait for it, stop it (stage.reset() for a stage of "
+                    f"this process), or write a run of your own."
                 )
-            _write_note(handle)
-        except OSError as error:
-            os.close(handle)
-            raise explain(error, f"locking {path}") from error
-        except BaseException:
-            os.close(handle)
+            _write_note(self._handle)
+        except BaseException as error:
+            self.release()
+            if isinstance(error, OSError):
+                raise explain(error, f"locking {path}") from error
             raise
-        self._handle = handle
         _HELD.add(self)
 
     @property
