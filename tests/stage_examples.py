@@ -20,7 +20,8 @@ NOT_STAGES = {
     "PairStage": "base class, tests/test_stage.py",
     "StreamingStage": "base class, tests/test_stage.py",
     "Probe": "base class of the probes, tests/probing",
-    "ForEach": "takes its keys from the stage it repeats, tests/test_compose.py",
+    "Pipeline": "a TensorDictSequential, tests/core/test_pipeline.py",
+    "ForEach": "takes its keys from the stage it repeats, tests/core/test_for_each.py",
     "ForEachPair": "takes its keys from the stage it repeats, tests/test_compose.py",
     "Intervene": "runs a model under edits, tests/hooks/test_intervene.py",
     **{
@@ -97,7 +98,7 @@ def vectors(seed: int) -> torch.Tensor:
 
 def label_moments() -> list[torch.Tensor]:
     """What StreamingLabelMoments writes on the example rows."""
-    stage = tg.StreamingLabelMoments(classes=2, in_keys=["x", "label", "row_id"])
+    stage = tg.StreamingLabelMoments(n_classes=2, in_keys=["x", "label", "row_id"])
     td = TensorDict({})
     for key, value in zip(stage.in_keys, (rows(), labels(), ids())):
         td.set(key, value)
@@ -236,7 +237,7 @@ EXAMPLES: dict[str, Example] = {
     "StreamingCrossMoments": streaming(
         lambda **keys: tg.StreamingCrossMoments(["x", "y"], **keys), rows, lambda: rows(1)
     ),
-    "StreamingLabelMoments": labelled(lambda **keys: tg.StreamingLabelMoments(classes=2, **keys)),
+    "StreamingLabelMoments": labelled(lambda **keys: tg.StreamingLabelMoments(n_classes=2, **keys)),
     "LinearProbe": labelled(tg.LinearProbe),
     "MeanDifferenceProbe": labelled(tg.MeanDifferenceProbe),
     "SklearnProbe": labelled(lambda **keys: tg.SklearnProbe(LogisticRegression(), **keys)),

@@ -13,8 +13,11 @@ from tdgeom.cli import demo
 from tdgeom.concepts.bases import ConceptBasis, FisherBasis
 from tdgeom.concepts.coordinates import Interpolate, Project, Reconstruct
 from tdgeom.concepts.erasure import LEACE, Erase
-from tdgeom.core.for_each import ForEach, ForEachPair
-from tdgeom.core.stage import PairStage, Stage
+from tdgeom.core.for_each import ForEach
+from tdgeom.core.for_each_pair import ForEachPair
+from tdgeom.core.pair_stage import PairStage
+from tdgeom.core.pipeline import Pipeline, merge_, reset, sync_
+from tdgeom.core.stage import Stage
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.core.warnings import UndefinedMeasureWarning
 from tdgeom.measures.dimension.ca_pca import CAPCA
@@ -97,6 +100,10 @@ __all__ = [
     "StreamingStage",
     "ForEach",
     "ForEachPair",
+    "Pipeline",
+    "merge_",
+    "reset",
+    "sync_",
     "run",
     "to_frame",
     # the whole analysis

@@ -225,7 +225,7 @@ def test_the_most_activating_tokens_of_each_concept_with_their_text() -> None:
         ),
         [batch],
     )
-    keys = [("coordinates", site), ("tokens", "context"), "row_id"]
+    keys = [("coordinates", site), ("carried", "context"), "row_id"]
     second = tg.run(
         TensorDictSequential(
             tg.ContextWindow(before=2, after=1),

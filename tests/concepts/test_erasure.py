@@ -162,8 +162,8 @@ def test_erasure_over_a_stream_in_a_second_pass():
         capture,
         select,
         tg.ForEach(tg.Erase(out_keys="clean"), [site]),
-        tg.ForEach(tg.StreamingLabelMoments(in_keys=["clean", ("tokens", "label"), "row_id"]), [site]),
-        tg.ForEach(tg.LinearProbe(in_keys=["clean", ("tokens", "label"), "row_id"], permutations=0), [site]),
+        tg.ForEach(tg.StreamingLabelMoments(in_keys=["clean", ("carried", "label"), "row_id"]), [site]),
+        tg.ForEach(tg.LinearProbe(in_keys=["clean", ("carried", "label"), "row_id"], permutations=0), [site]),
     )
     result = tg.run(second, batches, inputs=first, progress=False)
     before, after = (r["label_moments", site, "cross_scatter"].abs().max() for r in (first, result))

@@ -12,7 +12,7 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequ
 from torch import nn
 
 import tdgeom as tg
-from tdgeom.core.for_each import pair_list
+from tdgeom.core.for_each_pair import pair_list
 
 SITES = ["x.0", "x.1", "x.2"]
 
@@ -62,7 +62,7 @@ def test_the_site_comes_second_in_every_key():
         "count",
     )
     assert len(units.out_keys) == 10
-    assert type(units) is TensorDictSequential
+    assert isinstance(units, tg.ForEach) and isinstance(units, TensorDictSequential)
 
 
 def test_shared_keys_stay_and_values_are_each_sites_own():
@@ -100,13 +100,14 @@ def test_state_is_copied_and_the_stage_given_stays_untouched():
         torch.testing.assert_close(td["moments", site, "covariance"], torch.cov(rows[site].T))
 
 
-def test_parameters_are_copied_and_stateless_stages_shared():
+def test_every_site_has_a_stage_of_its_own():
     linear = TensorDictModule(nn.Linear(4, 2), in_keys=["tokens"], out_keys=["low"])
     units = tg.ForEach(linear, SITES)
     weights = {id(unit.module.module.weight) for unit in units.module}
     assert len(weights) == 3 and id(linear.module.weight) not in weights
     stage = tg.SpectrumMetrics()
-    assert all(unit.module is stage for unit in tg.ForEach(stage, SITES).module)
+    each = tg.ForEach(stage, SITES)
+    assert len({id(unit.module) for unit in each}) == 3 and all(unit.module is not stage for unit in each)
 
 
 def test_of_a_sequence_is_the_sequence_of_each():
@@ -213,7 +214,8 @@ def test_prepare_runs_once_a_site_and_compare_once_a_pair():
     pairs = tg.ForEachPair(stage, SITES, pairs="all", shared=[("weight", "w")])
     rows = samples()
     td = pairs(TensorDict({"sample": rows, "weight": {"w": torch.tensor(2.0)}}))
-    assert stage.calls.count("prepare") == 3 and stage.calls.count("compare") == 3
+    calls = pairs.units[0].module.calls
+    assert calls.count("prepare") == 3 and calls.count("compare") == 3 and stage.calls == []
     for a, b in (("x.0", "x.1"), ("x.0", "x.2"), ("x.1", "x.2")):
         means = rows[a].mean(0), rows[b].mean(0)
         assert torch.equal(td["between", f"{a}->{b}", "distance"], 2 * (means[0] - means[1]).norm())

@@ -166,7 +166,7 @@ def test_in_a_pipeline_and_inside_contexts():
         tg.SelectTokens(capture.sites, also=["logits"]),
         *[
             LogitLens(
-                model, outputs=["kl"], in_keys=[("tokens", s), ("tokens", "logits")], out_keys=("lens", s)
+                model, outputs=["kl"], in_keys=[("tokens", s), ("carried", "logits")], out_keys=("lens", s)
             )
             for s in capture.sites
         ],

@@ -124,7 +124,7 @@ def test_neighbour_tables_are_analysed_later_without_the_model(both, tmp_path) -
     )
     pair = f"{sites[0]}->{sites[1]}"
     assert float(later["between", pair, "neighborhood_overlap"]) == live.novelty["neighborhood_overlap"][0]
-    assert loaded["sample_row_id"].dtype == torch.int64 and len(loaded["sample", "label"]) == 80
+    assert loaded["sample_row_id"].dtype == torch.int64 and len(loaded["sample_carried", "label"]) == 80
 
 
 def test_the_sample_itself_is_not_kept(both) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tensordict import TensorDict
 
 
 class Data:
@@ -37,9 +38,7 @@ def feed():
         while start < len(x):
             size = sizes[turn % len(sizes)]
             part = [t[start : start + size] for t in (x, label, *rest)]
-            from tdgeom.probing.labelled_rows import Loose
-
-            stage.update(Loose(dict(zip(stage.in_keys, part))))
+            stage.update(TensorDict(dict(zip(stage.in_keys, part))))
             start, turn = start + size, turn + 1
         return stage
 

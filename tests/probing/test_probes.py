@@ -31,7 +31,7 @@ GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 def run_probe(probe, data, label=None, block_rows=100, **extra):
     label = data.label if label is None else label
     batches = [
-        {"tokens": {"s": data.x[i : i + 70], "label": label[i : i + 70], "type": data.types[i : i + 70]},
+        {"tokens": {"s": data.x[i : i + 70]}, "carried": {"label": label[i : i + 70], "type": data.types[i : i + 70]},
          "row_id": data.row_id[i : i + 70]}
         for i in range(0, len(data.x), 70)
     ]  # fmt: skip
@@ -84,7 +84,7 @@ def test_every_probe_swaps_for_every_other(data, name):
 
 @pytest.mark.parametrize("name", ["ridge", "logistic", "mean_difference"])
 def test_batch_split_order_and_merge_change_nothing(data, name, feed):
-    make = lambda: PROBES[name](test_rows=64, train_rows=128, control=("tokens", "type"))
+    make = lambda: PROBES[name](test_rows=64, train_rows=128, control="type")
     args = (data.x, data.label, data.row_id, data.types)
     whole = feed(make(), (600,), *args).result()
     order = torch.randperm(600)
@@ -180,8 +180,8 @@ def test_control_task_exposes_a_memory(make_data):
     table = torch.randint(3, (40,), generator=torch.Generator().manual_seed(7))
     data.label = table[data.types]
     for probe in (
-        tg.LinearProbe(control=("tokens", "type")),
-        tg.LinearProbe(solver="logistic", control=("tokens", "type")),
+        tg.LinearProbe(control="type"),
+        tg.LinearProbe(solver="logistic", control="type"),
     ):
         result, _ = run_probe(probe, data)
         assert float(result["probe", "s", "accuracy"]) > 0.9
@@ -190,14 +190,14 @@ def test_control_task_exposes_a_memory(make_data):
 
 
 def test_control_task_fails_where_the_label_is_in_the_rows(data):
-    result, _ = run_probe(tg.LinearProbe(control=("tokens", "type")), data)
+    result, _ = run_probe(tg.LinearProbe(control="type"), data)
     score = {k: float(result["probe", "s", k]) for k in ("accuracy", "control_accuracy", "selectivity")}
     assert score["selectivity"] == pytest.approx(score["accuracy"] - score["control_accuracy"])
     assert score["control_accuracy"] < 0.5 < 0.75 < score["accuracy"]
 
 
 def test_streamed_control_probe_is_the_probe_fitted_on_control_labels(data):
-    _, probe = run_probe(tg.LinearProbe(alpha=1.0, control=("tokens", "type")), data)
+    _, probe = run_probe(tg.LinearProbe(alpha=1.0, control="type"), data)
     held = F.holdout_mask(F.row_groups(data.row_id), 0.25)
     random = F.control_labels(data.types, probe.fitted["counts"], probe.seed)
     direct = tg.LinearProbe(alpha=1.0).fit(data.x[~held], random[~held])
@@ -281,7 +281,9 @@ def test_bilinear_probes_see_what_no_linear_probe_can(make):
     pipeline = TensorDictSequential(
         tg.RowSample(["x", "y"], also=["label"]), tg.ForEachPair(make(), ["x", "y"], pairs=[("x", "y")])
     )
-    result = tg.run(pipeline, [{"tokens": {"x": x, "y": y, "label": label}, "row_id": ids}], progress=False)
+    result = tg.run(
+        pipeline, [{"tokens": {"x": x, "y": y}, "carried": {"label": label}, "row_id": ids}], progress=False
+    )
     assert float(result["probe", "x->y", "accuracy"]) > 0.85
     assert 250 < int(result["probe", "x->y", "test_rows"]) < 350
     linear = tg.LinearProbe().fit(torch.cat((x, y), 1), label)
@@ -291,7 +293,7 @@ def test_bilinear_probes_see_what_no_linear_probe_can(make):
 def test_bilinear_control_and_plain_call():
     x, y = torch.randn(300, 3), torch.randn(300, 3)
     label = ((x * y).sum(1) > 0).long()
-    probe = tg.BilinearProbe(control=("sample", "type"))
+    probe = tg.BilinearProbe(control="type")
     out = probe(x, y, label, torch.arange(300) << 20, torch.arange(300) % 100)
     named = dict(zip(SCORES, out))
     assert float(named["selectivity"]) > 0.25
@@ -303,7 +305,8 @@ def test_second_pass_scores_every_row(data):
     second = TensorDictSequential(tg.ForEach(tg.ProbePredict(), ["s"]), tg.ForEach(tg.ProbeScore(), ["s"]))
     batches = [
         {
-            "tokens": {"s": data.x[i : i + 50], "label": data.label[i : i + 50]},
+            "tokens": {"s": data.x[i : i + 50]},
+            "carried": {"label": data.label[i : i + 50]},
             "row_id": data.row_id[i : i + 50],
         }
         for i in range(0, 600, 50)
@@ -353,14 +356,12 @@ def test_preprocess_and_metrics(data):
 
 
 def test_state_survives_saving_loading_copying(data, feed):
-    probe = feed(
-        tg.LinearProbe(control=("tokens", "type")), (100,), data.x, data.label, data.row_id, data.types
-    )
+    probe = feed(tg.LinearProbe(control="type"), (100,), data.x, data.label, data.row_id, data.types)
     expected = probe.result()
     buffer = io.BytesIO()
     torch.save(probe.state_dict(), buffer)
     buffer.seek(0)
-    fresh = tg.LinearProbe(control=("tokens", "type"))
+    fresh = tg.LinearProbe(control="type")
     fresh.load_state_dict(torch.load(buffer, weights_only=True))
     for twin in (fresh, deepcopy(probe), pickle.loads(pickle.dumps(probe)), probe.half()):
         for name, value in twin.result().items():
@@ -373,10 +374,10 @@ def test_state_survives_saving_loading_copying(data, feed):
 
 def test_plain_tensors_by_name_and_under_the_wrong_name(data):
     probe = tg.LinearProbe(alpha=1.0)
-    a = probe(tokens=data.x, tokens_label=data.label, row_id=data.row_id)
+    a = probe(tokens=data.x, label=data.label, row_id=data.row_id)
     b = tg.LinearProbe(alpha=1.0)(data.x, data.label, data.row_id)
     torch.testing.assert_close(a, b, equal_nan=True)
-    with pytest.raises(TypeError, match="got also"):
+    with pytest.raises(TypeError, match="labels"):
         probe(tokens=data.x, labels=data.label)
     own = tg.LinearProbe(alpha=1.0, in_keys=["x", "y"], out_keys="out")
     td = own(TensorDict({"x": data.x, "y": data.label}))

@@ -47,7 +47,7 @@ def parity(td):
 
 
 def test_one_call_over_a_loader(model, batches):
-    probing = tg.Probing(model, WIDE, tg.LinearProbe(control=("tokens", "input_ids"), seed=3))
+    probing = tg.Probing(model, WIDE, tg.LinearProbe(control="input_ids", seed=3))
     table = probing.run(batches)
     assert list(table["site"]) == [str(site) for site in probing.sites] and len(table) == 4
     # a token's class is a function of its id: the embedding holds as much of it as of the control task
@@ -136,7 +136,7 @@ def test_labels_given_call_by_call_one_a_sequence(model, batches):
 
 
 def test_control_of_a_second_loader(model, batches):
-    probing = tg.Probing(model, WIDE, tg.LinearProbe(control=("tokens", "input_ids")))
+    probing = tg.Probing(model, WIDE, tg.LinearProbe(control="input_ids"))
     table = probing.run(batches[:4], batches[4:])
     assert table["control_accuracy"][0] > table["majority_baseline"][0] + 0.1
     assert (table["selectivity"] == table["accuracy"] - table["control_accuracy"]).all()
@@ -204,7 +204,7 @@ def test_topics_of_sentences_rise_with_depth_above_their_control():
             yield {**batch, "label": torch.tensor(labels), "first": batch["input_ids"][:, 1]}
 
     sites = ["residual_input.0", "residual_output.5"]
-    settings = dict(control=("tokens", "first"), permutations=50)
+    settings = dict(control="first", permutations=50)
     probes = {
         f"linear{seed}": tg.LinearProbe(seed=seed, **settings, out_keys=f"linear{seed}") for seed in range(4)
     }

@@ -178,17 +178,17 @@ def test_also_carries_values_of_tokens_and_of_sequences(pad, positions):
     td["logits"] = td["input_ids"][..., None].float() + torch.arange(3)
     out = select(td, positions=positions, also=["label", "surprise", ("meta", "vector"), "logits"])
     at = places(out)
-    assert out["tokens", "label"].tolist() == [3 * i for i, _ in at]
-    assert out["tokens", "label"].dtype == torch.int64
-    assert out["tokens", "surprise"].tolist() == [(100 + 10 * i + p) / 2 for i, p in at]
-    assert out["tokens", "vector"].tolist() == [[2 * i, 2 * i + 1] for i, _ in at]
-    assert out["tokens", "logits"].tolist() == [[100 + 10 * i + p + k for k in range(3)] for i, p in at]
+    assert out["carried", "label"].tolist() == [3 * i for i, _ in at]
+    assert out["carried", "label"].dtype == torch.int64
+    assert out["carried", "surprise"].tolist() == [(100 + 10 * i + p) / 2 for i, p in at]
+    assert out["carried", "vector"].tolist() == [[2 * i, 2 * i + 1] for i, _ in at]
+    assert out["carried", "logits"].tolist() == [[100 + 10 * i + p + k for k in range(3)] for i, p in at]
 
 
 def test_also_with_pooling_and_without_padding():
     td = texts("left").set("label", torch.arange(4))
     out = select(td, pool="mean", skip_first=3, also=["label"])
-    assert out["tokens", "label"].tolist() == [0, 3]
+    assert out["carried", "label"].tolist() == [0, 3]
     td["surprise"] = torch.zeros(4, T)
     with pytest.raises(
         ValueError, match=r"pool='mean'\) gives one row a sequence, but 'surprise' has a value a token"
@@ -196,7 +196,7 @@ def test_also_with_pooling_and_without_padding():
         select(td, pool="mean", also=["surprise"])
     full = TensorDict({"acts": {"x": torch.ones(2, 3, 1)}, "label": torch.tensor([4, 5])})
     out = tg.SelectTokens(["x"], also=["label"])(full)
-    assert out["tokens", "label"].tolist() == [4, 4, 4, 5, 5, 5]
+    assert out["carried", "label"].tolist() == [4, 4, 4, 5, 5, 5]
 
 
 def test_one_activation_a_sequence_is_one_row():
@@ -204,7 +204,7 @@ def test_one_activation_a_sequence_is_one_row():
     td = TensorDict({"acts": {"x": acts}, "label": torch.arange(4)})
     out = tg.SelectTokens(["x"], also=["label"])(td)
     assert torch.equal(out["tokens", "x"], acts) and out["row_id"].tolist() == [i << 20 for i in range(4)]
-    assert out["tokens", "label"].tolist() == [0, 1, 2, 3]
+    assert out["carried", "label"].tolist() == [0, 1, 2, 3]
     # a mask over tokens says nothing about pooled activations
     td = td.set("attention_mask", torch.zeros(4, 5, dtype=torch.int64))
     assert len(tg.SelectTokens(["x"])(td)["row_id"]) == 4
@@ -304,8 +304,19 @@ def test_steps_of_generate_with_a_cache_are_numbered_on():
 
 def test_keys():
     stage = tg.SelectTokens(["x", "layer.1"], also=["label", ("meta", "score")], positions="mine")
-    assert stage.in_keys == [("acts", "x"), ("acts", "layer.1"), "label", ("meta", "score"), "mine"]
-    assert stage.out_keys == [("tokens", n) for n in ("x", "layer.1", "label", "score")] + ["row_id"]
+    told = [
+        "attention_mask",
+        "src_key_padding_mask",
+        "tgt",
+        "sequence_id",
+        "input_ids",
+        "special_tokens_mask",
+    ]
+    assert stage.in_keys == [("acts", "x"), ("acts", "layer.1"), "label", ("meta", "score"), "mine", *told]
+    assert stage.optional_in_keys == told
+    rows = [("tokens", "x"), ("tokens", "layer.1"), ("carried", "label"), ("carried", "score")]
+    assert stage.out_keys == [*rows, "row_id"]
+    assert tg.SelectTokens(["x"], also=["input_ids"]).in_keys.count("input_ids") == 1
     stage = tg.SelectTokens(["x"], in_keys=["hidden"], out_keys=["rows", "ids"])
     out = stage(TensorDict({"hidden": torch.ones(2, 3, 1)}))
     assert out["rows"].shape == (6, 1) and out["ids"].shape == (6,)
@@ -388,6 +399,7 @@ def test_errors_of_settings():
         tg.SelectTokens([])
 
 
-def test_an_also_name_that_is_a_site_is_refused():
-    with pytest.raises(ValueError, match="names a key twice"):
-        tg.SelectTokens(["x"], also=["x"])
+def test_a_carried_name_may_be_a_site_s():
+    td = TensorDict({"acts": {"label": torch.ones(2, 3, 1)}, "label": torch.tensor([4, 5])})
+    out = tg.SelectTokens(["label"], also=["label"])(td)
+    assert out["tokens", "label"].shape == (6, 1) and out["carried", "label"].tolist() == [4, 4, 4, 5, 5, 5]

@@ -57,7 +57,7 @@ def parts(model=None) -> list:
         tg.ForEach(tg.SklearnProbe(LogisticRegression(), out_keys="theirs"), s),
         tg.ForEach(tg.TorchProbe(linear_head, epochs=2, out_keys="torch"), s),
         TensorDictModule(lambda x: x[:, :2].contiguous(), [("tokens", s[0])], ["decision"]),
-        tg.ProbeScore(in_keys=["decision", ("tokens", "label"), "row_id"], out_keys="score"),
+        tg.ProbeScore(in_keys=["decision", ("carried", "label"), "row_id"], out_keys="score"),
         tg.ForEach(tg.EigenSpectrum(), s),
         tg.ForEach(tg.SpectrumMetrics(), s),
     ]

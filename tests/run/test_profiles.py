@@ -25,7 +25,7 @@ def samples() -> TensorDict:
         for i, site in enumerate(SITES)
     }
     label = torch.randint(0, 3, (300,), generator=generator)
-    return TensorDict({**rows, ("sample", "label"): label})
+    return TensorDict({**rows, ("sample_carried", "label"): label})
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,9 @@ def test_overlaps_of_pairs_and_labels(samples, result) -> None:
     assert one["value"] == float(expected)
     assert (one["relative_depth"], one["other_relative_depth"]) == (0.0, 1.0)
     labels = frame[frame["measure"] == "label_overlap"].set_index("site")["value"]
-    expected = tg.functional.label_overlap(samples["sample", SITES[1]], samples["sample", "label"], k=10)
+    expected = tg.functional.label_overlap(
+        samples["sample", SITES[1]], samples["sample_carried", "label"], k=10
+    )
     assert labels[SITES[1]] == float(expected)
 
 

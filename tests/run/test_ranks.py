@@ -82,7 +82,7 @@ def test_what_was_read_is_counted_once_over_ranks(case, one, two):
 
 def test_the_sample_is_the_same_rows_and_their_labels(one, two):
     assert len(two["sharded"]["sample_row_id"]) == 12
-    assert torch.equal(two["sharded"]["sample", "label"], one["sharded"]["sample", "label"])
+    assert torch.equal(two["sharded"]["sample_carried", "label"], one["sharded"]["sample_carried", "label"])
 
 
 def test_documents_that_a_sampler_repeats_count_once(one, two):

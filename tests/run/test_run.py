@@ -230,7 +230,7 @@ def test_a_users_tensordict_is_never_altered(gpt2):
     locked = batch.clone().lock_()
     capture = tg.Capture(gpt2, "residual_input.0")
     select = tg.SelectTokens(capture.sites, also=[("meta", "deep", "x")])
-    mean = tg.StreamingMean(in_keys=[("tokens", "x")])
+    mean = tg.StreamingMean(in_keys=[("carried", "x")])
     result = run(TensorDictSequential(capture, select, mean), [batch, locked])
     assert (
         set(batch.keys(True)) == before and batch.batch_size == (6,) and torch.equal(batch["input_ids"], ids)
@@ -250,10 +250,10 @@ def test_strings_none_and_nested_values_in_a_batch(gpt2):
     }
     capture = tg.Capture(gpt2, "residual_input.0")
     select = tg.SelectTokens(capture.sites, positions="last", also=["label", ("meta", "language")])
-    keep = tg.Collect(["label", "language"])
+    keep = tg.Collect([], also=["label", "language"])
     result = run(TensorDictSequential(capture, select, keep), [batch])
-    assert result["collected", "label"].tolist() == [1, 2, 3, 4, 5, 6]
-    assert result["collected", "language"].tolist() == [0, 1, 0, 1, 0, 1]
+    assert result["collected_carried", "label"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert result["collected_carried", "language"].tolist() == [0, 1, 0, 1, 0, 1]
 
 
 def test_refused_batches():

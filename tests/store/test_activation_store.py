@@ -186,7 +186,11 @@ def test_an_unknown_run_is_named(store):
 
 def test_a_data_source_says_what_it_holds(store):
     keep = tg.StoreActivations(store, ["x.0"], also=["label"])
-    tg.run(keep, [{"tokens": {"x.0": torch.ones(1200, 2), "label": torch.arange(1200)}}], progress=False)
+    tg.run(
+        keep,
+        [{"tokens": {"x.0": torch.ones(1200, 2)}, "carried": {"label": torch.arange(1200)}}],
+        progress=False,
+    )
     assert repr(store.rows(keep.run_id)) == f"RowSource(run {keep.run_id}: 1,200 rows of x.0, label)"
 
 

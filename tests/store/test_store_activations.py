@@ -77,10 +77,11 @@ def test_rows_carry_ids_documents_positions_and_tokens(store):
     source = store.rows(keep.run_id)
     found = source[:]
     assert torch.equal(found["row_id"], live["collected_row_id"])
-    for name in (*SITES, *also):
-        assert torch.equal(found["tokens", name], live["collected", name]), name
-        assert found["tokens", name].dtype == live["collected", name].dtype
-    assert torch.equal(found["document_id"], live["collected", "document_id"])
+    places = [("", name) for name in also] + [("tokens", name) for name in SITES]
+    for root, name in places:
+        came, kept = found[root or "carried", name], live["collected" if root else "collected_carried", name]
+        assert torch.equal(came, kept) and came.dtype == kept.dtype, name
+    assert torch.equal(found["document_id"], live["collected_carried", "document_id"])
     ranks = [torch.arange(int(row.sum())) for batch in batches() for row in batch["attention_mask"]]
     assert torch.equal(found["position"], torch.cat(ranks))
 
@@ -196,7 +197,7 @@ def test_a_carried_document_stays_the_document_whatever_is_read(store):
     assert torch.equal(one["document_id"], every["document_id"]) and not torch.equal(
         every["document_id"], every["row_id"] >> 20
     )
-    assert ("tokens", "input_ids") not in one.keys(True)
+    assert ("carried", "input_ids") not in one.keys(True)
 
 
 def test_more_shards_than_a_process_may_open(store):
@@ -247,7 +248,7 @@ def test_carried_values_of_any_shape_and_dtype_come_back(store):
     also = ["flag", "pair", "wave", "small"]
     given = rows(9)
     generator = torch.Generator().manual_seed(3)
-    given["tokens"] |= {
+    given["carried"] = {
         "flag": torch.arange(9) % 2 == 0, "pair": torch.randint(-5, 5, (9, 2, 3), generator=generator),
         "wave": torch.randn(9, 2, generator=generator, dtype=torch.complex64), "small": torch.arange(9).to(torch.uint16),
     }  # fmt: skip
@@ -256,15 +257,15 @@ def test_carried_values_of_any_shape_and_dtype_come_back(store):
     keep.sync_()
     for found in (store.rows(keep.run_id)[:], store.load(keep.run_id)[0]):
         for name in also:
-            assert found["tokens", name].dtype == given["tokens"][name].dtype
-            assert torch.equal(found["tokens", name], given["tokens"][name]), name
+            assert found["carried", name].dtype == given["carried"][name].dtype
+            assert torch.equal(found["carried", name], given["carried"][name]), name
     ragged = rows(9, first_id=9)
-    ragged["tokens"] |= {**given["tokens"], "pair": torch.zeros(9, 2, 4, dtype=torch.int64)}
+    ragged["carried"] = {**given["carried"], "pair": torch.zeros(9, 2, 4, dtype=torch.int64)}
     again = tg.StoreActivations(store, ["x"], also=also, dtype="bfloat16")
     again.update(TensorDict(given))
     with pytest.raises(
         StoreError,
-        match=r"\('tokens', 'pair'\) is torch.int64 of shape \(2, 3\) a row in the run and .*\(2, 4\)",
+        match=r"\('carried', 'pair'\) is torch.int64 of shape \(2, 3\) a row in the run and .*\(2, 4\)",
     ):
         again.update(TensorDict(ragged))
 

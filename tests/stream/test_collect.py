@@ -34,13 +34,13 @@ def test_all_rows_in_id_order_however_they_come(seed, n, cuts, shards):
 
 def test_sites_and_labels_of_any_shape():
     ids = torch.arange(9).flip(0)
-    tokens = {"x": torch.randn(9, 2), "label": torch.arange(9), "image": torch.randn(9, 2, 2).half()}
+    x, carried = torch.randn(9, 2), {"label": torch.arange(9), "image": torch.randn(9, 2, 2).half()}
     stage = tg.Collect(["x"], also=["label", "image"])
-    td = stage(TensorDict({"tokens": tokens, "row_id": ids}))
-    for name, value in tokens.items():
-        assert (
-            torch.equal(td["collected", name], value.flip(0)) and td["collected", name].dtype == value.dtype
-        )
+    td = stage(TensorDict({"tokens": {"x": x}, "carried": carried, "row_id": ids}))
+    assert torch.equal(td["collected", "x"], x.flip(0))
+    for name, value in carried.items():
+        found = td["collected_carried", name]
+        assert torch.equal(found, value.flip(0)) and found.dtype == value.dtype
     assert td["collected_row_id"].tolist() == list(range(9))
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
-from tdgeom.core.for_each import ForEachPair
+from tdgeom.core.for_each_pair import ForEachPair
 from tdgeom.measures.similarity.cca import CCA, PWCCA, SVCCA
 from tdgeom.measures.similarity.cka import LinearCKA, linear_cka_debiased
 from tdgeom.measures.similarity.linear_r2 import LinearR2

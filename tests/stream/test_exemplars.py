@@ -39,7 +39,7 @@ def rows(n=200, units=5):
     return TensorDict(
         {
             ("tokens", "x"): x,
-            ("tokens", "context"): torch.arange(n)[:, None] + torch.tensor([-1, 0, 1]),
+            ("carried", "context"): torch.arange(n)[:, None] + torch.tensor([-1, 0, 1]),
             "row_id": torch.randperm(n, generator=generator),
         }
     )
@@ -56,7 +56,7 @@ def test_any_order_any_split_any_shards():
     best = brute(td["tokens", "x"], td["row_id"], 7)
     assert torch.equal(whole["values"], td["tokens", "x"].gather(0, best).T)
     assert torch.equal(whole["row_id"], td["row_id"][best].T)
-    assert torch.equal(whole["context"], td["tokens", "context"][best].transpose(0, 1))
+    assert torch.equal(whole["context"], td["carried", "context"][best].transpose(0, 1))
     order = torch.randperm(200)
     parts = [tg.MaxActivating("x", k=7) for _ in range(3)]
     for part, index in zip(parts, order.split([3, 97, 100])):
@@ -148,7 +148,7 @@ def test_memory_does_not_grow():
         batch = TensorDict(
             {
                 ("tokens", "x"): x + step,
-                ("tokens", "context"): context,
+                ("carried", "context"): context,
                 "row_id": torch.arange(512) + 512 * step,
             }
         )

@@ -114,17 +114,23 @@ def test_the_same_rows_at_every_site_and_what_also_carries():
     rows, ids = stream(200), torch.arange(200)
     label = ids % 3
     stage = tg.RowSample(["x", "layer.1"], size=20, also=["label", "score"])
-    assert stage.in_keys == [("tokens", n) for n in ("x", "layer.1", "label", "score")] + ["row_id"]
-    assert stage.out_keys == [("sample", n) for n in ("x", "layer.1", "label", "score")] + ["sample_row_id"]
+    names = ("x", "layer.1"), ("label", "score")
+    roots = ("tokens", "carried"), ("sample", "sample_carried")
+    keys = [[(root, n) for root, part in zip(pair, names) for n in part] for pair in roots]
+    assert stage.in_keys == keys[0] + ["row_id"] and stage.out_keys == keys[1] + ["sample_row_id"]
     for part in ids.split(33):
-        tokens = {
-            "x": rows[part], "layer.1": rows[part, :1].double() * 2, "label": label[part], "score": rows[part, 0].half()
-        }  # fmt: skip
-        td = stage(TensorDict({"tokens": tokens, "row_id": part}))
+        tokens = {"x": rows[part], "layer.1": rows[part, :1].double() * 2}
+        carried = {"label": label[part], "score": rows[part, 0].half()}
+        td = stage(TensorDict({"tokens": tokens, "carried": carried, "row_id": part}))
     kept = td["sample_row_id"]
-    assert torch.equal(td["sample", "x"], rows[kept]) and torch.equal(td["sample", "label"], label[kept])
+    assert torch.equal(td["sample", "x"], rows[kept]) and torch.equal(
+        td["sample_carried", "label"], label[kept]
+    )
     assert torch.equal(td["sample", "layer.1"], rows[kept, :1].double() * 2)
-    assert td["sample", "label"].dtype == torch.int64 and td["sample", "score"].dtype == torch.float16
+    assert (
+        td["sample_carried", "label"].dtype == torch.int64
+        and td["sample_carried", "score"].dtype == torch.float16
+    )
     assert td["sample", "layer.1"].dtype == torch.float64
 
 

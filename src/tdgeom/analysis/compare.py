@@ -15,9 +15,10 @@ from torch import nn
 from tdgeom.analysis.comparison import Comparison
 from tdgeom.analysis.metadata import model_record, run_record
 from tdgeom.analysis.settings import MAX_ROWS, ComparisonSettings
-from tdgeom.core.for_each import ForEach, ForEachPair
+from tdgeom.core.for_each import ForEach
+from tdgeom.core.for_each_pair import ForEachPair
 from tdgeom.core.keys import key_tuple
-from tdgeom.core.stage import PairStage
+from tdgeom.core.pair_stage import PairStage
 from tdgeom.measures.neighbors.nearest_neighbors import NearestNeighbors
 from tdgeom.measures.registry import DEFAULT_MEASURES, named_stages
 from tdgeom.model.capture import Capture

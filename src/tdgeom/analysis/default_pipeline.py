@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 
 from tdgeom.analysis.settings import AnalysisSettings
-from tdgeom.core.for_each import ForEach, ForEachPair, pair_list
+from tdgeom.core.for_each import ForEach
+from tdgeom.core.for_each_pair import ForEachPair, pair_list
 from tdgeom.core.keys import key_tuple
-from tdgeom.core.stage import PairStage
+from tdgeom.core.pair_stage import PairStage
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.measures.eigen_spectrum import EigenSpectrum
 from tdgeom.measures.neighbors.nearest_neighbors import NearestNeighbors

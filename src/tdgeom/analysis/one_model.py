@@ -24,8 +24,8 @@ from tdgeom.analysis.result_tables import (
 )
 from tdgeom.analysis.results import AnalysisResults
 from tdgeom.analysis.settings import AnalysisSettings
-from tdgeom.core.for_each import RenamedStream
 from tdgeom.core.keys import key_tuple
+from tdgeom.core.renamed import RenamedStream
 from tdgeom.model.capture import Capture
 from tdgeom.model.loading import model_identity
 from tdgeom.model.sites import Site
@@ -67,7 +67,7 @@ def analyzed(
         if result is None:
             continue
         if settings.neighbors:
-            neighbors[str(stack)] = _taken_out(result, sites)
+            neighbors[str(stack)] = _taken_out(result)
         sample = min(settings.sample_size, int(result["run", "rows"]))
         depth = depths.get(stack, 0)
         widths = _widths(pipeline, sites)
@@ -95,15 +95,15 @@ def _one_or_by_stack(results: Mapping[str, TensorDict]) -> TensorDict | None:
     return TensorDict(dict(results), batch_size=[])
 
 
-def _taken_out(result: TensorDict, sites: Sequence[str]) -> TensorDict:
+def _taken_out(result: TensorDict) -> TensorDict:
     """The neighbour tables of a result, with the sample's labels and row ids but without its rows."""
     tables = TensorDict({"neighbors": result.get("neighbors")}, batch_size=[])
-    for name, value in result.get("sample").items():
-        if name not in sites:
-            tables.set(("sample", name), value)
+    if result.get("sample_carried", None) is not None:
+        tables.set("sample_carried", result.get("sample_carried"))
     tables.set("sample_row_id", result.get("sample_row_id"))
-    for root in ("neighbors", "sample", "sample_row_id"):
-        result.del_(root)
+    for root in ("neighbors", "sample", "sample_carried", "sample_row_id"):
+        if result.get(root, None) is not None:
+            result.del_(root)
     return tables
 
 

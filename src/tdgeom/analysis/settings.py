@@ -9,7 +9,7 @@ from typing import Any
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
-from tdgeom.core.stage import PairStage
+from tdgeom.core.pair_stage import PairStage
 from tdgeom.measures.normalization import NormalizationAblation
 from tdgeom.model.sites import LayerSpec
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,7 +158,7 @@ class FisherBasis(Stage):
         torch.Size([4, 2])
     """
 
-    reads: Any = [("label_moments", name) for name in LEAVES]
+    reads = [("label_moments", name) for name in LEAVES]
     writes = [("concepts", name) for name in CONCEPT_LEAVES]
 
     def __init__(

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key, resolve_keys
 from tdgeom.core.stage import Stage
-from tdgeom.probing.label_moments import LEAVES, label_moments, pool_folds
-from tdgeom.probing.labelled_rows import one_hot, row_labels
-from tdgeom.probing.rules import plain_rows
+from tdgeom.probing.label_moments import LEAVES, label_moments, pool_folds, row_targets
+from tdgeom.probing.labelled_rows import plain_rows, row_labels
 
 __all__ = ["LEACE", "Erase", "erase", "leace"]
 
@@ -85,7 +84,7 @@ class LEACE(Stage):
         torch.Size([4, 1])
     """
 
-    reads: Any = [("label_moments", name) for name in LEAVES]
+    reads = [("label_moments", name) for name in LEAVES]
     writes = [("erasure", name) for name in ("left", "right", "mean")]
 
     def __init__(
@@ -129,8 +128,11 @@ class Erase(Stage):
         True
     """
 
-    reads: Any = {"tokens": "D"}
+    reads = {"tokens": "D"}
     writes = ["tokens"]
+    left: Tensor
+    right: Tensor
+    mean: Tensor
 
     def __init__(
         self,
@@ -139,7 +141,7 @@ class Erase(Stage):
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:
-        reads = {"tokens": "D"}
+        reads: dict[Key, str] = {"tokens": "D"}
         if eraser is None:
             reads |= {("erasure", "left"): "D r", ("erasure", "right"): "D r", ("erasure", "mean"): "D"}
         if out_keys is None and in_keys is not None:
@@ -157,18 +159,10 @@ class Erase(Stage):
     def fit(cls, x: Tensor, label: Tensor, **keys: Any) -> Erase:
         """The eraser of a label from rows: (N, D) with classes int (N,) or numbers float (N,), (N, K)."""
         x, label = plain_rows("Erase.fit", x=x, label=label)
-        label, used = row_labels(label, x, "label", -100, None, "Erase.fit")
-        x, label = x[used], label[used]
-        targets = (
-            label.reshape(len(label), -1)
-            if label.is_floating_point()
-            else one_hot(label, int(label.max()) + 1)
-        )
-        return cls(leace(label_moments(x, targets)), **keys)
+        label, used = row_labels(label, x, key="label", owner="Erase.fit")
+        return cls(leace(label_moments(x[used], row_targets(label[used], 1))), **keys)
 
     def compute(self, x: Tensor, *eraser: Tensor) -> Tensor:
         """See ``erase``."""
-        left, right, mean = (
-            eraser if len(eraser) == 3 and eraser[0] is not None else (self.left, self.right, self.mean)
-        )
+        left, right, mean = eraser or (self.left, self.right, self.mean)
         return erase(x, left.to(x.device), right.to(x.device), mean.to(x.device)).to(x.dtype)

@@ -1,14 +1,28 @@
-"""Keys of a TensorDict, and how a stage's ``in_keys`` and ``out_keys`` are read."""
+"""Keys of a TensorDict: how they are read, compared, and given to a stage."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
-__all__ = ["Key", "as_key", "key_tuple", "resolve_keys"]
+from tensordict.nn import TensorDictSequential
+from torch import nn
+
+__all__ = [
+    "NOT_WRITTEN",
+    "Key",
+    "as_key",
+    "key_tuple",
+    "optional_in_keys",
+    "resolve_keys",
+    "site_key",
+    "touches",
+]
 
 Key: TypeAlias = "str | tuple[str, ...]"
 Keys: TypeAlias = "Key | list[Key] | None"  # what in_keys= and out_keys= take
+
+NOT_WRITTEN = "_"  # TensorDict's name for an output that goes nowhere
 
 
 def key_tuple(key: Key) -> tuple[str, ...]:
@@ -19,6 +33,37 @@ def key_tuple(key: Key) -> tuple[str, ...]:
 def as_key(parts: tuple[str, ...]) -> Key:
     """``("a",)`` as ``"a"``; the form in which TensorDict lists its keys."""
     return parts[0] if len(parts) == 1 else parts
+
+
+def site_key(site: object) -> tuple[str, ...]:
+    """A site as the part of a key that it is: a name, a number, or a tuple of both (a model and its site, say).
+
+    >>> site_key("embed"), site_key(3), site_key(("b", 3))
+    (('embed',), ('3',), ('b', '3'))
+    """
+    parts = site if isinstance(site, tuple) else (site,)
+    return tuple(str(part) for part in parts)
+
+
+def touches(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
+    """A key, its parent or its leaf: writing one is writing the other.
+
+    >>> touches(("tokens",), ("tokens", "x")), touches(("tokens", "x"), ("tokens", "y"))
+    (True, False)
+    """
+    return a[: len(b)] == b or b[: len(a)] == a
+
+
+def optional_in_keys(module: nn.Module) -> list[Key]:
+    """Those of a module's ``in_keys`` that may be absent.
+
+    A module of any library says so in an attribute of this name; of a sequence they are the keys that no part needs.
+    """
+    if type(module).__dict__.get("optional_in_keys") is None and isinstance(module, TensorDictSequential):
+        parts = module.module.values() if isinstance(module.module, nn.ModuleDict) else module.module
+        needed = {key for part in parts for key in part.in_keys if key not in optional_in_keys(part)}
+        return [key for key in module.in_keys if key not in needed]
+    return list(getattr(module, "optional_in_keys", ()))
 
 
 def _is_key(value: object) -> bool:
@@ -35,7 +80,7 @@ def resolve_keys(
     if given is None:
         keys = list(defaults)
     elif _is_key(given):
-        root = key_tuple(given)  # type: ignore[arg-type]
+        root = key_tuple(given)  # type: ignore[arg-type]  # _is_key has told
         unnamed = len(defaults) == 1 and (what == "in_keys" or isinstance(defaults[0], str))
         keys = [as_key(root)] if unnamed or what == "in_keys" else [(*root, name) for name in names]
     elif isinstance(given, list) and all(_is_key(key) for key in given):
@@ -45,7 +90,12 @@ def resolve_keys(
             f"{owner}: {what} takes a list of keys (one per leaf: {names}) or a single key (a string or a tuple of "
             f"strings), got {given!r}."
         )
+    _refuse_twice(keys if what == "in_keys" else [key for key in keys if key != NOT_WRITTEN], what, owner)
+    return keys
+
+
+def _refuse_twice(keys: Iterable[Key], what: str, owner: str) -> None:
+    keys = list(keys)
     if len(set(keys)) != len(keys):
         # dispatch hands the second tensor to both entries, so CKA(x, y) would silently become CKA(y, y).
         raise ValueError(f"{owner}: {what} names a key twice: {keys}. Give every leaf a key of its own.")
-    return keys

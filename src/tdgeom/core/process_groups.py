@@ -1,12 +1,14 @@
-"""Who does which batch, and which repeated sequences count once."""
+"""Process groups: who does which batch, which repeated sequences count once, and states moved between ranks."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Repeats", "broadcast_number", "rank_and_world", "sum_over_ranks"]
+__all__ = ["Repeats", "broadcast_number", "gather_states", "rank_and_world", "sum_over_ranks"]
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -81,3 +83,54 @@ class Repeats:
         gathered = [torch.zeros_like(padded) for _ in range(world)]
         dist.all_gather(gathered, padded)
         return [None if int(size) < 0 else part[: int(size)].tolist() for size, part in zip(sizes, gathered)]
+
+
+_DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
+_MAX_DIMS = 6
+
+
+def gather_states(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """On rank 0 the states of ranks 1, 2, ..., one at a time; on the others nothing (they send theirs).
+
+    Shapes and dtypes may differ by rank (a rank without rows holds buffers of length zero), so each tensor travels
+    behind a header of its own. Without a process group there is nothing to do.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return
+    wire = _wire()
+    if rank != 0:
+        for value in state.values():
+            dist.send(_header(value).to(wire), dst=0)
+            if value.numel():
+                dist.send(value.contiguous().to(wire), dst=0)
+        return
+    for source in range(1, world):
+        received = {}
+        for name, own in state.items():
+            header = torch.zeros(2 + _MAX_DIMS, dtype=torch.int64, device=wire)
+            dist.recv(header, src=source)
+            code, ndim, *sizes = header.tolist()
+            value = torch.zeros(sizes[:ndim], dtype=_DTYPES[code], device=wire)
+            if value.numel():
+                dist.recv(value, src=source)
+            received[name] = value.to(own.device)
+        yield received
+
+
+def _header(value: Tensor) -> Tensor:
+    header = torch.zeros(2 + _MAX_DIMS, dtype=torch.int64)
+    header[0], header[1] = _DTYPES.index(value.dtype), value.ndim
+    header[2 : 2 + value.ndim] = torch.tensor(value.shape, dtype=torch.int64)
+    return header

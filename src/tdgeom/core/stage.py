@@ -1,23 +1,25 @@
-"""The base classes of stages: a stage moves keys, its ``compute`` holds the mathematics."""
+"""The base class of stages: a stage moves keys, its ``compute`` holds the mathematics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from tensordict import TensorDictBase, is_non_tensor
-from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing
 from torch import Tensor
 
-from tdgeom.core.keys import Key, key_tuple, resolve_keys
+from tdgeom.core.ambient import steady
+from tdgeom.core.keys import NOT_WRITTEN, Key, key_tuple, resolve_keys
+from tdgeom.core.settings import Configured
 
-__all__ = ["Outputs", "PairStage", "Stage"]
+__all__ = ["Outputs", "Stage", "device_of"]
 
 Outputs: TypeAlias = "Tensor | Sequence[Tensor] | Mapping[str, Tensor]"
 
 
-class Stage(TensorDictModuleBase):
+class Stage(Configured, TensorDictModuleBase):
     """A TensorDict module around a pure function of tensors.
 
     A stage of one's own names what it reads and writes and holds one function:
@@ -35,9 +37,11 @@ class Stage(TensorDictModuleBase):
         reads: default in_keys. A mapping from key to event shape (``"N D"``: two event dimensions behind any leading
             batch dimensions; a letter that comes twice must have one size) or a plain list of keys.
         writes: default out_keys, a list; the last part of a key is the output's documented name.
-        optional: names among ``reads`` that may be absent; ``compute`` then receives None.
-        shared: keys that stay as they are under ``ForEach`` (one value for all sites), beside its own ``shared=``; a
-            mapping reads the stage's own key from another shared one.
+        optional: names among ``reads`` that may be absent; ``compute`` then receives None, and ``optional_in_keys`` lists
+            their keys.
+        shared: keys (or their roots) that stay as they are under ``ForEach``, one value for all sites, beside its own
+            ``shared=``.
+        takes_complex: whether rows may be complex; elsewhere they are refused, since products would drop a part.
         one_thread_a_site: ``compute`` may run at several sites at once at the end of a run, each on one thread. Only for
             a ``compute`` that keeps nothing on ``self``; pays where it is one matrix decomposition a site.
 
@@ -52,8 +56,9 @@ class Stage(TensorDictModuleBase):
 
     reads: ClassVar[Mapping[Key, str] | Sequence[Key]] = ()
     writes: ClassVar[Sequence[Key]] = ()
-    optional: ClassVar[frozenset[str]] = frozenset()
-    shared: ClassVar[frozenset[Key] | Mapping[Key, Key]] = frozenset()
+    optional: ClassVar[Collection[str]] = frozenset()
+    shared: Collection[Key] = frozenset()
+    takes_complex: ClassVar[bool] = False
     one_thread_a_site: ClassVar[bool] = False
 
     def __init__(
@@ -63,6 +68,7 @@ class Stage(TensorDictModuleBase):
         out_keys: Key | list[Key] | None = None,
         reads: Mapping[Key, str] | Sequence[Key] | None = None,
         writes: Sequence[Key] | None = None,
+        optional: Collection[Key] | None = None,
     ) -> None:
         super().__init__()
         owner = type(self).__name__
@@ -72,51 +78,70 @@ class Stage(TensorDictModuleBase):
             raise TypeError(f"{owner}: reads and writes are lists of keys, got {reads!r} and {writes!r}.")
         shapes = list(reads.values()) if isinstance(reads, Mapping) else [None] * len(reads)
         roles = list(reads)
-        self._optional = [key_tuple(key)[-1] in type(self).optional for key in roles]
+        names = type(self).optional
+        may_miss = [key_tuple(key)[-1] in names if optional is None else key in optional for key in roles]
         in_keys = resolve_keys(in_keys, roles, what="in_keys", owner=owner)
-        required = self._optional.index(True) if True in self._optional else len(roles)
+        required = may_miss.index(True) if True in may_miss else len(roles)
         if not required <= len(in_keys) <= len(roles):
             raise ValueError(
                 f"{owner} reads {len(roles)} leaves, in this order: {roles}; in_keys has {in_keys}."
             )
-        self._shapes = shapes[: len(in_keys)]
-        self._roles = roles
+        self.shapes: list[str | None] = shapes[: len(in_keys)]
+        self.in_roles: list[Key] = roles
         self.in_keys = in_keys
-        self._names = [key_tuple(key)[-1] for key in writes]
+        self.optional_in_keys: list[Key] = [key for key, free in zip(in_keys, may_miss) if free]
+        self.out_names = [key_tuple(key)[-1] for key in writes]
         out_keys = resolve_keys(out_keys, list(writes), what="out_keys", owner=owner)
-        if len(out_keys) != len(self._names):
+        if len(out_keys) != len(self.out_names):
             raise ValueError(
-                f"{owner} writes {len(self._names)} leaves, in this order: {self._names}; out_keys has {out_keys}."
+                f"{owner} writes {len(self.out_names)} leaves, in this order: {self.out_names}; out_keys has {out_keys}."
             )
         self.out_keys = out_keys
+
+    # other rooms still say these
+    _names = property(lambda self: self.out_names)
+    _roles = property(lambda self: self.in_roles)
+    _shapes = property(lambda self: self.shapes)
+    _optional = property(lambda self: [key in self.optional_in_keys for key in self.in_keys])
 
     def compute(self, *inputs: Any, **options: Any) -> Outputs:
         """The mathematics: tensors in the order of ``reads`` to a tensor, a sequence or a mapping by documented name."""
         raise TypeError(f"{type(self).__name__} defines no compute(): write the stage's function there.")
 
     @dispatch(auto_batch_size=False)
-    def forward(self, tensordict: TensorDictBase, **unknown: Any) -> TensorDictBase:
-        """Read ``in_keys``, call ``compute``, write ``out_keys``."""
-        self.refuse_unknown(unknown)
-        return self.write(tensordict, self.compute(*self.read(tensordict)))
+    @set_skip_existing(None)
+    def forward(
+        self, tensordict: TensorDictBase, tensordict_out: TensorDictBase | None = None, **named: Any
+    ) -> TensorDictBase:
+        """Read ``in_keys``, call ``compute``, write ``out_keys`` (into ``tensordict_out``, if it is given)."""
+        outputs = self.computed(self.read(self.with_named(tensordict, named)))
+        return self.write(tensordict if tensordict_out is None else tensordict_out, outputs)
 
-    def refuse_unknown(self, names: Mapping[str, Any]) -> None:
-        """An error for tensors given by a keyword that no input has."""
-        if names:
-            known = ["_".join(key_tuple(key)) for key in self.in_keys]
-            raise TypeError(
-                f"{type(self).__name__} takes a TensorDict, or tensors by keyword: {', '.join(known)}; got {sorted(names)}. "
-                f"Name other inputs with in_keys=."
-            )
+    def computed(self, inputs: Sequence[Any]) -> Outputs:
+        """``compute``, whatever autocast, default dtype and default device are set around it."""
+        with steady(device_of(inputs)):
+            return self.compute(*inputs)
 
-    def read(self, tensordict: TensorDictBase) -> list[Tensor | None]:
-        """The inputs, checked against the event shapes of ``reads``."""
+    def with_named(self, tensordict: TensorDictBase, named: Mapping[str, Any]) -> TensorDictBase:
+        """``tensordict`` and the tensors given by the last part of their key (``label=`` for ("sample_carried", "label"))."""
+        if not named:
+            return tensordict
+        last = [key_tuple(key)[-1] for key in self.in_keys]
+        given = tensordict.copy()
+        for name, value in named.items():
+            if last.count(name) != 1:
+                known = ["_".join(key_tuple(key)) for key in self.in_keys]
+                raise TypeError(
+                    f"{type(self).__name__} takes a TensorDict, or tensors by keyword: {', '.join(known)}; got "
+                    f"{sorted(named)}. Name other inputs with in_keys=."
+                )
+            given.set(self.in_keys[last.index(name)], value)
+        return given
+
+    def read(self, tensordict: TensorDictBase) -> list[Any]:
+        """The inputs (None for an optional one that is absent), checked against the event shapes of ``reads``."""
         values = [tensordict.get(key, None) for key in self.in_keys]
-        missing = [
-            key
-            for key, value, optional in zip(self.in_keys, values, self._optional)
-            if value is None and not optional
-        ]
+        missing = [k for k, v in zip(self.in_keys, values) if v is None and k not in self.optional_in_keys]
         if missing:
             have = sorted(tensordict.keys(True, True), key=str)
             raise KeyError(
@@ -127,8 +152,13 @@ class Stage(TensorDictModuleBase):
         for key, value in zip(self.in_keys, values):
             if value is not None and not isinstance(value, Tensor):
                 self._refuse_nested(key, value)
+            if value is not None and value.is_complex() and not self.takes_complex:
+                raise TypeError(
+                    f"{type(self).__name__} expects real numbers at {key!r}, got {value.dtype} of shape {tuple(value.shape)}. "
+                    f"Stack real and imaginary parts as features: torch.view_as_real(x).flatten(-2)."
+                )
         self._check_shapes(values, tensordict.batch_size)
-        return values + [None] * (len(self._roles) - len(values))
+        return values + [None] * (len(self.in_roles) - len(values))
 
     def _refuse_nested(self, key: Key, value: Any) -> None:
         if isinstance(value, TensorDictBase) and not is_non_tensor(value):
@@ -143,22 +173,32 @@ class Stage(TensorDictModuleBase):
             f"numbered first (sklearn.preprocessing.LabelEncoder)."
         )
 
-    def write(
-        self, tensordict: TensorDictBase, outputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]
-    ) -> TensorDictBase:
-        """Write the outputs of ``compute`` under ``out_keys``."""
+    def write(self, tensordict: TensorDictBase, outputs: Outputs) -> TensorDictBase:
+        """Write the outputs of ``compute`` under ``out_keys``: those that ``select_out_keys`` has left."""
+        selected = set(self.out_keys)
         for key, value in zip(self.out_keys_source, self.listed(outputs)):
-            tensordict.set(key, value)
+            if key in selected and key != NOT_WRITTEN:
+                self._check_batch_size(key, value, tensordict.batch_size)
+                tensordict.set(key, value)
         return tensordict
 
-    def listed(self, outputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> list[Tensor]:
+    def _check_batch_size(self, key: Key, value: Tensor, batch_size: torch.Size) -> None:
+        if len(batch_size) and value.shape[: len(batch_size)] != batch_size:
+            raise ValueError(
+                f"{type(self).__name__} writes {key!r} of shape {tuple(value.shape)} into a TensorDict of batch size "
+                f"{list(batch_size)}, which does not fit: rows and positions are no batch dimensions here. Give it a TensorDict "
+                f"with batch_size=[] (td.auto_batch_size_(0))."
+            )
+
+    def listed(self, outputs: Outputs) -> list[Tensor]:
         """The outputs of ``compute`` in the order of ``writes``."""
         if isinstance(outputs, Mapping):
-            if set(outputs) != set(self._names):
+            if set(outputs) != set(self.out_names):
                 raise ValueError(
-                    f"{type(self).__name__}.compute returned {sorted(outputs)}, its documented names are {sorted(self._names)}."
+                    f"{type(self).__name__}.compute returned {sorted(outputs)}, its documented names are "
+                    f"{sorted(self.out_names)}."
                 )
-            outputs = [outputs[name] for name in self._names]
+            outputs = [outputs[name] for name in self.out_names]
         elif isinstance(outputs, Tensor):
             outputs = [outputs]
         elif not isinstance(outputs, Sequence) or isinstance(outputs, str):
@@ -166,13 +206,13 @@ class Stage(TensorDictModuleBase):
                 f"{type(self).__name__}.compute returned {type(outputs).__name__}, but a tensor (or a sequence or mapping of "
                 f"tensors) is written to a TensorDict. Return a tensor: torch.as_tensor(value)."
             )
-        if len(outputs) != len(self._names):
+        if len(outputs) != len(self.out_names):
             raise ValueError(
-                f"{type(self).__name__}.compute returned {len(outputs)} outputs, its documented names are {self._names}."
+                f"{type(self).__name__}.compute returned {len(outputs)} outputs, its documented names are {self.out_names}."
             )
-        wrong = [name for name, value in zip(self._names, outputs) if not isinstance(value, Tensor)]
+        wrong = [name for name, value in zip(self.out_names, outputs) if not isinstance(value, Tensor)]
         if wrong:
-            kind = type(outputs[self._names.index(wrong[0])]).__name__
+            kind = type(outputs[self.out_names.index(wrong[0])]).__name__
             raise TypeError(
                 f"{type(self).__name__}.compute returned {kind} for {wrong[0]!r}, a tensor is needed: torch.as_tensor(value)."
             )
@@ -180,7 +220,7 @@ class Stage(TensorDictModuleBase):
 
     def _check_shapes(self, values: Sequence[Tensor | None], batch_size: torch.Size) -> None:
         sizes: dict[str, tuple[int, Key]] = {}
-        for key, value, shape in zip(self.in_keys, values, self._shapes):
+        for key, value, shape in zip(self.in_keys, values, self.shapes):
             if shape is None or value is None:
                 continue
             letters = shape.split()
@@ -206,43 +246,6 @@ class Stage(TensorDictModuleBase):
                     )
 
 
-class PairStage(Stage):
-    """A stage on two sides, split so that each side is prepared once.
-
-    Keys that belong to a side carry it second (``("sample", "a")``, ``("sample", "b")``); a subclass defines
-    ``prepare(*inputs of one side)`` and ``compare(prepared_a, prepared_b, *other inputs)``. ``ForEachPair`` calls
-    ``prepare`` once per site and ``compare`` once per pair.
-
-        >>> import torch, tdgeom as tg
-        >>> class MeanDistance(tg.PairStage):
-        ...     reads = {("sample", "a"): "N D", ("sample", "b"): "M D"}
-        ...     writes = [("between", "mean_distance")]
-        ...     def prepare(self, sample):
-        ...         return sample.mean(-2)
-        ...     def compare(self, a, b):
-        ...         return (a - b).norm(dim=-1)
-        >>> MeanDistance()(sample_a=torch.zeros(3, 4), sample_b=torch.ones(5, 4))
-        tensor(2.)
-    """
-
-    def prepare(self, *inputs: Any, **options: Any) -> Any:
-        """What one side contributes, from its inputs in the order of ``reads``. Default: the inputs themselves."""
-        return inputs[0] if len(inputs) == 1 else inputs
-
-    def compare(self, *sides: Any, **options: Any) -> Outputs:
-        """The outputs, from two prepared sides and the inputs that belong to neither."""
-        raise TypeError(f"{type(self).__name__} defines no compare(): write the stage's function there.")
-
-    def sides(self) -> tuple[list[int], list[int], list[int]]:
-        """Positions in ``in_keys`` of side a, side b and neither."""
-        groups: tuple[list[int], list[int], list[int]] = ([], [], [])
-        for position, key in enumerate(self._roles):
-            parts = key_tuple(key)
-            side = parts[1] if len(parts) > 1 else None
-            groups[{"a": 0, "b": 1}.get(side, 2)].append(position)
-        return groups
-
-    def compute(self, *inputs: Any, **options: Any) -> Outputs:
-        """``compare(prepare(a), prepare(b))``."""
-        side_a, side_b, rest = ([inputs[i] for i in group] for group in self.sides())
-        return self.compare(self.prepare(*side_a), self.prepare(*side_b), *rest)
+def device_of(inputs: Sequence[Any]) -> torch.device:
+    """Where the first tensor is; the CPU without one."""
+    return next((value.device for value in inputs if isinstance(value, Tensor)), torch.device("cpu"))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import dispatch
+from tensordict.nn import dispatch, set_skip_existing
 from torch import Tensor
 
+from tdgeom.core.ambient import steady
+from tdgeom.core.process_groups import gather_states, rank_and_world
 from tdgeom.core.stage import Outputs, Stage
-from tdgeom.core.state_transfer import gather_states
 
-__all__ = ["StreamingStage", "rows_finite"]
+__all__ = ["StreamingStage", "rows_finite", "tensor_text", "text_tensor"]
+
+STATE_VERSION = 1
 
 
 class StreamingStage(Stage):
@@ -43,22 +47,44 @@ class StreamingStage(Stage):
         tensor([1., 1.], dtype=torch.float64)
 
     State lives in persistent buffers, of length zero before the first rows; it is made on the first rows' device (the
-    CPU if that lacks float64), never changes dtype under ``.half()`` or ``.to(dtype)``, and holds no graph.
+    CPU if that lacks float64), keeps the dtype it was declared in, also under ``.half()`` or ``.to(dtype)``, and holds no graph.
+    ``state_dict()`` carries what the stage was made with; a state made otherwise is refused.
+
+    Class attributes:
+        publishing: names of settings that change only what is published: states that differ in them can be merged.
     """
 
-    def add_state(self, name: str, dtype: torch.dtype) -> None:
-        """Declare a piece of state; ``start`` gives it its shape when the first rows arrive."""
-        self.register_buffer(name, torch.zeros(0, dtype=dtype))
-        self.__dict__.setdefault("_state_names", []).append(name)
+    takes_complex = False
+    publishing: ClassVar[Collection[str]] = frozenset()
 
-    def _state(self) -> dict[str, Tensor]:
-        """What ``add_state`` declared; other buffers of a subclass are its settings."""
-        names = self.__dict__.get("_state_names")
-        if not names:
+    def add_state(self, name: str, dtype: torch.dtype | None) -> None:
+        """Declare a piece of state; ``start`` gives it its shape when the first rows arrive.
+
+        It is held in ``dtype``, whatever ``start`` returns; None takes the dtype that ``start`` gives it (that of the rows).
+        """
+        self.register_buffer(name, torch.zeros(0, dtype=dtype or torch.float32))
+        self.__dict__.setdefault("_state_dtypes", {})[name] = dtype
+
+    def state(self) -> dict[str, Tensor]:
+        """What ``add_state`` declared, by name; other buffers of a subclass are its settings."""
+        declared = self.__dict__.get("_state_dtypes")
+        if not declared:
             raise TypeError(
                 f"{type(self).__name__} declares no state: call self.add_state(name, dtype) in __init__."
             )
-        return {name: self._buffers[name] for name in names}  # type: ignore[misc]
+        return {name: self._buffers[name] for name in declared}  # type: ignore[misc]  # buffers declared here are tensors
+
+    def _state(self) -> dict[str, Tensor]:  # other rooms still say this
+        return self.state()
+
+    def _with_state(self, state: Mapping[str, Tensor]) -> Any:
+        return self.with_state(state)
+
+    def set_state(self, values: Mapping[str, Tensor]) -> None:
+        """Replace pieces of the state, each in the dtype that it was declared in."""
+        for name, value in values.items():
+            dtype = self.__dict__["_state_dtypes"][name]
+            setattr(self, name, value if dtype is None else value.to(dtype))
 
     def start(self, *rows: Any, **options: Any) -> Mapping[str, Tensor]:
         """The state before any row, with the shapes that these rows call for."""
@@ -78,51 +104,74 @@ class StreamingStage(Stage):
         """The outputs, as copies: never a view of the state."""
         raise TypeError(f"{type(self).__name__} defines no result(): return copies of the outputs there.")
 
-    def settings(self) -> dict[str, Any]:
-        """What two stages must share to be merged."""
-        return {}
+    def merging_settings(self) -> dict[str, Any]:
+        """What two stages must share to be merged, or a state to be loaded: all settings but keys and ``publishing``."""
+        apart = {"in_keys", "out_keys", *self.publishing}
+        return {name: value for name, value in self.settings().items() if name not in apart}
 
     @property
     def is_empty(self) -> bool:
         """True before the first rows."""
-        return next(iter(self._state().values())).shape == (0,)
+        return next(iter(self.state().values())).shape == (0,)
 
     @dispatch(auto_batch_size=False)
-    def forward(self, tensordict: TensorDictBase, **unknown: Any) -> TensorDictBase:
+    @set_skip_existing(None)
+    def forward(
+        self, tensordict: TensorDictBase, tensordict_out: TensorDictBase | None = None, **named: Any
+    ) -> TensorDictBase:
         """``update`` with the rows in ``tensordict``, then ``publish`` the values so far into it."""
-        self.refuse_unknown(unknown)
+        given = self.with_named(tensordict, named)
         if not torch.compiler.is_compiling():
-            self._refuse_nonfinite(tensordict)
-        self.update(tensordict)
-        return self.publish(tensordict)
+            self._refuse_nonfinite(given)
+        self.update(given)
+        return self.publish(tensordict if tensordict_out is None else tensordict_out)
 
     def update(self, tensordict: TensorDictBase) -> None:
         """Add the rows at ``in_keys`` to the state."""
         rows = self.read(tensordict)
-        if rows[0].ndim == 0:
+        self._refuse_no_rows(rows, tensordict.batch_size)
+        if not rows[0].shape[0]:
+            return
+        with torch.inference_mode(False), torch.no_grad(), steady(rows[0].device):
+            rows = [None if row is None else row.detach() for row in rows]
+            if self.is_empty:
+                home = rows[0].device if rows[0].device.type != "mps" else torch.device("cpu")
+                rows = [None if row is None else row.to(home) for row in rows]
+                self.set_state({name: value.to(home) for name, value in self.start(*rows).items()})
+            else:
+                home = self.home
+                rows = [None if row is None else row.to(home) for row in rows]
+            self.accumulate(*rows)
+        self._check_dtypes()
+
+    @property
+    def home(self) -> torch.device:
+        """Where the state is."""
+        return next(iter(self.state().values())).device
+
+    def _refuse_no_rows(self, rows: Sequence[Any], batch_size: torch.Size) -> None:
+        if rows[0].ndim == 0 or len(batch_size):
             raise ValueError(
-                f"{type(self).__name__} expects rows at {self.in_keys[0]!r}, (N, ...), got a tensor of shape ()."
+                f"{type(self).__name__} expects rows at {self.in_keys[0]!r}, (N, ...), in a TensorDict of batch size [], got a "
+                f"tensor of shape {tuple(rows[0].shape)} in one of batch size {list(batch_size)}: it adds rows up "
+                f"(td.auto_batch_size_(0))."
             )
-        for key, value, shape in zip(self.in_keys, rows, self._shapes):
+        for key, value, shape in zip(self.in_keys, rows, self.shapes):
             if value is not None and shape is not None and value.ndim > len(shape.split()):
                 raise ValueError(
                     f"{type(self).__name__} expects rows at {key!r}, ({', '.join(shape.split())}), got {tuple(value.shape)}. "
                     f"SelectTokens makes rows of (B, T, D) activations and leaves padding out; without padding "
                     f"x.flatten(0, -2) does."
                 )
-        if not rows[0].shape[0]:
-            return
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(rows[0].device.type, enabled=False):
-            rows = [None if row is None else row.detach() for row in rows]
-            if self.is_empty:
-                home = rows[0].device if rows[0].device.type != "mps" else torch.device("cpu")
-                rows = [None if row is None else row.to(home) for row in rows]
-                for name, value in self.start(*rows).items():
-                    setattr(self, name, value.to(home))
-            else:
-                home = next(iter(self._state().values())).device
-                rows = [None if row is None else row.to(home) for row in rows]
-            self.accumulate(*rows)
+
+    def _check_dtypes(self) -> None:
+        for name, dtype in self.__dict__["_state_dtypes"].items():
+            found = self._buffers[name].dtype  # type: ignore[union-attr]  # buffers declared here are tensors
+            if dtype is not None and found != dtype:
+                raise TypeError(
+                    f"{type(self).__name__} declared the state {name!r} as {dtype} (add_state), accumulate left it as {found}. "
+                    f"Declare it so, or round before adding."
+                )
 
     def publish(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the values so far under ``out_keys``."""
@@ -131,38 +180,48 @@ class StreamingStage(Stage):
                 f"{type(self).__name__} has seen no rows at {self.in_keys}: update it first. In a run, an empty loader "
                 f"or a selection that leaves no rows ends here."
             )
-        home = next(iter(self._state().values())).device
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(home.type, enabled=False):
+        with torch.inference_mode(False), torch.no_grad(), steady(self.home):
             return self.write(tensordict, self.result())
 
     def merge_(self, other: StreamingStage) -> StreamingStage:
         """Add the state of ``other``, which saw other rows; ``other`` keeps its own."""
-        if type(other) is not type(self) or other.settings() != self.settings():
+        if type(other) is not type(self) or other.merging_settings() != self.merging_settings():
             raise ValueError(
-                f"{type(self).__name__}{self.settings()} cannot merge {type(other).__name__}"
-                f"{other.settings() if isinstance(other, StreamingStage) else ''}: both must be the same stage with the "
-                f"same settings."
+                f"{self!r} cannot merge {other!r}: both must be the same stage with the same settings"
+                f"{self._apart(other.merging_settings()) if isinstance(other, StreamingStage) else ''}."
             )
         if other.is_empty:
             return self
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), steady(other.home):
             if self.is_empty:
-                for name, value in other._state().items():
-                    setattr(self, name, value.clone())
+                self.set_state({name: value.clone() for name, value in other.state().items()})
             else:
-                for name, value in other._state().items():
-                    if value.shape != self._buffers[name].shape:
+                for name, value in other.state().items():
+                    if not self.fits(name, value):
                         raise ValueError(
-                            f"{type(self).__name__} holds {name} of shape {tuple(self._buffers[name].shape)}, the stage to "
+                            f"{type(self).__name__} holds {name} of shape {tuple(self.state()[name].shape)}, the stage to "
                             f"merge {tuple(value.shape)}: they saw rows of different width."
                         )
                 self.combine(other)
         return self
 
+    def fits(self, name: str, value: Tensor) -> bool:
+        """Whether another's piece of state can be merged with the own: its shape is the same."""
+        return value.shape == self.state()[name].shape
+
+    def _apart(self, theirs: Mapping[str, Any]) -> str:
+        """ ", which differ in ..." for messages."""
+        own = json.loads(json.dumps(self.merging_settings()))
+        theirs = json.loads(json.dumps(theirs))
+        names = sorted(n for n in own.keys() | theirs.keys() if own.get(n) != theirs.get(n))
+        told = [
+            f"{name} ({str(own.get(name))[:40]} here, {str(theirs.get(name))[:40]} there)" for name in names
+        ]
+        return f", which differ in {', '.join(told)}" if told else ""
+
     def reset(self) -> None:
         """Forget every row."""
-        for name, value in self._state().items():
-            setattr(self, name, torch.zeros(0, dtype=value.dtype, device=value.device))
+        self.set_state({name: value.new_zeros(0) for name, value in self.state().items()})
 
     def settle(self) -> None:
         """Called before the state is saved: a stage that holds rows outside of it brings them to rest here."""
@@ -172,16 +231,16 @@ class StreamingStage(Stage):
 
     def sync_(self) -> None:
         """Merge the states of all ranks into rank 0; the others become empty, so a second call changes nothing."""
-        for state in gather_states(self._state()):
-            other = self._with_state(state)
-            self.merge_(other)
-        if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        for state in gather_states(self.state()):
+            self.merge_(self.with_state(state))
+        if rank_and_world()[0] != 0:
             self.reset()
 
-    def _with_state(self, state: Mapping[str, Tensor]) -> StreamingStage:
+    def with_state(self, state: Mapping[str, Tensor]) -> Any:
+        """A stage of the same settings that holds this state; the own is left as it is."""
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin._buffers = {**self._buffers, **state}
+        twin.__dict__["_buffers"] = {**self._buffers, **state}
         return twin
 
     def _refuse_nonfinite(self, tensordict: TensorDictBase) -> None:
@@ -195,7 +254,7 @@ class StreamingStage(Stage):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StreamingStage:
         # Casting a float64 accumulator to half would destroy it: state follows devices, never dtypes.
-        own = {id(buffer) for buffer in self._state().values()}
+        own = {id(buffer) for buffer in self.state().values()}
 
         def move_only(tensor: Tensor) -> Tensor:
             if id(tensor) not in own:
@@ -208,12 +267,39 @@ class StreamingStage(Stage):
 
         return super()._apply(move_only, recurse)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, buffer in self._state().items():
+    # What a state was made with travels with it, as JSON in a tensor: no pickle is needed to read it back.
+
+    def get_extra_state(self) -> Tensor:
+        """Stage, settings and version, beside the state in ``state_dict``."""
+        about = {"version": STATE_VERSION, "stage": type(self).__name__, "settings": self.merging_settings()}
+        return text_tensor(json.dumps(about, sort_keys=True))
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to set: ``_load_from_state_dict`` has compared it."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: Any,
+        unexpected: Any, errors: list[str],
+    ) -> None:  # fmt: skip
+        found = tensor_text(state_dict.get(f"{prefix}_extra_state"))
+        if found is not None:
+            refused = self._refusal(json.loads(found))
+            if refused:
+                errors.append(f"{prefix.rstrip('.') or 'the state'}: {refused}")
+                return
+        for name, buffer in self.state().items():
             value = state_dict.get(prefix + name)
-            if isinstance(value, Tensor) and value.shape != buffer.shape:
-                setattr(self, name, torch.zeros(value.shape, dtype=value.dtype, device=buffer.device))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            if isinstance(value, Tensor):
+                self._buffers[name] = torch.zeros(value.shape, dtype=value.dtype, device=buffer.device)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def _refusal(self, about: Mapping[str, Any]) -> str:
+        if about["version"] > STATE_VERSION or about["stage"] != type(self).__name__:
+            return f"a state of {about['stage']} (version {about['version']}) does not go into {type(self).__name__}."
+        apart = self._apart(about["settings"])
+        return (
+            f"the state of another {type(self).__name__}{apart}. Make the stage as it was." if apart else ""
+        )
 
 
 def rows_finite(rows: Tensor) -> Tensor:
@@ -223,3 +309,13 @@ def rows_finite(rows: Tensor) -> Tensor:
     if torch.isfinite(rows.sum(dtype=torch.float32)):
         return torch.ones(rows.shape[:1], dtype=torch.bool, device=rows.device)
     return torch.isfinite(rows).flatten(1).all(1) if rows.ndim > 1 else torch.isfinite(rows)
+
+
+def text_tensor(text: str) -> Tensor:
+    """Text as bytes in a tensor, the form in which it travels in a ``state_dict``."""
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def tensor_text(value: object) -> str | None:
+    """What ``text_tensor`` was given; None where there is none."""
+    return bytes(value.cpu().numpy()).decode() if isinstance(value, Tensor) else None

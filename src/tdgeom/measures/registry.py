@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
-from tdgeom.core.stage import PairStage
+from tdgeom.core.pair_stage import PairStage
 from tdgeom.measures.neighbors.information_imbalance import InformationImbalance
 from tdgeom.measures.neighbors.neighborhood_overlap import JaccardKNN, NeighborhoodOverlap
 from tdgeom.measures.similarity.cca import CCA, PWCCA, SVCCA

@@ -197,6 +197,11 @@ class Capture(TensorDictModuleBase):
         first = next(self._bound.require().parameters(), None)
         return None if first is None else first.device
 
+    @property
+    def pad_token_id(self) -> int | None:
+        """The padding id that the model's configuration names."""
+        return getattr(getattr(self.model, "config", None), "pad_token_id", None)
+
     def bind(self, model: nn.Module) -> Capture:
         """Give an unpickled Capture its model again, or another one with the same sites. Returns itself."""
         if self._session is not None:

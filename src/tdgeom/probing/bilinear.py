@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key, as_key, key_tuple
-from tdgeom.core.stage import PairStage
-from tdgeom.probing.control_task import control_map, type_buckets
-from tdgeom.probing.labelled_rows import loose_inputs, one_hot
-from tdgeom.probing.rules import Fitted, Metric, ProbeRules, Task, check_settings, plain_rows
-from tdgeom.probing.scores import SCORES, complete
+from tdgeom.core.ambient import steady
+from tdgeom.core.keys import Key
+from tdgeom.core.stage import Stage
+from tdgeom.probing import rules
+from tdgeom.probing.control_task import type_buckets
+from tdgeom.probing.labelled_rows import labelled_keys, one_hot, plain_rows, row_labels
+from tdgeom.probing.lbfgs import minimise
+from tdgeom.probing.rules import Fitted, Metric, Task, check_settings
+from tdgeom.probing.scores import SCORES
 from tdgeom.probing.splits import holdout_mask, row_groups
 
 __all__ = ["BilinearProbe", "LowRankBilinearProbe", "bilinear_ridge"]
@@ -39,32 +42,27 @@ def bilinear_ridge(
     n = x.shape[0]
     kernel = (x @ x.mT) * (y @ y.mT)
     column = kernel.mean(0)
-    centred = kernel - column - column[:, None] + column.mean()
-    values, vectors = torch.linalg.eigh(centred)
+    values, vectors = torch.linalg.eigh(kernel - column - column[:, None] + column.mean())
     values = values.clamp(min=0)
     alphas = torch.as_tensor(alphas, dtype=torch.float64, device=x.device)
     mean = t.mean(0)
     turned = vectors.mT @ (t - mean)
     floor = values[-1] * n * torch.finfo(torch.float64).eps
-    best: tuple[Tensor, Tensor, Tensor] | None = None
-    for alpha in alphas:
-        filters = torch.where(values > floor, values / (values + alpha), 0.0)
-        leverage = vectors.square() @ filters + 1 / n
-        error = (
-            (((t - mean) - vectors @ (filters[:, None] * turned)) / (1 - leverage)[:, None]).square().mean()
-        )
-        if best is None or error < best[0]:
-            inverse = torch.where(values > floor, 1 / (values + alpha), 0.0)
-            best = (error, alpha, vectors @ (inverse[:, None] * turned))
-    error, alpha, dual = best  # type: ignore[misc]
+    filters = torch.where(values > floor, values / (values + alphas[:, None]), 0.0)
+    leverage = filters @ vectors.square().mT + 1 / n
+    residual = (t - mean) - vectors @ (filters[..., None] * turned)
+    errors = (residual / (1 - leverage)[..., None]).square().mean((1, 2))
+    best = errors.argmin()
+    inverse = torch.where(values > floor, 1 / (values + alphas[best]), 0.0)
+    dual = vectors @ (inverse[:, None] * turned)
     # Centring the kernel centres the products, so the weights come from dual coefficients that sum to 0.
     dual = dual - dual.mean(0)
     weight = torch.einsum("nk,nd,ne->kde", dual, x, y)
     bias = mean - torch.einsum("kde,de->k", weight, x.mT @ y / n)
-    return weight, bias, alpha, error
+    return weight, bias, alphas[best], errors[best]
 
 
-class BilinearProbe(ProbeRules, PairStage):
+class BilinearProbe(Stage):
     """A bilinear probe of two sites, h₁ᵀ W h₂ + b, on a uniform sample of matched rows.
 
     W (K, D, E) is the ridge solution over all products of features, α chosen by leave-one-out, both in closed form
@@ -73,12 +71,11 @@ class BilinearProbe(ProbeRules, PairStage):
 
     Args:
         alphas: values to choose from; None for seven in units of the kernel's mean eigenvalue.
-        holdout, control, permutations, ignore_index, seed, preprocess, metrics: see ``Probe``; ``control`` such as
-            ``("sample", "input_ids")``.
+        labels, holdout, control, permutations, ignore_index, seed, preprocess, metrics: see ``Probe``.
         train_rows: training rows used at most (the first of the sample, which comes in hash order).
 
-    Reads ``("sample", "a")``, ``("sample", "b")``, ``("sample", "label")`` and ``"sample_row_id"`` (``RowSample(sites,
-    also=["label"])``); writes ``("probe", name)``, under ``ForEachPair`` ``("probe", "a->b", name)``: the scores of
+    Reads ``("sample", "a")``, ``("sample", "b")``, ``("sample_carried", labels)`` and ``"sample_row_id"`` (``RowSample(sites,
+    also=[labels])``); writes ``("probe", name)``, under ``ForEachPair`` ``("probe", "a->b", name)``: the scores of
     ``Probe``. ``fit(x, y, label)``, ``predict(x, y)``, ``score(x, y, label)`` take tensors; ``fitted["weight"]``.
 
     White et al. (2021), A non-linear structural probe; Hewitt and Manning (2019) for probes of pairs.
@@ -90,20 +87,17 @@ class BilinearProbe(ProbeRules, PairStage):
         True
     """
 
-    reads: Any = {
-        ("sample", "a"): "N D",
-        ("sample", "b"): "N E",
-        ("sample", "label"): None,
-        "sample_row_id": "N",
-    }
+    owner: str
+    metrics: Mapping[str, Metric]
 
     def __init__(
         self,
         *,
         alphas: Sequence[float] | None = None,
+        labels: str = "label",
         holdout: float = 0.25,
         train_rows: int = 2048,
-        control: Key | None = None,
+        control: str | None = None,
         permutations: int = 200,
         ignore_index: int = -100,
         seed: int = 0,
@@ -112,92 +106,89 @@ class BilinearProbe(ProbeRules, PairStage):
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:
-        own = dict(metrics or {})
-        check_settings(type(self).__name__, holdout, 2, train_rows, own)
-        reads = dict(type(self).reads)
-        if control is not None:
-            reads[as_key(key_tuple(control))] = "N"
-        writes = [("probe", name) for name in (*SCORES, *own)]
+        self.owner, self.metrics = f"{type(self).__name__}", dict(metrics or {})
+        check_settings(self.owner, holdout, 2, train_rows, self.metrics)
+        labelled_keys(self.owner, labels, control)
+        reads: dict[Key, str | None] = {("sample", "a"): "N D", ("sample", "b"): "N E"}
+        reads |= {("sample_carried", labels): None, "sample_row_id": "N"}
+        reads |= {} if control is None else {("sample_carried", control): "N"}
+        writes = [("probe", name) for name in (*SCORES, *self.metrics)]
         super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=writes)
-        self.alphas, self.holdout, self.train_rows, self.control = alphas, holdout, train_rows, control
+        self.labels, self.control = labels, control
+        self.alphas, self.holdout, self.train_rows = alphas, holdout, train_rows
         self.permutations, self.ignore_index, self.seed = permutations, ignore_index, seed
-        self.preprocess, self.metrics = preprocess, own
+        self.preprocess = preprocess
+        self._fitted: Fitted | None = None
 
-    @property
-    def shared(self) -> frozenset[Key]:  # type: ignore[override]
-        """One label and one row id for all pairs."""
-        return frozenset(as_key(key_tuple(key)) for key in self.in_keys[2:])
-
-    def fit(self, x: Tensor, y: Tensor, label: Tensor) -> BilinearProbe:
-        """Train on rows (N, D), (N, E) with labels (N,), at most ``train_rows`` of them; returns itself."""
-        x, y, label = plain_rows(type(self).__name__, x=x, y=y, label=label)  # type: ignore[assignment]
-        label, used = self.labels(label, x)
-        inputs = tuple(self.prepared(rows)[used][: self.train_rows] for rows in (x, y))
-        self._learn(inputs, label[used][: self.train_rows])
-        return self
-
-    def _learn(self, inputs: tuple[Tensor, ...], label: Tensor) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            label = label.clone()  # a tensor made in inference mode cannot be part of a fit
-            self._task = self.task_of(label)
-            self._fitted = {
-                "train_rows": len(label),
-                "counts": self._task.counts(label),
-                **self.solve(inputs, label, self._task),
-            }
-
-    def compare(
+    def compute(
         self, a: Tensor, b: Tensor, label: Tensor, row_id: Tensor, types: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Split by sequence, fit, score what was held out."""
-        label, used = self.labels(label, a, self.in_keys[2])
-        group = row_groups(row_id)
-        held = holdout_mask(group, self.holdout, self.seed)
-        inputs = (self.prepared(a), self.prepared(b))
-        train = (used & ~held).nonzero().flatten()[: self.train_rows]
-        test = (used & held).nonzero().flatten()
-        self._learn(tuple(x[train] for x in inputs), label[train])
-        if not len(test):
-            found = complete({"train_rows": float(len(train))}, a.device)
-            return {**found, **{name: torch.full((), torch.nan).double() for name in self.metrics}}
-        decision = self.decide(self.fitted, tuple(x[test] for x in inputs))
-        found = self.scored(decision, label[test], group[test])
-        if types is not None and not self.task.regression:
-            bucket = type_buckets(types, self.seed)
-            random = control_map(self.fitted["counts"], self.seed)[bucket]
-            control = self.solve(tuple(x[train] for x in inputs), random[train], self.task)
-            guess = self.decide(control, tuple(x[test] for x in inputs)).argmax(-1)
-            right = (guess == random[test]).double().mean()
-            found |= {"control_accuracy": right, "selectivity": found["accuracy"] - right}
-        return found
+        with torch.inference_mode(False), torch.no_grad():
+            label, used = row_labels(
+                label, a, key=self.in_keys[2], owner=self.owner, ignore_index=self.ignore_index
+            )
+            group = row_groups(row_id)
+            held = holdout_mask(group, self.holdout, self.seed)
+            rows = (rules.prepared(self, a), rules.prepared(self, b))
+            bucket = torch.zeros_like(row_id) if types is None else type_buckets(types, self.seed)
+            train = (used & ~held).nonzero().flatten()[: self.train_rows]
+            test = (used & held).nonzero().flatten()
+            self._learn(tuple(x[train] for x in rows), label[train], None if types is None else bucket[train])
+            if not len(test):
+                return rules.unscored(self)
+            inputs = tuple(x[test] for x in rows)
+            right = rules.control_right(self, inputs, bucket[test])
+            return rules.scored(self, self.decide(self.fitted, inputs), label[test], group[test], right)
+
+    def _learn(self, inputs: tuple[Tensor, ...], label: Tensor, bucket: Tensor | None = None) -> None:
+        # A tensor made in inference mode cannot be part of a fit.
+        self._fitted = rules.fit_rows(self, tuple(x.clone() for x in inputs), label.clone(), bucket)
 
     def solve(self, inputs: tuple[Tensor, ...], label: Tensor, task: Task) -> Fitted:
         """See ``bilinear_ridge``."""
-        x, y = (rows.double() for rows in inputs)
-        means = x.mean(0), y.mean(0)
-        x, y = x - means[0], y - means[1]
+        x, y, means = centred(inputs)
         targets = label if task.regression else 2 * one_hot(label, task.classes) - 1
-        alphas = self.alphas
-        if alphas is None:
-            unit = (x.square().sum(1) * y.square().sum(1)).mean()
-            alphas = unit * torch.logspace(-4, 2, 7, dtype=torch.float64, device=x.device)
-        weight, bias, alpha, _ = bilinear_ridge(x, y, targets, alphas)
+        unit = (x.square().sum(1) * y.square().sum(1)).mean()
+        usual = unit * torch.logspace(-4, 2, 7, dtype=torch.float64, device=x.device)
+        weight, bias, alpha, _ = bilinear_ridge(x, y, targets, usual if self.alphas is None else self.alphas)
         return {"weight": weight, "bias": bias, "alpha": alpha, "means": means}
 
     def decide(self, fitted: Fitted, inputs: tuple[Tensor, ...]) -> Tensor:
         """(h₁ - m₁)ᵀ W (h₂ - m₂) + b: (N, K)."""
-        x, y = (rows.double() - mean for rows, mean in zip(inputs, fitted["means"]))
-        turned = torch.einsum("nd,kde->nke", x, fitted["weight"])
-        return (turned * y[:, None]).sum(-1) + fitted["bias"]
+        x, y = (rows.double() - mean.to(rows.device) for rows, mean in zip(inputs, fitted["means"]))
+        turned = torch.einsum("nd,kde->nke", x, fitted["weight"].to(x.device))
+        return (turned * y[:, None]).sum(-1) + fitted["bias"].to(x.device)
 
-    # dispatch would ask for the keyword sample_label beside sample_a; plain names are taken too.
-    def forward(self, tensordict: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Fit and score the rows of a TensorDict, or plain tensors in the order of ``in_keys``."""
-        if hasattr(tensordict, "batch_size"):
-            return self.write(tensordict, self.compute(*self.read(tensordict)))
-        given = loose_inputs(self, (() if tensordict is None else (tensordict,)) + args, kwargs)
-        found = self.listed(self.compute(*self.read(given)))  # type: ignore[arg-type]
-        return tuple(found)
+    def fit(self, x: Any, y: Any, label: Any) -> BilinearProbe:
+        """Train on rows (N, D), (N, E) with labels (N,), at most ``train_rows`` of them; returns itself."""
+        x, y, label = plain_rows(self.owner, x=x, y=y, label=label)
+        with torch.inference_mode(False), torch.no_grad(), steady(x.device):
+            label, used = row_labels(label, x, key="label", owner=self.owner, ignore_index=self.ignore_index)
+            inputs = tuple(rules.prepared(self, rows)[used][: self.train_rows] for rows in (x, y))
+            self._learn(inputs, label[used][: self.train_rows])
+        return self
+
+    @property
+    def fitted(self) -> Fitted:
+        """What the last fit found, such as "weight" (K, D, E) and "bias" (K,)."""
+        if self._fitted is None:
+            raise ValueError(
+                f"{self.owner} is not fitted: call fit(x, y, label), or run it over labelled rows first."
+            )
+        return self._fitted
+
+    def predict(self, x: Any, y: Any) -> Tensor:
+        """Classes (N,), or numbers (N,) or (N, K), for matched rows (N, D), (N, E)."""
+        return rules.answers(self.fitted["task"], self.decision(x, y))
+
+    def decision(self, x: Any, y: Any) -> Tensor:
+        """What ``predict`` decides by: (N, K)."""
+        return rules.decision(self, x, y)
+
+    def score(self, x: Any, y: Any, label: Any, *, row_id: Tensor | None = None) -> dict[str, float]:
+        """Scores by name on matched rows and their labels; error bars over the groups of ``row_id``."""
+        return rules.score(self, x, y, label, row_id=row_id)
 
 
 class LowRankBilinearProbe(BilinearProbe):
@@ -229,45 +220,40 @@ class LowRankBilinearProbe(BilinearProbe):
 
     def solve(self, inputs: tuple[Tensor, ...], label: Tensor, task: Task) -> Fitted:
         """Minimise by L-BFGS from a seeded random start."""
-        x, y = (rows.double() for rows in inputs)
-        means = x.mean(0), y.mean(0)
-        x, y = x - means[0], y - means[1]
+        x, y, means = centred(inputs)
         tiny = torch.finfo(torch.float64).tiny
         scales = [rows.square().mean().sqrt().clamp(min=tiny) for rows in (x, y)]
         x, y = x / scales[0], y / scales[1]
         generator = torch.Generator().manual_seed(self.seed)
+        shape = task.classes, self.rank
         parameters = [
-            (
-                torch.randn(task.classes, self.rank, rows.shape[1], generator=generator).double()
-                / rows.shape[1] ** 0.5
-            )
-            .to(x.device)
-            .requires_grad_()
-            for rows in (x, y)
+            torch.randn(*shape, width, generator=generator, dtype=torch.float32, device="cpu").double()
+            for width in (x.shape[1], y.shape[1])
         ]
+        parameters = [(part / part.shape[-1] ** 0.5).to(x.device).requires_grad_() for part in parameters]
         bias = torch.zeros(task.classes, dtype=torch.float64, device=x.device, requires_grad=True)
-        optimiser = torch.optim.LBFGS(
-            [*parameters, bias], max_iter=self.steps, history_size=20, line_search_fn="strong_wolfe"
-        )
 
-        def loss() -> Tensor:
-            optimiser.zero_grad()
-            out = _low_rank(x, y, *parameters) + bias
-            fit = (
-                (out - label).square().sum() / 2
-                if task.regression
-                else torch.nn.functional.cross_entropy(out, label, reduction="sum")
-            )
-            value = (fit + self.penalty / 2 * sum(p.square().sum() for p in parameters)) / x.shape[0]
-            value.backward()
-            return value
+        def objective() -> Tensor:
+            out = low_rank_products(x, y, *parameters) + bias
+            if task.regression:
+                loss = (out - label).square().sum() / 2
+            else:
+                loss = torch.nn.functional.cross_entropy(out, label, reduction="sum")
+            return (loss + self.penalty / 2 * sum(p.square().sum() for p in parameters)) / x.shape[0]
 
-        with torch.enable_grad():
-            optimiser.step(loss)
+        minimise(objective, [*parameters, bias], steps=self.steps)
         u, v = (p.detach() / scale for p, scale in zip(parameters, scales))
         weight = torch.einsum("krd,kre->kde", u, v)
         return {"u": u, "v": v, "weight": weight, "bias": bias.detach(), "means": means}
 
 
-def _low_rank(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
+def centred(inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """The rows of both sites in float64 about their means, and the means."""
+    x, y = (rows.double() for rows in inputs)
+    means = x.mean(0), y.mean(0)
+    return x - means[0], y - means[1], means
+
+
+def low_rank_products(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """(U h₁)·(V h₂): (N, D), (N, E), (K, r, D), (K, r, E) -> (N, K)."""
     return (torch.einsum("nd,krd->nkr", x, u) * torch.einsum("ne,kre->nkr", y, v)).sum(-1)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tdgeom.probing.labelled_rows import as_numpy, one_hot
 from tdgeom.probing.probe import Probe
 from tdgeom.probing.rules import Fitted, Task
 
@@ -51,24 +52,23 @@ class SklearnProbe(Probe):
         """Clone and fit."""
         from sklearn.base import clone
 
-        target = _numpy(label)
+        target = as_numpy(label)
         target = target[:, 0] if task.regression and task.classes == 1 else target
-        estimator = clone(self.estimator).fit(_numpy(inputs[0]), target)
-        return {"estimator": estimator, **_linear_part(estimator, task, inputs[0])}
+        like = self.estimator
+        estimator = clone(like) if hasattr(like, "get_params") else deepcopy(like)
+        estimator.fit(as_numpy(inputs[0]), target)
+        return {"estimator": estimator, "task": task, **_linear_part(estimator, task, inputs[0])}
 
     def decide(self, fitted: Fitted, inputs: tuple[Tensor, ...]) -> Tensor:
         """What the estimator says about each row, a column a class or target."""
-        estimator, x = fitted["estimator"], _numpy(inputs[0])
+        estimator, x = fitted["estimator"], as_numpy(inputs[0])
         for name in ("decision_function", "predict_proba", "predict"):
             if hasattr(estimator, name):
                 out = np.asarray(getattr(estimator, name)(x))
                 break
         home = inputs[0].device
-        if name == "predict" and out.dtype.kind in "iub":
-            classes = (
-                int(estimator.classes_.max()) + 1 if hasattr(estimator, "classes_") else int(out.max()) + 1
-            )
-            return nn.functional.one_hot(torch.as_tensor(out).long(), classes).double().to(home)
+        if name == "predict" and not fitted["task"].regression:
+            return one_hot(torch.as_tensor(out).long(), fitted["task"].classes).to(home)
         values = torch.as_tensor(out, dtype=torch.float64)
         if name == "decision_function" and values.ndim == 1:
             values = torch.stack((-values, values), 1) / 2
@@ -79,10 +79,8 @@ def _linear_part(estimator: Any, task: Task, like: Tensor) -> Fitted:
     coef = getattr(estimator, "coef_", None)
     if coef is None:
         return {}
-    weight = torch.as_tensor(np.atleast_2d(np.asarray(coef, dtype=np.float64)), device=like.device)
-    bias = torch.as_tensor(
-        np.atleast_1d(np.asarray(estimator.intercept_, dtype=np.float64)), device=like.device
-    )
+    found = (np.atleast_2d(coef), np.atleast_1d(estimator.intercept_))
+    weight, bias = (torch.as_tensor(value, dtype=torch.float64, device=like.device) for value in found)
     if not task.regression and weight.shape[0] == 1:
         weight, bias = torch.cat((-weight, weight)) / 2, torch.cat((-bias, bias)) / 2
     return {"weight": weight, "bias": bias}
@@ -138,7 +136,7 @@ class TorchProbe(Probe):
         mean = x.mean(0)
         scale = (x - mean).square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         template = self._template[0]
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(self.seed)
             module = (
                 deepcopy(template) if isinstance(template, nn.Module) else template(x.shape[1], task.classes)
@@ -171,13 +169,8 @@ def train_module(probe: TorchProbe, module: nn.Module, x: Tensor, label: Tensor,
             module.parameters(), lr=probe.learning_rate, weight_decay=probe.weight_decay
         )
         for _ in range(probe.epochs):
-            for chosen in torch.randperm(len(x)).to(x.device).split(probe.batch_size):
+            for chosen in torch.randperm(len(x), device="cpu").to(x.device).split(probe.batch_size):
                 optimiser.zero_grad()
                 loss(module(x[chosen]), label[chosen]).backward()
                 optimiser.step()
     module.eval()
-
-
-def _numpy(value: Tensor) -> np.ndarray:
-    value = value.detach().cpu()
-    return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()

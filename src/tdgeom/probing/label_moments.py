@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Key
-from tdgeom.probing.labelled_rows import LabelledStage, one_hot, row_labels
+from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.probing.labelled_rows import labelled_keys, one_hot, row_labels
 from tdgeom.probing.splits import fold_index, row_groups
 
 __all__ = [
     "LEAVES",
+    "LabelMoments",
     "StreamingLabelMoments",
-    "add_rows",
     "class_counts",
     "label_moments",
+    "merged_moments",
     "pool_folds",
-    "widen",
+    "row_targets",
+    "some_targets",
+    "with_rows",
     "zero_moments",
 ]
 
@@ -48,6 +51,8 @@ def zero_moments(
 def widen(moments: Mapping[str, Tensor], targets: int) -> LabelMoments:
     """The same moments with further targets that were zero in every row so far (classes not met before)."""
     more = targets - moments["target_mean"].shape[-1]
+    if more <= 0:
+        return dict(moments)
     pad = torch.nn.functional.pad
     return {
         **moments,
@@ -97,13 +102,48 @@ def merge_into(state: Mapping[str, Tensor], fold: int, block: Mapping[str, Tenso
     state["count"][fold].add_(block["count"])
 
 
-def add_rows(state: Mapping[str, Tensor], rows: Tensor, targets: Tensor, fold: Tensor) -> None:
-    """Add rows (N, D) with targets (N, K) to their folds (N,) of ``state`` in place; a fold below 0 is left out."""
+def row_targets(label: Tensor, held: int) -> Tensor:
+    """Targets (N, K) of labels as ``row_labels`` gives them: numbers as they are, classes as indicators, ``held`` or more."""
+    if label.is_floating_point():
+        return label
+    return one_hot(label.clamp(min=0), max(held, int(label.max()) + 1))
+
+
+def with_rows(state: Mapping[str, Tensor], rows: Tensor, targets: Tensor, fold: Tensor) -> LabelMoments:
+    """The moments with rows (N, D) and targets (N, K) added to their folds (N,); a fold below 0 is left out."""
+    state = widen(state, targets.shape[1])
     for index in range(state["count"].shape[0]):
         chosen = fold == index
         if bool(chosen.any()):
             whole = state["scatter"].numel() > 0
             merge_into(state, index, label_moments(rows[chosen], targets[chosen], scatter=whole))
+    return state
+
+
+def merged_moments(state: Mapping[str, Tensor], other: Mapping[str, Tensor], owner: str) -> LabelMoments:
+    """Two sets of moments as one, fold by fold; either may have met classes that the other has not."""
+    widths = state["mean"].shape[1], other["mean"].shape[1]
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"{owner} holds moments of rows of width {widths[0]}, the stage to merge of width {widths[1]}: they saw other rows."
+        )
+    targets = max(state["target_mean"].shape[1], other["target_mean"].shape[1])
+    state, other = widen(state, targets), widen(other, targets)
+    for fold in range(state["count"].shape[0]):
+        if int(other["count"][fold]):
+            block = {name: value[fold].to(state[name].device) for name, value in other.items()}
+            merge_into(state, fold, block)
+    return state
+
+
+def some_targets(moments: Mapping[str, Tensor], which: slice) -> LabelMoments:
+    """The moments of some of the targets."""
+    return {
+        **moments,
+        "target_mean": moments["target_mean"][..., which],
+        "cross_scatter": moments["cross_scatter"][..., which],
+        "target_scatter": moments["target_scatter"][..., which, which],
+    }
 
 
 def pool_folds(moments: Mapping[str, Tensor], keep: Tensor | None = None) -> LabelMoments:
@@ -129,7 +169,11 @@ def pool_folds(moments: Mapping[str, Tensor], keep: Tensor | None = None) -> Lab
     apart = (moments["mean"] - mean) * count.double().sqrt()[:, None]
     shift = (moments["target_mean"] - target_mean) * count.double().sqrt()[:, None]
     used = (count > 0).nonzero().flatten().tolist()
-    summed = {name: sum(moments[name][g] for g in used) for name in LEAVES if name.endswith("scatter")}
+    summed = {
+        name: sum((moments[name][g] for g in used[1:]), moments[name][used[0]])
+        for name in LEAVES
+        if name.endswith("scatter")
+    }
     return {
         "count": total,
         "mean": mean,
@@ -151,21 +195,22 @@ def class_counts(moments: Mapping[str, Tensor]) -> Tensor:
     return (pooled["target_mean"] * pooled["count"]).round().long()
 
 
-class StreamingLabelMoments(LabelledStage):
+class StreamingLabelMoments(StreamingStage):
     """Moments of all rows together with their labels: what LEACE, Fisher directions and closed-form probes need.
 
-    Integer labels (N,) become one-hot targets (classes are found as they come, or ``classes`` gives their number);
+    Integer labels (N,) become one-hot targets (classes are found as they come, or ``n_classes`` gives their number);
     floating-point labels (N,) or (N, K) are regression targets as they are. float64 throughout, about the means; exact
     under any batch split, order and merge, to rounding. Rows are kept apart by ``folds`` folds of whole sequences, so
     that one pass gives every leave-one-fold-out fit. Memory 8·folds·D·(D+K) bytes.
 
     Args:
+        labels: the carried value to read, ``SelectTokens(..., also=[labels])``.
         folds: folds of sequences, ``hash(row_id >> 20, seed)``; 1 keeps all rows together.
-        classes: number of classes, when it is known; labels outside 0..classes-1 are then refused.
+        n_classes: number of classes, when it is known; labels outside 0..n_classes-1 are then refused.
         ignore_index: integer labels of this value mark rows without a label, which are left out.
         seed: of the folds.
 
-    Reads ``"tokens"`` (N, D), ``("tokens", "label")`` and ``"row_id"`` (the latter two shared under ``ForEach``);
+    Reads ``"tokens"`` (N, D), ``("carried", labels)`` and ``"row_id"`` (the latter two shared under ``ForEach``);
     writes ``("label_moments", "count" | "mean" | "scatter" | "target_mean" | "cross_scatter" | "target_scatter")`` of
     shapes (G,), (G, D), (G, D, D), (G, K), (G, D, K), (G, K, K); scatter is the sum of products, not divided by n.
 
@@ -180,12 +225,15 @@ class StreamingLabelMoments(LabelledStage):
     """
 
     writes = [("label_moments", name) for name in LEAVES]
+    optional = frozenset({"row_id"})
+    target_mean: Tensor
 
     def __init__(
         self,
         *,
+        labels: str = "label",
         folds: int = 1,
-        classes: int | None = None,
+        n_classes: int | None = None,
         ignore_index: int = -100,
         seed: int = 0,
         in_keys: Key | list[Key] | None = None,
@@ -193,73 +241,50 @@ class StreamingLabelMoments(LabelledStage):
     ) -> None:
         if folds < 1:
             raise ValueError(f"StreamingLabelMoments: folds must be at least 1, got {folds}.")
-        super().__init__(in_keys=in_keys, out_keys=out_keys)
-        self.folds, self.classes, self.ignore_index, self.seed = folds, classes, ignore_index, seed
+        reads = labelled_keys("StreamingLabelMoments", labels)
+        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads)
+        self.folds, self.n_classes, self.ignore_index, self.seed = folds, n_classes, ignore_index, seed
         for name in LEAVES:
             self.add_state(name, torch.int64 if name == "count" else torch.float64)
-
-    def settings(self) -> dict[str, Any]:
-        """Folds must be the same to be merged."""
-        return {
-            "folds": self.folds,
-            "classes": self.classes,
-            "ignore_index": self.ignore_index,
-            "seed": self.seed,
-        }
 
     def start(self, tokens: Tensor, label: Tensor, row_id: Tensor | None) -> LabelMoments:
         """Zeros of the rows' width; classes are added when they come."""
         regression = label.is_floating_point()
-        targets = (1 if label.ndim == 1 else label.shape[-1]) if regression else self.classes or 1
+        targets = (1 if label.ndim == 1 else label.shape[-1]) if regression else self.n_classes or 1
         return zero_moments(self.folds, tokens.shape[-1], targets, tokens.device)
 
     def accumulate(self, tokens: Tensor, label: Tensor, row_id: Tensor | None) -> None:
         """Add a block of rows."""
+        key, ignore = self.in_keys[1], self.ignore_index
+        owner = "StreamingLabelMoments"
         label, used = row_labels(
-            label, tokens, self.in_keys[1], self.ignore_index, self.classes, type(self).__name__
+            label, tokens, key=key, owner=owner, ignore_index=ignore, n_classes=self.n_classes
         )
         held = self.target_mean.shape[1]
-        if label.is_floating_point():
-            targets = label if label.ndim == 2 else label[:, None]
-            if targets.shape[1] != held:
-                raise ValueError(
-                    f"StreamingLabelMoments has seen {held} targets a row and now gets {targets.shape[1]} at "
-                    f"{self.in_keys[1]!r}: give every batch the same kind of label, or reset()."
-                )
-        else:
-            width = max(held, int(label.max()) + 1)
-            if width > held:
-                self._set(widen(self._state(), width))
-            targets = one_hot(label.clamp(min=0), width)
+        if label.is_floating_point() and label.shape[1] != held:
+            raise ValueError(
+                f"{owner} has seen {held} targets a row and now gets {label.shape[1]} at {key!r}: give every batch the same "
+                f"kind of label, or reset()."
+            )
         fold = torch.zeros_like(used, dtype=torch.int64)
         if self.folds > 1:
             if row_id is None:
                 raise ValueError(
-                    f"{type(self).__name__}(folds={self.folds}) needs {'row_id'!r} to keep sequences together: name it third in "
-                    f"in_keys, or take folds=1."
+                    f"{owner}(folds={self.folds}) needs 'row_id' to keep sequences together: name it third in in_keys, or take "
+                    f"folds=1."
                 )
             fold = fold_index(row_groups(row_id), self.folds, self.seed)
-        add_rows(self._state(), tokens, targets, torch.where(used, fold, -1))
+        targets = row_targets(label, held)
+        self.set_state(with_rows(self.state(), tokens, targets, torch.where(used, fold, -1)))
 
-    def _set(self, state: Mapping[str, Tensor]) -> None:
-        for name in LEAVES:
-            setattr(self, name, state[name])
-
-    def merge_(self, other: StreamingLabelMoments) -> StreamingLabelMoments:  # type: ignore[override]
-        """Add the moments of ``other``; either may have met classes that the other has not."""
-        if isinstance(other, StreamingLabelMoments) and not self.is_empty and not other.is_empty:
-            width = max(self.target_mean.shape[1], other.target_mean.shape[1])
-            self._set(widen(self._state(), width))
-            other = other._with_state(widen(other._state(), width))  # type: ignore[assignment]
-        return super().merge_(other)  # type: ignore[return-value]
+    def fits(self, name: str, value: Tensor) -> bool:
+        """Either may have met classes that the other has not; ``combine`` compares the rest."""
+        return True
 
     def combine(self, other: StreamingLabelMoments) -> None:
         """Add another's moments, fold by fold."""
-        theirs = {name: value.to(self.mean.device) for name, value in other._state().items()}
-        for fold in range(self.folds):
-            if int(theirs["count"][fold]):
-                merge_into(self._state(), fold, {name: value[fold] for name, value in theirs.items()})
+        self.set_state(merged_moments(self.state(), other.state(), "StreamingLabelMoments"))
 
     def result(self) -> LabelMoments:
         """The moments of all rows so far."""
-        return {name: value.clone() for name, value in self._state().items()}
+        return {name: value.clone() for name, value in self.state().items()}

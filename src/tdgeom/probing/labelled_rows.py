@@ -1,80 +1,72 @@
-"""What stages that read rows with labels share: calling with plain tensors, checking labels, shared keys."""
+"""Rows and their labels: which keys they come under, and checks of both."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from tensordict import is_tensor_collection
 from torch import Tensor
 
-from tdgeom.core.keys import Key, as_key, key_tuple
-from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.core.keys import Key
 
 __all__: list[str] = []
 
 MAX_CLASSES = 4096
 
 
-class Loose:
-    """Just enough of a TensorDict to hold ``"tokens"`` beside ``("tokens", "label")``, as plain tensors come."""
-
-    def __init__(self, values: Mapping[Key, Tensor], batch_size: torch.Size = torch.Size([])) -> None:  # noqa: B008
-        self.values = {as_key(key_tuple(key)): value for key, value in values.items()}
-        self.batch_size = batch_size
-
-    def get(self, key: Key, default: Any = None) -> Any:
-        return self.values.get(as_key(key_tuple(key)), default)
-
-    def set(self, key: Key, value: Tensor) -> None:
-        self.values[as_key(key_tuple(key))] = value
-
-    def keys(self, *_: bool) -> list[Key]:
-        return list(self.values)
+def labelled_keys(
+    owner: str, labels: str, control: str | None = None, *, rows: Sequence[Key] = ("tokens",)
+) -> dict[Key, str | None]:
+    """What a stage on rows and labels reads: rows, the carried value ``labels``, row ids, and the types of a control task."""
+    if not isinstance(labels, str) or not isinstance(control, str | None):
+        raise TypeError(
+            f"{owner}: labels and control name values that SelectTokens(also=[...]) carries, such as 'label', got {labels!r} "
+            f"and {control!r}."
+        )
+    if labels == control:
+        raise ValueError(f"{owner}: labels and control both name {labels!r}; a control task needs types.")
+    reads: dict[Key, str | None] = {**dict.fromkeys(rows, "N D"), ("carried", labels): None, "row_id": "N"}
+    return reads if control is None else {**reads, ("carried", control): "N"}
 
 
-def loose_inputs(stage: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loose:
-    """Plain tensors by position or by name (``tokens=``, ``tokens_label=`` or ``label=``) as a stage's inputs."""
-    if len(args) > len(stage.in_keys):
-        raise TypeError(f"{type(stage).__name__} reads {len(stage.in_keys)} tensors, got {len(args)}.")
-    values = dict(zip(stage.in_keys, args))
-    for key in stage.in_keys[len(args) :]:
-        parts = key_tuple(key)
-        for name in ("_".join(parts), parts[-1]):
-            if name in kwargs:
-                values[key] = kwargs.pop(name)
-                break
-    if kwargs:
-        raise TypeError(f"{type(stage).__name__} reads {stage.in_keys}, got also {sorted(kwargs)}.")
-    return Loose({key: value for key, value in values.items() if value is not None})
+def plain_rows(owner: str, **given: Any) -> list[Tensor]:
+    """What a user hands over, as tensors: tensors, NumPy arrays or lists of numbers; (N, D) rows and finite values.
+
+    ``label`` may have any shape of its own.
+
+    >>> [value.dtype for value in plain_rows("LinearProbe", x=[[1.0], [2.0]], label=[0, 1])]
+    [torch.float32, torch.int64]
+    """
+    found: list[Tensor] = []
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            try:
+                value = torch.as_tensor(value)
+            except (TypeError, ValueError, RuntimeError):
+                kind = getattr(value, "dtype", None) or type(value).__name__
+                raise TypeError(
+                    f"{owner} expects numbers at {name}, got {kind}. Number classes that have names from 0, such as "
+                    f"numpy.unique(names, return_inverse=True)[1]."
+                ) from None
+        if name != "label" and value.ndim != 2:
+            raise ValueError(
+                f"{owner} expects rows {name} of shape (N, D), got {tuple(value.shape)}. Remedy: x.flatten(0, -2) with a "
+                f"label for each row."
+            )
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"{owner}: {name} (shape {tuple(value.shape)}) holds NaN or Inf. Drop such rows first."
+            )
+        found.append(value)
+    return found
 
 
-class LabelledStage(StreamingStage):
-    """A streaming stage on rows, their labels and row ids; only the rows belong to a site."""
-
-    reads: Any = {"tokens": "N D", ("tokens", "label"): None, "row_id": "N"}
-    optional = frozenset({"row_id"})
-    holder = Loose
-
-    @property
-    def shared(self) -> frozenset[Key]:  # type: ignore[override]
-        """One label and one row id for all sites."""
-        return frozenset(as_key(key_tuple(key)) for key in self.in_keys[1:])
-
-    # dispatch would put "tokens" and ("tokens", "label") into one TensorDict, which cannot hold both.
-    def forward(self, tensordict: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Update with the rows of a TensorDict (or plain tensors) and publish the values so far."""
-        if is_tensor_collection(tensordict) or isinstance(tensordict, Loose):
-            self._refuse_nonfinite(tensordict)
-            self.update(tensordict)
-            return self.publish(tensordict)
-        given = loose_inputs(self, (() if tensordict is None else (tensordict,)) + args, kwargs)
-        self._refuse_nonfinite(given)  # type: ignore[arg-type]
-        self.update(given)  # type: ignore[arg-type]
-        out = self.publish(given)  # type: ignore[arg-type]
-        values = tuple(out.get(key) for key in self.out_keys)
-        return values[0] if len(values) == 1 else values
+def as_numpy(value: Tensor) -> np.ndarray:
+    """A tensor as an array; half precision, which NumPy lacks in part, in float32."""
+    value = value.detach().cpu()
+    return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()
 
 
 def one_hot(label: Tensor, classes: int) -> Tensor:
@@ -83,9 +75,15 @@ def one_hot(label: Tensor, classes: int) -> Tensor:
 
 
 def row_labels(
-    label: Tensor, rows: Tensor, key: Key, ignore_index: int, classes: int | None, owner: str
+    label: Tensor,
+    rows: Tensor,
+    *,
+    key: Key,
+    owner: str,
+    ignore_index: int = -100,
+    n_classes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Labels as int64 (N,) or float64 (N,) / (N, K), and which rows have one; anything else is refused."""
+    """Labels as int64 (N,), -1 for none, or float64 (N, K), and which rows have one; anything else is refused."""
     n = rows.shape[0]
     if label.ndim == 2 and label.shape[1] == 1:
         label = label[:, 0]
@@ -98,11 +96,12 @@ def row_labels(
             f"SelectTokens(also=['label'])."
         )
     if label.is_floating_point():
+        label = label if label.ndim == 2 else label[:, None]
         return label.double(), torch.ones(n, dtype=torch.bool, device=label.device)
     label = label.long()
     used = label != ignore_index
     low, high = (int(label[used].min()), int(label[used].max())) if bool(used.any()) else (0, 0)
-    limit = MAX_CLASSES if classes is None else classes
+    limit = MAX_CLASSES if n_classes is None else n_classes
     if low < 0 or high >= limit:
         raise ValueError(
             f"{owner} expects classes 0..{limit - 1} at {key!r} (and {ignore_index} for rows without a label), got values from "

@@ -16,23 +16,13 @@ from tdgeom.probing.closed_form import (
     ridge_probe,
     signed_targets,
 )
-from tdgeom.probing.control_task import BUCKETS, control_map
-from tdgeom.probing.label_moments import (
-    LEAVES,
-    add_rows,
-    class_counts,
-    label_moments,
-    merge_into,
-    pool_folds,
-    widen,
-    zero_moments,
-)
+from tdgeom.probing.label_moments import label_moments
 from tdgeom.probing.labelled_rows import one_hot
+from tdgeom.probing.lbfgs import minimise
 from tdgeom.probing.probe import Probe
 from tdgeom.probing.rules import Fitted, Task
-from tdgeom.probing.splits import fold_index, row_groups
 
-__all__ = ["LinearProbe", "MomentProbe", "logistic_probe"]
+__all__ = ["LinearProbe", "logistic_probe"]
 
 
 def logistic_probe(
@@ -68,168 +58,18 @@ def logistic_probe(
     parameters = torch.zeros(
         classes, x.shape[1] + 1, dtype=torch.float64, device=x.device, requires_grad=True
     )
-    optimiser = torch.optim.LBFGS(
-        [parameters], max_iter=steps, tolerance_grad=1e-9, tolerance_change=0.0, history_size=20,
-        line_search_fn="strong_wolfe",
-    )  # fmt: skip
 
-    def loss() -> Tensor:
-        optimiser.zero_grad()
+    def objective() -> Tensor:
         logits = x @ parameters[:, :-1].mT + parameters[:, -1]
         value = torch.nn.functional.cross_entropy(logits, label, weight=weights, reduction="sum")
-        value = (value + 0.5 * penalty / scale**2 * parameters[:, :-1].square().sum()) / x.shape[0]
-        value.backward()
-        return value
+        return (value + 0.5 * penalty / scale**2 * parameters[:, :-1].square().sum()) / x.shape[0]
 
-    with torch.enable_grad():
-        optimiser.step(loss)
+    minimise(objective, [parameters], steps=steps, tolerance_grad=1e-9, tolerance_change=0.0)
     weight = parameters.detach()[:, :-1] / scale
     return weight, parameters.detach()[:, -1] - weight @ mean
 
 
-class MomentProbe(Probe):
-    """A probe trained from streamed moments of every row: it keeps no training rows, whatever the stream's length."""
-
-    needs_rows = False
-    parameters_out = ("weight", "bias")
-    _fixed_folds = 1
-    _scatter = True  # False for what needs no more than means
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        if not self.keeps_rows:
-            for name in LEAVES:
-                self.add_state("moment_" + name, torch.int64 if name == "count" else torch.float64)
-
-    @property
-    def folds_used(self) -> int:
-        """Folds kept apart in the state: more than one only where something is chosen by cross-validation."""
-        return self._fixed_folds
-
-    @property
-    def _extra(self) -> int:
-        """Leading target columns that count the control task's buckets."""
-        return BUCKETS if self.control is not None else 0
-
-    def moments(self) -> dict[str, Tensor]:
-        """Moments of the training rows so far, folds first (the leaves of ``StreamingLabelMoments``)."""
-        return self._columns(slice(self._extra, None))
-
-    def _all(self) -> dict[str, Tensor]:
-        return {name: self._buffers["moment_" + name] for name in LEAVES}  # type: ignore[misc]
-
-    def _columns(self, which: slice) -> dict[str, Tensor]:
-        state = self._all()
-        return {
-            **state,
-            "target_mean": state["target_mean"][..., which],
-            "cross_scatter": state["cross_scatter"][..., which],
-            "target_scatter": state["target_scatter"][..., which, which],
-        }
-
-    def _set(self, moments: Mapping[str, Tensor]) -> None:
-        for name in LEAVES:
-            setattr(self, "moment_" + name, moments[name])
-
-    def start(self, tokens: Tensor, label: Tensor, *rest: Tensor | None) -> dict[str, Tensor]:
-        """Zero moments beside the held-out sample."""
-        state = super().start(tokens, label, *rest)  # type: ignore[arg-type]
-        if self.keeps_rows:
-            return state
-        targets = state["test_label"].shape[1] if state["test_label"].ndim == 2 else 1
-        features = state["test_x"].shape[1]
-        width = self._extra + targets
-        moments = zero_moments(self.folds_used, features, width, tokens.device, scatter=self._scatter)
-        return {**state, **{"moment_" + name: value for name, value in moments.items()}}
-
-    def learn(self, rows: Mapping[str, Tensor]) -> None:
-        """Add training rows to their folds' moments."""
-        label = rows["label"]
-        if label.is_floating_point():
-            targets = label
-        else:
-            width = max(self.moment_target_mean.shape[1] - self._extra, int(label.max()) + 1)
-            self._set(widen(self._all(), self._extra + width))
-            targets = one_hot(label, width)
-        if self._extra:
-            targets = torch.cat((one_hot(rows["bucket"], BUCKETS), targets), 1)
-        group = row_groups(rows["ids"])
-        add_rows(self._all(), rows["x"], targets, fold_index(group, self.folds_used, self.seed))
-
-    def merge_(self, other: Probe) -> Probe:  # type: ignore[override]
-        """Add the state of ``other``; either may have met classes that the other has not."""
-        if type(other) is type(self) and not self.keeps_rows and not self.is_empty and not other.is_empty:
-            width = max(self.moment_target_mean.shape[1], other.moment_target_mean.shape[1])
-            self._set(widen(self._all(), width))
-            wide = {"moment_" + name: value for name, value in widen(other._all(), width).items()}
-            other = other._with_state(wide)  # type: ignore[assignment]
-        return super().merge_(other)  # type: ignore[return-value]
-
-    def combine(self, other: MomentProbe) -> None:  # type: ignore[override]
-        """Add another's moments and samples."""
-        super().combine(other)
-        if not self.keeps_rows:
-            theirs = {name: value.to(self.count.device) for name, value in other._all().items()}
-            for fold in range(self.folds_used):
-                if int(theirs["count"][fold]):
-                    merge_into(self._all(), fold, {name: value[fold] for name, value in theirs.items()})
-
-    def _solve(self) -> tuple[Task, Fitted, Fitted | None]:
-        if self.keeps_rows:
-            return super()._solve()
-        moments = self.moments()
-        rows = int(moments["count"].sum())
-        regression = self.test_label.is_floating_point()
-        if rows == 0:
-            raise ValueError(
-                f"{type(self).__name__} got no labelled rows to train on. Lower holdout=, or check the labels."
-            )
-        pooled = pool_folds(moments)
-        if regression:
-            spread = pooled["target_scatter"].diagonal()
-            flat = (spread <= 0).nonzero().flatten().tolist()
-            if flat:
-                raise ValueError(
-                    f"{type(self).__name__}: target {flat} is constant ({pooled['target_mean'][flat].tolist()}) over {rows} "
-                    f"training rows, so there is nothing to learn. Give targets that vary, or integer labels for classes."
-                )
-            task, counts = Task(True, spread.shape[0]), None
-        else:
-            counts = class_counts(pooled)
-            task = self.task_of_counts(counts)
-        fitted = {"train_rows": rows, "counts": counts, **self.solve_moments(moments, task)}
-        control = None
-        if self._extra and not regression:
-            choice = one_hot(control_map(counts, self.seed), task.classes)
-            buckets = self._columns(slice(0, BUCKETS))
-            control = self.solve_moments(
-                {
-                    **buckets,
-                    "target_mean": buckets["target_mean"] @ choice,
-                    "cross_scatter": buckets["cross_scatter"] @ choice,
-                    "target_scatter": choice.mT @ buckets["target_scatter"] @ choice,
-                },
-                task,
-            )
-        return task, fitted, control
-
-    def solve(self, inputs: tuple[Tensor, ...], label: Tensor, task: Task) -> Fitted:
-        """Fit rows: their moments, then ``solve_moments``."""
-        targets = label if task.regression else one_hot(label, task.classes)
-        moments = label_moments(inputs[0], targets)
-        return self.solve_moments({name: value[None] for name, value in moments.items()}, task)
-
-    def solve_moments(self, moments: dict[str, Tensor], task: Task) -> Fitted:
-        """Fit moments with folds first: at least "weight" (K, D) and "bias" (K,)."""
-        raise TypeError(f"{type(self).__name__} defines no solve_moments().")
-
-    def decide(self, fitted: Fitted, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Wx + b."""
-        weight = fitted["weight"].to(inputs[0].device)
-        return inputs[0].to(weight.dtype) @ weight.mT + fitted["bias"].to(weight.device)
-
-
-class LinearProbe(MomentProbe):
+class LinearProbe(Probe):
     """A linear probe trained on every row of a stream in one pass and in closed form, scored on held-out sequences.
 
     ``solver="ridge"`` (default): W = C(S + αI)⁻¹ from moments streamed in float64, targets -1/+1 a class (scikit-learn's
@@ -261,6 +101,7 @@ class LinearProbe(MomentProbe):
         (torch.Size([4]), True)
     """
 
+    needs_rows = False
     parameters_out = ("weight", "bias", "alpha")
 
     def __init__(
@@ -286,18 +127,15 @@ class LinearProbe(MomentProbe):
         listed = isinstance(alpha, Sequence) or (isinstance(alpha, Tensor) and alpha.ndim > 0)
         if listed and solver != "ridge":
             raise ValueError(f"LinearProbe(solver={solver!r}) takes one alpha, got {alpha!r}.")
-        values = [] if alpha is None else list(alpha) if listed else [alpha]  # type: ignore[arg-type]
-        if any(value < 0 for value in values) or (listed and not values):
+        values = torch.as_tensor([] if alpha is None else alpha, dtype=torch.float64, device="cpu").reshape(
+            -1
+        )
+        if bool((values < 0).any()) or (listed and not len(values)):
             raise ValueError(f"LinearProbe: alpha must be 0 or more, got {alpha!r}.")
         if folds < 2:
             raise ValueError(f"LinearProbe: folds must be at least 2, got {folds}.")
-        self.solver, self.alpha, self.selection, self.folds, self.balanced = (
-            solver,
-            alpha,
-            selection,
-            folds,
-            balanced,
-        )
+        self.solver, self.selection, self.folds, self.balanced = solver, selection, folds, balanced
+        self.alphas = values
         self._choose = solver == "ridge" and (alpha is None or len(values) > 1)
         super().__init__(**settings)
 
@@ -311,15 +149,6 @@ class LinearProbe(MomentProbe):
         """Folds are kept apart only where α is chosen from them."""
         return self.folds if self._choose else 1
 
-    def settings(self) -> dict[str, Any]:
-        """What two shards must share."""
-        return {
-            **super().settings(),
-            "solver": self.solver,
-            "folds": self.folds_used,
-            "rows": self.keeps_rows,
-        }
-
     def solve(self, inputs: tuple[Tensor, ...], label: Tensor, task: Task) -> Fitted:
         """Fit rows: logistic regression, or ridge with leave-one-out."""
         if self.solver == "logistic":
@@ -327,7 +156,7 @@ class LinearProbe(MomentProbe):
                 raise ValueError(
                     "LinearProbe(solver='logistic') predicts classes: give integer labels, or take solver='ridge'."
                 )
-            penalty = 1.0 if self.alpha is None else float(self.alpha)  # type: ignore[arg-type]
+            penalty = float(self.alphas[0]) if len(self.alphas) else 1.0
             weight, bias = logistic_probe(inputs[0], label, task.classes, penalty, balanced=self.balanced)
             return {"weight": weight, "bias": bias, "alpha": weight.new_tensor(penalty)}
         targets = label if task.regression else 2 * one_hot(label, task.classes) - 1
@@ -343,7 +172,7 @@ class LinearProbe(MomentProbe):
                 raise ValueError(
                     "LinearProbe(solver='lda') predicts classes: give integer labels, or take solver='ridge'."
                 )
-            shrinkage = 0.0 if self.alpha is None else float(self.alpha)  # type: ignore[arg-type]
+            shrinkage = float(self.alphas[0]) if len(self.alphas) else 0.0
             weight, bias = lda_probe(moments, shrinkage, balanced=self.balanced)
             return {"weight": weight, "bias": bias, "alpha": weight.new_tensor(shrinkage)}
         moments = moments if task.regression else signed_targets(moments)
@@ -362,9 +191,7 @@ class LinearProbe(MomentProbe):
         return self._ridge(moments, alphas[mean.argmin()], mean, alphas)
 
     def _alphas(self, moments: Mapping[str, Tensor]) -> Tensor:
-        if self.alpha is None:
-            return default_alphas(moments)
-        return torch.as_tensor(self.alpha, dtype=torch.float64, device=moments["mean"].device).reshape(-1)
+        return self.alphas.to(moments["mean"].device) if len(self.alphas) else default_alphas(moments)
 
     @staticmethod
     def _ridge(

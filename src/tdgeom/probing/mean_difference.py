@@ -7,13 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from tdgeom.probing.closed_form import mean_difference
-from tdgeom.probing.linear import MomentProbe
+from tdgeom.probing.probe import Probe
 from tdgeom.probing.rules import Fitted, Task
 
 __all__ = ["MeanDifferenceProbe"]
 
 
-class MeanDifferenceProbe(MomentProbe):
+class MeanDifferenceProbe(Probe):
     """The classifier halfway between class means, from means streamed over every row.
 
     Two classes: coef = mean₁ - mean₀, intercept = -(|mean₁|² - |mean₀|²)/2, both divided by |coef| when ``normalize``;
@@ -32,7 +32,9 @@ class MeanDifferenceProbe(MomentProbe):
         (tensor([1., 0.], dtype=torch.float64), -2.0)
     """
 
-    _scatter = False
+    needs_rows = False
+    needs_scatter = False
+    parameters_out = ("weight", "bias")
 
     def __init__(self, *, normalize: bool = True, **settings: Any) -> None:
         super().__init__(**settings)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Key
+from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.stage import Stage
-from tdgeom.probing.labelled_rows import LabelledStage, row_labels
+from tdgeom.probing import rules
+from tdgeom.probing.control_task import type_buckets
+from tdgeom.probing.labelled_rows import labelled_keys, row_labels
+from tdgeom.probing.rules import AnyProbe
 from tdgeom.probing.scores import SCORES, probe_scores
 from tdgeom.probing.splits import row_groups
+from tdgeom.stream.growing_rows import GrowingRows
 
 __all__ = ["ProbePredict", "ProbeScore", "linear_decision"]
 
@@ -45,15 +49,15 @@ class ProbePredict(Stage):
         return linear_decision(tokens, weight.to(tokens.device), bias.to(tokens.device))
 
 
-class ProbeScore(LabelledStage):
+class ProbeScore(GrowingRows):
     """Scores of decisions over every row of a stream, for example of ``ProbePredict`` on a test loader.
 
     It keeps the decisions and labels (16 + 8·K bytes a row and site), not the rows.
 
     Args:
-        permutations, ignore_index, seed: see ``Probe``.
+        labels, permutations, ignore_index, seed: see ``Probe``.
 
-    Reads ``"decision"`` (N, K), ``("tokens", "label")`` and ``"row_id"``; writes ``("probe_score", name)`` for every score
+    Reads ``"decision"`` (N, K), ``("carried", labels)`` and ``"row_id"``; writes ``("probe_score", name)`` for every score
     of ``Probe`` (those of the control task and the training are NaN).
 
         >>> import torch, tdgeom as tg
@@ -62,81 +66,73 @@ class ProbeScore(LabelledStage):
         1.0
     """
 
-    reads: Any = {"decision": "N K", ("tokens", "label"): None, "row_id": "N"}
     writes = [("probe_score", name) for name in SCORES]
+    optional = frozenset({"row_id"})
+    publishing = frozenset({"permutations"})
 
     def __init__(
         self,
         *,
+        labels: str = "label",
         permutations: int = 200,
         ignore_index: int = -100,
         seed: int = 0,
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:
-        super().__init__(in_keys=in_keys, out_keys=out_keys)
+        reads = labelled_keys("ProbeScore", labels, rows=["decision"])
+        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads)
         self.permutations, self.ignore_index, self.seed = permutations, ignore_index, seed
-        self.add_state("count", torch.int64)
-        self.add_state("decisions", torch.float64)
-        self.add_state("labels", torch.int64)
-        self.add_state("groups", torch.int64)
+        self.declare(decision=torch.float64, label=None, group=torch.int64)
 
-    def settings(self) -> dict[str, Any]:
-        """What two shards must share."""
-        return {"ignore_index": self.ignore_index, "seed": self.seed, "permutations": self.permutations}
-
-    def start(self, decision: Tensor, label: Tensor, row_id: Tensor | None) -> Mapping[str, Tensor]:
-        """Nothing kept yet."""
-        return {
-            "count": torch.zeros((), dtype=torch.int64, device=decision.device),
-            "decisions": decision.new_zeros((0, decision.shape[1]), dtype=torch.float64),
-            "labels": label[:0].double() if label.is_floating_point() else label[:0].long(),
-            "groups": torch.zeros(0, dtype=torch.int64, device=decision.device),
-        }
-
-    def accumulate(self, decision: Tensor, label: Tensor, row_id: Tensor | None = None) -> None:
-        """Keep decisions, labels and groups."""
-        label, used = row_labels(label, decision, self.in_keys[1], self.ignore_index, None, "ProbeScore")
-        groups = (
-            torch.arange(int(self.count), int(self.count) + len(used), device=used.device)
-            if row_id is None
-            else row_groups(row_id)
+    def kept(self, decision: Tensor, label: Tensor, row_id: Tensor | None = None) -> dict[str, Tensor]:
+        """Decisions, labels and groups of the rows with a label."""
+        label, used = row_labels(
+            label, decision, key=self.in_keys[1], owner="ProbeScore", ignore_index=self.ignore_index
         )
-        self._append(decision[used].double(), label[used], groups[used].long())
-
-    def _append(self, decisions: Tensor, labels: Tensor, groups: Tensor) -> None:
-        held = int(self.count)
-        total = held + len(groups)
-        labels = labels.reshape(len(labels), *self.labels.shape[1:])
-        for name, value in (("decisions", decisions), ("labels", labels), ("groups", groups)):
-            buffer = self._buffers[name]
-            if total > buffer.shape[0]:  # room doubles, so that many blocks cost no more than a few
-                grown = buffer.new_zeros((max(total, 2 * buffer.shape[0]), *buffer.shape[1:]))
-                grown[:held] = buffer[:held]
-                setattr(self, name, grown)
-            self._buffers[name][held:total] = value
-        self.count = self.count + len(groups)
-
-    def merge_(self, other: ProbeScore) -> ProbeScore:  # type: ignore[override]
-        """Append what ``other`` kept; lengths may differ."""
-        if type(other) is type(self) and not self.is_empty and not other.is_empty:
-            with torch.inference_mode(False), torch.no_grad():
-                home, theirs = self.count.device, int(other.count)
-                self._append(
-                    *(other._buffers[n][:theirs].to(home) for n in ("decisions", "labels", "groups"))
-                )
-            return self
-        return super().merge_(other)  # type: ignore[return-value]
+        if row_id is None:  # rows without an id: each is its own group, numbered as it comes
+            row_id = (self.held + used.cumsum(0)) << POSITION_BITS
+        return {"decision": decision[used].double(), "label": label[used], "group": row_groups(row_id[used])}
 
     def result(self) -> dict[str, Tensor]:
         """The scores so far."""
-        held = int(self.count)
-        if not held:
+        rows = self.rows()
+        if not len(rows["label"]):
             raise ValueError(f"ProbeScore saw no labelled rows; check ignore_index={self.ignore_index}.")
-        return probe_scores(
-            self.decisions[:held],
-            self.labels[:held],
-            self.groups[:held],
-            permutations=self.permutations,
-            seed=self.seed,
+        return probe_scores(**rows, permutations=self.permutations, seed=self.seed)
+
+
+class HeldOutRows(GrowingRows):
+    """A finished probe, of one site or of a pair, and its scores over every row of a stream.
+
+    Reads the rows of ``sites``, ``("carried", labels)``, ``"row_id"`` and the types of the control task, if the probe has one;
+    writes ``("probe", name, score)``.
+    """
+
+    def __init__(self, probe: AnyProbe, sites: Sequence[str], name: str) -> None:
+        tokens: list[Key] = [("tokens", site) for site in sites]
+        super().__init__(
+            reads=labelled_keys(type(probe).__name__, probe.labels, probe.control, rows=tokens),
+            writes=[("probe", name, score) for score in (*SCORES, *probe.metrics)],
         )
+        self.width = len(tokens)
+        self.probe = (probe,)  # in a tuple: its state is not part of this one
+        controlled = {} if probe.fitted["control"] is None else {"right": torch.bool}
+        self.declare(decision=torch.float64, label=None, group=torch.int64, **controlled)
+
+    def kept(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Decisions, labels and groups of the rows with a label, and where the probe of the control task is right."""
+        (probe,), rows, (label, row_id, *types) = self.probe, inputs[: self.width], inputs[self.width :]
+        key, owner = self.in_keys[self.width], type(probe).__name__
+        label, used = row_labels(label, rows[0], key=key, owner=owner, ignore_index=probe.ignore_index)
+        ready = tuple(rules.prepared(probe, x) for x in rows)
+        found = {"decision": probe.decide(probe.fitted, ready), "label": label, "group": row_groups(row_id)}
+        if types:
+            right = rules.control_right(probe, ready, type_buckets(types[0], probe.seed))
+            found |= {} if right is None else {"right": right}
+        return {name: value[used] for name, value in found.items()}
+
+    def result(self) -> dict[str, Tensor]:
+        """The scores so far."""
+        (probe,), rows = self.probe, self.rows()
+        return rules.scored(probe, rows["decision"], rows["label"], rows["group"], rows.get("right"))

@@ -8,20 +8,34 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key, as_key, key_tuple
+from tdgeom.core.ambient import steady
+from tdgeom.core.keys import Key
 from tdgeom.core.row_ids import POSITION_BITS
+from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.numerics.hashing import EMPTY, hash_ids
-from tdgeom.probing.control_task import control_map, type_buckets
-from tdgeom.probing.labelled_rows import LabelledStage
-from tdgeom.probing.rules import Fitted, Metric, ProbeRules, Task, check_settings, plain_rows
-from tdgeom.probing.scores import SCORES, complete
-from tdgeom.probing.splits import holdout_mask, row_groups
+from tdgeom.probing import rules
+from tdgeom.probing.control_task import BUCKETS, control_map, type_buckets
+from tdgeom.probing.label_moments import (
+    LEAVES,
+    class_counts,
+    merged_moments,
+    pool_folds,
+    row_targets,
+    some_targets,
+    with_rows,
+    zero_moments,
+)
+from tdgeom.probing.labelled_rows import labelled_keys, one_hot, plain_rows, row_labels
+from tdgeom.probing.predict import linear_decision
+from tdgeom.probing.rules import Fitted, Metric, Task, check_settings
+from tdgeom.probing.scores import SCORES
+from tdgeom.probing.splits import fold_index, holdout_mask, row_groups
 from tdgeom.stream import reservoir
 
 __all__ = ["Probe"]
 
 
-class Probe(ProbeRules, LabelledStage):
+class Probe(StreamingStage):
     """A probe as a streaming stage: rows with labels in, held-out scores out. Base of every probe of one site.
 
     Whole sequences are held out by a hash of their index (``row_id >> 20``), so that every site, batch split and process
@@ -42,35 +56,44 @@ class Probe(ProbeRules, LabelledStage):
         1.0
 
     Args:
+        labels: the carried value to predict, ``SelectTokens(..., also=[labels])``.
         holdout: share of the sequences that is held out; 0 trains on everything and leaves the scores NaN.
         test_rows: held-out rows kept for scoring. train_rows: training rows kept by probes that need the rows.
-        control: key of the types (such as ``("tokens", "input_ids")``) for the control task of Hewitt and Liang (2019);
-            it is read after "row_id".
+        control: a carried value, such as "input_ids", whose values are the types of the control task of Hewitt and Liang
+            (2019); it is read after "row_id".
         permutations: permutations of the held-out labels behind ``null_mean`` and ``p_value``.
         ignore_index: integer labels of this value mark rows without a label.
         seed: of the split, the samples, the control task, the permutations and the fit.
         preprocess: function of rows (N, D) -> (N, D'), applied before everything else, row by row.
         metrics: further scores, name -> function of (predictions, labels) on the held-out rows.
 
-    Reads ``"tokens"`` (N, D), ``("tokens", "label")`` (N,) integers for classes 0..K-1 or floats (N,), (N, K) for
+    Reads ``"tokens"`` (N, D), ``("carried", labels)`` (N,) integers for classes 0..K-1 or floats (N,), (N, K) for
     regression, and ``"row_id"``; writes ``("probe", name)`` for each score: accuracy, balanced_accuracy, auroc, r2,
     standard_error (over sequences, of accuracy or R²), majority_baseline, control_accuracy, selectivity (accuracy minus
     control_accuracy), null_mean, p_value, train_rows, test_rows; NaN for what the task does not have.
 
     Raises:
-        ValueError: labels that do not fit the rows, a class missing from a part of the split, a constant target.
+        ValueError: labels that do not fit the rows, a class missing from a part of the split, a constant target, a state of
+            other settings, row ids that came twice.
     """
 
+    optional = frozenset({"row_id"})
+    publishing = frozenset({"permutations", "metrics"})
     parameters_out: ClassVar[tuple[str, ...]] = ()
-    needs_rows = True
+    needs_rows: ClassVar[bool] = True  # False: trained from moments of every row, by solve_moments()
+    needs_scatter: ClassVar[bool] = True  # False: from means alone
+    count: Tensor
+    owner: str
+    metrics: Mapping[str, Metric]
 
     def __init__(
         self,
         *,
+        labels: str = "label",
         holdout: float = 0.25,
         test_rows: int = 4096,
         train_rows: int = 8192,
-        control: Key | None = None,
+        control: str | None = None,
         permutations: int = 200,
         ignore_index: int = -100,
         seed: int = 0,
@@ -79,27 +102,29 @@ class Probe(ProbeRules, LabelledStage):
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:
-        self_metrics = dict(metrics or {})
-        check_settings(type(self).__name__, holdout, test_rows, train_rows, self_metrics)
-        reads = dict(LabelledStage.reads)
-        if control is not None:
-            reads[as_key(key_tuple(control))] = "N"
-            in_keys = [*in_keys, control] if isinstance(in_keys, list) and len(in_keys) == 3 else in_keys
+        self.owner, self.metrics = f"{type(self).__name__}", dict(metrics or {})
+        check_settings(self.owner, holdout, test_rows, train_rows, self.metrics)
+        reads = labelled_keys(self.owner, labels, control)
+        if control is not None and isinstance(in_keys, list) and len(in_keys) == 3:
+            in_keys = [*in_keys, ("carried", control)]
         super().__init__(
             in_keys=in_keys,
             out_keys=out_keys,
             reads=reads,
-            writes=[("probe", name) for name in (*SCORES, *self_metrics)]
+            writes=[("probe", name) for name in (*SCORES, *self.metrics)]
             + [("probe_fit", name) for name in self.parameters_out],
         )
-        self.holdout, self.test_rows, self.train_rows, self.control = holdout, test_rows, train_rows, control
+        self.labels, self.control = labels, control
+        self.holdout, self.test_rows, self.train_rows = holdout, test_rows, train_rows
         self.permutations, self.ignore_index, self.seed = permutations, ignore_index, seed
-        self.preprocess, self.metrics = preprocess, self_metrics
+        self.preprocess = preprocess
         self.add_state("count", torch.int64)
         for part in self.parts:
             for name in ("x", "label", "ids", "bucket", "hashes"):
-                self.add_state(part + name, torch.float32 if name == "x" else torch.int64)
-        self._fitted = None
+                self.add_state(part + name, None if name in ("x", "label") else torch.int64)
+        for name in () if self.keeps_rows else LEAVES:
+            self.add_state("moment_" + name, torch.int64 if name == "count" else torch.float64)
+        self._fitted: Fitted | None = None
 
     @property
     def keeps_rows(self) -> bool:
@@ -107,30 +132,58 @@ class Probe(ProbeRules, LabelledStage):
         return self.needs_rows
 
     @property
+    def folds_used(self) -> int:
+        """Folds kept apart in the moments: more than one only where something is chosen by cross-validation."""
+        return 1
+
+    # ------------------------------------------------------------------------------------ what a probe defines
+
+    def solve(self, inputs: tuple[Tensor, ...], label: Tensor, task: Task) -> Fitted:
+        """Fit on rows: one (N, D), and int64 (N,) classes or float64 (N, K) targets."""
+        raise TypeError(f"{self.owner} defines no solve(): fit the rows there and return what was found.")
+
+    def solve_moments(self, moments: dict[str, Tensor], task: Task) -> Fitted:
+        """Fit moments with folds first (``needs_rows = False``): at least "weight" (K, D) and "bias" (K,)."""
+        raise TypeError(
+            f"{self.owner} defines no solve_moments(): fit the moments of the training rows there."
+        )
+
+    def decide(self, fitted: Fitted, inputs: tuple[Tensor, ...]) -> Tensor:
+        """A number a row and class (the largest is the answer), or a row and target: (N, K). Default: Wx + b."""
+        if "weight" not in fitted:
+            raise TypeError(f"{self.owner} defines no decide(): compute (N, K) decisions there.")
+        home = inputs[0].device
+        return linear_decision(inputs[0], fitted["weight"].to(home), fitted["bias"].to(home))
+
+    # ------------------------------------------------------------------------------------ the stream
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The parts of the split of which rows are kept: their prefixes in the state."""
         return ("test_", "train_") if self.keeps_rows else ("test_",)
 
-    def slots(self, part: str) -> dict[str, Tensor]:
-        """The reservoir that keeps one part's rows."""
-        state = self._state()
-        return {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
+    def named(self, prefix: str) -> dict[str, Tensor]:
+        """The pieces of the state under a prefix: a part's reservoir, or the moments."""
+        state = self.state()
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
     def sample(self, part: str) -> dict[str, Tensor]:
         """The rows kept of one part, in hash order."""
-        return reservoir.in_hash_order(self.slots(part), type(self).__name__)
+        return reservoir.in_hash_order(self.named(part), self.owner)
 
-    def settings(self) -> dict[str, Any]:
-        """What two shards must share."""
-        names = ("holdout", "test_rows", "train_rows", "ignore_index", "seed", "control")
-        return {name: getattr(self, name) for name in names}
+    def moments(self) -> dict[str, Tensor]:
+        """Moments of the training rows so far, folds first (the leaves of ``StreamingLabelMoments``)."""
+        return some_targets(self.named("moment_"), slice(self._bucket_columns, None))
 
-    # ---------------------------------------------------------------------------------------- streaming
+    @property
+    def _bucket_columns(self) -> int:
+        """Leading targets of the moments that count the control task's buckets."""
+        return BUCKETS if self.control is not None else 0
 
     def start(
         self, tokens: Tensor, label: Tensor, row_id: Tensor | None, types: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Empty samples, of the rows' width and the labels' kind."""
+        """Empty samples, of the rows' width and the labels' kind, and moments of no rows."""
         rows = self._rows(tokens, label, row_id, types, 0)
         rows.pop("used")
         state = {"count": torch.zeros((), dtype=torch.int64, device=tokens.device)}
@@ -138,14 +191,20 @@ class Probe(ProbeRules, LabelledStage):
         for part in self.parts:
             slots = reservoir.empty_slots(sizes[part], rows)
             state |= {part + name: value for name, value in slots.items()}
+        if not self.keeps_rows:
+            targets = self._bucket_columns + (rows["label"].shape[1] if rows["label"].ndim == 2 else 1)
+            moments = zero_moments(
+                self.folds_used, rows["x"].shape[1], targets, tokens.device, scatter=self.needs_scatter
+            )
+            state |= {"moment_" + name: value for name, value in moments.items()}
         return state
 
     def _rows(
         self, tokens: Tensor, label: Tensor, row_id: Tensor | None, types: Tensor | None, seen: int
     ) -> dict[str, Tensor]:
         """One block of rows as the state holds them."""
-        x = self.prepared(tokens)
-        label, used = self.labels(label, tokens, self.in_keys[1])
+        x, key = rules.prepared(self, tokens), self.in_keys[1]
+        label, used = row_labels(label, tokens, key=key, owner=self.owner, ignore_index=self.ignore_index)
         if row_id is None:  # rows without an id: each is its own group, numbered as it comes
             row_id = torch.arange(seen, seen + len(used), device=x.device) << POSITION_BITS
         bucket = torch.zeros_like(row_id) if types is None else type_buckets(types, self.seed)
@@ -164,37 +223,47 @@ class Probe(ProbeRules, LabelledStage):
             if not bool(chosen.any()):
                 continue
             if part in self.parts:
-                reservoir.offer(self.slots(part), {**rows, "hashes": torch.where(chosen, hashes, EMPTY)})
+                reservoir.offer(self.named(part), {**rows, "hashes": torch.where(chosen, hashes, EMPTY)})
             else:
-                self.learn({name: value[chosen] for name, value in rows.items()})
+                self._learn({name: value[chosen] for name, value in rows.items()})
         self.count = self.count + len(used)
         self._fitted = None
 
-    def learn(self, rows: Mapping[str, Tensor]) -> None:
-        """Add training rows ("x", "label", "ids", "bucket") to the state, for probes that need no rows."""
-        raise TypeError(f"{type(self).__name__} keeps no rows and defines no learn().")
+    def _learn(self, rows: Mapping[str, Tensor]) -> None:
+        """Add training rows to their folds' moments."""
+        state = self.named("moment_")
+        targets = row_targets(rows["label"], state["target_mean"].shape[1] - self._bucket_columns)
+        if self._bucket_columns:
+            targets = torch.cat((one_hot(rows["bucket"], BUCKETS), targets), 1)
+        fold = fold_index(row_groups(rows["ids"]), self.folds_used, self.seed)
+        self._set_moments(with_rows(state, rows["x"], targets, fold))
+
+    def _set_moments(self, moments: Mapping[str, Tensor]) -> None:
+        self.set_state({"moment_" + name: value for name, value in moments.items()})
 
     def _check_kind(self, rows: Mapping[str, Tensor]) -> None:
-        for name in ("x", "label"):
-            like = self._buffers["test_" + name]
-            if (
-                like.shape[1:] != rows[name].shape[1:]
-                or like.is_floating_point() != rows[name].is_floating_point()
-            ):
+        for place, name in enumerate(("x", "label")):
+            like, came = self.state()["test_" + name], rows[name]
+            if like.shape[1:] != came.shape[1:] or like.is_floating_point() != came.is_floating_point():
                 raise ValueError(
-                    f"{type(self).__name__} has seen {'rows' if name == 'x' else 'labels'} of shape (N, "
-                    f"{', '.join(map(str, like.shape[1:]))}) and {like.dtype}, and now gets {tuple(rows[name].shape)} and "
-                    f"{rows[name].dtype} at {self.in_keys[0 if name == 'x' else 1]!r}. Use one probe a site and task, or reset()."
+                    f"{self.owner} has seen {'labels' if place else 'rows'} of shape (N, {', '.join(map(str, like.shape[1:]))}) "
+                    f"and {like.dtype}, and now gets {tuple(came.shape)} and {came.dtype} at {self.in_keys[place]!r}. Use one "
+                    f"probe a site and task, or reset()."
                 )
 
+    def fits(self, name: str, value: Tensor) -> bool:
+        """Either may have met classes that the other has not."""
+        return name.startswith("moment_") or super().fits(name, value)
+
     def combine(self, other: Probe) -> None:
-        """Offer the other's samples to the own."""
-        home = self.count.device
+        """Offer the other's samples to the own, and add its moments."""
         for part in self.parts:
-            if self.slots(part)["hashes"].shape[0] > 1:
-                theirs = {name: value.to(home) for name, value in other.slots(part).items()}
-                reservoir.offer(self.slots(part), theirs)
-        self.count = self.count + other.count.to(home)
+            if len(self.named(part)["hashes"]) > 1:
+                theirs = {name: value.to(self.home) for name, value in other.named(part).items()}
+                reservoir.offer(self.named(part), theirs)
+        if not self.keeps_rows:
+            self._set_moments(merged_moments(self.named("moment_"), other.named("moment_"), self.owner))
+        self.count = self.count + other.count.to(self.home)
         self._fitted = None
 
     def reset(self) -> None:
@@ -202,9 +271,31 @@ class Probe(ProbeRules, LabelledStage):
         super().reset()
         self._fitted = None
 
-    # ------------------------------------------------------------------------------------ fit and score
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._fitted = None
 
-    def fit(self, x: Tensor, y: Tensor, row_id: Tensor | None = None, types: Tensor | None = None) -> Probe:
+    def result(self) -> dict[str, Tensor]:
+        """Fit, score the held-out rows, and hand over what was fitted."""
+        fitted, rows = self.solve_state(), self.sample("test_")
+        if len(rows["label"]):
+            inputs = (rows["x"],)
+            right = rules.control_right(self, inputs, rows["bucket"])
+            decided = self.decide(fitted, inputs)
+            found = rules.scored(self, decided, rows["label"], row_groups(rows["ids"]), right)
+        elif self.holdout:
+            raise ValueError(
+                f"{self.owner}: no sequence fell into the held-out part (holdout={self.holdout}, {int(self.count)} rows seen). "
+                f"Give more sequences or a larger holdout; a sequence is never split. holdout=0 trains on everything and "
+                f"scores nothing."
+            )
+        else:
+            found = rules.unscored(self)
+        return {**found, **{name: fitted[name].clone() for name in self.parameters_out}}
+
+    # ------------------------------------------------------------------------------------ fit, predict, score
+
+    def fit(self, x: Any, y: Any, row_id: Tensor | None = None, types: Tensor | None = None) -> Probe:
         """Train on all of these rows (nothing is held out); returns itself.
 
         Args:
@@ -212,76 +303,94 @@ class Probe(ProbeRules, LabelledStage):
             row_id: what keeps sequences together in the folds that choose the regularisation.
             types: for the control task.
         """
-        x, y = plain_rows(type(self).__name__, x=x, label=y)  # type: ignore[assignment]
+        x, y = plain_rows(self.owner, x=x, label=y)
         self.reset()
-        holdout, self.holdout = self.holdout, 0.0
-        rows, self.train_rows = self.train_rows, max(self.train_rows, len(x))
+        before = self.holdout, self.train_rows
+        self.holdout, self.train_rows = 0.0, max(self.train_rows, len(x))
         try:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), steady(x.device):
                 given = (x.detach(), y.detach(), row_id, types)
-                for name, value in self.start(*given).items():
-                    setattr(self, name, value)
+                self.set_state(self.start(*given))
                 self.accumulate(*given)
                 self.solve_state()
         finally:
-            self.holdout, self.train_rows = holdout, rows
+            self.holdout, self.train_rows = before
         return self
-
-    def refit(self) -> None:
-        """Fit what the state holds (after ``load_state_dict``, say)."""
-        if not self.is_empty:
-            self.solve_state()
 
     def solve_state(self) -> Fitted:
         """Fit what has been streamed so far, and the control task beside it."""
         if self._fitted is None:
-            with torch.inference_mode(False), torch.no_grad():
-                self._task, fitted, control = self._solve()
-            self._fitted = {**fitted, "control": control}
+            with torch.inference_mode(False), torch.no_grad(), steady(self.home):
+                if self.keeps_rows:
+                    rows = self.sample("train_")
+                    bucket = rows["bucket"] if self.control is not None else None
+                    self._fitted = rules.fit_rows(self, (rows["x"],), rows["label"], bucket)
+                else:
+                    self._fitted = self._solve_moments()
         return self._fitted
 
-    def _solve(self) -> tuple[Task, Fitted, Fitted | None]:
-        rows = self.sample("train_")
-        task = self.task_of(rows["label"])
-        counts = task.counts(rows["label"])
-        fitted = {
-            "train_rows": len(rows["label"]),
-            "counts": counts,
-            **self.solve((rows["x"],), rows["label"], task),
-        }
-        control = None
-        if self.control is not None and not task.regression:
-            random = control_map(counts, self.seed)[rows["bucket"]]
-            control = self.solve((rows["x"],), random, Task(False, task.classes))
-        return task, fitted, control
-
-    def result(self) -> dict[str, Tensor]:
-        """Fit, score the held-out rows, and hand over what was fitted."""
-        fitted = self.solve_state()
-        rows = self.sample("test_")
-        if not len(rows["label"]):
-            if self.holdout:
-                raise ValueError(
-                    f"{type(self).__name__}: no sequence fell into the held-out part (holdout={self.holdout}, "
-                    f"{int(self.count)} rows seen). Give more sequences or a larger holdout; a sequence is never split. "
-                    f"holdout=0 trains on everything and scores nothing."
-                )
-            found = complete({"train_rows": float(fitted["train_rows"])}, self.count.device)
-            found |= {name: torch.full((), torch.nan, dtype=torch.float64) for name in self.metrics}
+    def _solve_moments(self) -> Fitted:
+        moments, regression = self.moments(), self.state()["test_label"].is_floating_point()
+        rows = int(moments["count"].sum())
+        if rows == 0:
+            raise ValueError(
+                f"{self.owner} got no labelled rows to train on. Lower holdout=, or check the labels."
+            )
+        pooled, counts = pool_folds(moments), None
+        if regression:
+            spread = pooled["target_scatter"].diagonal()
+            flat = (spread <= 0).nonzero().flatten().tolist()
+            task = rules.task_of_targets(self.owner, len(spread), flat, pooled["target_mean"], rows)
         else:
-            group = row_groups(rows["ids"])
-            decision = self.decide(fitted, (rows["x"],))
-            found = self.scored(decision, rows["label"], group)
-            found |= self.control_scores((rows["x"],), rows["bucket"], found["accuracy"])
-        return {**found, **{name: fitted[name].clone() for name in self.parameters_out}}
+            counts = class_counts(pooled)
+            task = rules.task_of_counts(self.owner, counts)
+        fitted: Fitted = {"task": task, "train_rows": rows, "counts": counts, "control": None}
+        fitted |= self.solve_moments(moments, task)
+        if self.control is not None and counts is not None:
+            choice = one_hot(control_map(counts, self.seed), task.classes)
+            buckets = some_targets(self.named("moment_"), slice(0, BUCKETS))
+            random = {
+                "target_mean": buckets["target_mean"] @ choice,
+                "cross_scatter": buckets["cross_scatter"] @ choice,
+                "target_scatter": choice.mT @ buckets["target_scatter"] @ choice,
+            }
+            fitted["control"] = self.solve_moments({**buckets, **random}, task)
+        return fitted
 
-    def control_scores(
-        self, inputs: tuple[Tensor, ...], bucket: Tensor, accuracy: Tensor
-    ) -> dict[str, Tensor]:
-        """Accuracy of the control probe on its own labels, and the selectivity."""
-        control = self.fitted.get("control")
-        if control is None:
-            return {}
-        random = control_map(self.fitted["counts"], self.seed)[bucket]
-        right = (self.decide(control, inputs).argmax(-1) == random).double().mean()
-        return {"control_accuracy": right, "selectivity": accuracy - right}
+    @property
+    def fitted(self) -> Fitted:
+        """What the last fit found, such as "weight" (K, D) and "bias" (K,); after ``load_state_dict`` it is found again."""
+        if self._fitted is None and self.is_empty:
+            raise ValueError(
+                f"{self.owner} is not fitted: call fit(x, y), or run it over labelled rows first."
+            )
+        return self.solve_state()
+
+    @property
+    def task(self) -> Task:
+        """What the last fit predicts."""
+        return self.fitted["task"]
+
+    def predict(self, x: Any) -> Tensor:
+        """Classes (N,), or numbers (N,) or (N, K), for rows (N, D)."""
+        return rules.answers(self.task, self.decision(x))
+
+    def decision(self, x: Any) -> Tensor:
+        """What ``predict`` decides by: (N, K) for rows (N, D)."""
+        return rules.decision(self, x)
+
+    def score(self, x: Any, y: Any, *, row_id: Tensor | None = None) -> dict[str, float]:
+        """Scores by name on rows and their labels; error bars over the groups of ``row_id``."""
+        return rules.score(self, x, y, row_id=row_id)
+
+    def direction(self, label: int | None = None, *, unit: bool = True) -> Tensor:
+        """The concept activation vector of a fitted linear probe, float64: what Steer and ProjectOut take.
+
+        Two classes or one target: (D,), towards class 1 (towards larger values). More: (D, K), a column each, or the
+        column of ``label``. For ``preprocess`` it lives in the preprocessed space.
+
+        Args:
+            label: the class (or target) to point to.
+            unit: length 1; False keeps the probe's own scale.
+        """
+        return rules.concept_direction(self, label, unit=unit)

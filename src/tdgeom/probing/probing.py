@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -14,16 +14,17 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 
-from tdgeom.core.for_each import ForEach, ForEachPair, pair_list
-from tdgeom.core.keys import Key, as_key, key_tuple
-from tdgeom.core.stage import Stage
+from tdgeom.core.for_each import ForEach
+from tdgeom.core.for_each_pair import ForEachPair, pair_list
+from tdgeom.core.keys import Key
+from tdgeom.core.process_groups import rank_and_world
 from tdgeom.model.capture import Capture
+from tdgeom.probing import rules
 from tdgeom.probing.bilinear import BilinearProbe
-from tdgeom.probing.control_task import control_labels
-from tdgeom.probing.predict import ProbeScore
+from tdgeom.probing.predict import HeldOutRows
 from tdgeom.probing.probe import Probe
-from tdgeom.probing.scores import SCORES
 from tdgeom.rows.select_tokens import SelectTokens
+from tdgeom.run.pushed import Pushed
 from tdgeom.run.run import run
 from tdgeom.run.to_frame import to_frame
 from tdgeom.stream.row_sample import RowSample
@@ -33,86 +34,59 @@ __all__ = ["Probing"]
 Labels = str | tuple[str, ...] | Callable[[TensorDictBase], Tensor]
 
 
-class _Label(TensorDictModuleBase):
-    """Puts the labels of a batch under "label", from a key or a function of the batch."""
+def label_tensor(value: Any, source: str) -> Tensor:
+    """Labels as a tensor: a tensor, or an array of numbers."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        value = torch.as_tensor(value)
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"Probing needs a tensor of labels, a value a sequence (B,) or a token (B, T); {source} {type(value).__name__}. "
+            f"Number classes that have names from 0."
+        )
+    return value
 
-    def __init__(self, labels: Labels) -> None:
+
+class Labelled(TensorDictModuleBase):
+    """Puts the labels of a batch, from a key or a function of the batch, where the rows' selection carries them from."""
+
+    def __init__(self, labels: Labels, out_key: Key) -> None:
         super().__init__()
-        self.labels = labels
-        self.in_keys = [] if callable(labels) else [labels]
-        self.out_keys = ["label"]
+        self.labels, self.out_key = labels, out_key
+        read: list[Any] = [] if callable(labels) else [labels]
+        written: list[Any] = [out_key]
+        self.in_keys, self.out_keys = read, written
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        value = self.labels(tensordict) if callable(self.labels) else tensordict.get(self.labels, None)
-        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-            value = torch.as_tensor(value)
-        if not isinstance(value, Tensor):
+        """Look the labels up, or compute them."""
+        if callable(self.labels):
+            value = label_tensor(self.labels(tensordict), "the labels function returned")
+        else:
             have = sorted(map(str, tensordict.keys()))
-            source = (
-                "the labels function returned"
-                if callable(self.labels)
-                else f"the batch holds at {self.labels!r}"
-            )
-            raise TypeError(
-                f"Probing needs a tensor of labels, a value a sequence (B,) or a token (B, T); {source} "
-                f"{type(value).__name__}. Number classes that have names from 0. There is {have}."
-            )
-        return tensordict.set("label", value)
-
-
-class _Decide(Stage):
-    """The decisions of one fitted probe on its site's (or pair's) rows, and of its control probe."""
-
-    def __init__(self, probe: Probe | BilinearProbe, sites: Sequence[str], name: str) -> None:
-        self._control = probe.fitted.get("control") is not None
-        super().__init__(
-            reads=[("tokens", site) for site in sites],
-            writes=[("decision", name)] + ([("control_decision", name)] if self._control else []),
-        )
-        self._probe = (probe,)
-
-    def compute(self, *rows: Tensor) -> list[Tensor]:
-        (probe,) = self._probe
-        inputs = tuple(probe.prepared(x) for x in rows)
-        fits = [probe.fitted, probe.fitted["control"]] if self._control else [probe.fitted]
-        return [probe.decide(fitted, inputs) for fitted in fits]
-
-
-class _ControlLabel(Stage):
-    """The control task's labels of rows, from their types."""
-
-    def __init__(self, types: Key, counts: Tensor, seed: int) -> None:
-        super().__init__(reads=[types], writes=[("tokens", "control_label")])
-        self._counts, self._seed = counts, seed
-
-    def compute(self, types: Tensor) -> Tensor:
-        return control_labels(types, self._counts.to(types.device), self._seed)
+            found = tensordict.get(self.labels, None)
+            value = label_tensor(found, f"of {have} the batch holds at {self.labels!r}")
+        return tensordict.set(self.out_key, value)
 
 
 class Phase:
     """What a ``with`` block of ``Probing`` hands over: set ``labels`` before each model call."""
 
-    def __init__(self, units: Sequence[TensorDictModuleBase], needs_labels: bool) -> None:
-        self.units, self.needs_labels = units, needs_labels
-        self.labels: Tensor | None = None
+    def __init__(self, pass_: Pushed, label_key: Key | None) -> None:
+        self.pass_, self.label_key = pass_, label_key
+        self.labels: Any = None
         self.calls = 0
 
     def feed(self, td: TensorDictBase) -> None:
         """One model call: its rows and labels to every probe."""
-        if self.needs_labels:
+        if self.label_key is not None:
             if self.labels is None:
                 raise ValueError(
                     "Probing expects labels for every model call: set `phase.labels = y` before the call (a value a sequence "
                     "(B,) or a token (B, T)), or give Probing(labels=) a function of the call's inputs."
                 )
-            td.set("label", self.labels.to(next(iter(td.values(True, True))).device))
+            td.set(self.label_key, label_tensor(self.labels, "phase.labels is"))
             self.labels = None
         self.calls += 1
-        for unit in self.units:
-            if hasattr(unit, "update"):
-                unit.update(td)
-            else:
-                unit(td)
+        self.pass_.feed(td)
 
 
 class Probing:
@@ -138,7 +112,7 @@ class Probing:
         model: any ``nn.Module``; it stays as it is.
         sites: kinds, concrete names, or a list of them, as for ``Capture``.
         probe: a probe with its default keys, copied for each site. A ``BilinearProbe`` is copied for each pair. With
-            ``control=("tokens", "input_ids")`` the control task takes token ids as types.
+            ``control="input_ids"`` the control task takes token ids as types.
         labels: the batch's key of the labels, a value a sequence (B,) or a token (B, T); or a function of the batch (a
             TensorDict with the model's inputs) that returns them.
         pairs: "consecutive", "all" or a list of (a, b), for bilinear probes.
@@ -147,7 +121,7 @@ class Probing:
 
     Attributes: ``sites``; ``probes``, the fitted probe of each site (or ``"a->b"``); ``settings``, what can change a number
     (seed, split, probe); ``result``, a TensorDict with ``("probe", site, score)`` and, for linear probes,
-    ``("probe_fit", site, "weight" | "bias")``.
+    ``("probe_fit", site, "weight" | "bias")``. For one process.
 
     Raises:
         ValueError: no labels for a call, or what the probe refuses (the message names the site). TypeError: no probe.
@@ -180,8 +154,10 @@ class Probing:
         self.capture = Capture(model, sites, **(capture or {}))
         self.sites = self.capture.sites
         self.probe, self.labels, self.select = probe, labels, dict(select or {})
-        self._pairs = pair_list(self.sites, pairs) if isinstance(probe, BilinearProbe) else None
-        if self._pairs == []:
+        # Not at the top of the batch, where the model may have an entry of the same name.
+        self.label_key: Key = ("probing", probe.labels)
+        self.pairs = pair_list(self.sites, pairs) if isinstance(probe, BilinearProbe) else None
+        if self.pairs == []:
             raise ValueError(
                 f"Probing: no two of the sites {[*map(str, self.sites)]} make a pair under pairs={pairs!r}."
             )
@@ -200,27 +176,33 @@ class Probing:
             test: labelled batches that are scored; then everything in ``dataloader`` trains.
             max_rows: stop after this many rows of each.
         """
+        if rank_and_world()[1] > 1:
+            raise ValueError(
+                "Probing runs in one process. Under several ranks put the probes into a pipeline: tg.run(TensorDictSequential("
+                "capture, tg.SelectTokens(sites, also=['label']), tg.ForEach(probe, sites)), loader)."
+            )
+        before = [Labelled(self.labels, self.label_key), self.capture]
         units = self._fit_units(self.probe.holdout if test is None else 0.0)
-        whole = TensorDictSequential(_Label(self.labels), self.capture, *units)
-        first = run(whole, dataloader, max_rows=max_rows, keep=["probe"], progress=False)
-        self._collect(units)
-        if first is not None:
-            self._scores = first.select("probe")
+        first = run(
+            TensorDictSequential(*before, *units),
+            dataloader,
+            max_rows=max_rows,
+            keep=["probe"],
+            progress=False,
+        )
+        self._collect(units[-1], first)
         if test is not None:
-            units = self._score_units()
-            whole = TensorDictSequential(_Label(self.labels), self.capture, *units)
-            second = run(whole, test, max_rows=max_rows, progress=False)
-            if second is not None:
-                self._scores = self._named(second)
+            pipeline = TensorDictSequential(*before, *self._score_units())
+            self._scores = run(pipeline, test, max_rows=max_rows, progress=False)
         return self.table()
 
     # ---------------------------------------------------------------------------------------- contexts
 
-    def fit(self) -> Any:
+    def fit(self) -> AbstractContextManager[Phase]:
         """A context: every model call inside it trains the probes."""
         return self._phase("fit")
 
-    def score(self) -> Any:
+    def score(self) -> AbstractContextManager[Phase]:
         """A context: every model call inside it is scored by the fitted probes."""
         if not self.probes:
             raise ValueError(
@@ -231,10 +213,9 @@ class Probing:
     @contextmanager
     def _phase(self, kind: str) -> Iterator[Phase]:
         units = self._fit_units(0.0) if kind == "fit" else self._score_units()
-        before = [_Label(self.labels)] if callable(self.labels) else []
-        phase = Phase(
-            [*before, *(part for unit in units for part in _parts(unit))], not callable(self.labels)
-        )
+        before = [Labelled(self.labels, self.label_key)] if callable(self.labels) else []
+        pass_ = Pushed(TensorDictSequential(*before, *units))
+        phase = Phase(pass_, None if callable(self.labels) else self.label_key)
         with self.capture as calls:
 
             def use(*_: Any) -> None:  # what a hook returns would take the place of the model's output
@@ -249,17 +230,11 @@ class Probing:
                 handle.remove()
         if not phase.calls:
             raise ValueError(f"no model call was made in this {kind} block, so there is nothing to {kind}.")
+        found = pass_.end()
         if kind == "fit":
-            self._finish_pairs(units)
-            self._collect(units)
-            self._scores = None
+            self._collect(units[-1], None)
         else:
-            td = TensorDict({}, batch_size=[])
-            for unit in units:
-                for part in _parts(unit):
-                    if hasattr(part, "publish"):
-                        part.publish(td)
-            self._scores = self._named(td)
+            self._scores = found
 
     # ------------------------------------------------------------------------------------------ results
 
@@ -270,7 +245,7 @@ class Probing:
             raise ValueError(
                 "nothing has been scored yet: run(loader), or a `with probing.score():` block after fit."
             )
-        result = self._scores.clone()
+        result = self._scores.select("probe").clone()
         for name, probe in self.probes.items():
             for leaf in ("weight", "bias"):
                 if isinstance(probe.fitted.get(leaf), Tensor):
@@ -280,118 +255,46 @@ class Probing:
     def table(self) -> pd.DataFrame:
         """One row a site (or pair) with every score; the settings are in its ``attrs``."""
         frame = to_frame(self.result, "probe")
-        frame.attrs = self.settings
+        frame.attrs.update(self.settings)
         return frame
 
     def direction(self, site: str, label: int | None = None, *, unit: bool = True) -> Tensor:
         """The concept activation vector of a site's probe: see ``Probe.direction``."""
         if site not in self.probes:
             raise KeyError(f"no fitted probe at {site!r}; there is {list(self.probes)}.")
-        return self.probes[site].direction(label, unit=unit)
+        return rules.concept_direction(self.probes[site], label, unit=unit)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What can change a number: the probe, its settings and seed, the selection of rows."""
-        plain = (str, int, float, bool, tuple, list, type(None))
-        own = {k: v for k, v in vars(self.probe).items() if not k.startswith("_") and isinstance(v, plain)}
-        own.pop("training", None)
         labels = getattr(self.labels, "__name__", "function") if callable(self.labels) else self.labels
-        return {"probe": type(self.probe).__name__, **own, "labels": labels, "select": dict(self.select)}
+        about = {"probe": type(self.probe).__name__, **self.probe.settings()}
+        return {**about, "labels": labels, "select": dict(self.select)}
 
     # ------------------------------------------------------------------------------------------ building
 
-    @property
-    def _types(self) -> list[str]:
-        return [] if self.probe.control is None else [key_tuple(self.probe.control)[-1]]
-
     def _selector(self) -> SelectTokens:
-        return SelectTokens(self.sites, also=["label", *self._types], **self.select)
+        types = [] if self.probe.control is None else [self.probe.control]
+        return SelectTokens(self.sites, also=[self.label_key, *types], **self.select)
 
     def _fit_units(self, holdout: float) -> list[TensorDictModuleBase]:
         probe = deepcopy(self.probe)
         probe.holdout = holdout
-        if self._pairs is None:
+        if self.pairs is None:
             return [self._selector(), ForEach(probe, self.sites)]
-        # The sample holds both parts of the split.
-        size = int(probe.train_rows / (1 - holdout)) + 1
-        sample = RowSample(self.sites, size=size, seed=probe.seed, also=["label", *self._types])
-        return [self._selector(), sample, _Pairs(probe, self.sites, self._pairs)]
-
-    def _finish_pairs(self, units: Sequence[TensorDictModuleBase]) -> None:
-        if self._pairs is not None:
-            _, sample, pairs = units
-            pairs(sample.publish(TensorDict({}, batch_size=[])))
-
-    def _collect(self, units: Sequence[TensorDictModuleBase]) -> None:
-        last = units[-1]
-        if self._pairs is None:
-            self.probes = {unit.where: unit.module for unit in last}
-            for name, probe in self.probes.items():
-                try:
-                    probe.solve_state()
-                except ValueError as error:
-                    error.args = (f"{error.args[0]} [at {name}]", *error.args[1:])
-                    raise
-        else:
-            self.probes = dict(last.probes)
+        size = int(probe.train_rows / (1 - holdout)) + 1  # the sample holds both parts of the split
+        also = [probe.labels] if probe.control is None else [probe.labels, probe.control]
+        sample = RowSample(self.sites, size=size, seed=probe.seed, also=also)
+        return [self._selector(), sample, ForEachPair(probe, self.sites, pairs=self.pairs)]
 
     def _score_units(self) -> list[TensorDictModuleBase]:
-        sites = {name: ([name] if self._pairs is None else name.split("->")) for name in self.probes}
-        if self._pairs is not None:
-            sites = {f"{a}->{b}": [a, b] for a, b in self._pairs}
-        units: list[TensorDictModuleBase] = [self._selector()]
-        units += [_Decide(probe, sites[name], name) for name, probe in self.probes.items()]
-        settings = {
-            "permutations": self.probe.permutations,
-            "ignore_index": self.probe.ignore_index,
-            "seed": self.probe.seed,
-        }
-        units.append(ForEach(ProbeScore(**settings), list(self.probes)))
-        first = next(iter(self.probes.values()))
-        if first.fitted.get("control") is not None:
-            types: Key = as_key(("tokens", *self._types))
-            units.append(_ControlLabel(types, first.fitted["counts"], self.probe.seed))
-            keys: list[Key] = ["control_decision", ("tokens", "control_label"), "row_id"]
-            control = ProbeScore(**{**settings, "permutations": 0}, in_keys=keys, out_keys="control_score")
-            units.append(ForEach(control, list(self.probes)))
-        return units
+        pairs = [[site] for site in self.sites] if self.pairs is None else self.pairs
+        scorers = [
+            HeldOutRows(probe, sites, name) for (name, probe), sites in zip(self.probes.items(), pairs)
+        ]
+        return [self._selector(), *scorers]
 
-    def _named(self, found: TensorDictBase) -> TensorDict:
-        """Scores of a second pass under the names of the first."""
-        scores = TensorDict({}, batch_size=[])
-        for name, probe in self.probes.items():
-            for score in SCORES:
-                scores.set(("probe", name, score), found.get(("probe_score", name, score)))
-            scores.set(
-                ("probe", name, "train_rows"),
-                torch.tensor(float(probe.fitted["train_rows"]), dtype=torch.float64),
-            )
-            control = found.get(("control_score", name, "accuracy"), None)
-            if control is not None:
-                scores.set(("probe", name, "control_accuracy"), control)
-                scores.set(
-                    ("probe", name, "selectivity"), found.get(("probe_score", name, "accuracy")) - control
-                )
-        return scores
-
-
-class _Pairs(TensorDictModuleBase):
-    """A copy of a bilinear probe for every pair, kept by name."""
-
-    def __init__(self, probe: BilinearProbe, sites: Sequence[str], pairs: Sequence[tuple[str, str]]) -> None:
-        super().__init__()
-        self.probes = {f"{a}->{b}": deepcopy(probe) for a, b in pairs}
-        self._units = [ForEachPair(p, sites, pairs=[pair]) for p, pair in zip(self.probes.values(), pairs)]
-        self.in_keys = list(dict.fromkeys(key for unit in self._units for key in unit.in_keys))
-        self.out_keys = [key for unit in self._units for key in unit.out_keys]
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        for unit in self._units:
-            unit(tensordict)
-        return tensordict
-
-
-def _parts(unit: TensorDictModuleBase) -> list[TensorDictModuleBase]:
-    if isinstance(unit, TensorDictSequential):
-        return list(unit)
-    return [] if isinstance(unit, _Pairs) else [unit]
+    def _collect(self, units: Any, scores: TensorDict | None) -> None:
+        """Keep the fitted probes of ``ForEach`` or ``ForEachPair``, and their scores."""
+        renamed = units if self.pairs is None else units.units
+        self.probes, self._scores = {unit.where: unit.module for unit in renamed}, scores

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tdgeom.probing.labelled_rows import as_numpy
+
 __all__ = ["SCORES", "clustered_error", "permutation_null", "probe_scores"]
 
 SCORES = (
@@ -64,7 +66,8 @@ def permutation_null(
     by_group = bool((label[first[index]] == label).all())
     real, values = statistic(label), []
     for _ in range(repeats):
-        order = torch.randperm(len(groups) if by_group else len(label), generator=generator).to(label.device)
+        count = len(groups) if by_group else len(label)
+        order = torch.randperm(count, generator=generator, device="cpu").to(label.device)
         values.append(statistic(label[first[order][index] if by_group else order]))
     null = torch.stack(values).double()
     return null.mean(), (1 + (null >= real - 1e-12).sum()) / (1 + repeats)
@@ -104,7 +107,7 @@ def probe_scores(
                 f"hold out more groups."
             )
         residual = (label - decision).square()
-        found["r2"] = r2_score(_numpy(label), _numpy(decision))
+        found["r2"] = r2_score(as_numpy(label.double()), as_numpy(decision.double()))
         lost = residual.sum(0) / spread.sum(0)
         # Each row's share in R² = 1 - A/B, to first order.
         influence = -((residual - lost * spread) / spread.sum(0)).mean(-1) * label.shape[0]
@@ -128,15 +131,15 @@ def probe_scores(
             )
         found["accuracy"] = right.mean()
         found["standard_error"] = clustered_error(right, group)
-        found["balanced_accuracy"] = balanced_accuracy_score(_numpy(label), _numpy(guess))
+        found["balanced_accuracy"] = balanced_accuracy_score(as_numpy(label), as_numpy(guess))
         found["majority_baseline"] = (label == counts.argmax()).double().mean()
         if decision.shape[1] == 2:
-            found["auroc"] = roc_auc_score(_numpy(label), _numpy(decision[:, 1] - decision[:, 0]))
+            found["auroc"] = roc_auc_score(as_numpy(label), as_numpy(decision[:, 1] - decision[:, 0]))
         else:
-            hot = np.eye(decision.shape[1])[_numpy(label)]
+            hot = np.eye(decision.shape[1])[as_numpy(label)]
             # What all decisions of a row share (arbitrary in LDA and softmax) ranks no row above another.
             found["auroc"] = roc_auc_score(
-                hot, _numpy(decision - decision.mean(1, keepdim=True)), average="macro"
+                hot, as_numpy(decision - decision.mean(1, keepdim=True)), average="macro"
             )
         if permutations:
             score = lambda y: (guess == y).double().mean()
@@ -153,8 +156,3 @@ def complete(found: Mapping[str, float | Tensor], device: torch.device | None = 
         name: torch.as_tensor(found.get(name, torch.nan), dtype=torch.float64).to(device or "cpu")
         for name in SCORES
     }
-
-
-def _numpy(value: Tensor) -> np.ndarray:
-    value = value.detach().cpu()
-    return (value.double() if value.is_floating_point() else value).numpy()

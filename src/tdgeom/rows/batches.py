@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from tensordict import NonTensorData, TensorDict, TensorDictBase, is_tensor_collection
+from tensordict import (
+    LazyStackedTensorDict,
+    NonTensorStack,
+    TensorDict,
+    TensorDictBase,
+    is_non_tensor,
+    is_tensor_collection,
+)
 from torch import Tensor
 
 from tdgeom.core.keys import Key
@@ -16,7 +24,7 @@ __all__ = ["as_batch", "batch_length", "iterate"]
 
 def as_batch(batch: object, in_keys: Sequence[Key] | None, device: torch.device | None) -> TensorDict:
     """A shallow TensorDict of batch size []: the batch itself is never altered."""
-    if isinstance(batch, TensorDictBase):
+    if is_tensor_collection(batch):
         td = _copy(batch)
     elif isinstance(batch, Mapping):
         td = TensorDict({}, batch_size=[])
@@ -47,35 +55,48 @@ def as_batch(batch: object, in_keys: Sequence[Key] | None, device: torch.device 
     return td.to(device, non_blocking=True) if device is not None else td
 
 
-def _copy(td: TensorDictBase) -> TensorDict:
+def _copy(td: Any) -> TensorDict:
+    """A TensorDict's or TensorClass's entries, without its batch size."""
     copy = TensorDict({}, batch_size=[])
     for key in td.keys():
-        value = td.get(key)
-        if is_tensor_collection(value) and not isinstance(value, NonTensorData):
-            copy.set(key, _copy(value) if isinstance(value, TensorDictBase) else value)
-        elif isinstance(value, Tensor):
-            copy.set(key, value)
-        else:
-            copy.set_non_tensor(key, getattr(value, "data", value))
+        ragged = isinstance(td, LazyStackedTensorDict) and td.get_item_shape(key).count(-1) > 0
+        _put(copy, key, td.get(key, as_nested_tensor=True, layout=torch.jagged) if ragged else td.get(key))
     return copy
 
 
-def _put(td: TensorDict, key: Key, value: object) -> None:
+def _put(td: TensorDict, key: Key, value: Any) -> None:
     if value is None:
         return
-    if isinstance(value, Mapping):
+    if is_non_tensor(value):
+        value = value.tolist() if isinstance(value, NonTensorStack) else value.data
+    if isinstance(value, Tensor) and value.is_nested:
+        td.set(key, _padded(td, key, value))
+    elif isinstance(value, Tensor):
+        td.set(key, value)
+    elif is_tensor_collection(value):
+        td.set(key, _copy(value))
+    elif isinstance(value, Mapping):
         inner = TensorDict({}, batch_size=[])
         for name, part in value.items():
             _put(inner, name, part)
         td.set(key, inner)
-    elif isinstance(value, Tensor | TensorDictBase):
-        td.set(key, value)
     else:
         array = np.asarray(value) if not isinstance(value, str) else None
         if array is not None and array.dtype.kind in "biuf":
             td.set(key, torch.as_tensor(array))
         else:
-            td.set_non_tensor(key, value)
+            td.set_non_tensor(key, list(value) if isinstance(value, list) else value)
+
+
+def _padded(td: TensorDict, key: Key, value: Tensor) -> Tensor:
+    """Sequences of different lengths (B, *, ...) as (B, T, ...), zeros behind, and the mask that says so where there is none."""
+    parts = value.unbind()
+    lengths = torch.tensor([part.shape[0] for part in parts])
+    longest = int(lengths.max())
+    mask = torch.arange(longest) < lengths[:, None]
+    if key != "attention_mask" and "attention_mask" not in td.keys():
+        td.set("attention_mask", mask.long().to(value.device))
+    return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
 
 
 def batch_length(td: TensorDictBase) -> int:

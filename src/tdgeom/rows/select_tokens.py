@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdgeom.core.keys import Key, key_tuple
+from tdgeom.core.keys import Key, key_tuple, site_key
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.stage import Stage
 from tdgeom.model.edits.edit import is_pattern
@@ -63,6 +64,18 @@ def selection_mask(
     return keep, rank
 
 
+class _Batch(NamedTuple):
+    """What a batch tells about its positions, each where it is known."""
+
+    chosen: Tensor | None
+    mask: Tensor | None
+    padding: Tensor | None
+    tgt: Tensor | None
+    sequence_id: Tensor | None
+    input_ids: Tensor | None
+    special: Tensor | None
+
+
 class SelectTokens(Stage):
     """Turn activations (B, T, D) of all sites into rows (N, D), one selection for all sites.
 
@@ -81,13 +94,14 @@ class SelectTokens(Stage):
         skip_first: leave out this many attended tokens at the start of each sequence (attention sinks).
         skip_special: leave out special tokens, from ``special_tokens_mask`` in the batch or from ``special_ids``.
         special_ids: token ids that count as special (needs ``input_ids`` in the batch); implies ``skip_special``.
-        also: keys of the batch carried to rows as ``("tokens", name)``: (B, T, ...) values by position, (B, ...) values
+        also: keys of the batch carried to rows as ``("carried", name)``: (B, T, ...) values by position, (B, ...) values
             repeated for the sequence's rows. A nested key is carried under its last part.
         pad_id: the padding id to warn about when there is no mask. A ``Capture`` in ``run`` supplies its model's.
         mask_key: where the attention mask is.
 
-    Reads ``("acts", site)``, and where present ``"attention_mask"``, ``"sequence_id"``, ``"special_tokens_mask"``,
-    ``"input_ids"``; writes ``("tokens", site)``, ``("tokens", name)`` and ``"row_id"`` (int64).
+    Reads ``("acts", site)``, the keys of ``also``, and where present ``"attention_mask"``, ``"src_key_padding_mask"`` and
+    ``"tgt"`` (torch's own transformers), ``"sequence_id"``, ``"input_ids"`` and ``"special_tokens_mask"``; writes
+    ``("tokens", site)``, ``("carried", name)`` and ``"row_id"`` (int64).
 
     Raises:
         ValueError: activations that do not fit the mask, a sequence beyond 2^20 attended tokens, no special-token mask.
@@ -104,7 +118,7 @@ class SelectTokens(Stage):
 
     def __init__(
         self,
-        sites: Sequence[str],
+        sites: Iterable[str | int | tuple[str | int, ...]],
         *,
         positions: Positions | tuple[str, ...] = "all",
         pool: str | None = None,
@@ -119,104 +133,110 @@ class SelectTokens(Stage):
     ) -> None:
         if isinstance(sites, str) or isinstance(also, str):
             raise TypeError(f"SelectTokens: sites and also are lists, got {sites!r} and {also!r}.")
-        if not sites:
+        names = [site_key(site) for site in sites]
+        if not names:
             raise ValueError("SelectTokens needs at least one site, such as capture.sites, got none.")
         if pool not in (None, "mean"):
             raise ValueError(f"SelectTokens: pool takes 'mean' or None, got {pool!r}.")
         if skip_first < 0:
             raise ValueError(f"SelectTokens: skip_first must be 0 or more, got {skip_first}.")
-        names = [str(site) for site in sites]
         carried = [key_tuple(key)[-1] for key in also]
-        self._sites = len(names)
         by_key = isinstance(positions, str | tuple) and not is_position(positions)
+        given = [*(("acts", *name) for name in names), *also, *([positions] if by_key else [])]
+        told = [mask_key, _TORCH_PADDING, "tgt", "sequence_id", "input_ids", "special_tokens_mask"]
+        free = [key for key in told if key not in given]
+        if in_keys is not None:  # renaming the activations leaves the mask where it is
+            listed = in_keys if isinstance(in_keys, list) else [in_keys]
+            in_keys = listed + free[len(listed) - len(given) :] if len(listed) >= len(given) else listed
+        self._places = [given.index(positions) if by_key else None, *map([*given, *free].index, told)]
         super().__init__(
             in_keys=in_keys,
             out_keys=out_keys,
-            reads=[("acts", name) for name in names] + list(also) + ([positions] if by_key else []),
-            writes=[("tokens", name) for name in (*names, *carried)] + ["row_id"],
+            reads=[*given, *free],
+            optional=free,
+            writes=[
+                *(("tokens", *name) for name in names),
+                *(("carried", name) for name in carried),
+                "row_id",
+            ],
         )
-        self.positions = positions
-        self.pool = pool
-        self.skip_first = skip_first
+        self._sites, self._also, self._by_key = len(names), len(also), by_key
+        self.positions, self.pool, self.skip_first = positions, pool, skip_first
         self.skip_special = skip_special or bool(special_ids)
         self.special_ids = tuple(int(i) for i in special_ids)
         self.pad_id = pad_id
-        self.mask_key = mask_key
-        self._by_key = by_key
-        self._also = len(also)
+        self.mask_key = self.in_keys[self._places[1]]
         self.register_buffer("sequences", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+    def compute(self, *inputs: Any) -> list[Tensor]:
         """Select the rows of one batch."""
-        values = self.read(tensordict)
-        acts = values[: self._sites]
-        carried = values[self._sites : self._sites + self._also]
-        attended = self._attended(acts, tensordict)
-        guessed = all(
-            tensordict.get(key, None) is None for key in (self.mask_key, _TORCH_PADDING, "input_ids")
-        )
-        keep, rank = self._keep(attended, tensordict)
-        if self._is_cached_step(acts[0], attended, tensordict):
+        acts, carried = inputs[: self._sites], inputs[self._sites : self._sites + self._also]
+        batch = self._told(inputs)
+        attended = self._attended(acts[0], batch)
+        guessed = batch.mask is None and batch.padding is None and batch.input_ids is None
+        keep, rank = self._keep(attended, batch)
+        if self._is_cached_step(acts[0], attended, batch):
             # A step of generate with a cache sees its new tokens only; the mask covers the whole sequence so far.
             keep, rank = keep[:, -acts[0].shape[1] :], rank[:, -acts[0].shape[1] :]
-        sequence = self._sequence(attended.shape[0], tensordict).to(keep.device)
+        sequence = self._sequence(attended.shape[0], batch).to(keep.device)
         row_id = (sequence[:, None] << POSITION_BITS) | rank
         whole = bool(keep.all())
+        fitted = [self._fit(value, key, keep, guessed) for key, value in zip(self.in_keys, acts)]
+        named = list(zip(self.in_keys[self._sites :], carried))
         if self.pool == "mean":
             used = keep.any(-1)
-            rows = [
-                _pooled(self._fit(value, key, keep, guessed), keep)[used]
-                for key, value in zip(self.in_keys, acts)
-            ]
-            extra = [self._one_per_sequence(value, key, keep)[used] for key, value in self._named(carried)]
+            rows = [_pooled(value, keep)[used] for value in fitted]
+            extra = [self._one_per_sequence(value, key, keep)[used] for key, value in named]
             ids = (sequence << POSITION_BITS)[used]
         else:
-            rows = [
-                _rows(self._fit(value, key, keep, guessed), keep, whole)
-                for key, value in zip(self.in_keys, acts)
-            ]
-            extra = [
-                _rows(self._per_position(value, key, keep), keep, whole)
-                for key, value in self._named(carried)
-            ]
+            rows = [_rows(value, keep, whole) for value in fitted]
+            extra = [_rows(self._per_position(value, key, keep), keep, whole) for key, value in named]
             ids = row_id.flatten() if whole else row_id[keep]
-        return self.write(tensordict, [*rows, *extra, ids])
+        return [*rows, *extra, ids]
 
     def reset(self) -> None:
         """Start counting sequences at 0 again (for batches without ``sequence_id``)."""
         self.sequences.zero_()
 
+    def _told(self, values: Sequence[Any]) -> _Batch:
+        return _Batch(*(None if place is None else values[place] for place in self._places))
+
     def count_rows(self, tensordict: TensorDictBase) -> int | None:
         """How many rows a batch will give, from the batch alone; None when only the model's output tells."""
-        names = (self.mask_key, _TORCH_PADDING, "input_ids", *self._chosen_key())
-        known = [tensordict.get(key, None) for key in names]
+        batch = self._told([tensordict.get(key, None) for key in self.in_keys])
+        known = (batch.mask, batch.padding, batch.input_ids, batch.chosen)
         shape = next((value.shape for value in known if value is not None and value.ndim == 2), None)
         if shape is None:
             return None
-        attended = self._mask(tensordict, shape, None)
-        keep, _ = self._keep(attended, tensordict)
+        keep, _ = self._keep(self._mask(batch, shape, None), batch)
         return int(keep.any(-1).sum() if self.pool else keep.sum())
 
-    def _chosen_key(self) -> list[Key]:
-        return [self.in_keys[-1]] if self._by_key else []
+    def count_positions(self, tensordict: TensorDictBase) -> tuple[int, int] | None:
+        """(attended positions, positions of padding) of a batch that was selected from; None without a mask.
 
-    def _named(self, carried: Sequence[Tensor]) -> list[tuple[Key, Tensor]]:
-        return list(zip(self.in_keys[self._sites :], carried))
+        A call with a cache (a step of ``generate``) sees its last positions only, its mask all of them.
+        """
+        mask, acts = tensordict.get(self.mask_key, None), tensordict.get(self.in_keys[0], None)
+        if mask is None:
+            return None
+        if acts is not None and acts.ndim > 2 and mask.ndim == 2 and acts.shape[1] < mask.shape[1]:
+            mask = mask[:, -acts.shape[1] :]
+        attended = int(mask.bool().sum())
+        return attended, mask.numel() - attended
 
-    def _mask(self, tensordict: TensorDictBase, shape: Sequence[int], device: torch.device | None) -> Tensor:
-        mask = tensordict.get(self.mask_key, None)
+    def _mask(self, batch: _Batch, shape: Sequence[int], device: torch.device | None) -> Tensor:
+        mask = batch.mask
         if mask is None:
-            mask = _not_padding(tensordict, shape)
+            mask = _not_padding(batch, shape)
         if mask is None:
-            self._warn_about_padding(tensordict)
+            self._warn_about_padding(batch)
             return torch.ones(tuple(shape), dtype=torch.bool, device=device)
         return mask.bool() if device is None else mask.bool().to(device)
 
-    def _attended(self, acts: Sequence[Tensor], tensordict: TensorDictBase) -> Tensor:
-        first = acts[0]
+    def _attended(self, first: Tensor, batch: _Batch) -> Tensor:
         if first.ndim == 2:
             return torch.ones((first.shape[0], 1), dtype=torch.bool, device=first.device)
-        mask = self._mask(tensordict, first.shape[:2], first.device)
+        mask = self._mask(batch, first.shape[:2], first.device)
         if mask.ndim != 2:
             raise ValueError(
                 f"SelectTokens expects {self.mask_key!r} of shape (B, T), got {tuple(mask.shape)}. Put the (B, T) padding "
@@ -224,34 +244,34 @@ class SelectTokens(Stage):
             )
         return mask
 
-    def _keep(self, attended: Tensor, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
+    def _keep(self, attended: Tensor, batch: _Batch) -> tuple[Tensor, Tensor]:
         special = chosen = None
         if attended.shape[1] >= 1 << POSITION_BITS:
             raise ValueError(
                 f"SelectTokens numbers up to 2^{POSITION_BITS} positions, got T={attended.shape[1]}."
             )
         if self._by_key:
-            chosen = tensordict.get(self.in_keys[-1]).to(attended.device)
+            chosen = batch.chosen.to(attended.device)  # type: ignore[union-attr]  # it is an input that must be there
             if chosen.shape != attended.shape or chosen.is_floating_point():
                 raise ValueError(
                     f"SelectTokens(positions={self.positions!r}) expects a boolean mask of shape {tuple(attended.shape)}, "
                     f"got {chosen.dtype} of shape {tuple(chosen.shape)}."
                 )
         if self.skip_special:
-            special = self._special(tensordict, attended)
+            special = self._special(batch, attended)
         return selection_mask(
             attended,
             self.positions,  # type: ignore[arg-type]
-            input_ids=tensordict.get("input_ids", None),
-            special_tokens=tensordict.get("special_tokens_mask", None),
+            input_ids=batch.input_ids,
+            special_tokens=batch.special,
             chosen=chosen,
             special=special,
             skip_first=self.skip_first,
         )
 
     @staticmethod
-    def _is_cached_step(acts: Tensor, attended: Tensor, tensordict: TensorDictBase) -> bool:
-        ids = tensordict.get("input_ids", None)
+    def _is_cached_step(acts: Tensor, attended: Tensor, batch: _Batch) -> bool:
+        ids = batch.input_ids
         return (
             acts.ndim >= 3
             and attended.shape[1] > acts.shape[1]
@@ -259,20 +279,20 @@ class SelectTokens(Stage):
             and ids.shape[1] == acts.shape[1]
         )
 
-    def _special(self, tensordict: TensorDictBase, attended: Tensor) -> Tensor:
-        special = self._special_tokens(tensordict, attended)
+    def _special(self, batch: _Batch, attended: Tensor) -> Tensor:
+        special = self._special_tokens(batch, attended)
         missing = attended.shape[1] - special.shape[1]  # tokens of earlier, cached steps
         return torch.nn.functional.pad(special, (missing, 0)) if missing > 0 else special
 
-    def _special_tokens(self, tensordict: TensorDictBase, attended: Tensor) -> Tensor:
+    def _special_tokens(self, batch: _Batch, attended: Tensor) -> Tensor:
         if self.special_ids:
-            ids = tensordict.get("input_ids", None)
+            ids = batch.input_ids
             if ids is None:
                 raise KeyError(
                     f"SelectTokens(special_ids={list(self.special_ids)}) needs 'input_ids' in the batch."
                 )
             return torch.isin(ids.to(attended.device), torch.tensor(self.special_ids, device=attended.device))
-        special = tensordict.get("special_tokens_mask", None)
+        special = batch.special
         if special is None:
             raise KeyError(
                 "SelectTokens(skip_special=True) needs 'special_tokens_mask' in the batch (tokenizer(..., "
@@ -280,21 +300,21 @@ class SelectTokens(Stage):
             )
         return special.to(attended.device)
 
-    def _sequence(self, batch: int, tensordict: TensorDictBase) -> Tensor:
-        given = tensordict.get("sequence_id", None)
+    def _sequence(self, count: int, batch: _Batch) -> Tensor:
+        given = batch.sequence_id
         if given is not None:
-            if given.shape != (batch,):
-                ids = tensordict.get("input_ids", None)
+            if given.shape != (count,):
+                ids = batch.input_ids
                 if ids is not None and ids.ndim == 1:
                     raise ValueError(
                         f"the batch's input_ids are {tuple(ids.shape)}, expected (B, T). One sequence is ids[None]."
                     )
                 raise ValueError(
-                    f"SelectTokens expects 'sequence_id' of shape ({batch},), got {tuple(given.shape)}."
+                    f"SelectTokens expects 'sequence_id' of shape ({count},), got {tuple(given.shape)}."
                 )
             return given.long()
-        numbers = self.sequences + torch.arange(batch, device=self.sequences.device)
-        self.sequences += batch
+        numbers = self.sequences + torch.arange(count, device=self.sequences.device)
+        self.sequences += count
         return numbers
 
     def _fit(self, value: Tensor, key: Key, keep: Tensor, guessed: bool) -> Tensor:
@@ -344,8 +364,8 @@ class SelectTokens(Stage):
             )
         return value.to(keep.device)
 
-    def _warn_about_padding(self, tensordict: TensorDictBase) -> None:
-        ids = tensordict.get("input_ids", None)
+    def _warn_about_padding(self, batch: _Batch) -> None:
+        ids = batch.input_ids
         if self.pad_id is not None and ids is not None and bool((ids == self.pad_id).any()):
             warnings.warn(
                 f"the batch has no {self.mask_key!r} but its input_ids hold the padding id {self.pad_id}: every position "
@@ -359,9 +379,9 @@ def _has_heads(key: Key) -> bool:
     return ":" not in name and any(part in HEAD_KINDS for part in name.rpartition("/")[2].split("."))
 
 
-def _not_padding(tensordict: TensorDictBase, shape: Sequence[int]) -> Tensor | None:
-    padding = tensordict.get(_TORCH_PADDING, None)
-    if padding is None or "tgt" in tensordict.keys():  # of two stacks it tells about one
+def _not_padding(batch: _Batch, shape: Sequence[int]) -> Tensor | None:
+    padding = batch.padding
+    if padding is None or batch.tgt is not None:  # of two stacks it tells about one
         return None
     if tuple(padding.shape) != tuple(shape):
         raise ValueError(

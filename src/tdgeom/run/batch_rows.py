@@ -10,12 +10,10 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor
 
-from tdgeom.core.keys import Key, key_tuple
+from tdgeom.core.keys import Key, key_tuple, optional_in_keys, touches
 from tdgeom.core.process_groups import rank_and_world
 from tdgeom.core.row_ids import POSITION_BITS
-from tdgeom.model.capture import Capture
 from tdgeom.rows.batches import as_batch, batch_length
-from tdgeom.rows.select_tokens import SelectTokens
 from tdgeom.run.finish import call
 from tdgeom.run.plan import Plan
 
@@ -31,7 +29,8 @@ class BatchRows:
         in_keys: names for the entries of tuple batches; default the first inputs that no stage writes.
         device: where batches go; default the first place that a per-batch stage wants (a Capture: its model's).
 
-    Attributes: ``device``; ``keys``, what the streaming stages read and ``row_id``; ``selects``, the SelectTokens stages.
+    Attributes: ``device``; ``keys``, what the streaming stages read and ``row_id``, by the row selection that they are of;
+    ``selects``, the stages that select rows.
     """
 
     def __init__(
@@ -42,12 +41,13 @@ class BatchRows:
         device: torch.device | str | None,
     ) -> None:
         self.plan, self.inputs = plan, inputs
-        self.selects = [unit for unit in plan.batch if isinstance(unit, SelectTokens)]
+        self.selects = selections(plan)
         for select in self.selects:
             select.pad_id = _pad_id(plan) if select.pad_id is None else select.pad_id
         places = [place for unit in plan.batch if (place := _device_of(unit)) is not None]
         self.device = torch.device(device) if device is not None else places[0] if places else None
-        self.keys: list[Key] = list(dict.fromkeys([*plan.stream_keys, "row_id"]))
+        self.keys = keys_by_selection(plan)
+        self.optional = plan.optional_stream_keys
         self.sequences = 0  # numbered so far
         self._in_keys = in_keys if in_keys is not None else _unwritten(plan)
         self._counts_ahead = (
@@ -67,16 +67,24 @@ class BatchRows:
             td.set("sequence_id", torch.arange(self.sequences, self.sequences + length))
             self.sequences += length
 
-    def rows(self, td: TensorDict) -> tuple[dict[Key, Tensor], int]:
-        """Run the per-batch stages on ``td``; (the rows that the streaming stages read, how many)."""
+    @property
+    def main(self) -> Key:
+        """The ids of the row selection that counts."""
+        return next(iter(self.keys))
+
+    def rows(self, td: TensorDict) -> tuple[dict[Key, dict[Key, Tensor]], int]:
+        """Run the per-batch stages on ``td``; (the rows that the streaming stages read, by selection; how many of the main)."""
         shapes = _shapes(td)
         from_mask = self._rows_by_mask(td) if self._counts_ahead else None
         for unit in self.plan.batch:
             self._give_inputs(unit, td)
             call(unit, td)
-        row_id = self._row_id(td)
-        count = None if row_id is None else row_id.shape[0]
-        rows = {key: self._read(td, key, count) for key in self.keys}
+        self._number_rows(td)
+        rows = {}
+        for ids, keys in self.keys.items():
+            count = None if (row_id := td.get(ids, None)) is None else row_id.shape[0]
+            rows[ids] = {key: value for key in keys if (value := self._read(td, key, ids, count)) is not None}
+        count = rows[self.main][self.main].shape[0]
         self._by_shape[shapes] = count
         self._mask_tells = from_mask == count and self._mask_tells is not False
         return rows, count
@@ -100,39 +108,36 @@ class BatchRows:
 
         A call with a cache (a step of ``generate``) sees its last positions only, its mask all of them.
         """
-        select = self.selects[0] if self.selects else None
-        mask = td.get(select.mask_key if select else "attention_mask", None)
-        if mask is None:
-            ids = td.get("input_ids", None)
-            return (ids.numel() if ids is not None else td.get("row_id").shape[0]), 0
-        acts = td.get(select.in_keys[0], None) if select else None
-        if acts is not None and acts.ndim > 2 and mask.ndim == 2 and acts.shape[1] < mask.shape[1]:
-            mask = mask[:, -acts.shape[1] :]
-        attended = int(mask.bool().sum())
-        return attended, mask.numel() - attended
+        for select in self.selects:
+            if (counted := select.count_positions(td)) is not None:
+                return counted
+        mask, ids = td.get("attention_mask", None), td.get("input_ids", None)
+        if mask is not None:
+            attended = int(mask.bool().sum())
+            return attended, mask.numel() - attended
+        return (ids.numel() if ids is not None else td.get(self.main).shape[0]), 0
 
     def _give_inputs(self, unit: TensorDictModuleBase, td: TensorDict) -> None:
         for key in unit.in_keys if self.inputs is not None else ():
             if td.get(key, None) is None and self.inputs.get(key, None) is not None:  # type: ignore[union-attr]
                 td.set(key, self.inputs.get(key))  # type: ignore[union-attr]
 
-    def _row_id(self, td: TensorDict) -> Tensor | None:
-        """The rows' ids; where no SelectTokens numbered them: one a sequence, or counted on from the first sequence."""
-        row_id = td.get("row_id", None)
-        values = [td.get(key, None) for key in self.keys]
+    def _number_rows(self, td: TensorDict) -> None:
+        """Ids for rows that no selection numbered: one a sequence, or counted on from the first sequence."""
+        values = [td.get(key, None) for key in self.keys[self.main]]
         first = next((value for value in values if isinstance(value, Tensor) and value.ndim), None)
-        if row_id is None and first is not None:
+        if td.get(self.main, None) is None and first is not None:
             sequence = td.get("sequence_id").to(first.device).long()
             if sequence.shape == first.shape[:1]:
-                row_id = sequence << POSITION_BITS
+                td.set(self.main, sequence << POSITION_BITS)
             else:
-                row_id = (sequence[:1] << POSITION_BITS) + torch.arange(first.shape[0], device=first.device)
-            td.set("row_id", row_id)
-        return row_id
+                ids = (sequence[:1] << POSITION_BITS) + torch.arange(first.shape[0], device=first.device)
+                td.set(self.main, ids)
 
-    @staticmethod
-    def _read(td: TensorDict, key: Key, count: int | None) -> Tensor:
+    def _read(self, td: TensorDict, key: Key, ids: Key, count: int | None) -> Tensor | None:
         value = td.get(key, None)
+        if value is None and key in self.optional:
+            return None
         if value is None:
             raise KeyError(
                 f"the streaming stages read {key!r}, which neither the batch nor a stage before them holds; there is "
@@ -141,7 +146,7 @@ class BatchRows:
             )
         if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != count:
             raise ValueError(
-                f"a streaming stage reads rows, tensors whose first dimension is that of 'row_id' ({count}), "
+                f"a streaming stage reads rows, tensors whose first dimension is that of {ids!r} ({count}), "
                 f"but {key!r} has shape {tuple(getattr(value, 'shape', ()))}. Carry it to rows with "
                 f"SelectTokens(also=[...])."
             )
@@ -162,10 +167,38 @@ def _device_of(unit: TensorDictModuleBase) -> torch.device | None:
 
 def _pad_id(plan: Plan) -> int | None:
     """The padding id that a captured model's configuration names."""
-    configs = [getattr(unit.model, "config", None) for unit in plan.batch if isinstance(unit, Capture)]
-    return next(
-        (pad for config in configs if isinstance(pad := getattr(config, "pad_token_id", None), int)), None
-    )
+    told = (getattr(unit, "pad_token_id", None) for unit in plan.batch)
+    return next((pad for pad in told if isinstance(pad, int)), None)
+
+
+def selections(plan: Plan) -> list[Any]:
+    """The per-batch stages that select rows and know how many before the model has run."""
+    return [unit for unit in plan.batch if hasattr(unit, "count_rows")]
+
+
+def keys_by_selection(plan: Plan) -> dict[Key, list[Key]]:
+    """What the streaming stages read, by the row ids that it goes with; the selection named "row_id", or the first, leads.
+
+    Rows belong to the ids that the same per-batch stage writes (the last part of whose key ends in ``row_id``).
+    """
+    ids_of: dict[tuple[str, ...], Key] = {}
+    for unit in plan.batch:
+        own = [key for key in unit.out_keys if key_tuple(key)[-1].endswith("row_id")]
+        ids_of |= {key_tuple(key): own[0] for key in unit.out_keys if len(own) == 1}
+    found: dict[Key, list[Key]] = {}
+    for unit in plan.stream:
+        groups = {ids for key in unit.in_keys for own, ids in ids_of.items() if touches(own, key_tuple(key))}
+        if len(groups) > 1:
+            raise ValueError(
+                f"{type(unit).__name__} reads {list(unit.in_keys)[:6]}, rows of two selections ({sorted(map(str, groups))}): one "
+                f"stage reads rows of one. Name the row ids of its own selection with in_keys=."
+            )
+        ids = next(iter(groups), "row_id")
+        keys = found.setdefault(ids, [])
+        keys += [key for key in unit.in_keys if key not in (*keys, ids)]
+    leading = "row_id" if "row_id" in found else next(iter(found))
+    found = {leading: found.pop(leading), **found}
+    return {ids: [*keys, ids] for ids, keys in found.items()}
 
 
 def _unwritten(plan: Plan) -> list[Key]:
@@ -174,7 +207,9 @@ def _unwritten(plan: Plan) -> list[Key]:
     wanted: list[Key] = []
     for unit in (*plan.batch, *plan.stream):
         wanted += [
-            key for key in unit.in_keys if key_tuple(key) not in written and key not in (*wanted, "row_id")
+            key
+            for key in unit.in_keys
+            if key_tuple(key) not in written and key not in (*wanted, "row_id", *optional_in_keys(unit))
         ]
         written |= {key_tuple(key) for key in unit.out_keys}
     return wanted

@@ -14,22 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from tdgeom.core.for_each import RenamedStream
 from tdgeom.core.keys import key_tuple
+from tdgeom.core.renamed import stage_of
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.files.bundle import plain
 from tdgeom.files.errors import StoreError
 from tdgeom.files.json_text import canonical, read_json
 from tdgeom.files.shard_writing import write_shard
 from tdgeom.files.shards import Shard
-from tdgeom.rows.select_tokens import SelectTokens
+from tdgeom.run.batch_rows import selections
 from tdgeom.run.plan import Plan
 from tdgeom.run.signature import bytes_of, differences, pipeline_signature
 
-__all__ = ["Checkpoint", "stage_of"]
+__all__ = ["Checkpoint"]
 
 FORMAT = 1
 RECORD = "record"
@@ -67,7 +66,7 @@ class Checkpoint:
                 f"run: checkpoint={str(path)!r} is a folder: name a file to keep the state in, such as {self.path / 'state'}."
             )
         self.stages = [stage_of(unit) for unit in plan.stream]
-        self.selects = [unit for unit in plan.batch if isinstance(unit, SelectTokens)]
+        self.selects = selections(plan)
         self.row_keys = {"/".join(key_tuple(key)) for key in (*plan.stream_keys, "row_id")}
         self.fits = {"format": FORMAT, "settings": plain(dict(settings)), "stages": pipeline_signature(plan)}
 
@@ -76,7 +75,7 @@ class Checkpoint:
         tensors = {f"rows/{name}": value for name, value in rows.items()}
         for number, stage in enumerate(self.stages):
             stage.settle()
-            tensors |= {f"stage/{number}/{name}": value for name, value in stage._state().items()}
+            tensors |= {f"stage/{number}/{name}": value for name, value in stage.state().items()}
         for number, select in enumerate(self.selects):
             tensors[f"select/{number}"] = select.sequences
         record = {**self.fits, "place": plain(dict(place))}
@@ -113,7 +112,7 @@ class Checkpoint:
                 f"the checkpoint {self.path} cannot be read: {error} Remove it to start anew."
             ) from error
         for number, stage in enumerate(self.stages):
-            self._put(stage, {n: held.pop(f"stage/{number}/{n}", None) for n in stage._state()}, device)
+            self._put(stage, {n: held.pop(f"stage/{number}/{n}", None) for n in stage.state()}, device)
         for number, select in enumerate(self.selects):
             select.sequences.copy_(held.pop(f"select/{number}", torch.zeros((), dtype=torch.int64)))
         rows = {
@@ -141,7 +140,7 @@ class Checkpoint:
                     f"the checkpoint {self.path} holds no fitting {name!r} for {type(stage).__name__}: it was changed. Remove it "
                     f"to start anew."
                 )
-            setattr(stage, name, value if device is None else value.to(device))
+            stage.set_state({name: value if device is None else value.to(device)})
 
     def _refuse_other_rows(self, rows: Mapping[str, Tensor], count: int) -> None:
         """Held rows are those of every key, as many as the place says; none are held where it says none."""
@@ -194,8 +193,3 @@ def _sha256(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:
         digest.update(canonical([name, list(value.shape), str(value.dtype)]).encode())
         digest.update(bytes_of(value))
     return digest.hexdigest()
-
-
-def stage_of(unit: TensorDictModuleBase) -> StreamingStage:
-    """The streaming stage in a unit of the plan, which may be renamed for a site."""
-    return unit.module if isinstance(unit, RenamedStream) else unit  # type: ignore[return-value]

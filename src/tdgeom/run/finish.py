@@ -11,10 +11,10 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from threadpoolctl import threadpool_limits
 
-from tdgeom.core.for_each import Renamed
-from tdgeom.core.keys import as_key, key_tuple
+from tdgeom.core.ambient import steady
+from tdgeom.core.keys import NOT_WRITTEN, Key, key_tuple, touches
+from tdgeom.core.renamed import Renamed, describe, stage_of
 from tdgeom.core.stage import Stage
-from tdgeom.run.plan import describe, touches
 
 __all__ = ["call", "run_end"]
 
@@ -33,7 +33,7 @@ def run_end(
     keep: Sequence[str] | None,
 ) -> None:
     """Run the end stages in order on ``td``, dropping what ``keep`` does not name after its last reader."""
-    last_reader = {key_tuple(key): unit for unit in units for key in unit.in_keys}
+    left = list(units)
     for group in _groups(units):
         for unit in group:
             for key in unit.in_keys:
@@ -44,42 +44,78 @@ def run_end(
         else:
             call(group[0], td)
         for unit in group:
-            missing = [key for key in unit.out_keys if td.get(key, None) is None]
+            missing = [key for key in unit.out_keys if key != NOT_WRITTEN and td.get(key, None) is None]
             if missing:
                 raise ValueError(
                     f"{describe(unit)} declares {missing} in its out_keys but did not write them."
                 )
-            for key in unit.in_keys if keep is not None else ():
-                parts = key_tuple(key)
-                done = parts[0] not in keep and last_reader[parts] is unit
-                if done and td.get(as_key(parts), None) is not None:
-                    td.del_(as_key(parts))
+        left = left[len(group) :]
+        if keep is not None:
+            _drop(td, keep, group, left)
+
+
+def _drop(
+    td: TensorDict,
+    keep: Sequence[str],
+    group: Sequence[TensorDictModuleBase],
+    left: Sequence[TensorDictModuleBase],
+) -> None:
+    """Delete what these stages have read or written, where nothing is left to read it; a parent key reads all its leaves."""
+    later = [key_tuple(key) for unit in left for key in unit.in_keys]
+    done = {key_tuple(key)[0] for unit in group for key in (*unit.in_keys, *unit.out_keys)} - set(keep)
+    read = {root: [parts for parts in later if parts[0] == root] for root in done}
+    for key in list(td.keys(True, True)):
+        parts = key_tuple(key)
+        if parts[0] in done and not any(touches(parts, other) for other in read[parts[0]]):
+            td.del_(key)
 
 
 def _groups(units: Sequence[TensorDictModuleBase]) -> Iterator[list[TensorDictModuleBase]]:
-    """Runs of units that are pure stages at single sites and read nothing of each other; every other unit alone."""
+    """Runs of units that are pure stages at single sites and touch nothing of each other; every other unit alone."""
     group: list[TensorDictModuleBase] = []
+    read: _Keys = _Keys()
+    written: _Keys = _Keys()
     for unit in units:
-        written = [key_tuple(key) for one in group for key in one.out_keys]
-        reads = any(touches(key_tuple(key), other) for key in unit.in_keys for other in written)
-        if group and (reads or not (_may_share(unit) and _may_share(group[-1]))):
+        apart = written.touch(unit.in_keys) or written.touch(unit.out_keys) or read.touch(unit.out_keys)
+        if group and (apart or not (_may_share(unit) and _may_share(group[-1]))):
             yield group
-            group = []
+            group, read, written = [], _Keys(), _Keys()
         group.append(unit)
+        read.add(unit.in_keys)
+        written.add(unit.out_keys)
     if group:
         yield group
 
 
+class _Keys:
+    """Keys by their first element, so that many sites' keys are compared with few."""
+
+    def __init__(self) -> None:
+        self._by_root: dict[str, set[tuple[str, ...]]] = {}
+
+    def add(self, keys: Sequence[Key]) -> None:
+        for parts in map(key_tuple, keys):
+            self._by_root.setdefault(parts[0], set()).add(parts)
+
+    def touch(self, keys: Sequence[Key]) -> bool:
+        return any(
+            parts in held or any(touches(parts, other) for other in held)
+            for parts in map(key_tuple, keys)
+            if (held := self._by_root.get(parts[0]))
+        )
+
+
 def _may_share(unit: TensorDictModuleBase) -> bool:
-    pure = isinstance(unit, Renamed) and isinstance(unit.module, Stage) and unit.module.one_thread_a_site
+    stage = stage_of(unit)
+    pure = isinstance(unit, Renamed) and isinstance(stage, Stage) and stage.one_thread_a_site
     return pure and not unit._forward_hooks
 
 
 def _in_turn(group: Sequence[Renamed]) -> list[Renamed]:
     """One unit of each stage in turn: some solvers hold Python's lock, others run beside them."""
-    by_stage: dict[int, list[Renamed]] = {}
+    by_stage: dict[tuple[str, str], list[Renamed]] = {}
     for unit in group:
-        by_stage.setdefault(id(unit.module), []).append(unit)
+        by_stage.setdefault((type(stage_of(unit)).__name__, key_tuple(unit.out_keys[0])[0]), []).append(unit)
     return [unit for row in zip_longest(*by_stage.values()) for unit in row if unit is not None]
 
 
@@ -105,7 +141,7 @@ def _side_by_side(group: Sequence[Renamed], td: TensorDict) -> None:
     try:
         # torch counts threads by itself; NumPy's and SciPy's LAPACK is told by threadpoolctl
         pool = ThreadPoolExecutor(min(threads, len(group)), initializer=torch.set_num_threads, initargs=(1,))
-        with threadpool_limits(1, user_api="blas"), pool:
+        with threadpool_limits(1, user_api="blas"), steady(torch.device("cpu")), pool:
             in_turn = _in_turn(group)
             for unit, inner in zip(in_turn, pool.map(one, in_turn)):
                 unit.outward(inner, td)

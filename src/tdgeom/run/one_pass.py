@@ -20,7 +20,7 @@ from tdgeom.rows.batches import iterate
 from tdgeom.run.batch_rows import BatchRows
 from tdgeom.run.checkpoint import Checkpoint
 from tdgeom.run.plan import Plan
-from tdgeom.run.row_blocks import Buffer
+from tdgeom.run.row_blocks import RowBlocks
 from tdgeom.run.signature import fingerprint
 
 __all__ = ["OnePass"]
@@ -46,7 +46,16 @@ class OnePass:
     ) -> None:
         self.plan, self.batch_rows = plan, batch_rows
         self.max_rows, self.drop_nonfinite, self.sharded = max_rows, drop_nonfinite, sharded
-        self.buffer = Buffer(batch_rows.keys, block_rows)
+        self.blocks = {ids: RowBlocks(keys, block_rows) for ids, keys in batch_rows.keys.items()}
+        self.readers = {
+            ids: [unit for unit in plan.stream if set(unit.in_keys) <= set(keys)]
+            for ids, keys in batch_rows.keys.items()
+        }
+        if len(self.blocks) > 1 and (max_rows is not None or sharded):
+            raise ValueError(
+                f"run: max_rows and sharded count the rows of one selection, this pipeline has those of {list(self.blocks)}. Run "
+                f"one pipeline a selection."
+            )
         self.repeats = Repeats() if sharded else None
         self.rank, self.world = rank_and_world()
         self.counts = dict.fromkeys(
@@ -94,36 +103,44 @@ class OnePass:
             if self._seen_before(td, index):
                 continue
             self.batch_rows.number(td)
-            self._take(td, index, fresh, bar)
+            self.take(td, index, fresh, bar)
             if self._spent():
                 self.stopped = "max_rows"
                 if self.repeats is None:
                     break
             self._keep_place(index + 1)
-        for block, origin in self.buffer.flush():
-            self._update(block, origin)
+        self.flush()
+
+    def flush(self) -> None:
+        """The rows that fill no block to the streaming stages."""
+        for ids, blocks in self.blocks.items():
+            for block, origin in blocks.flush():
+                self._update(ids, block, origin)
 
     def _spent(self) -> bool:
         return self.max_rows is not None and self.claimed >= self.max_rows
 
-    def _take(self, td: TensorDict, index: int, fresh: Tensor | None, bar: tqdm) -> None:
+    def take(self, td: TensorDict, index: int, fresh: Tensor | None, bar: tqdm) -> None:
+        """One batch: counted, or run and its rows handed on; ``fresh`` are the sequences that no rank has had before."""
         if not self.sharded and index % self.world != self.rank:
             self.claimed += self.batch_rows.count(td) if self.max_rows is not None else 0
             return
         with self.timed("batch"):
             rows, count = self.batch_rows.rows(td)
+        main = self.batch_rows.main
         if fresh is not None:
-            rows, count = self._without_repeats(rows, count, fresh)
+            rows[main], count = self._without_repeats(rows[main], count, fresh)
         tokens, padding = self.batch_rows.tokens_and_padding(td)
         self.counts["tokens"] += tokens
         self.counts["padding_rows"] += padding
         self.counts["batches"] += 1
         if self.max_rows is not None and self.claimed + count > self.max_rows:
             count = self.max_rows - self.claimed
-            rows = {key: value[:count] for key, value in rows.items()}
+            rows[main] = {key: value[:count] for key, value in rows[main].items()}
         self.claimed += count
-        for block, origin in self.buffer.add(rows, count, index):
-            self._update(block, origin)
+        for ids, blocks in self.blocks.items():
+            for block, origin in blocks.add(rows[ids], rows[ids][ids].shape[0], index):
+                self._update(ids, block, origin)
         if not bar.disable:
             bar.update(count)
             elapsed = max(bar.format_dict["elapsed"], 1e-9)
@@ -132,7 +149,7 @@ class OnePass:
     def _without_repeats(
         self, rows: dict[Key, Tensor], count: int, fresh: Tensor
     ) -> tuple[dict[Key, Tensor], int]:
-        sequences = rows["row_id"] >> POSITION_BITS
+        sequences = rows[self.batch_rows.main] >> POSITION_BITS
         new = torch.isin(sequences, fresh.to(sequences.device))
         left = int(new.sum())
         if left == count:
@@ -142,19 +159,19 @@ class OnePass:
 
     # ------------------------------------------------------------------------------------------------ streaming
 
-    def _update(self, block: dict[Key, Tensor], origin: list[int]) -> None:
+    def _update(self, ids: Key, block: dict[Key, Tensor], origin: list[int]) -> None:
         with self.timed("stream"):
-            block = self._finite(block, origin)
-            count = block["row_id"].shape[0]
+            block = self._finite(ids, block, origin)
+            count = block[ids].shape[0]
             if count:
-                self.counts["rows"] += count
+                self.counts["rows"] += count if ids == self.batch_rows.main else 0
                 td = TensorDict(block, batch_size=[])
-                for unit in self.plan.stream:
+                for unit in self.readers[ids]:
                     unit.update(td)
 
-    def _finite(self, block: dict[Key, Tensor], origin: list[int]) -> dict[Key, Tensor]:
+    def _finite(self, ids: Key, block: dict[Key, Tensor], origin: list[int]) -> dict[Key, Tensor]:
         """The block's rows that are finite at every site; or an error that names the first that is not."""
-        row_id = block["row_id"]
+        row_id = block[ids]
         good = torch.ones(row_id.shape[0], dtype=torch.bool, device=row_id.device)
         for key, value in block.items():
             finite = rows_finite(value).to(good.device)
@@ -177,6 +194,11 @@ class OnePass:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Keep this checkpoint from now on, and go on from what it holds."""
+        if len(self.blocks) > 1:
+            raise ValueError(
+                f"run: checkpoint= keeps the rows of one selection, got those of {list(self.blocks)}. Run one pipeline for "
+                f"each."
+            )
         if self.world > 1 or self.sharded:
             raise ValueError(
                 f"run: checkpoint= is for one process, got {self.world} ranks{' and sharded=True' if self.sharded else ''}. Run "
@@ -187,8 +209,9 @@ class OnePass:
         if found is None:
             return
         rows, place = found
-        keys = {"/".join(key_tuple(key)): key for key in self.buffer.keys}
-        self.buffer.restore({keys[name]: value for name, value in rows.items()}, place["origin"])
+        blocks = self.blocks[self.batch_rows.main]
+        keys = {"/".join(key_tuple(key)): key for key in blocks.keys}
+        blocks.restore({keys[name]: value for name, value in rows.items()}, place["origin"])
         self.counts.update(place["counts"])
         self.seconds.update(place["seconds"])
         self.claimed, self.batch_rows.sequences = int(place["claimed"]), int(place["sequences"])
@@ -197,7 +220,7 @@ class OnePass:
     def _keep_place(self, batches: int) -> None:
         if self.checkpoint is None or batches % self.checkpoint.every:
             return
-        rows, origin = self.buffer.held()
+        rows, origin = self.blocks[self.batch_rows.main].held()
         place = {
             "batches": batches,
             "first_batch": self.first_batch,

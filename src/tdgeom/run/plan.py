@@ -6,43 +6,57 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
-from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential, WrapModule
 from torch import nn
 
-from tdgeom.core.for_each import Renamed, RenamedStream
-from tdgeom.core.keys import Key, as_key, key_tuple
+from tdgeom.core.keys import NOT_WRITTEN, Key, as_key, key_tuple, optional_in_keys, touches
+from tdgeom.core.pipeline import parts_of, why_closed
+from tdgeom.core.renamed import Renamed, describe, is_streaming, stage_of
 from tdgeom.core.streaming_stage import StreamingStage
 
-__all__ = ["Plan", "describe", "is_streaming", "make_plan", "stages", "touches"]
+__all__ = ["Plan", "make_plan", "stages"]
 
 SECOND_PASS = "run it in a second pass, tg.run(second_pipeline, loader, inputs=first_result)"
 
 
 @dataclass
 class Plan:
-    """A pipeline split at the stream boundary, each part in pipeline order."""
+    """A pipeline split at the stream boundary, each part in pipeline order.
+
+    ``hidden`` are keys that ``select_out_keys`` on a sequence of streaming stages keeps from everything after it.
+    """
 
     batch: list[TensorDictModuleBase] = field(default_factory=list)
     stream: list[TensorDictModuleBase] = field(default_factory=list)
     end: list[TensorDictModuleBase] = field(default_factory=list)
+    hidden: set[Key] = field(default_factory=set)
 
     @property
     def stream_keys(self) -> list[Key]:
         """What the streaming stages read: rows."""
         return list(dict.fromkeys(key for unit in self.stream for key in unit.in_keys))
 
+    @property
+    def optional_stream_keys(self) -> set[Key]:
+        """Those of them that no streaming stage needs."""
+        needed = {key for unit in self.stream for key in unit.in_keys if key not in optional_in_keys(unit)}
+        return set(self.stream_keys) - needed
 
-def stages(module: nn.Module) -> list[TensorDictModuleBase]:
-    """The stages of a pipeline in order, sequences opened."""
+
+def stages(
+    module: nn.Module, hidden: set[Key] | None = None, *, inside: bool = False
+) -> list[TensorDictModuleBase]:
+    """The stages of a pipeline in order, sequences opened where calling their parts is calling them.
+
+    A sequence that is more than its parts (hooks, selected keys, a ``forward`` of its own) is one stage if nothing in it
+    streams, and refused if something does; what ``select_out_keys`` hides of a sequence of streams is added to ``hidden``.
+    """
     original = getattr(module, "_orig_mod", None)
     if original is not None and (is_streaming(original) or stages(original) != [original]):
         raise TypeError(
             "run cannot see into a compiled module: its stages would vanish. Give run the plain TensorDictSequential and "
             "compile single per-batch or end stages, or the model's own submodules, instead."
         )
-    if isinstance(module, TensorDictSequential) and type(module).forward is TensorDictSequential.forward:
-        parts = module.module.values() if isinstance(module.module, nn.ModuleDict) else module.module
-        return [unit for part in parts for unit in stages(part)]
     if isinstance(module, list | tuple):
         raise TypeError(
             f"run takes one pipeline, got a {type(module).__name__}: TensorDictSequential(*stages) makes one of stages."
@@ -52,39 +66,58 @@ def stages(module: nn.Module) -> list[TensorDictModuleBase]:
             f"run takes TensorDict modules, got {type(module).__name__}, which has no in_keys and out_keys. Wrap a function in "
             f"TensorDictModule(function, in_keys=[...], out_keys=[...]), or write a tg.Stage."
         )
-    reached = module.module if isinstance(module, RenamedStream) else module
-    hidden = [
-        type(part).__name__
-        for part in module.modules()
-        if isinstance(part, StreamingStage) and part is not reached
-    ]
-    if hidden:
+    if isinstance(module, TensorDictSequential) and _opens(module, inside):
+        if inside and hidden is not None:
+            hidden |= set(module.out_keys_source) - set(module.out_keys)
+        return [unit for part in parts_of(module) for unit in stages(part, hidden, inside=True)]
+    _refuse_unreached(module)
+    return [module]  # type: ignore[list-item]  # it has been found to be a TensorDict module
+
+
+def _opens(sequence: TensorDictSequential, inside: bool) -> bool:
+    """Whether to open a sequence (True) or to call it whole (False)."""
+    if why_closed(sequence) is None:
+        return True
+    streams = [is_streaming(part) for part in sequence.modules() if is_streaming(part)]
+    only_streams = all(is_streaming(part) for part in parts_of(sequence))
+    if why_closed(sequence, but_selection=True) is None and streams and (only_streams or not inside):
+        return True
+    if streams:
         raise TypeError(
-            f"{describe(module)} holds the streaming stage {hidden[0]} where run cannot reach its update(). Put it in a "
-            f"TensorDictSequential, or use ForEach."
+            f"run calls the streaming stages inside this {type(sequence).__name__} by themselves, and would pass over what makes "
+            f"it more than its parts: {why_closed(sequence)}. Put that on the whole pipeline's results, on a stage that does not "
+            f"stream, or on a sequence without streaming stages."
         )
-    return [module]  # type: ignore[list-item]
+    return False
 
 
-def is_streaming(unit: nn.Module) -> bool:
-    """True for a stage that accumulates rows."""
-    return isinstance(unit, StreamingStage | RenamedStream)
-
-
-def describe(unit: nn.Module) -> str:
-    """A stage's name for messages."""
-    unit = getattr(unit, "_orig_mod", unit)
-    if isinstance(unit, Renamed):
-        return f"{describe(unit.module)} at {unit.where}"
-    inner = getattr(unit, "module", None)
-    if type(unit).__name__ == "TensorDictModule" and inner is not None:
-        return f"TensorDictModule({getattr(inner, '__name__', type(inner).__name__)})"
-    return type(unit).__name__
-
-
-def touches(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
-    """A key, its parent or its leaf: writing one is writing the other."""
-    return a[: len(b)] == b or b[: len(a)] == a
+def _refuse_unreached(module: nn.Module) -> None:
+    reached = stage_of(module) if is_streaming(module) else None
+    held = [part for part in module.modules() if isinstance(part, StreamingStage) and part is not reached]
+    if held:
+        raise TypeError(
+            f"{describe(module)} holds the streaming stage {type(held[0]).__name__} where run cannot reach its "
+            f"update(). Put it in a TensorDictSequential, or use ForEach."
+        )
+    if reached is None:
+        return
+    own = type(reached).forward
+    if own is not StreamingStage.forward and not own.__module__.startswith("tdgeom."):
+        raise TypeError(
+            f"{describe(module)} overrides forward(), which run does not call: it calls update() for every block of rows and "
+            f"publish() once. Override accumulate() or result() instead."
+        )
+    layers = [part for part in module.modules() if part is reached or isinstance(part, Renamed)]
+    hooks = [
+        hook for part in layers for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    ]
+    if any(
+        not hasattr(hook, "out_keys") for hook in hooks
+    ):  # select_out_keys is a hook too, and publish() follows it
+        raise TypeError(
+            f"{describe(module)} has forward hooks, which run would not call: it calls update() for every block of rows and "
+            f"publish() once. Override accumulate() or result(), or put a stage of your own behind it."
+        )
 
 
 class _Writers:
@@ -93,10 +126,11 @@ class _Writers:
     def __init__(self) -> None:
         self._by_root: dict[str, dict[tuple[str, ...], tuple[nn.Module, str]]] = {}
 
-    def add(self, key: Key, unit: nn.Module, phase: str) -> None:
+    def add(self, key: Key, unit: TensorDictModuleBase, phase: str) -> None:
         parts = key_tuple(key)
+        rewrites = as_key(parts) in unit.in_keys  # x -> x
         for other, (writer, _) in self.find(parts):
-            if other == parts or len(other) != len(parts):
+            if not rewrites and (other == parts or len(other) != len(parts)):
                 raise ValueError(
                     f"{describe(writer)} and {describe(unit)} both write {as_key(parts)!r}. Give one of them another root "
                     f"with out_keys=."
@@ -118,24 +152,43 @@ def make_plan(pipeline: nn.Module, given: Iterable[Key] = ()) -> Plan:
     """
     plan, writers = Plan(), _Writers()
     known = [key_tuple(key) for key in given]
-    for unit in stages(pipeline):
+    for unit in stages(pipeline, plan.hidden):
         phases = {}
-        optional = getattr(unit, "_optional", [False] * len(unit.in_keys))
-        for key, may_miss in zip(unit.in_keys, optional):
+        optional = set(optional_in_keys(unit))
+        for key in unit.in_keys:
             parts = key_tuple(key)
             found = {phase for _, (_, phase) in writers.find(parts)}
             if found:
                 phases[as_key(parts)] = "batch" if found == {"batch"} else "end"
             elif any(touches(parts, other) for other in known):
                 phases[as_key(parts)] = "given"
-            elif not may_miss:
+            elif key not in optional:
                 phases[as_key(parts)] = "batch"
         phase = _phase(unit, phases)
+        if phase == "batch":
+            _refuse_too_late(unit, plan)
         {"batch": plan.batch, "stream": plan.stream, "end": plan.end}[phase].append(unit)
         for key in unit.out_keys:
-            writers.add(key, unit, "batch" if phase == "batch" else "end")
+            if key != NOT_WRITTEN and key not in plan.hidden:
+                writers.add(key, unit, "batch" if phase == "batch" else "end")
     _refuse_idle(plan)
     return plan
+
+
+def _refuse_too_late(unit: TensorDictModuleBase, plan: Plan) -> None:
+    """In a run every per-batch stage comes before any streaming one: one that would change what was read before it is refused."""
+    if isinstance(unit, WrapModule) and plan.stream:
+        raise ValueError(
+            f"{describe(unit)} names no keys, so run cannot tell whether it belongs to each batch or to the end. Give it "
+            f"its keys: TensorDictModule(function, in_keys=[...], out_keys=[...]), or put it before the streaming stages."
+        )
+    for stream in plan.stream:
+        for key in unit.out_keys:
+            if any(touches(key_tuple(key), key_tuple(own)) for own in stream.in_keys):
+                raise ValueError(
+                    f"{describe(unit)} writes {key!r} after {describe(stream)} has read it; run calls every per-batch stage "
+                    f"before any streaming one. Write it under another key with out_keys=, and let later stages read that."
+                )
 
 
 def _phase(unit: nn.Module, phases: dict[Key, str]) -> str:
@@ -148,10 +201,10 @@ def _phase(unit: nn.Module, phases: dict[Key, str]) -> str:
             )
         return "stream"
     if finished and per_batch:
-        carried = [key_tuple(key)[-1] for key in per_batch if key_tuple(key)[0] == "sample"]
+        carried = [key_tuple(key)[-1] for key in per_batch if key_tuple(key)[0].startswith("sample")]
         if carried:
             raise ValueError(
-                f"{describe(unit)} reads {[as_key(('sample', name)) for name in carried]}, which nothing put into the sample. "
+                f"{describe(unit)} reads {per_batch}, which nothing put into the sample. "
                 f"Sites are named to RowSample; what batches hold is carried by SelectTokens(..., also={carried}) and "
                 f"RowSample(..., also={carried}), or analyze_model(..., select={{'also': {carried}}})."
             )
@@ -166,6 +219,8 @@ def _refuse_idle(plan: Plan) -> None:
     """Every per-batch stage must reach a streaming stage, or its work is thrown away batch by batch."""
     needed = [key_tuple(key) for unit in plan.stream for key in unit.in_keys]
     for unit in reversed(plan.batch):
+        if isinstance(unit, WrapModule):
+            return  # it may read anything that comes before it
         if not any(touches(key_tuple(out), key) for out in unit.out_keys for key in needed):
             raise ValueError(
                 f"{describe(unit)} runs once a batch and writes {list(unit.out_keys)[:4]}, but nothing it writes reaches a "

@@ -9,61 +9,79 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key
 
-__all__ = ["Buffer"]
+__all__ = ["RowBlocks"]
+
+Block = tuple[dict[Key, Tensor], list[int]]
 
 
-class Buffer:
-    """Rows of many batches, handed on in blocks of ``block_rows``; remembers which batch each row came from."""
+class RowBlocks:
+    """Rows of many batches, handed on in blocks of ``block_rows``; remembers which batch each row came from.
+
+    Rows are copied as they arrive, so that a loader may fill its tensors again; only a block that lies whole in one batch is
+    handed on as it is, before the next batch is read.
+    """
 
     def __init__(self, keys: Sequence[Key], block_rows: int) -> None:
         self.keys = list(keys)
         self.block_rows = block_rows
-        self._pieces: dict[Key, list[Tensor]] = {key: [] for key in self.keys}
+        self._block: dict[Key, Tensor] = {}
         self._origin: list[tuple[int, int]] = []
         self._held = 0
 
-    def add(
-        self, rows: Mapping[Key, Tensor], count: int, batch: int
-    ) -> Iterator[tuple[dict[Key, Tensor], list[int]]]:
+    def add(self, rows: Mapping[Key, Tensor], count: int, batch: int) -> Iterator[Block]:
         """Take rows in; yield every full block with the batch number of each of its rows."""
-        if count:
-            for key, value in rows.items():
-                self._pieces[key].append(value)
-            self._origin.append((batch, count))
-            self._held += count
-        while self._held >= self.block_rows:
-            yield self._take(self.block_rows)
+        start = 0
+        while start < count:
+            if not self._held and count - start >= self.block_rows:
+                stop = start + self.block_rows
+                yield {key: value[start:stop] for key, value in rows.items()}, [batch] * self.block_rows
+            else:
+                stop = min(count, start + self.block_rows - self._held)
+                self._copy({key: value[start:stop] for key, value in rows.items()}, stop - start)
+                self._origin.append((batch, stop - start))
+                if self._held == self.block_rows:
+                    yield self._take()
+            start = stop
 
-    def flush(self) -> Iterator[tuple[dict[Key, Tensor], list[int]]]:
+    def flush(self) -> Iterator[Block]:
         """Yield what is left."""
         if self._held:
-            yield self._take(self._held)
+            yield self._take()
 
     def held(self) -> tuple[dict[Key, Tensor], list[tuple[int, int]]]:
         """The rows not yet handed on, and how many came from which batch."""
-        return {key: torch.cat(pieces) for key, pieces in self._pieces.items() if pieces}, list(self._origin)
+        return {key: block[: self._held] for key, block in self._block.items()}, list(self._origin)
 
     def restore(self, rows: Mapping[Key, Tensor], origin: Sequence[tuple[int, int]]) -> None:
         """Hold these rows, as ``held`` gave them."""
-        self._pieces = {key: [rows[key]] if key in rows else [] for key in self.keys}
+        self._block, self._held = {}, 0
         self._origin = [(int(batch), int(count)) for batch, count in origin]
-        self._held = sum(count for _, count in self._origin)
+        if self._origin:
+            self._copy(rows, sum(count for _, count in self._origin))
 
-    def _take(self, count: int) -> tuple[dict[Key, Tensor], list[int]]:
-        block = {}
-        for key, pieces in self._pieces.items():
-            whole = (
-                pieces[0] if len(pieces) == 1 else torch.cat([piece.to(pieces[0].device) for piece in pieces])
+    def _copy(self, rows: Mapping[Key, Tensor], count: int) -> None:
+        if self._held and rows.keys() != self._block.keys():
+            raise ValueError(
+                f"run got {list(rows)} in one batch and {list(self._block)} in the batches before: an optional input is there in "
+                f"every batch or in none."
             )
-            block[key], rest = whole[:count], whole[count:]
-            self._pieces[key] = [rest] if rest.shape[0] else []
-        origin: list[int] = []
-        left = []
-        for batch, rows in self._origin:
-            taken = min(rows, count - len(origin))
-            origin += [batch] * taken
-            if taken < rows:
-                left.append((batch, rows - taken))
-        self._origin = left
-        self._held -= count
+        for key, value in rows.items():
+            block = self._block.get(key)
+            if block is None:
+                block = value.new_empty((self.block_rows, *value.shape[1:]))
+            elif block.shape[1:] != value.shape[1:]:
+                raise ValueError(
+                    f"run got rows of shape {tuple(value.shape)} at {key!r} after rows of shape (N, "
+                    f"{', '.join(map(str, block.shape[1:]))}): every batch must give rows of one width."
+                )
+            elif block.dtype != value.dtype:
+                block = block.to(torch.promote_types(block.dtype, value.dtype))
+            block[self._held : self._held + count] = value.detach()
+            self._block[key] = block
+        self._held += count
+
+    def _take(self) -> Block:
+        block = {key: value[: self._held] for key, value in self._block.items()}
+        origin = [batch for batch, count in self._origin for _ in range(count)]
+        self._block, self._origin, self._held = {}, [], 0
         return block, origin

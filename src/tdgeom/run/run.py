@@ -15,14 +15,15 @@ from tqdm import tqdm
 
 from tdgeom.core.keys import Key, as_key, key_tuple
 from tdgeom.core.process_groups import sum_over_ranks
+from tdgeom.core.renamed import stage_of
 from tdgeom.run.batch_rows import BatchRows
-from tdgeom.run.checkpoint import Checkpoint, stage_of
+from tdgeom.run.checkpoint import Checkpoint
 from tdgeom.run.finish import run_end
 from tdgeom.run.one_pass import OnePass
 from tdgeom.run.plan import Plan, make_plan
 from tdgeom.run.signature import fingerprint
 
-__all__ = ["run"]
+__all__ = ["end_of", "run"]
 
 
 def run(
@@ -111,7 +112,7 @@ def run(
         ) as bar:
             one_pass.read(dataloader, bar)
         with one_pass.timed("finish"):
-            ended = _ended(one_pass, inputs, keep)
+            ended = end_of(one_pass, inputs, keep)
     except BaseException:
         for unit in plan.stream:
             with suppress(Exception):  # the first error is the one to report
@@ -122,7 +123,7 @@ def run(
     return None if ended is None else _result(ended, one_pass, pipeline, keep)
 
 
-def _ended(one_pass: OnePass, inputs: TensorDictBase | None, keep: Sequence[str] | None) -> TensorDict | None:
+def end_of(one_pass: OnePass, inputs: TensorDictBase | None, keep: Sequence[str] | None) -> TensorDict | None:
     """Merge ranks, publish, run the end stages; None on every rank but the first."""
     plan = one_pass.plan
     for unit in plan.stream:
@@ -139,6 +140,9 @@ def _ended(one_pass: OnePass, inputs: TensorDictBase | None, keep: Sequence[str]
     td = TensorDict({}, batch_size=[])
     for unit in plan.stream:
         unit.publish(td)
+    for key in plan.hidden:
+        if td.get(key, None) is not None:
+            td.del_(key)
     run_end(plan.end, td, inputs, keep)
     return td
 

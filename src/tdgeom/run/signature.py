@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,21 +10,19 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from tdgeom.core.for_each import RenamedStream
 from tdgeom.core.keys import key_tuple
+from tdgeom.core.renamed import describe
+from tdgeom.core.settings import Configured
 from tdgeom.files.bundle import plain
 from tdgeom.files.json_text import canonical
 from tdgeom.model.loading import config_summary
-from tdgeom.rows.select_tokens import SelectTokens
-from tdgeom.run.plan import Plan, describe
+from tdgeom.run.plan import Plan
 
 __all__ = ["bytes_of", "differences", "fingerprint", "pipeline_signature", "weights_signature"]
 
 _HASHED = 1 << 20  # bytes of each tensor of a batch that are compared
 _SAMPLED = 1024  # values of each tensor of a model that are compared
 _LONGEST_LIST = 4096  # characters of JSON
-_SELECTION = ("positions", "pool", "skip_first", "skip_special", "special_ids", "mask_key")
-_OWN_KEYS = ("training", "in_keys", "out_keys", "cache")
 
 
 def weights_signature(module: nn.Module) -> dict[str, Any]:
@@ -93,70 +89,35 @@ def pipeline_signature(plan: Plan) -> list[dict[str, Any]]:
             "stage": describe(unit),
             "in_keys": ["/".join(key_tuple(key)) for key in unit.in_keys],
             "out_keys": ["/".join(key_tuple(key)) for key in unit.out_keys],
-            "settings": _streaming_settings(unit) if number >= len(plan.batch) else _settings(unit),
+            "settings": _settings(unit),
             **(_computes_with(unit, models) if number < len(plan.batch) else {}),
         }
         for number, unit in enumerate((*plan.batch, *plan.stream))
     ]
 
 
-def _streaming_settings(unit: TensorDictModuleBase) -> dict[str, Any]:
-    """What its state must share to be merged, and its functions of rows."""
-    stage = unit.module if isinstance(unit, RenamedStream) else unit
-    functions = {name: value for name, value in vars(stage).items() if inspect.isfunction(value)}
-    return _compared({**functions, **stage.settings()})  # type: ignore[operator]
-
-
 def _settings(unit: TensorDictModuleBase) -> dict[str, Any]:
-    if isinstance(unit, SelectTokens):
-        return {name: str(getattr(unit, name)) for name in _SELECTION}
-    stages = {name: part for name, part in unit.named_modules() if isinstance(part, TensorDictModuleBase)}
-    return _compared(
-        {
-            f"{where}.{name}".lstrip("."): value
-            for where, stage in stages.items()
-            for name, value in vars(stage).items()
-            if not name.startswith("_") and name not in _OWN_KEYS
-        }
-    )
+    """What every part was made with, by its place and name."""
+    made = {where: part.settings() for where, part in unit.named_modules() if isinstance(part, Configured)}
+    return {
+        f"{where}.{name}".lstrip("."): _shortened(plain(value))
+        for where, settings in made.items()
+        for name, value in settings.items()
+        if name not in ("in_keys", "out_keys")
+    }
 
 
-def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, given in settings.items() for value in _comparable(given)}
-
-
-def _comparable(value: Any) -> list[Any]:
-    """[the value as JSON], or [] for what another process cannot compare."""
-    if value is None or isinstance(value, str | int | float | torch.dtype):
-        return [plain(value)]
-    if isinstance(value, list | tuple):
-        parts = [_comparable(part) for part in value]
-        return [_shortened([part[0] for part in parts])] if all(parts) else []
-    if isinstance(value, Mapping):
-        kept = {str(name): _comparable(part) for name, part in value.items()}
-        return [{name: part[0] for name, part in kept.items()}] if all(kept.values()) else []
-    if isinstance(value, Tensor):
-        return [
-            hashlib.sha256(
-                repr((tuple(value.shape), str(value.dtype))).encode() + _sampled(value)
-            ).hexdigest()
-        ]
-    if isinstance(value, Callable) and hasattr(value, "__qualname__"):  # type: ignore[arg-type]
-        return [value.__qualname__]
-    return []
-
-
-def _shortened(values: list[Any]) -> list[Any] | str:
-    """Long lists by their hash: a record that holds every direction of a stage would outgrow what is read back."""
+def _shortened(values: Any) -> Any:
+    """Long settings by their hash: a record that holds every direction of a stage would outgrow what is read back."""
     text = canonical(values)
     if len(text) <= _LONGEST_LIST:
         return values
-    return f"{len(values)} entries, SHA-256 {hashlib.sha256(text.encode()).hexdigest()}"
+    return f"{len(text):,} characters, SHA-256 {hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _computes_with(unit: TensorDictModuleBase, models: dict[int, dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    own = {} if isinstance(unit, SelectTokens) else weights_signature(unit)
+    own = weights_signature(unit)
     if own.get("tensors"):
         found["weights"] = own
     model = getattr(unit, "model", None)

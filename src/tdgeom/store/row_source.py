@@ -26,7 +26,7 @@ _MOST_MAPS = 100  # some systems allow a process 256 open files
 class RowSource:
     """The rows of a stored run, a source of batches for ``run``.
 
-    Iterating gives TensorDicts of batch size [] with ``("tokens", site)``, ``("tokens", name)`` for what ``also=`` carried,
+    Iterating gives TensorDicts of batch size [] with ``("tokens", site)``, ``("carried", name)`` for what ``also=`` carried,
     ``"row_id"``, and, following from these, ``"document_id"`` (the sequence, unless one was carried) and ``"position"``;
     a batch never spans two shards, so the last of a shard may be smaller. ``source[rows]`` reads any rows by their
     number in the run (a list, a slice or a mask). ``len(source)`` is the number of batches, ``source.rows`` that of rows.
@@ -59,7 +59,7 @@ class RowSource:
         return int(self._starts[-1])
 
     def __repr__(self) -> str:
-        sites = ", ".join(entry.key[-1] for entry in self._entries if entry.key[0] == "tokens")
+        sites = ", ".join(entry.key[-1] for entry in self._entries if entry.key[0] in ("tokens", "carried"))
         return f"RowSource(run {self.run}: {self.rows:,} rows of {sites})"
 
     def __len__(self) -> int:
@@ -124,7 +124,7 @@ class RowSource:
         for entry, column in zip(self._entries, columns):
             found.set(as_key(entry.key), column)
         row_id = found.get("row_id")
-        carried = found.get(("tokens", "document_id"), None)
+        carried = found.get(("carried", "document_id"), found.get(("tokens", "document_id"), None))
         found.set("document_id", row_id >> POSITION_BITS if carried is None else carried)
         found.set("position", row_id & ((1 << POSITION_BITS) - 1))
         return found

@@ -80,12 +80,16 @@ class ShardLayout:
         if names is None:
             return list(self.entries)
         by_key = self.by_key
-        unknown = [name for name in names if ("tokens", name) not in by_key]
+        places = {
+            name: [key for key in (("tokens", name), ("carried", name)) if key in by_key] for name in names
+        }
+        unknown = [name for name, found in places.items() if not found]
         if unknown:
             have = [entry.key[1] for entry in self.entries if len(entry.key) > 1]
             raise StoreLookupError(f"the run holds no rows of {unknown}; it holds {have[:24]}.")
-        wanted = [("tokens", name) for name in names]
-        wanted += [key for key in [("tokens", "document_id")] if key in by_key and key not in wanted]
+        wanted = [found[0] for found in places.values()]
+        documents = [("carried", "document_id"), ("tokens", "document_id")]  # the latter in runs of before
+        wanted += [key for key in documents if key in by_key and key not in wanted]
         return [by_key[key] for key in wanted] + [by_key["row_id"]]
 
     def to_json(self) -> str:

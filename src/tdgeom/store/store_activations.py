@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key, key_tuple
-from tdgeom.core.process_groups import broadcast_number, rank_and_world
-from tdgeom.core.state_transfer import gather_states
+from tdgeom.core.keys import Key, key_tuple, site_key
+from tdgeom.core.process_groups import broadcast_number, gather_states, rank_and_world
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.files.errors import StoreError
 from tdgeom.store.activation_store import ActivationStore
@@ -45,7 +44,7 @@ class StoreActivations(StreamingStage):
         resume: the id of an unfinished run to go on with; rows that it has already, by their row id, are passed over.
         about: what the run says of itself, as for ``ActivationStore.save``.
 
-    Reads ``("tokens", site)``, ``("tokens", name)`` and ``"row_id"``; writes ``("stored", "rows")``, ``("stored", "bytes")``
+    Reads ``("tokens", site)``, ``("carried", name)`` and ``"row_id"``; writes ``("stored", "rows")``, ``("stored", "bytes")``
     (of these rows) and ``("stored", "relative_error")``, √(Σ|x-x̂|² / Σ|x|²) of the site that casting changed most. The
     run's id is ``stage.run_id``.
 
@@ -64,6 +63,7 @@ class StoreActivations(StreamingStage):
         tensor([1., 1., 1.], dtype=torch.float64)
     """
 
+    takes_complex = True  # rows are kept as they come
     runs: Tensor
 
     def __init__(
@@ -89,8 +89,8 @@ class StoreActivations(StreamingStage):
             )
         if shard_bytes < 1:
             raise ValueError(f"StoreActivations: shard_bytes must be at least 1, got {shard_bytes}.")
-        names = None if sites is None else [str(name) for name in (*sites, *also)]
-        rows: list[Key] = ["tokens"] if names is None else [("tokens", name) for name in names]
+        rows: list[Key] = ["tokens"] if sites is None else [("tokens", *site_key(site)) for site in sites]
+        rows += [("carried", str(name)) for name in also]
         super().__init__(
             in_keys=in_keys,
             out_keys=out_keys,
@@ -121,7 +121,7 @@ class StoreActivations(StreamingStage):
 
     def settings(self) -> dict[str, Any]:
         """Only rows of the same keys in the same store add up."""
-        return {"store": str(self.store.path), "rows": self._roles, "dtype": self.dtype}
+        return {"store": str(self.store.path), "rows": self.in_roles, "dtype": self.dtype}
 
     def start(self, *inputs: Tensor) -> Mapping[str, Tensor]:
         """The run to write."""
@@ -183,7 +183,7 @@ class StoreActivations(StreamingStage):
         rank, world = rank_and_world()
         try:
             self.settle()
-            for state in gather_states(self._state()):
+            for state in gather_states(self.state()):
                 self.merge_(self._with_state(state))
             if rank != 0:
                 super().reset()  # the own one is collective
@@ -227,7 +227,7 @@ class StoreActivations(StreamingStage):
     def _layout_of(self, inputs: Sequence[Tensor]) -> ShardLayout:
         count = inputs[-1].shape
         tensors = {}
-        for position, (key, role, value) in enumerate(zip(self.in_keys, self._roles, inputs)):
+        for position, (key, role, value) in enumerate(zip(self.in_keys, self.in_roles, inputs)):
             if value.shape[:1] != count:
                 raise ValueError(
                     f"StoreActivations expects {key!r} of shape ({count[0]}, ...) beside {self.in_keys[-1]!r}, got "

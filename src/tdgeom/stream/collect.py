@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ class Collect(RowsStage):
         limit: the most rows it may hold.
         also: names carried by ``SelectTokens(also=...)`` kept beside the sites.
 
-    Reads ``("tokens", site)`` and ``"row_id"``; writes ``("collected", site)`` and ``"collected_row_id"``.
+    Reads ``("tokens", site)``, ``("carried", name)`` and ``"row_id"``; writes ``("collected", site)``,
+    ``("collected_carried", name)`` and ``"collected_row_id"``.
 
     Raises:
         ValueError: more rows than ``limit``, or inputs that are not the same rows.
@@ -36,9 +38,13 @@ class Collect(RowsStage):
         tensor([0., 0., 1., 1.])
     """
 
+    publishing = frozenset({"limit"})
+    count: Tensor
+    ids: Tensor
+
     def __init__(
         self,
-        sites: Sequence[str] | None = None,
+        sites: Iterable[Any] | None = None,
         *,
         limit: int = 100_000,
         also: Sequence[str] = (),
@@ -65,7 +71,7 @@ class Collect(RowsStage):
     def combine(self, other: Collect) -> None:
         """Append another's rows."""
         held, home = int(other.count), self.ids.device
-        self._append([other._buffers[name][:held].to(home) for name in self.held], other.ids[:held].to(home))
+        self._append([other.state()[name][:held].to(home) for name in self.held], other.ids[:held].to(home))
 
     def _append(self, rows: Sequence[Tensor], row_id: Tensor) -> None:
         held = int(self.count)
@@ -76,26 +82,20 @@ class Collect(RowsStage):
                 f"limit, lower run's max_rows, or keep a uniform sample with RowSample."
             )
         for name, value in (("ids", row_id), *zip(self.held, rows)):
-            buffer = self._buffers[name]
+            buffer = self.state()[name]
             if total > buffer.shape[0]:
                 grown = buffer.new_zeros((max(total, 2 * buffer.shape[0]), *buffer.shape[1:]))
                 grown[:held] = buffer[:held]
                 setattr(self, name, grown)
-            self._buffers[name][held:total] = value
+            self.state()[name][held:total] = value
         self.count += row_id.shape[0]
 
-    def merge_(self, other: Collect) -> Collect:  # type: ignore[override]
-        """Append the rows of ``other``; capacities may differ."""
-        same = isinstance(other, Collect) and other.settings() == self.settings()
-        if same and not self.is_empty and not other.is_empty:
-            with torch.inference_mode(False), torch.no_grad():
-                self.combine(other)
-            return self
-        return super().merge_(other)  # type: ignore[return-value]
+    def fits(self, name: str, value: Tensor) -> bool:
+        """Capacities may differ."""
+        return value.shape[1:] == self.state()[name].shape[1:]
 
-    def result(self) -> Mapping[str, Tensor]:
+    def result(self) -> list[Tensor]:
         """The rows in the order of their ids."""
         held = int(self.count)
         ids, order = torch.sort(self.ids[:held], stable=True)
-        outputs = {name: self._buffers[rows][:held][order] for name, rows in zip(self._names, self.held)}
-        return {**outputs, self._names[-1]: ids}
+        return [*(self.state()[name][:held][order] for name in self.held), ids]

@@ -53,6 +53,12 @@ class StreamingCovariance(StreamingStage):
     reads = {"tokens": "N D"}
     writes = [("moments", name) for name in ("count", "mean", "covariance", "norm4", "norm2_x")]
 
+    count: Tensor
+    mean: Tensor
+    scatter: Tensor
+    norm2_x: Tensor
+    norm4: Tensor
+
     def __init__(
         self, *, in_keys: Key | list[Key] | None = None, out_keys: Key | list[Key] | None = None
     ) -> None:
@@ -65,7 +71,7 @@ class StreamingCovariance(StreamingStage):
         d = tokens.shape[-1]
         shapes = {"count": (), "mean": (d,), "scatter": (d, d), "norm2_x": (d,), "norm4": ()}
         return {
-            name: torch.zeros(shape, dtype=self._buffers[name].dtype, device=tokens.device)
+            name: torch.zeros(shape, dtype=self.state()[name].dtype, device=tokens.device)
             for name, shape in shapes.items()
         }
 
@@ -80,10 +86,10 @@ class StreamingCovariance(StreamingStage):
 
     def combine(self, other: StreamingCovariance) -> None:
         """Add another's moments."""
-        self._merge({name: value.to(self.mean.device) for name, value in other._moments().items()})
+        self._merge({name: value.to(self.mean.device) for name, value in other.state().items()})
 
     def _merge(self, block: dict[str, Tensor]) -> None:
-        state = self._moments()
+        state = self.state()
         merge_moments(state, block)
         self.norm4 = state["norm4"]
 
@@ -102,6 +108,3 @@ class StreamingCovariance(StreamingStage):
             "norm4": self.norm4.clone(),
             "norm2_x": self.norm2_x.clone(),
         }
-
-    def _moments(self) -> dict[str, Tensor]:
-        return {name: self._buffers[name] for name in _STATE}

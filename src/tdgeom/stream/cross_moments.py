@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tdgeom.core.for_each import pair_list
+from tdgeom.core.for_each_pair import pair_list
 from tdgeom.core.keys import Key, Keys, as_key, key_tuple
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.stream.running_centre import about_running_mean

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Key, as_key
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.numerics.hashing import EMPTY
 from tdgeom.rows.token_context import marked_text
@@ -53,23 +53,22 @@ class MaxActivating(StreamingStage):
     features of one head those of ``Capture(model, "z", heads=[3])``. Any order of rows and any split into batches give
     the same answer: equal values are ordered by row id.
 
-    Reads ``("tokens", site)`` (N, D), ``("tokens", "context")`` (N, W) and ``"row_id"``; writes under
+    Reads ``("tokens", site)`` (N, D), ``("carried", context)`` (N, W) and ``"row_id"``; writes under
     ``("exemplars", site)`` ``values`` (U, k) descending, ``row_id`` (U, k), ``context`` (U, k, W). ``k`` shrinks to the number
-    of rows. One stage a site: ``[MaxActivating(site) for site in capture.sites]``.
+    of rows. At many sites: ``ForEach(MaxActivating(), sites)``.
 
     Args:
-        site: the site whose rows are watched.
+        site: the site whose rows are watched; None for one unnamed site (``"tokens"``, ``"exemplars"``).
         k: how many rows to keep for a unit.
         units: which features to watch (default all of them).
         directions: (D, U), watch projections ``x @ directions`` instead.
         smallest: keep the smallest values instead, ascending.
+        context: the carried value kept with a row, ``SelectTokens(..., also=[context])``; see ``ContextWindow``.
 
         >>> import torch, tdgeom as tg
-        >>> from tensordict import TensorDict
-        >>> td = TensorDict({"tokens": {"x": torch.tensor([[1.0], [4.0]]), "context": torch.tensor([[7], [8]])},
-        ...                  "row_id": torch.arange(2)})
-        >>> found = tg.MaxActivating("x", k=1)(td)["exemplars", "x"]
-        >>> found["values"].item(), found["row_id"].item(), found["context"].item()
+        >>> rows, windows = torch.tensor([[1.0], [4.0]]), torch.tensor([[7], [8]])
+        >>> values, row_id, context = tg.MaxActivating(k=1)(tokens=rows, context=windows, row_id=torch.arange(2))
+        >>> values.item(), row_id.item(), context.item()
         (4.0, 1, 8)
     """
 
@@ -79,12 +78,13 @@ class MaxActivating(StreamingStage):
 
     def __init__(
         self,
-        site: str,
+        site: str | None = None,
         *,
         k: int = 20,
         units: Sequence[int] | None = None,
         directions: Tensor | None = None,
         smallest: bool = False,
+        context: str = "context",
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:
@@ -92,11 +92,12 @@ class MaxActivating(StreamingStage):
             raise ValueError(f"MaxActivating: k must be at least 1, got {k}.")
         if units is not None and directions is not None:
             raise ValueError("MaxActivating expects units= or directions=, not both.")
+        at = () if site is None else (str(site),)
         super().__init__(
             in_keys=in_keys,
             out_keys=out_keys,
-            reads={("tokens", str(site)): "N D", ("tokens", "context"): "N W", "row_id": "N"},
-            writes=[("exemplars", str(site), name) for name in ("values", "row_id", "context")],
+            reads={as_key(("tokens", *at)): "N D", ("carried", context): "N W", "row_id": "N"},
+            writes=[("exemplars", *at, name) for name in ("values", "row_id", "context")],
         )
         self.k, self.units, self.smallest = k, None if units is None else list(units), smallest
         self.directions = None if directions is None else directions.detach().clone()
@@ -104,18 +105,13 @@ class MaxActivating(StreamingStage):
         self.add_state("ids", torch.int64)
         self.add_state("text", torch.int64)
 
-    def settings(self) -> dict[str, Any]:
-        """k, units, directions and sign: what two stages must share to be merged."""
-        directions = None if self.directions is None else self.directions.tolist()
-        return {"k": self.k, "units": self.units, "directions": directions, "smallest": self.smallest}
-
     def start(self, rows: Tensor, context: Tensor, row_id: Tensor) -> Mapping[str, Tensor]:
         """Room for k rows, all of them still empty."""
         shape = (self.k, self._values(rows[:0]).shape[1])
         return {
-            "top": torch.full(shape, -torch.inf, dtype=torch.float32),
-            "ids": torch.full(shape, EMPTY, dtype=torch.int64),
-            "text": torch.full((*shape, context.shape[1]), -1, dtype=torch.int64),
+            "top": torch.full(shape, -torch.inf, dtype=torch.float32, device=rows.device),
+            "ids": torch.full(shape, EMPTY, dtype=torch.int64, device=rows.device),
+            "text": torch.full((*shape, context.shape[1]), -1, dtype=torch.int64, device=rows.device),
         }
 
     def accumulate(self, rows: Tensor, context: Tensor, row_id: Tensor) -> None:
@@ -126,8 +122,7 @@ class MaxActivating(StreamingStage):
 
     def combine(self, other: MaxActivating) -> None:
         """Keep the best of both."""
-        home = self.top.device
-        self._join(other.top.to(home), other.ids.to(home), other.text.to(home))
+        self._join(*(value.to(self.home) for value in (other.top, other.ids, other.text)))
 
     def result(self) -> Mapping[str, Tensor]:
         """Values, row ids and contexts, (U, k, ...)."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Key, as_key, site_key
 from tdgeom.core.streaming_stage import StreamingStage
 
 __all__: list[str] = []
@@ -17,10 +17,12 @@ __all__: list[str] = []
 class RowsStage(StreamingStage):
     """A streaming stage that reads the same rows at several sites, and ``"row_id"`` last."""
 
+    takes_complex = True  # rows are held as they come
+
     def __init__(
         self,
         root: str,
-        sites: Sequence[str] | None,
+        sites: Iterable[Any] | None,
         also: Sequence[str],
         *,
         in_keys: Key | list[Key] | None,
@@ -34,23 +36,26 @@ class RowsStage(StreamingStage):
             raise ValueError(
                 f"{type(self).__name__}: also={list(also)} needs sites=; without sites it reads 'tokens' alone."
             )
-        names = None if sites is None else [str(name) for name in (*sites, *also)]
-        tokens: list[Key] = ["tokens"] if names is None else [("tokens", name) for name in names]
-        held: list[Key] = [root] if names is None else [(root, name) for name in names]
+        parts = [()] if sites is None else [site_key(site) for site in sites]
+        carried = [str(name) for name in also]
         super().__init__(
             in_keys=in_keys,
             out_keys=out_keys,
-            reads=[*tokens, "row_id"],
-            writes=[*held, f"{root}_row_id"],
+            reads=[
+                *(as_key(("tokens", *site)) for site in parts),
+                *(("carried", name) for name in carried),
+                "row_id",
+            ],
+            writes=[
+                *(as_key((root, *site)) for site in parts),
+                *((f"{root}_carried", name) for name in carried),
+                f"{root}_row_id",
+            ],
         )
-        self.held = [f"rows_{i}" for i in range(len(tokens))]
+        self.held = [f"rows_{i}" for i in range(len(parts) + len(carried))]
         self.add_state("ids", torch.int64)
         for name in self.held:
-            self.add_state(name, torch.float32)
-
-    def settings(self) -> dict[str, Any]:
-        """Rows merge only site by site."""
-        return {"rows": self._names[:-1]}
+            self.add_state(name, None)
 
     def blank(self, rows: Sequence[Tensor], capacity: int) -> dict[str, Tensor]:
         """Buffers of ``capacity`` rows with each site's width and dtype."""
@@ -63,7 +68,7 @@ class RowsStage(StreamingStage):
     def check_rows(self, rows: Sequence[Tensor], row_id: Tensor) -> None:
         """All inputs share their first dimension, and keep the width they came with."""
         for key, value, name in zip(self.in_keys, rows, self.held):
-            held = self._buffers[name]
+            held = self.state()[name]
             if value.shape[:1] != row_id.shape or value.shape[1:] != held.shape[1:]:
                 raise ValueError(
                     f"{type(self).__name__} expects {key!r} of shape ({row_id.shape[0]}, "

@@ -31,6 +31,10 @@ class StreamingMean(StreamingStage):
     reads = ["tokens"]
     writes = [("mean", "mean"), ("mean", "variance"), ("mean", "count")]
 
+    count: Tensor
+    centre: Tensor
+    scatter: Tensor
+
     def __init__(
         self, *, in_keys: Key | list[Key] | None = None, out_keys: Key | list[Key] | None = None
     ) -> None:

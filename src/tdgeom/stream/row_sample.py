@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ class RowSample(RowsStage):
         seed: another seed, another sample.
         also: names carried by ``SelectTokens(also=...)`` that the sample keeps beside the sites.
 
-    Reads ``("tokens", site)``, ``("tokens", name)`` and ``"row_id"`` (int64, unique in the stream); writes
-    ``("sample", site)``, ``("sample", name)`` and ``"sample_row_id"``.
+    Reads ``("tokens", site)``, ``("carried", name)`` and ``"row_id"`` (int64, unique in the stream); writes
+    ``("sample", site)``, ``("sample_carried", name)`` and ``"sample_row_id"``.
 
     Raises:
         ValueError: a row id that came twice, inputs that are not the same rows, or a width that changed.
@@ -44,7 +44,7 @@ class RowSample(RowsStage):
 
     def __init__(
         self,
-        sites: Sequence[str] | None = None,
+        sites: Iterable[Any] | None = None,
         *,
         size: int = 4096,
         seed: int = 0,
@@ -59,10 +59,6 @@ class RowSample(RowsStage):
         self.seed = seed
         self.add_state("hashes", torch.int64)
 
-    def settings(self) -> dict[str, Any]:
-        """Samples merge only under one size and seed, and for the same sites."""
-        return {"size": self.size, "seed": self.seed, **super().settings()}
-
     def start(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Empty slots."""
         *rows, row_id = inputs
@@ -74,14 +70,13 @@ class RowSample(RowsStage):
         self.check_rows(rows, row_id)
         ids = row_id.long()
         new = {"ids": ids, "hashes": hash_ids(ids, self.seed), **dict(zip(self.held, rows))}
-        reservoir.offer(self._state(), new)
+        reservoir.offer(self.state(), new)
 
     def combine(self, other: RowSample) -> None:
         """Offer the other's rows to the own slots."""
-        home = next(iter(self._state().values())).device
-        reservoir.offer(self._state(), {name: value.to(home) for name, value in other._state().items()})
+        reservoir.offer(self.state(), {name: value.to(self.home) for name, value in other.state().items()})
 
-    def result(self) -> Mapping[str, Tensor]:
+    def result(self) -> list[Tensor]:
         """The sample in hash order."""
-        held = reservoir.in_hash_order(self._state(), type(self).__name__)
-        return dict(zip(self._names, [held[name] for name in (*self.held, "ids")]))
+        held = reservoir.in_hash_order(self.state(), type(self).__name__)
+        return [held[name] for name in (*self.held, "ids")]

@@ -285,7 +285,7 @@ def test_tables_serve_as_well_as_samples(duplicated):
     for stage in (NeighborhoodOverlap, JaccardKNN):
         expected = stage(k=8)(sample_a=x, sample_b=y)
         torch.testing.assert_close(stage(k=8, source="neighbors")(td)["between", stage.measure], expected)
-    table = TensorDict({"neighbors": td["neighbors", "a"], "label": label})
+    table = TensorDict({"neighbors": td["neighbors", "a"], "sample_carried": {"label": label}})
     served = LabelOverlap(k=8, source="neighbors")(table)["neighborhood", "label_overlap"]
     torch.testing.assert_close(served, LabelOverlap(k=8)(sample=x, label=label))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Keys
-from tdgeom.core.stage import PairStage
+from tdgeom.core.pair_stage import PairStage
 from tdgeom.measures.neighbors.distance_blocks import (
     block_rows,
     blocks_of_keys,

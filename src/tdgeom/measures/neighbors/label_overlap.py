@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -126,9 +126,8 @@ def _asked(label: Tensor, k: int, fraction: float | None) -> Tensor:
 class LabelOverlap(Stage):
     r"""Mean share of a row's neighbours that carry its label: see ``label_overlap_of``.
 
-    At sites (``ForEach``) the labels are one key for all of them: ``("sample", "label")``, where
-    ``SelectTokens(also=["label"])`` and ``RowSample(also=["label"])`` put them. A stage called by itself
-    reads ``"label"``, for a TensorDict cannot hold a tensor at ``"sample"`` and another below it.
+    The labels are one carried value for all sites, ``("sample_carried", labels)``, where ``SelectTokens(also=[labels])`` and
+    ``RowSample(also=[labels])`` put it.
 
     Args:
         k: neighbours a row, 1 <= k < N.
@@ -137,7 +136,8 @@ class LabelOverlap(Stage):
         metric: as in ``nearest_neighbors``.
         source: ``"sample"`` (searches itself, in ``memory`` bytes) or ``"neighbors"`` (reads
             ``NearestNeighbors``'s ``index``).
-        in_keys: default ``["sample", "label"]``, or ``[("neighbors", "index"), "label"]``.
+        labels: the name of the carried label.
+        in_keys: default ``["sample", ("sample_carried", labels)]``, with neighbours ``("neighbors", "index")`` first.
         out_keys: default ``("neighborhood", "label_overlap")``, ().
 
     >>> import torch, tdgeom as tg
@@ -145,8 +145,6 @@ class LabelOverlap(Stage):
     >>> tg.LabelOverlap(k=1)(sample=x, label=torch.tensor([0, 0, 0, 1, 1])).item()
     1.0
     """
-
-    shared: ClassVar = {"label": ("sample", "label")}
 
     def __init__(
         self,
@@ -156,13 +154,14 @@ class LabelOverlap(Stage):
         balanced: bool = False,
         metric: str | float = "euclidean",
         source: Literal["sample", "neighbors"] = "sample",
+        labels: str = "label",
         memory: int | None = None,
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:
         sources: Mapping[str, Mapping[Key, str]] = {
-            "sample": {"sample": "N D", "label": "N"},
-            "neighbors": {("neighbors", "index"): "N k", "label": "N"},
+            "sample": {"sample": "N D", ("sample_carried", labels): "N"},
+            "neighbors": {("neighbors", "index"): "N k", ("sample_carried", labels): "N"},
         }
         if source not in sources:
             raise ValueError(f"LabelOverlap: source is one of {sorted(sources)}, got {source!r}.")

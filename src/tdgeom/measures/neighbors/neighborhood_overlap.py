@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Key, Keys
-from tdgeom.core.stage import PairStage
+from tdgeom.core.pair_stage import PairStage
 from tdgeom.measures.neighbors.nearest_neighbors import nearest_neighbors
 from tdgeom.numerics.copies import all_alike, undefined_where_alike
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Keys
-from tdgeom.core.stage import PairStage
+from tdgeom.core.pair_stage import PairStage
 from tdgeom.measures.similarity.pair_sources import MATCHED_ROWS
 from tdgeom.measures.similarity.row_distances import (
     condensed,

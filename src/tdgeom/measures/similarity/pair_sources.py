@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from tdgeom.core.keys import Key, Keys
-from tdgeom.core.stage import PairStage
+from tdgeom.core.pair_stage import PairStage
 
 __all__ = ["MATCHED_ROWS", "MomentPairStage", "Source", "refuse_sketch"]
 

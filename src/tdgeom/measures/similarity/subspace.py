@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Keys
-from tdgeom.core.stage import PairStage
+from tdgeom.core.pair_stage import PairStage
 from tdgeom.numerics.centring import as_rows, check_matched, warn_undefined
 
 __all__ = ["LayerCosine", "SubspaceNovelty", "feature_subspace_novelty", "layer_cosine_sim"]

@@ -1,0 +1,276 @@
+"""What a module was made with, as plain data: for its ``repr``, for metadata, and to make it again."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from os import PathLike
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+__all__ = ["Configured", "plain_setting"]
+
+_SMALL = 1024  # values of a tensor that are written out; of a larger one the hash
+_Self = TypeVar("_Self", bound="Configured")
+
+
+class Configured:
+    """A module that knows what ``__init__`` was given.
+
+    A subclass declares nothing: arguments are taken from the call. Functions, models and large tensors are named, not held.
+    """
+
+    _kinds: dict[str, type] = {}
+    _given: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Configured._kinds[cls.__name__] = cls
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Take the arguments down; unpickling and copies, which call this without any, bring their own."""
+        make = super().__new__
+        self = make(cls) if make is object.__new__ else make(cls, *args, **kwargs)
+        self.__dict__["_given"] = _bound(cls, args, kwargs)
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of ``__init__`` by name, as plain data; an attribute of an argument's name stands for it.
+
+        Numbers, strings, None and lists are themselves; a tuple is ``{"tuple": [...]}``, a slice ``{"slice": [...]}``, a dtype
+        ``{"dtype": name}``, a function ``{"function": qualified name}``, a stage ``{"made": class, "settings": {...}}``, a
+        model ``{"model": class}``, a tensor its values or, above 1,024 of them, its SHA-256.
+
+            >>> import tdgeom as tg
+            >>> tg.TwoNN(discard=0.2).settings()["discard"]
+            0.2
+        """
+        return {name: plain_setting(v) if isinstance(v, Tensor) else v for name, v in self._current().items()}
+
+    def _current(self) -> dict[str, Any]:
+        """What was given, or what the attribute of that name has been set to since."""
+        current = {}
+        for name, value in self._given.items():
+            now = self.__dict__.get(name, value)
+            plain = now if now is value or isinstance(now, Tensor) else plain_setting(now)
+            current[name] = value if isinstance(plain, dict) and "object" in plain else plain
+        return current
+
+    @classmethod
+    def from_settings(cls: type[_Self], settings: Mapping[str, Any], **live: Any) -> _Self:
+        """Made again from ``settings()``.
+
+        Args:
+            settings: what ``settings()`` gave, also after a way through JSON.
+            live: values that plain data cannot hold (functions, models, large tensors), by argument name.
+
+        Raises:
+            TypeError: a value that must be given again.
+
+            >>> import tdgeom as tg
+            >>> tg.TwoNN.from_settings(tg.TwoNN(discard=0.2).settings())
+            TwoNN(discard=0.2)
+        """
+        values = {name: value for name, value in settings.items() if name not in live}
+        made = {name: _made_again(value, f"{cls.__name__}.{name}") for name, value in values.items()} | live
+        listed = [p.name for p in _parameters(cls).values() if p.kind is inspect.Parameter.VAR_POSITIONAL]
+        positional = [value for name in listed for value in made.pop(name, [])]
+        return cls(*positional, **made)
+
+    def __repr__(self) -> str:
+        return _call_shown(type(self).__name__, self._current())
+
+
+def plain_setting(value: Any) -> Any:
+    """One setting as plain data; see ``Configured.settings``."""
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, PathLike):
+        return str(value)
+    if isinstance(value, np.generic):
+        return plain_setting(value.item())
+    if isinstance(value, list):
+        return [plain_setting(part) for part in value]
+    if isinstance(value, tuple):
+        return {"tuple": [plain_setting(part) for part in value]}
+    if isinstance(value, set | frozenset):
+        return {"set": [plain_setting(part) for part in sorted(value, key=repr)]}
+    if isinstance(value, slice | range):
+        return {type(value).__name__: [value.start, value.stop, value.step]}
+    if isinstance(value, TensorDictBase):
+        return {"object": type(value).__name__}
+    if isinstance(value, Mapping):
+        if all(isinstance(name, str) for name in value) and not set(value) & _TAGS:
+            return {str(name): plain_setting(part) for name, part in value.items()}
+        return {"mapping": [[plain_setting(name), plain_setting(part)] for name, part in value.items()]}
+    if isinstance(value, torch.dtype | torch.device):
+        return {type(value).__name__: str(value).removeprefix("torch.")}
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, Tensor):
+        return _plain_tensor(value)
+    if isinstance(value, Configured):
+        return {"made": type(value).__name__, "settings": value.settings()}
+    return _named(value)
+
+
+def _plain_tensor(value: Tensor) -> dict[str, Any]:
+    about = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+    value = value.detach().cpu()
+    if value.numel() <= _SMALL and not value.is_complex():
+        return {"tensor": [plain_setting(one) for one in value.flatten().tolist()], **about}
+    flat = value.contiguous().reshape(-1)
+    return {"tensor_sha256": hashlib.sha256(memoryview(flat.view(torch.uint8).numpy())).hexdigest(), **about}
+
+
+def _named(value: Any) -> dict[str, Any]:
+    """What plain data cannot hold, by its name."""
+    if is_dataclass(value) and not isinstance(value, type):
+        held = {field.name: plain_setting(getattr(value, field.name)) for field in fields(value)}
+        return {"made": type(value).__name__, "settings": held}
+    if isinstance(value, nn.Module):
+        return {"model": type(value).__name__}
+    if isinstance(value, Callable) and hasattr(value, "__qualname__"):  # type: ignore[arg-type]  # mypy: Callable is special
+        return {"function": f"{value.__module__}.{value.__qualname__}"}
+    return {"object": type(value).__name__}
+
+
+_TAGS = {
+    "tuple",
+    "set",
+    "slice",
+    "range",
+    "mapping",
+    "dtype",
+    "device",
+    "float",
+    "tensor",
+    "tensor_sha256",
+    "made",
+}
+_TAGS |= {"model", "function", "object"}
+
+
+def _made_again(value: Any, where: str) -> Any:
+    if isinstance(value, list):
+        return [_made_again(part, where) for part in value]
+    if not isinstance(value, dict):
+        return value
+    tag = next((name for name in value if name in _TAGS), None)
+    held = value.get(tag)
+    if tag is None:
+        return {name: _made_again(part, where) for name, part in value.items()}
+    if tag in ("tuple", "set"):
+        return (tuple if tag == "tuple" else frozenset)(_made_again(part, where) for part in held)
+    if tag in ("slice", "range"):
+        return (slice if tag == "slice" else range)(*held)
+    if tag == "mapping":
+        return {_made_again(name, where): _made_again(part, where) for name, part in held}
+    if tag == "float":
+        return float(held)
+    if tag == "device":
+        return torch.device(held)
+    if tag == "tensor":
+        flat = torch.tensor([_made_again(one, where) for one in held], dtype=getattr(torch, value["dtype"]))
+        return flat.reshape(value["shape"])
+    if tag == "dtype" and isinstance(getattr(torch, str(held), None), torch.dtype):
+        return getattr(torch, held)
+    if tag == "made" and held in Configured._kinds:
+        return Configured._kinds[held].from_settings(value["settings"])  # type: ignore[attr-defined]  # all are Configured
+    name = where.rpartition(".")[2]
+    raise TypeError(
+        f"{where} was {_shown(value)}, which plain data cannot hold. Give it again: from_settings(settings, {name}=...)."
+    )
+
+
+def _call_shown(name: str, settings: Mapping[str, Any]) -> str:
+    """A class called with those settings that are not its defaults."""
+    usual = _parameters(Configured._kinds[name]) if name in Configured._kinds else {}
+    told = [
+        f"{argument}={_shown(value)}"
+        for argument, value in settings.items()
+        if argument not in usual
+        or isinstance(value, Tensor)
+        or value != plain_setting(usual[argument].default)
+    ]
+    return f"{name}({', '.join(told)})"
+
+
+def _shown(value: Any) -> str:
+    """A plain setting as one would write it."""
+    if isinstance(value, Tensor):
+        return f"tensor of shape {tuple(value.shape)}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value[:8]))}{', ...' if len(value) > 8 else ''}]"
+    if not isinstance(value, dict):
+        return repr(value)
+    tag = next((name for name in value if name in _TAGS), None)
+    if tag is None:
+        return "{" + ", ".join(f"{name!r}: {_shown(part)}" for name, part in value.items()) + "}"
+    held = value[tag]
+    if tag in ("tuple", "set"):
+        inside = ", ".join(map(_shown, held))
+        return f"({inside}{',' if len(held) == 1 else ''})" if tag == "tuple" else "{" + inside + "}"
+    if tag in ("slice", "range"):
+        return f"{tag}({', '.join(map(str, held))})"
+    if tag == "mapping":
+        return "{" + ", ".join(f"{_shown(name)}: {_shown(part)}" for name, part in held) + "}"
+    if tag in ("tensor", "tensor_sha256"):
+        return f"tensor of shape {tuple(value['shape'])}"
+    if tag == "made":
+        return _call_shown(held, value["settings"])
+    return held.rpartition(".")[2] if tag == "function" else str(held)
+
+
+# ------------------------------------------------------------------------------------------------ what was given
+
+
+@cache
+def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """The arguments of ``__init__`` by name; where it passes ``**keys`` on, those of the class above it too."""
+    found: dict[str, inspect.Parameter] = {}
+    for one in cls.__mro__:
+        if "__init__" not in one.__dict__:
+            continue
+        own = list(inspect.signature(one.__dict__["__init__"]).parameters.values())[1:]
+        found = {p.name: p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD} | found
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own):
+            break
+    return found
+
+
+@cache
+def _signature(cls: type) -> inspect.Signature:
+    return inspect.signature(cls.__dict__.get("__init__") or cls.__init__)  # type: ignore[misc]  # of a class, not an instance
+
+
+def _bound(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments by name, those left out at their own defaults; {} where they do not fit (``__init__`` will say so)."""
+    try:
+        bound = _signature(cls).bind(None, *args, **kwargs)
+    except TypeError:
+        return {}
+    bound.apply_defaults()
+    given: dict[str, Any] = {}
+    for parameter in list(bound.signature.parameters.values())[1:]:
+        value = bound.arguments[parameter.name]
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given |= value
+        else:
+            given[parameter.name] = (
+                list(value) if parameter.kind is inspect.Parameter.VAR_POSITIONAL else value
+            )
+    # Never a model, nor a list that may change later: all but tensors is made plain now.
+    return {name: one if isinstance(one, Tensor) else plain_setting(one) for name, one in given.items()}
