@@ -64,6 +64,12 @@ class Configured:
             current[name] = value if isinstance(plain, dict) and "object" in plain else plain
         return current
 
+    def all_settings(self) -> dict[str, Any]:
+        """``settings()``, and the defaults of what ``**keys`` would have passed on: spelt out or not, they are the same."""
+        usual = _parameters(type(self)).values()
+        told = {p.name: plain_setting(p.default) for p in usual if p.default is not inspect.Parameter.empty}
+        return told | self.settings()
+
     @classmethod
     def from_settings(cls: type[_Self], settings: Mapping[str, Any], **live: Any) -> _Self:
         """Made again from ``settings()``.

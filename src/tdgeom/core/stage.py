@@ -54,7 +54,7 @@ class Stage(Configured, TensorDictModuleBase):
         KeyError: an input is missing. ValueError: wrong shape, clashing sizes or a batch size that covers rows.
     """
 
-    reads: ClassVar[Mapping[Key, str] | Sequence[Key]] = ()
+    reads: ClassVar[Mapping[Key, str | None] | Sequence[Key]] = ()
     writes: ClassVar[Sequence[Key]] = ()
     optional: ClassVar[Collection[str]] = frozenset()
     shared: Collection[Key] = frozenset()
@@ -66,7 +66,7 @@ class Stage(Configured, TensorDictModuleBase):
         *,
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
-        reads: Mapping[Key, str] | Sequence[Key] | None = None,
+        reads: Mapping[Key, str | None] | Sequence[Key] | None = None,
         writes: Sequence[Key] | None = None,
         optional: Collection[Key] | None = None,
     ) -> None:

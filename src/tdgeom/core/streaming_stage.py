@@ -107,7 +107,7 @@ class StreamingStage(Stage):
     def merging_settings(self) -> dict[str, Any]:
         """What two stages must share to be merged, or a state to be loaded: all settings but keys and ``publishing``."""
         apart = {"in_keys", "out_keys", *self.publishing}
-        return {name: value for name, value in self.settings().items() if name not in apart}
+        return {name: value for name, value in self.all_settings().items() if name not in apart}
 
     @property
     def is_empty(self) -> bool:
