@@ -98,12 +98,7 @@ def vectors(seed: int) -> torch.Tensor:
 
 def label_moments() -> list[torch.Tensor]:
     """What StreamingLabelMoments writes on the example rows."""
-    stage = tg.StreamingLabelMoments(n_classes=2, in_keys=["x", "label", "row_id"])
-    td = TensorDict({})
-    for key, value in zip(stage.in_keys, (rows(), labels(), ids())):
-        td.set(key, value)
-    stage(td)
-    return [td[key] for key in stage.out_keys]
+    return list(tg.StreamingLabelMoments(n_classes=2)(rows(), labels(), ids()))
 
 
 def basis() -> dict[str, torch.Tensor]:
@@ -175,9 +170,9 @@ LABEL_MOMENTS = {
 
 
 def labelled(make: Callable[..., torch.nn.Module], first: Callable[[], torch.Tensor] = rows) -> Example:
-    """An example of a streaming stage that reads labels; its default keys nest them under the rows' own key."""
+    """An example of a streaming stage that reads labels."""
     return streaming(
-        lambda in_keys=None, **keys: make(in_keys=in_keys or ["x", "label", "row_id"], **keys), first, labels, ids,
+        make, first, labels, ids,
         shapes="takes labels of any kind", compile="finds out what kind of labels there are from their values",
     )  # fmt: skip
 

@@ -136,7 +136,7 @@ class BilinearProbe(Stage):
             test = (used & held).nonzero().flatten()
             self._learn(tuple(x[train] for x in rows), label[train], None if types is None else bucket[train])
             if not len(test):
-                return rules.unscored(self)
+                return rules.unscored(self, a.device)
             inputs = tuple(x[test] for x in rows)
             right = rules.control_right(self, inputs, bucket[test])
             return rules.scored(self, self.decide(self.fitted, inputs), label[test], group[test], right)

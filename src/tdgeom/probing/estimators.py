@@ -136,8 +136,11 @@ class TorchProbe(Probe):
         mean = x.mean(0)
         scale = (x - mean).square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         template = self._template[0]
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(self.seed)
+        on = [x.device] if x.is_cuda else []
+        with torch.random.fork_rng(devices=on):
+            # torch.manual_seed would also seed, for good, the devices that this fit does not use.
+            for generator in (torch.default_generator, *(torch.cuda.default_generators[d.index] for d in on)):
+                generator.manual_seed(self.seed)
             module = (
                 deepcopy(template) if isinstance(template, nn.Module) else template(x.shape[1], task.classes)
             )

@@ -191,7 +191,7 @@ def class_counts(moments: Mapping[str, Tensor]) -> Tensor:
     >>> class_counts(moments).tolist()
     [2, 1]
     """
-    pooled = pool_folds(moments) if moments["count"].ndim else moments
+    pooled = pool_folds(moments)
     return (pooled["target_mean"] * pooled["count"]).round().long()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ MAX_CLASSES = 4096
 
 
 def labelled_keys(
-    owner: str, labels: str, control: str | None = None, *, rows: Sequence[Key] = ("tokens",)
+    owner: str, labels: str, control: str | None = None, *, rows: Mapping[Key, str | None] | None = None
 ) -> dict[Key, str | None]:
     """What a stage on rows and labels reads: rows, the carried value ``labels``, row ids, and the types of a control task."""
     if not isinstance(labels, str) or not isinstance(control, str | None):
@@ -27,7 +27,7 @@ def labelled_keys(
         )
     if labels == control:
         raise ValueError(f"{owner}: labels and control both name {labels!r}; a control task needs types.")
-    reads: dict[Key, str | None] = {**dict.fromkeys(rows, "N D"), ("carried", labels): None, "row_id": "N"}
+    reads: dict[Key, str | None] = {**(rows or {"tokens": "N D"}), ("carried", labels): None, "row_id": "N"}
     return reads if control is None else {**reads, ("carried", control): "N"}
 
 

@@ -127,9 +127,8 @@ class LinearProbe(Probe):
         listed = isinstance(alpha, Sequence) or (isinstance(alpha, Tensor) and alpha.ndim > 0)
         if listed and solver != "ridge":
             raise ValueError(f"LinearProbe(solver={solver!r}) takes one alpha, got {alpha!r}.")
-        values = torch.as_tensor([] if alpha is None else alpha, dtype=torch.float64, device="cpu").reshape(
-            -1
-        )
+        given = torch.as_tensor([] if alpha is None else alpha, dtype=torch.float64, device="cpu")
+        values = given.reshape(-1)
         if bool((values < 0).any()) or (listed and not len(values)):
             raise ValueError(f"LinearProbe: alpha must be 0 or more, got {alpha!r}.")
         if folds < 2:
@@ -152,10 +151,7 @@ class LinearProbe(Probe):
     def solve(self, inputs: tuple[Tensor, ...], label: Tensor, task: Task) -> Fitted:
         """Fit rows: logistic regression, or ridge with leave-one-out."""
         if self.solver == "logistic":
-            if task.regression:
-                raise ValueError(
-                    "LinearProbe(solver='logistic') predicts classes: give integer labels, or take solver='ridge'."
-                )
+            task.refuse_numbers("LinearProbe(solver='logistic')")
             penalty = float(self.alphas[0]) if len(self.alphas) else 1.0
             weight, bias = logistic_probe(inputs[0], label, task.classes, penalty, balanced=self.balanced)
             return {"weight": weight, "bias": bias, "alpha": weight.new_tensor(penalty)}
@@ -168,10 +164,7 @@ class LinearProbe(Probe):
     def solve_moments(self, moments: dict[str, Tensor], task: Task) -> Fitted:
         """Ridge (with α by K-fold) or linear discriminant analysis."""
         if self.solver == "lda":
-            if task.regression:
-                raise ValueError(
-                    "LinearProbe(solver='lda') predicts classes: give integer labels, or take solver='ridge'."
-                )
+            task.refuse_numbers("LinearProbe(solver='lda')")
             shrinkage = float(self.alphas[0]) if len(self.alphas) else 0.0
             weight, bias = lda_probe(moments, shrinkage, balanced=self.balanced)
             return {"weight": weight, "bias": bias, "alpha": weight.new_tensor(shrinkage)}

@@ -42,8 +42,7 @@ class MeanDifferenceProbe(Probe):
 
     def solve_moments(self, moments: dict[str, Tensor], task: Task) -> Fitted:
         """See ``mean_difference``."""
-        if task.regression:
-            raise ValueError("MeanDifferenceProbe tells classes apart: give integer labels 0..K-1.")
+        task.refuse_numbers("MeanDifferenceProbe")
         weight, bias = mean_difference(moments, normalize=self.normalize)
         fitted = {"weight": weight, "bias": bias}
         if task.classes == 2:

@@ -80,7 +80,7 @@ class ProbeScore(GrowingRows):
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:
-        reads = labelled_keys("ProbeScore", labels, rows=["decision"])
+        reads = labelled_keys("ProbeScore", labels, rows={"decision": "N K"})
         super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads)
         self.permutations, self.ignore_index, self.seed = permutations, ignore_index, seed
         self.declare(decision=torch.float64, label=None, group=torch.int64)
@@ -110,7 +110,7 @@ class HeldOutRows(GrowingRows):
     """
 
     def __init__(self, probe: AnyProbe, sites: Sequence[str], name: str) -> None:
-        tokens: list[Key] = [("tokens", site) for site in sites]
+        tokens: dict[Key, str | None] = {("tokens", site): None for site in sites}
         super().__init__(
             reads=labelled_keys(type(probe).__name__, probe.labels, probe.control, rows=tokens),
             writes=[("probe", name, score) for score in (*SCORES, *probe.metrics)],

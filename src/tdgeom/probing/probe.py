@@ -290,7 +290,7 @@ class Probe(StreamingStage):
                 f"scores nothing."
             )
         else:
-            found = rules.unscored(self)
+            found = rules.unscored(self, self.home)
         return {**found, **{name: fitted[name].clone() for name in self.parameters_out}}
 
     # ------------------------------------------------------------------------------------ fit, predict, score
@@ -332,18 +332,10 @@ class Probe(StreamingStage):
     def _solve_moments(self) -> Fitted:
         moments, regression = self.moments(), self.state()["test_label"].is_floating_point()
         rows = int(moments["count"].sum())
-        if rows == 0:
-            raise ValueError(
-                f"{self.owner} got no labelled rows to train on. Lower holdout=, or check the labels."
-            )
-        pooled, counts = pool_folds(moments), None
-        if regression:
-            spread = pooled["target_scatter"].diagonal()
-            flat = (spread <= 0).nonzero().flatten().tolist()
-            task = rules.task_of_targets(self.owner, len(spread), flat, pooled["target_mean"], rows)
-        else:
-            counts = class_counts(pooled)
-            task = rules.task_of_counts(self.owner, counts)
+        pooled = pool_folds(moments) if rows else moments
+        counts = None if regression else class_counts(pooled)
+        spread = pooled["target_scatter"].diagonal(dim1=-2, dim2=-1) if regression else None
+        task = rules.task_of(self.owner, rows, counts=counts, spread=spread)
         fitted: Fitted = {"task": task, "train_rows": rows, "counts": counts, "control": None}
         fitted |= self.solve_moments(moments, task)
         if self.control is not None and counts is not None:

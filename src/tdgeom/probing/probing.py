@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential, WrapModule
 from torch import Tensor, nn
 
 from tdgeom.core.for_each import ForEach
@@ -37,7 +37,7 @@ Labels = str | tuple[str, ...] | Callable[[TensorDictBase], Tensor]
 def label_tensor(value: Any, source: str) -> Tensor:
     """Labels as a tensor: a tensor, or an array of numbers."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        value = torch.as_tensor(value)
+        value = torch.as_tensor(value, device="cpu")
     if not isinstance(value, Tensor):
         raise TypeError(
             f"Probing needs a tensor of labels, a value a sequence (B,) or a token (B, T); {source} {type(value).__name__}. "
@@ -46,25 +46,14 @@ def label_tensor(value: Any, source: str) -> Tensor:
     return value
 
 
-class Labelled(TensorDictModuleBase):
-    """Puts the labels of a batch, from a key or a function of the batch, where the rows' selection carries them from."""
-
-    def __init__(self, labels: Labels, out_key: Key) -> None:
-        super().__init__()
-        self.labels, self.out_key = labels, out_key
-        read: list[Any] = [] if callable(labels) else [labels]
-        written: list[Any] = [out_key]
-        self.in_keys, self.out_keys = read, written
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Look the labels up, or compute them."""
-        if callable(self.labels):
-            value = label_tensor(self.labels(tensordict), "the labels function returned")
-        else:
-            have = sorted(map(str, tensordict.keys()))
-            found = tensordict.get(self.labels, None)
-            value = label_tensor(found, f"of {have} the batch holds at {self.labels!r}")
-        return tensordict.set(self.out_key, value)
+def labelled(labels: Labels, out_key: Key) -> TensorDictModuleBase:
+    """A module that puts the labels of a batch, from a key or a function of the batch, where the rows' selection finds them."""
+    if callable(labels):
+        function = labels
+        said = "the labels function returned"
+        return WrapModule(lambda td: td.set(out_key, label_tensor(function(td), said)))
+    said = f"the batch holds at {labels!r}"
+    return TensorDictModule(lambda value: label_tensor(value, said), in_keys=[labels], out_keys=[out_key])
 
 
 class Phase:
@@ -73,7 +62,6 @@ class Phase:
     def __init__(self, pass_: Pushed, label_key: Key | None) -> None:
         self.pass_, self.label_key = pass_, label_key
         self.labels: Any = None
-        self.calls = 0
 
     def feed(self, td: TensorDictBase) -> None:
         """One model call: its rows and labels to every probe."""
@@ -85,7 +73,6 @@ class Phase:
                 )
             td.set(self.label_key, label_tensor(self.labels, "phase.labels is"))
             self.labels = None
-        self.calls += 1
         self.pass_.feed(td)
 
 
@@ -176,12 +163,7 @@ class Probing:
             test: labelled batches that are scored; then everything in ``dataloader`` trains.
             max_rows: stop after this many rows of each.
         """
-        if rank_and_world()[1] > 1:
-            raise ValueError(
-                "Probing runs in one process. Under several ranks put the probes into a pipeline: tg.run(TensorDictSequential("
-                "capture, tg.SelectTokens(sites, also=['label']), tg.ForEach(probe, sites)), loader)."
-            )
-        before = [Labelled(self.labels, self.label_key), self.capture]
+        before = [self.capture, labelled(self.labels, self.label_key)]
         units = self._fit_units(self.probe.holdout if test is None else 0.0)
         first = run(
             TensorDictSequential(*before, *units),
@@ -213,7 +195,7 @@ class Probing:
     @contextmanager
     def _phase(self, kind: str) -> Iterator[Phase]:
         units = self._fit_units(0.0) if kind == "fit" else self._score_units()
-        before = [Labelled(self.labels, self.label_key)] if callable(self.labels) else []
+        before = [labelled(self.labels, self.label_key)] if callable(self.labels) else []
         pass_ = Pushed(TensorDictSequential(*before, *units))
         phase = Phase(pass_, None if callable(self.labels) else self.label_key)
         with self.capture as calls:
@@ -228,7 +210,7 @@ class Probing:
                 yield phase
             finally:
                 handle.remove()
-        if not phase.calls:
+        if not pass_.batches:
             raise ValueError(f"no model call was made in this {kind} block, so there is nothing to {kind}.")
         found = pass_.end()
         if kind == "fit":
@@ -268,12 +250,17 @@ class Probing:
     def settings(self) -> dict[str, Any]:
         """What can change a number: the probe, its settings and seed, the selection of rows."""
         labels = getattr(self.labels, "__name__", "function") if callable(self.labels) else self.labels
-        about = {"probe": type(self.probe).__name__, **self.probe.settings()}
+        about = {"probe": type(self.probe).__name__, **self.probe.all_settings()}
         return {**about, "labels": labels, "select": dict(self.select)}
 
     # ------------------------------------------------------------------------------------------ building
 
     def _selector(self) -> SelectTokens:
+        if rank_and_world()[1] > 1:
+            raise ValueError(
+                "Probing runs in one process. Under several ranks put the probes into a pipeline: tg.run(TensorDictSequential("
+                "capture, tg.SelectTokens(sites, also=['label']), tg.ForEach(probe, sites)), loader)."
+            )
         types = [] if self.probe.control is None else [self.probe.control]
         return SelectTokens(self.sites, also=[self.label_key, *types], **self.select)
 

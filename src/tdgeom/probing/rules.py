@@ -28,6 +28,13 @@ class Task:
     regression: bool
     classes: int
 
+    def refuse_numbers(self, owner: str) -> None:
+        """An error where numbers are to be predicted by what tells classes apart."""
+        if self.regression:
+            raise ValueError(
+                f"{owner} predicts classes: give integer labels 0..K-1, or take LinearProbe(solver='ridge')."
+            )
+
 
 class AnyProbe(Protocol):
     """What the functions here ask of a probe: of one site, or of a pair."""
@@ -84,31 +91,21 @@ def prepared(probe: AnyProbe, x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ fitting
 
 
-def task_of(owner: str, label: Tensor) -> tuple[Task, Tensor | None]:
-    """The task that training labels set, and the rows of each class; one class or a constant target is refused."""
-    if label.shape[0] == 0:
+def task_of(owner: str, rows: int, *, counts: Tensor | None = None, spread: Tensor | None = None) -> Task:
+    """The task that training labels set, by the rows of each class or the spread of each target; what sets none is refused."""
+    if rows == 0:
         raise ValueError(
             f"{owner} got no labelled rows to train on. Lower holdout=, or check the labels and ignore_index."
         )
-    if label.is_floating_point():
-        flat = (label == label[0]).all(0).nonzero().flatten().tolist()
-        return task_of_targets(owner, label.shape[1], flat, label[0], label.shape[0]), None
-    counts = label.bincount()
-    return task_of_counts(owner, counts), counts
-
-
-def task_of_targets(owner: str, targets: int, flat: list[int], value: Tensor, rows: int) -> Task:
-    """The regression on so many targets, none of them ``flat``."""
-    if flat:
-        raise ValueError(
-            f"{owner}: target {flat} is constant ({value[flat].tolist()}) over {rows} training rows, so there is nothing to "
-            f"learn. Give targets that vary, or integer labels for classes."
-        )
-    return Task(True, targets)
-
-
-def task_of_counts(owner: str, counts: Tensor) -> Task:
-    """The classification that these training counts set."""
+    if spread is not None:
+        flat = (spread <= 0).nonzero().flatten().tolist()
+        if flat:
+            raise ValueError(
+                f"{owner}: target {flat} is constant over {rows} training rows, so there is nothing to learn. Give targets that "
+                f"vary, or integer labels for classes."
+            )
+        return Task(True, len(spread))
+    assert counts is not None  # classes or targets
     missing = (counts == 0).nonzero().flatten().tolist()
     if missing:
         raise ValueError(
@@ -118,8 +115,7 @@ def task_of_counts(owner: str, counts: Tensor) -> Task:
         )
     if len(counts) < 2:
         raise ValueError(
-            f"{owner}: all {int(counts.sum())} training labels are class 0, so there is nothing to tell apart. Give at least "
-            f"two classes."
+            f"{owner}: all {rows} training labels are class 0, so there is nothing to tell apart. Give at least two classes."
         )
     return Task(False, len(counts))
 
@@ -128,8 +124,13 @@ def fit_rows(
     probe: AnyProbe, inputs: tuple[Tensor, ...], label: Tensor, bucket: Tensor | None = None
 ) -> Fitted:
     """What ``solve`` finds on training rows; with the buckets of types also on the control task, under "control"."""
-    task, counts = task_of(type(probe).__name__, label)
-    found = {"task": task, "train_rows": len(label), "counts": counts, "control": None}
+    owner, rows = type(probe).__name__, len(label)
+    if label.is_floating_point():
+        counts, spread = None, (label != label[:1]).sum(0)
+    else:
+        counts, spread = label.bincount(), None
+    task = task_of(owner, rows, counts=counts, spread=spread)
+    found = {"task": task, "train_rows": rows, "counts": counts, "control": None}
     found |= probe.solve(inputs, label, task)
     if bucket is not None and counts is not None:
         found["control"] = probe.solve(inputs, control_map(counts, probe.seed)[bucket], task)
@@ -175,9 +176,10 @@ def score(probe: AnyProbe, *inputs: Any, row_id: Tensor | None = None) -> dict[s
     *rows, label = plain_rows(name, **dict(zip("xy", inputs[:-1])), label=inputs[-1])
     label, used = row_labels(label, rows[0], key="y", owner=name, ignore_index=probe.ignore_index)
     group = torch.arange(len(used), device=used.device) if row_id is None else row_groups(row_id)
-    with torch.no_grad():
+    with torch.no_grad(), steady(label.device):
         decided = decision(probe, *(x[used] for x in rows))
-    return {key: float(value) for key, value in scored(probe, decided, label[used], group[used]).items()}
+        found = scored(probe, decided, label[used], group[used])
+    return {key: float(value) for key, value in found.items()}
 
 
 def scored(
@@ -203,20 +205,22 @@ def scored(
         permutations=probe.permutations,
         seed=probe.seed,
     )
-    found["train_rows"] = torch.as_tensor(float(fitted["train_rows"]), dtype=torch.float64)
+    own = {"train_rows": float(fitted["train_rows"])}
     if right is not None:
         found["control_accuracy"] = right.double().mean()
         found["selectivity"] = found["accuracy"] - found["control_accuracy"]
     for key, metric in probe.metrics.items():
         guess = decided if task.regression else decided.argmax(-1)
-        found[key] = torch.as_tensor(metric(guess, label), dtype=torch.float64)
-    return found
+        own[key] = metric(guess, label)
+    return found | {
+        key: torch.as_tensor(v, dtype=torch.float64, device=label.device) for key, v in own.items()
+    }
 
 
-def unscored(probe: AnyProbe) -> dict[str, Tensor]:
+def unscored(probe: AnyProbe, device: torch.device) -> dict[str, Tensor]:
     """What there is to say where nothing was held out: on how many rows the probe was trained."""
-    found = complete({"train_rows": float(probe.fitted["train_rows"])})
-    return found | {name: torch.full((), torch.nan, dtype=torch.float64) for name in probe.metrics}
+    found = complete({"train_rows": float(probe.fitted["train_rows"])}, device)
+    return found | {name: torch.full_like(found["accuracy"], torch.nan) for name in probe.metrics}
 
 
 def concept_direction(probe: AnyProbe, label: int | None = None, *, unit: bool = True) -> Tensor:

@@ -70,7 +70,7 @@ def permutation_null(
         order = torch.randperm(count, generator=generator, device="cpu").to(label.device)
         values.append(statistic(label[first[order][index] if by_group else order]))
     null = torch.stack(values).double()
-    return null.mean(), (1 + (null >= real - 1e-12).sum()) / (1 + repeats)
+    return null.mean(), (1 + (null >= real - 1e-12).sum()).double() / (1 + repeats)
 
 
 def probe_scores(
@@ -95,34 +95,29 @@ def probe_scores(
     >>> float(scores["accuracy"]), float(scores["auroc"]), float(scores["majority_baseline"])
     (1.0, 1.0, 0.5)
     """
-    from sklearn.metrics import balanced_accuracy_score, r2_score, roc_auc_score
+    from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
     found: dict[str, float | Tensor] = {}
     if label.is_floating_point():
-        label = label if label.ndim == 2 else label[:, None]
+        label, decision = (label if label.ndim == 2 else label[:, None]).double(), decision.double()
         spread = (label - label.mean(0)).square()
         if bool((spread.sum(0) == 0).any()):
             raise ValueError(
                 f"a target is constant over all {label.shape[0]} held-out rows, so R² is undefined. Give targets that vary, or "
                 f"hold out more groups."
             )
-        residual = (label - decision).square()
-        found["r2"] = r2_score(as_numpy(label.double()), as_numpy(decision.double()))
-        lost = residual.sum(0) / spread.sum(0)
+        residual, total = (label - decision).square(), spread.sum(0)
+        lost = residual.sum(0) / total
+        found["r2"] = 1 - lost.mean()
         # Each row's share in R² = 1 - A/B, to first order.
-        influence = -((residual - lost * spread) / spread.sum(0)).mean(-1) * label.shape[0]
+        influence = -((residual - lost * spread) / total).mean(-1) * label.shape[0]
         found["standard_error"] = clustered_error(influence, group)
-        if permutations:
-            whole, total = decision.double(), spread.sum(0)
-            score = lambda y: 1 - ((y - whole).square().sum(0) / total).mean()
-            found["null_mean"], found["p_value"] = permutation_null(
-                score, label, group, repeats=permutations, seed=seed
-            )
+        statistic = lambda y: 1 - ((y - decision).square().sum(0) / total).mean()
     else:
         guess = decision.argmax(-1)
         right = (guess == label).double()
-        counts = label.bincount(minlength=decision.shape[1]) if train_counts is None else train_counts
-        missing = (label.bincount(minlength=decision.shape[1]) == 0).nonzero().flatten().tolist()
+        held = label.bincount(minlength=decision.shape[1])
+        missing = (held == 0).nonzero().flatten().tolist()
         if missing:
             raise ValueError(
                 f"expected rows of every class 0..{decision.shape[1] - 1} among the {label.shape[0]} held-out rows, class "
@@ -132,27 +127,26 @@ def probe_scores(
         found["accuracy"] = right.mean()
         found["standard_error"] = clustered_error(right, group)
         found["balanced_accuracy"] = balanced_accuracy_score(as_numpy(label), as_numpy(guess))
-        found["majority_baseline"] = (label == counts.argmax()).double().mean()
+        most = (held if train_counts is None else train_counts).argmax()
+        found["majority_baseline"] = (label == most).double().mean()
         if decision.shape[1] == 2:
             found["auroc"] = roc_auc_score(as_numpy(label), as_numpy(decision[:, 1] - decision[:, 0]))
         else:
             hot = np.eye(decision.shape[1])[as_numpy(label)]
             # What all decisions of a row share (arbitrary in LDA and softmax) ranks no row above another.
-            found["auroc"] = roc_auc_score(
-                hot, as_numpy(decision - decision.mean(1, keepdim=True)), average="macro"
-            )
-        if permutations:
-            score = lambda y: (guess == y).double().mean()
-            found["null_mean"], found["p_value"] = permutation_null(
-                score, label, group, repeats=permutations, seed=seed
-            )
+            apart = as_numpy(decision - decision.mean(1, keepdim=True))
+            found["auroc"] = roc_auc_score(hot, apart, average="macro")
+        statistic = lambda y: (guess == y).double().mean()
+    if permutations:
+        null = permutation_null(statistic, label, group, repeats=permutations, seed=seed)
+        found["null_mean"], found["p_value"] = null
     found["test_rows"] = float(label.shape[0])
     return complete(found, label.device)
 
 
-def complete(found: Mapping[str, float | Tensor], device: torch.device | None = None) -> dict[str, Tensor]:
+def complete(found: Mapping[str, float | Tensor], device: torch.device) -> dict[str, Tensor]:
     """All score names; NaN for those not found."""
     return {
-        name: torch.as_tensor(found.get(name, torch.nan), dtype=torch.float64).to(device or "cpu")
+        name: torch.as_tensor(found.get(name, torch.nan), dtype=torch.float64, device=device)
         for name in SCORES
     }
