@@ -160,7 +160,7 @@ def _widths(pipeline: TensorDictSequential, sites: Sequence[str]) -> dict[str, i
     widths: dict[str, int] = {}
     for unit in pipeline.modules():
         if isinstance(unit, RowSample):
-            widths |= {site: unit.get_buffer(name).shape[-1] for site, name in zip(sites, unit.held)}
+            widths |= {site: unit.get_buffer(f"rows_{i}").shape[-1] for i, site in enumerate(sites)}
         elif isinstance(unit, RenamedStream) and isinstance(unit.module, StreamingCovariance):
             widths[unit.where] = unit.module.get_buffer("mean").shape[0]
     return widths

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Key
-from tdgeom.stream.held_rows import RowsStage
+from tdgeom.stream.growing_rows import GrowingRows
+from tdgeom.stream.held_rows import named_rows, row_keys
 
 __all__ = ["Collect"]
 
 
-class Collect(RowsStage):
+class Collect(GrowingRows):
     """Every row of the stream, in the order of its row id, up to a stated limit.
 
     For what must be kept whole (a small model's activations, a per-row score); buffers double as they fill, so a run
@@ -38,9 +39,8 @@ class Collect(RowsStage):
         tensor([0., 0., 1., 1.])
     """
 
+    takes_complex = True  # rows are held as they come
     publishing = frozenset({"limit"})
-    count: Tensor
-    ids: Tensor
 
     def __init__(
         self,
@@ -53,49 +53,26 @@ class Collect(RowsStage):
     ) -> None:
         if limit < 1:
             raise ValueError(f"Collect: limit must be at least 1, got {limit}.")
-        super().__init__("collected", sites, also, in_keys=in_keys, out_keys=out_keys)
+        reads, writes = row_keys("Collect", "collected", sites, also)
+        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=writes)
         self.limit = limit
-        self.add_state("count", torch.int64)
+        self.declare(ids=torch.int64, **{f"rows_{i}": None for i in range(len(reads) - 1)})
 
-    def start(self, *inputs: Tensor) -> dict[str, Tensor]:
-        """Room for the first rows."""
-        state = self.blank(inputs[:-1], max(len(inputs[-1]), 1))
-        return {**state, "count": torch.zeros((), dtype=torch.int64)}
+    def kept(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Rows and their ids, all of them."""
+        return named_rows(self, inputs)
 
-    def accumulate(self, *inputs: Tensor) -> None:
-        """Append rows."""
-        *rows, row_id = inputs
-        self.check_rows(rows, row_id)
-        self._append(rows, row_id.long())
-
-    def combine(self, other: Collect) -> None:
-        """Append another's rows."""
-        held, home = int(other.count), self.ids.device
-        self._append([other.state()[name][:held].to(home) for name in self.held], other.ids[:held].to(home))
-
-    def _append(self, rows: Sequence[Tensor], row_id: Tensor) -> None:
-        held = int(self.count)
-        total = held + row_id.shape[0]
-        if total > self.limit:
+    def append(self, rows: Mapping[str, Tensor]) -> None:
+        """Put rows behind those held, up to the limit."""
+        if self.held + len(rows["ids"]) > self.limit:
             raise ValueError(
-                f"Collect holds {held} rows and gets {row_id.shape[0]} more, which is above limit={self.limit}. Raise the "
+                f"Collect holds {self.held} rows and gets {len(rows['ids'])} more, which is above limit={self.limit}. Raise the "
                 f"limit, lower run's max_rows, or keep a uniform sample with RowSample."
             )
-        for name, value in (("ids", row_id), *zip(self.held, rows)):
-            buffer = self.state()[name]
-            if total > buffer.shape[0]:
-                grown = buffer.new_zeros((max(total, 2 * buffer.shape[0]), *buffer.shape[1:]))
-                grown[:held] = buffer[:held]
-                setattr(self, name, grown)
-            self.state()[name][held:total] = value
-        self.count += row_id.shape[0]
-
-    def fits(self, name: str, value: Tensor) -> bool:
-        """Capacities may differ."""
-        return value.shape[1:] == self.state()[name].shape[1:]
+        super().append(rows)
 
     def result(self) -> list[Tensor]:
         """The rows in the order of their ids."""
-        held = int(self.count)
-        ids, order = torch.sort(self.ids[:held], stable=True)
-        return [*(self.state()[name][:held][order] for name in self.held), ids]
+        ids, *rows = self.rows().values()
+        ids, order = torch.sort(ids, stable=True)
+        return [*(value[order] for value in rows), ids]

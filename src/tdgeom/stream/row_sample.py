@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Key
+from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.numerics.hashing import hash_ids
 from tdgeom.stream import reservoir
-from tdgeom.stream.held_rows import RowsStage
+from tdgeom.stream.held_rows import named_rows, row_keys
 
 __all__ = ["RowSample"]
 
 
-class RowSample(RowsStage):
+class RowSample(StreamingStage):
     """A uniform sample without replacement of all rows of the stream: those with the smallest hash of (seed, row id).
 
     Membership depends on a row's id alone, so the sample is the same for every batch split, order and number of shards,
@@ -42,6 +43,8 @@ class RowSample(RowsStage):
         (True, 3)
     """
 
+    takes_complex = True  # rows are held as they come
+
     def __init__(
         self,
         sites: Iterable[Any] | None = None,
@@ -54,23 +57,23 @@ class RowSample(RowsStage):
     ) -> None:
         if size < 1:
             raise ValueError(f"RowSample: size must be at least 1, got {size}.")
-        super().__init__("sample", sites, also, in_keys=in_keys, out_keys=out_keys)
+        reads, writes = row_keys("RowSample", "sample", sites, also)
+        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=writes)
         self.size = size
         self.seed = seed
+        self.add_state("ids", torch.int64)
+        for number in range(len(reads) - 1):
+            self.add_state(f"rows_{number}", None)
         self.add_state("hashes", torch.int64)
 
     def start(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Empty slots."""
-        *rows, row_id = inputs
-        return reservoir.empty_slots(self.size, {"ids": row_id.long(), **dict(zip(self.held, rows))})
+        return reservoir.empty_slots(self.size, named_rows(self, inputs))
 
     def accumulate(self, *inputs: Tensor) -> None:
         """Let each new row with a small enough hash take the slot of the row with the largest."""
-        *rows, row_id = inputs
-        self.check_rows(rows, row_id)
-        ids = row_id.long()
-        new = {"ids": ids, "hashes": hash_ids(ids, self.seed), **dict(zip(self.held, rows))}
-        reservoir.offer(self.state(), new)
+        rows = named_rows(self, inputs)
+        reservoir.offer(self.state(), {**rows, "hashes": hash_ids(rows["ids"], self.seed)})
 
     def combine(self, other: RowSample) -> None:
         """Offer the other's rows to the own slots."""
@@ -78,5 +81,5 @@ class RowSample(RowsStage):
 
     def result(self) -> list[Tensor]:
         """The sample in hash order."""
-        held = reservoir.in_hash_order(self.state(), type(self).__name__)
-        return [held[name] for name in (*self.held, "ids")]
+        ids, *rows, _ = reservoir.in_hash_order(self.state(), "RowSample").values()
+        return [*rows, ids]
