@@ -69,7 +69,8 @@ class ForEach(Configured, Pipeline):
 
     def __getitem__(self, index: int | slice | str) -> Any:
         """A site's stage, or a plain pipeline of several."""
-        return Pipeline(*list(self.module)[index]) if isinstance(index, slice) else self.module[index]
+        held: Any = self.module
+        return Pipeline(*list(held)[index]) if isinstance(index, slice) else held[index]
 
 
 def at_site(key: Key, site: tuple[str, ...]) -> Key:

@@ -101,6 +101,8 @@ class ForEachPair(Configured, TensorDictModuleBase):
         [('between', 'x->y', 'layer_cosine_sim')]
     """
 
+    units: Any  # a Renamed a pair
+
     def __init__(
         self,
         stage: TensorDictModuleBase,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from tensordict.nn import TensorDictSequential
 from torch import nn
@@ -60,7 +60,8 @@ def optional_in_keys(module: nn.Module) -> list[Key]:
     A module of any library says so in an attribute of this name; of a sequence they are the keys that no part needs.
     """
     if type(module).__dict__.get("optional_in_keys") is None and isinstance(module, TensorDictSequential):
-        parts = module.module.values() if isinstance(module.module, nn.ModuleDict) else module.module
+        held: Any = module.module
+        parts: Any = held.values() if isinstance(held, nn.ModuleDict) else held
         needed = {key for part in parts for key in part.in_keys if key not in optional_in_keys(part)}
         return [key for key in module.in_keys if key not in needed]
     return list(getattr(module, "optional_in_keys", ()))
@@ -72,15 +73,13 @@ def _is_key(value: object) -> bool:
     )
 
 
-def resolve_keys(
-    given: Key | Sequence[Key] | None, defaults: Sequence[Key], *, what: str, owner: str
-) -> list[Key]:
+def resolve_keys(given: Any, defaults: Sequence[Key], *, what: str, owner: str) -> list[Any]:
     """Every leaf key, from a list (all leaves), a single key (the root or the only leaf) or None (the defaults)."""
     names = [key_tuple(key)[-1] for key in defaults]
     if given is None:
         keys = list(defaults)
     elif _is_key(given):
-        root = key_tuple(given)  # type: ignore[arg-type]  # _is_key has told
+        root = key_tuple(given)
         unnamed = len(defaults) == 1 and (what == "in_keys" or isinstance(defaults[0], str))
         keys = [as_key(root)] if unnamed or what == "in_keys" else [(*root, name) for name in names]
     elif isinstance(given, list) and all(_is_key(key) for key in given):

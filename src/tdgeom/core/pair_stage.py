@@ -42,7 +42,7 @@ class PairStage(Stage):
         groups: tuple[list[int], list[int], list[int]] = ([], [], [])
         for position, key in enumerate(self.in_roles):
             parts = key_tuple(key)
-            side = parts[1] if len(parts) > 1 else None
+            side = parts[1] if len(parts) > 1 else ""
             groups[{"a": 0, "b": 1}.get(side, 2)].append(position)
         return groups
 

@@ -22,8 +22,8 @@ __all__ = ["Pipeline", "merge_", "opened", "parts_of", "reset", "streams_of", "s
 
 def parts_of(sequence: TensorDictSequential) -> list[TensorDictModuleBase]:
     """The modules of a sequence in order, named or not."""
-    held = sequence.module
-    return list(held.values() if isinstance(held, nn.ModuleDict) else held)  # type: ignore[arg-type]  # a ModuleList
+    held: Any = sequence.module
+    return list(held.values() if isinstance(held, nn.ModuleDict) else held)
 
 
 def why_closed(sequence: TensorDictSequential, *, but_selection: bool = False) -> str | None:
@@ -44,13 +44,13 @@ def why_closed(sequence: TensorDictSequential, *, but_selection: bool = False) -
     return "partial_tolerant=True skips parts" if sequence.partial_tolerant else None
 
 
-def opened(module: nn.Module) -> Iterator[TensorDictModuleBase]:
+def opened(module: Any) -> Iterator[TensorDictModuleBase]:
     """The parts of a module in order, sequences opened unless they are more than their parts."""
     if isinstance(module, TensorDictSequential) and why_closed(module) is None:
         for part in parts_of(module):
             yield from opened(part)
     else:
-        yield module  # type: ignore[misc]  # a TensorDict module, or what the caller refuses
+        yield module
 
 
 def streams_of(module: nn.Module) -> list[Any]:
@@ -82,8 +82,9 @@ def merge_(pipeline: nn.Module, other: nn.Module) -> nn.Module:
 def reset(pipeline: nn.Module) -> None:
     """Forget every row, and count sequences from 0 again."""
     for part in pipeline.modules():
-        if part is not pipeline and isinstance(part, TensorDictModuleBase) and hasattr(part, "reset"):
-            part.reset()
+        forget: Any = getattr(part, "reset", None)
+        if part is not pipeline and isinstance(part, TensorDictModuleBase) and forget is not None:
+            forget()
 
 
 def sync_(pipeline: nn.Module) -> None:
@@ -116,12 +117,11 @@ class Pipeline(TensorDictSequential):
 # ------------------------------------------------------------------------------------------ optional inputs
 
 
-def _select(
-    sequence: TensorDictSequential, given: list[Key] | None, wanted: list[Key] | None
-) -> TensorDictSequential | None:
+def _select(sequence: Any, given: list[Key] | None, wanted: list[Key] | None) -> TensorDictSequential | None:
     """The parts that can run from ``given`` and that ``wanted`` needs (None: no such filter); both lists grow on the way."""
     names = list(sequence.module) if isinstance(sequence.module, nn.ModuleDict) else None
-    kept: list[tuple[int, TensorDictModuleBase]] = []
+    kept: list[tuple[int, Any]] = []
+    part: Any
     for number, part in enumerate(parts_of(sequence)):
         if _transparent(part):
             part = _select(part, given, None) if given is not None else part
@@ -202,5 +202,5 @@ def _tolerant(self: TensorDictSequential, module: Any, tensordict: TensorDictBas
 
 # TensorDict has no word for an optional input yet: a plain sequence would leave out every stage that has one. Sequences without
 # our stages in them go to its own methods.
-TensorDictSequential.select_subsequence = _selected
-TensorDictSequential._run_module = _tolerant
+setattr(TensorDictSequential, "select_subsequence", _selected)  # noqa: B010  # mypy knows no other way to replace a method
+setattr(TensorDictSequential, "_run_module", _tolerant)  # noqa: B010

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
@@ -83,9 +83,9 @@ class Renamed(TensorDictModuleBase):
             (key, NOT_WRITTEN if key == NOT_WRITTEN else rename(key)) for key in module.out_keys
         ]
         optional = set(optional_in_keys(module))
-        self.in_keys = [outer for _, outer in self.read_as]
+        self.in_keys = cast(Any, [outer for _, outer in self.read_as])
         self.optional_in_keys = [outer for own, outer in self.read_as if own in optional]
-        self.out_keys = [outer for _, outer in self.written_as]
+        self.out_keys = cast(Any, [outer for _, outer in self.written_as])
 
     @dispatch(auto_batch_size=False)
     def forward(
@@ -109,7 +109,7 @@ class Renamed(TensorDictModuleBase):
 
     def inward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """What the module reads, under its own names."""
-        inner = getattr(self.module, "holder", TensorDict)({}, batch_size=tensordict.batch_size)
+        inner = TensorDict({}, batch_size=tensordict.batch_size)
         for own, outer in self.read_as:
             value = tensordict.get(outer, None)
             if isinstance(value, Tensor | TensorDictBase):

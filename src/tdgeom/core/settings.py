@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from os import PathLike
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ class Configured:
     A subclass declares nothing: arguments are taken from the call. Functions, models and large tensors are named, not held.
     """
 
-    _kinds: dict[str, type] = {}
+    _kinds: dict[str, type[Configured]] = {}
     _given: dict[str, Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -66,7 +66,7 @@ class Configured:
 
     def all_settings(self) -> dict[str, Any]:
         """``settings()``, and the defaults of what ``**keys`` would have passed on: spelt out or not, they are the same."""
-        usual = _parameters(type(self)).values()
+        usual = _parameters(cast(Any, type(self))).values()
         told = {p.name: plain_setting(p.default) for p in usual if p.default is not inspect.Parameter.empty}
         return told | self.settings()
 
@@ -87,7 +87,9 @@ class Configured:
         """
         values = {name: value for name, value in settings.items() if name not in live}
         made = {name: _made_again(value, f"{cls.__name__}.{name}") for name, value in values.items()} | live
-        listed = [p.name for p in _parameters(cls).values() if p.kind is inspect.Parameter.VAR_POSITIONAL]
+        listed = [
+            p.name for p in _parameters(cast(Any, cls)).values() if p.kind is inspect.Parameter.VAR_POSITIONAL
+        ]
         positional = [value for name in listed for value in made.pop(name, [])]
         return cls(*positional, **made)
 
@@ -137,8 +139,8 @@ def _plain_tensor(value: Tensor) -> dict[str, Any]:
     value = value.detach().cpu()
     if value.numel() <= _SMALL and not value.is_complex():
         return {"tensor": [plain_setting(one) for one in value.flatten().tolist()], **about}
-    flat = value.contiguous().reshape(-1)
-    return {"tensor_sha256": hashlib.sha256(memoryview(flat.view(torch.uint8).numpy())).hexdigest(), **about}
+    raw = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return {"tensor_sha256": hashlib.sha256(raw).hexdigest(), **about}
 
 
 def _named(value: Any) -> dict[str, Any]:
@@ -148,7 +150,7 @@ def _named(value: Any) -> dict[str, Any]:
         return {"made": type(value).__name__, "settings": held}
     if isinstance(value, nn.Module):
         return {"model": type(value).__name__}
-    if isinstance(value, Callable) and hasattr(value, "__qualname__"):  # type: ignore[arg-type]  # mypy: Callable is special
+    if callable(value) and hasattr(value, "__qualname__"):
         return {"function": f"{value.__module__}.{value.__qualname__}"}
     return {"object": type(value).__name__}
 
@@ -175,9 +177,9 @@ def _made_again(value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         return value
     tag = next((name for name in value if name in _TAGS), None)
-    held = value.get(tag)
     if tag is None:
         return {name: _made_again(part, where) for name, part in value.items()}
+    held: Any = value[tag]
     if tag in ("tuple", "set"):
         return (tuple if tag == "tuple" else frozenset)(_made_again(part, where) for part in held)
     if tag in ("slice", "range"):
@@ -194,7 +196,7 @@ def _made_again(value: Any, where: str) -> Any:
     if tag == "dtype" and isinstance(getattr(torch, str(held), None), torch.dtype):
         return getattr(torch, held)
     if tag == "made" and held in Configured._kinds:
-        return Configured._kinds[held].from_settings(value["settings"])  # type: ignore[attr-defined]  # all are Configured
+        return Configured._kinds[held].from_settings(value["settings"])
     name = where.rpartition(".")[2]
     raise TypeError(
         f"{where} was {_shown(value)}, which plain data cannot hold. Give it again: from_settings(settings, {name}=...)."
@@ -203,7 +205,8 @@ def _made_again(value: Any, where: str) -> Any:
 
 def _call_shown(name: str, settings: Mapping[str, Any]) -> str:
     """A class called with those settings that are not its defaults."""
-    usual = _parameters(Configured._kinds[name]) if name in Configured._kinds else {}
+    kind: Any = Configured._kinds.get(name)
+    usual = {} if kind is None else _parameters(kind)
     told = [
         f"{argument}={_shown(value)}"
         for argument, value in settings.items()
@@ -244,7 +247,7 @@ def _shown(value: Any) -> str:
 
 
 @cache
-def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+def _parameters(cls: Any) -> dict[str, inspect.Parameter]:
     """The arguments of ``__init__`` by name; where it passes ``**keys`` on, those of the class above it too."""
     found: dict[str, inspect.Parameter] = {}
     for one in cls.__mro__:
@@ -258,8 +261,8 @@ def _parameters(cls: type) -> dict[str, inspect.Parameter]:
 
 
 @cache
-def _signature(cls: type) -> inspect.Signature:
-    return inspect.signature(cls.__dict__.get("__init__") or cls.__init__)  # type: ignore[misc]  # of a class, not an instance
+def _signature(cls: Any) -> inspect.Signature:
+    return inspect.signature(cls.__init__)
 
 
 def _bound(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

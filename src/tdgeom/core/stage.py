@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from tensordict import TensorDictBase, is_non_tensor
@@ -71,12 +71,14 @@ class Stage(Configured, TensorDictModuleBase):
         optional: Collection[Key] | None = None,
     ) -> None:
         super().__init__()
-        owner = type(self).__name__
+        owner = type(self).__qualname__
         reads = type(self).reads if reads is None else reads
         writes = type(self).writes if writes is None else writes
         if isinstance(reads, str) or isinstance(writes, str):
             raise TypeError(f"{owner}: reads and writes are lists of keys, got {reads!r} and {writes!r}.")
-        shapes = list(reads.values()) if isinstance(reads, Mapping) else [None] * len(reads)
+        shapes: list[str | None] = [None] * len(reads)
+        if isinstance(reads, Mapping):
+            shapes = list(reads.values())
         roles = list(reads)
         names = type(self).optional
         may_miss = [key_tuple(key)[-1] in names if optional is None else key in optional for key in roles]
@@ -88,7 +90,7 @@ class Stage(Configured, TensorDictModuleBase):
             )
         self.shapes: list[str | None] = shapes[: len(in_keys)]
         self.in_roles: list[Key] = roles
-        self.in_keys = in_keys
+        self.in_keys = cast(Any, in_keys)
         self.optional_in_keys: list[Key] = [key for key, free in zip(in_keys, may_miss) if free]
         self.out_names = [key_tuple(key)[-1] for key in writes]
         out_keys = resolve_keys(out_keys, list(writes), what="out_keys", owner=owner)
@@ -96,13 +98,7 @@ class Stage(Configured, TensorDictModuleBase):
             raise ValueError(
                 f"{owner} writes {len(self.out_names)} leaves, in this order: {self.out_names}; out_keys has {out_keys}."
             )
-        self.out_keys = out_keys
-
-    # other rooms still say these
-    _names = property(lambda self: self.out_names)
-    _roles = property(lambda self: self.in_roles)
-    _shapes = property(lambda self: self.shapes)
-    _optional = property(lambda self: [key in self.optional_in_keys for key in self.in_keys])
+        self.out_keys = cast(Any, out_keys)
 
     def compute(self, *inputs: Any, **options: Any) -> Outputs:
         """The mathematics: tensors in the order of ``reads`` to a tensor, a sequence or a mapping by documented name."""

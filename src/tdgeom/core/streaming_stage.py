@@ -72,13 +72,7 @@ class StreamingStage(Stage):
             raise TypeError(
                 f"{type(self).__name__} declares no state: call self.add_state(name, dtype) in __init__."
             )
-        return {name: self._buffers[name] for name in declared}  # type: ignore[misc]  # buffers declared here are tensors
-
-    def _state(self) -> dict[str, Tensor]:  # other rooms still say this
-        return self.state()
-
-    def _with_state(self, state: Mapping[str, Tensor]) -> Any:
-        return self.with_state(state)
+        return {name: getattr(self, name) for name in declared}
 
     def set_state(self, values: Mapping[str, Tensor]) -> None:
         """Replace pieces of the state, each in the dtype that it was declared in."""
@@ -166,7 +160,7 @@ class StreamingStage(Stage):
 
     def _check_dtypes(self) -> None:
         for name, dtype in self.__dict__["_state_dtypes"].items():
-            found = self._buffers[name].dtype  # type: ignore[union-attr]  # buffers declared here are tensors
+            found = getattr(self, name).dtype
             if dtype is not None and found != dtype:
                 raise TypeError(
                     f"{type(self).__name__} declared the state {name!r} as {dtype} (add_state), accumulate left it as {found}. "

@@ -67,7 +67,7 @@ def selection_mask(
 class _Batch(NamedTuple):
     """What a batch tells about its positions, each where it is known."""
 
-    chosen: Tensor | None
+    chosen: Any  # a Tensor where ``positions`` is a key
     mask: Tensor | None
     padding: Tensor | None
     tgt: Tensor | None
@@ -142,7 +142,7 @@ class SelectTokens(Stage):
             raise ValueError(f"SelectTokens: skip_first must be 0 or more, got {skip_first}.")
         carried = [key_tuple(key)[-1] for key in also]
         by_key = isinstance(positions, str | tuple) and not is_position(positions)
-        given = [*(("acts", *name) for name in names), *also, *([positions] if by_key else [])]
+        given: list[Any] = [*(("acts", *name) for name in names), *also, *([positions] if by_key else [])]
         told = [mask_key, _TORCH_PADDING, "tgt", "sequence_id", "input_ids", "special_tokens_mask"]
         free = [key for key in told if key not in given]
         if in_keys is not None:  # renaming the activations leaves the mask where it is
@@ -166,6 +166,7 @@ class SelectTokens(Stage):
         self.special_ids = tuple(int(i) for i in special_ids)
         self.pad_id = pad_id
         self.mask_key = self.in_keys[self._places[1]]
+        self.sequences: Tensor
         self.register_buffer("sequences", torch.zeros((), dtype=torch.int64))
 
     def compute(self, *inputs: Any) -> list[Tensor]:
@@ -251,7 +252,7 @@ class SelectTokens(Stage):
                 f"SelectTokens numbers up to 2^{POSITION_BITS} positions, got T={attended.shape[1]}."
             )
         if self._by_key:
-            chosen = batch.chosen.to(attended.device)  # type: ignore[union-attr]  # it is an input that must be there
+            chosen = batch.chosen.to(attended.device)
             if chosen.shape != attended.shape or chosen.is_floating_point():
                 raise ValueError(
                     f"SelectTokens(positions={self.positions!r}) expects a boolean mask of shape {tuple(attended.shape)}, "

@@ -14,7 +14,7 @@ from tdgeom.core.keys import Key, key_tuple, optional_in_keys, touches
 from tdgeom.core.process_groups import rank_and_world
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.rows.batches import as_batch, batch_length
-from tdgeom.run.finish import call
+from tdgeom.run.finish import call, give
 from tdgeom.run.plan import Plan
 
 __all__ = ["BatchRows"]
@@ -118,9 +118,8 @@ class BatchRows:
         return (ids.numel() if ids is not None else td.get(self.main).shape[0]), 0
 
     def _give_inputs(self, unit: TensorDictModuleBase, td: TensorDict) -> None:
-        for key in unit.in_keys if self.inputs is not None else ():
-            if td.get(key, None) is None and self.inputs.get(key, None) is not None:  # type: ignore[union-attr]
-                td.set(key, self.inputs.get(key))  # type: ignore[union-attr]
+        if self.inputs is not None:
+            give(unit, self.inputs, td)
 
     def _number_rows(self, td: TensorDict) -> None:
         """Ids for rows that no selection numbered: one a sequence, or counted on from the first sequence."""

@@ -173,8 +173,9 @@ def _is_place(place: Any) -> bool:
     if not isinstance(place, dict):
         return False
     counts, seconds, origin = (place.get(name) for name in ("counts", "seconds", "origin"))
-    pairs = isinstance(origin, list) and all(isinstance(one, list) and len(one) == 2 for one in origin)
-    if not (isinstance(counts, dict) and isinstance(seconds, dict) and pairs):
+    if not (isinstance(counts, dict) and isinstance(seconds, dict) and isinstance(origin, list)):
+        return False
+    if not all(isinstance(one, list) and len(one) == 2 for one in origin):
         return False
     naturals = [place.get(name) for name in ("batches", "claimed", "sequences")]
     naturals += [*counts.values(), *(number for pair in origin for number in pair)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -16,7 +17,7 @@ from tdgeom.core.keys import NOT_WRITTEN, Key, key_tuple, touches
 from tdgeom.core.renamed import Renamed, describe, stage_of
 from tdgeom.core.stage import Stage
 
-__all__ = ["call", "run_end"]
+__all__ = ["call", "give", "run_end"]
 
 
 def call(unit: TensorDictModuleBase, td: TensorDict) -> None:
@@ -24,6 +25,13 @@ def call(unit: TensorDictModuleBase, td: TensorDict) -> None:
     out = unit(td)
     if out is not td:
         td.update(out)
+
+
+def give(unit: TensorDictModuleBase, inputs: TensorDictBase, td: TensorDict) -> None:
+    """What a stage reads of an earlier run's results, where nothing newer is there."""
+    for key in unit.in_keys:
+        if td.get(key, None) is None and inputs.get(key, None) is not None:
+            td.set(key, inputs.get(key))
 
 
 def run_end(
@@ -35,10 +43,9 @@ def run_end(
     """Run the end stages in order on ``td``, dropping what ``keep`` does not name after its last reader."""
     left = list(units)
     for group in _groups(units):
-        for unit in group:
-            for key in unit.in_keys:
-                if inputs is not None and td.get(key, None) is None and inputs.get(key, None) is not None:
-                    td.set(key, inputs.get(key))
+        if inputs is not None:
+            for unit in group:
+                give(unit, inputs, td)
         if len(group) > 1:
             _side_by_side(group, td)
         else:
@@ -119,7 +126,7 @@ def _in_turn(group: Sequence[Renamed]) -> list[Renamed]:
     return [unit for row in zip_longest(*by_stage.values()) for unit in row if unit is not None]
 
 
-def _side_by_side(group: Sequence[Renamed], td: TensorDict) -> None:
+def _side_by_side(group: Sequence[Any], td: TensorDict) -> None:
     """One site a thread: LAPACK's eigensolvers gain little from two threads on one matrix, and all from two matrices."""
     threads = torch.get_num_threads()
     on_cpu = all(

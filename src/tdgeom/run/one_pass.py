@@ -87,8 +87,8 @@ class OnePass:
         batches, given = enumerate(iterate(dataloader)), 0
         while True:
             with self.timed("load"):
-                index, batch = next(batches, (None, None))
-                td = None if index is None else self.batch_rows.td(batch)
+                index, batch = next(batches, (-1, None))
+                td = None if index < 0 else self.batch_rows.td(batch)
             fresh = None
             if self.repeats is not None:
                 fresh, everyone_done = self.repeats.step(None if td is None else _sequence_ids(td))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from typing import Any
 
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential, WrapModule
 from torch import nn
@@ -27,7 +28,7 @@ class Plan:
     """
 
     batch: list[TensorDictModuleBase] = field(default_factory=list)
-    stream: list[TensorDictModuleBase] = field(default_factory=list)
+    stream: list[Any] = field(default_factory=list)
     end: list[TensorDictModuleBase] = field(default_factory=list)
     hidden: set[Key] = field(default_factory=set)
 
@@ -44,7 +45,7 @@ class Plan:
 
 
 def stages(
-    module: nn.Module, hidden: set[Key] | None = None, *, inside: bool = False
+    module: Any, hidden: set[Key] | None = None, *, inside: bool = False
 ) -> list[TensorDictModuleBase]:
     """The stages of a pipeline in order, sequences opened where calling their parts is calling them.
 
@@ -71,7 +72,7 @@ def stages(
             hidden |= set(module.out_keys_source) - set(module.out_keys)
         return [unit for part in parts_of(module) for unit in stages(part, hidden, inside=True)]
     _refuse_unreached(module)
-    return [module]  # type: ignore[list-item]  # it has been found to be a TensorDict module
+    return [module]
 
 
 def _opens(sequence: TensorDictSequential, inside: bool) -> bool:
@@ -191,7 +192,7 @@ def _refuse_too_late(unit: TensorDictModuleBase, plan: Plan) -> None:
                 )
 
 
-def _phase(unit: nn.Module, phases: dict[Key, str]) -> str:
+def _phase(unit: Any, phases: dict[Key, str]) -> str:
     finished = [key for key, phase in phases.items() if phase == "end"]
     per_batch = [key for key, phase in phases.items() if phase == "batch"]
     if is_streaming(unit):
@@ -241,7 +242,7 @@ _USUAL_WRITER = {
 }
 
 
-def _remedy(unit: nn.Module, plan: Plan) -> str:
+def _remedy(unit: Any, plan: Plan) -> str:
     """What is most likely meant where a per-batch stage reaches no streaming stage."""
     acts = [key_tuple(key) for key in unit.out_keys if key_tuple(key)[0] == "acts"]
     if acts and any(key_tuple(key)[0] == "tokens" for key in plan.stream_keys):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import NonTensorData, TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from tqdm import tqdm
 
@@ -158,11 +158,11 @@ def _result(
             kept = (keep is None or key[0] in keep) and (selected is None or as_key(key) in selected)
             if kept and td.get(as_key(key), None) is not None:
                 result.set(as_key(key), td.get(as_key(key)))
-    for name, value in one_pass.counts.items():
-        result.set(("run", name), torch.tensor(value))
-    for name, value in one_pass.seconds.items():
-        result.set(("run", "seconds", name), torch.tensor(value, dtype=torch.float64))
-    result.set(("run", "stopped"), NonTensorData(one_pass.stopped))
+    for name, count in one_pass.counts.items():
+        result.set(("run", name), torch.tensor(count))
+    for name, seconds in one_pass.seconds.items():
+        result.set(("run", "seconds", name), torch.tensor(seconds, dtype=torch.float64))
+    result.set_non_tensor(("run", "stopped"), one_pass.stopped)
     return result
 
 

@@ -74,7 +74,7 @@ def fingerprint(td: TensorDictBase) -> str:
 def bytes_of(value: Tensor) -> memoryview:
     """A tensor's bytes, in the order of its dimensions."""
     flat = value.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def pipeline_signature(plan: Plan) -> list[dict[str, Any]]:

@@ -184,7 +184,7 @@ class StoreActivations(StreamingStage):
         try:
             self.settle()
             for state in gather_states(self.state()):
-                self.merge_(self._with_state(state))
+                self.merge_(self.with_state(state))
             if rank != 0:
                 super().reset()  # the own one is collective
             elif not self.is_empty and (wrote or world > 1):

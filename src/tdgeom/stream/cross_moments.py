@@ -225,7 +225,7 @@ class StreamingCrossMoments(StreamingStage):
                 f"{other.widths.tolist()}: merge stages that saw the same sites of one model."
             )
         # The twin's vectors are replaced below, its scatters only read: no copy of the D x D state.
-        twin = self._with_state({name: value.to(self.mean.device) for name, value in other._state().items()})
+        twin = self.with_state({name: value.to(self.mean.device) for name, value in other.state().items()})
         n, m = self.count.double(), twin.count.double()
         delta = twin.mean - self.mean
         self.mean = self.mean + delta * (m / (n + m))
@@ -303,7 +303,7 @@ class StreamingCrossMoments(StreamingStage):
         return edges
 
     def _panel(self, i: int, first: int, last: int) -> Tensor:
-        return self._state()[f"scatter_{i}_{first}_{last}"]
+        return self.state()[f"scatter_{i}_{first}_{last}"]
 
     def _blocks(self) -> Iterator[tuple[int, int, Tensor]]:
         edges = self._edges()

@@ -65,7 +65,7 @@ class Decimation(Stage):
         if (
             not isinstance(estimator, DimensionStage)
             or estimator.source != "sample"
-            or estimator._names != fields
+            or estimator.out_names != fields
         ):
             raise ValueError(
                 f"Decimation needs a dimension stage with source='sample' that writes {fields}, got {estimator!r}."
