@@ -166,6 +166,21 @@ def _field(row: object, field: str, where: str, form: str) -> str:
     return row[field]
 
 
+def padded(fields: Mapping[str, list[list[int]]], tokenizer: Any) -> dict[str, Tensor]:
+    """A tokenizer's fields as (B, T) int64 tensors, padded on the right, with the attention mask that says what is padding."""
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    fill = {"input_ids": next(token for token in pads if token is not None), "special_tokens_mask": 1}
+    lengths = torch.tensor([len(row) for row in fields["input_ids"]])
+    longest = int(lengths.max())
+    batch = {
+        name: torch.tensor(
+            [row + [fill.get(name, 0)] * (longest - len(row)) for row in rows], dtype=torch.int64
+        )
+        for name, rows in fields.items()
+    }
+    return {**batch, "attention_mask": (torch.arange(longest) < lengths[:, None]).long()}
+
+
 class TextBatches:
     """Documents as tokenized batches: a loader for ``run`` and ``analyze_model``.
 
@@ -223,8 +238,6 @@ class TextBatches:
             )
         self.texts, self.tokenizer, self.labels = texts, tokenizer, labels
         self.batch_size, self.max_length = batch_size, max_length
-        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self._pad = next(token for token in pads if token is not None)
         self._read = False
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -286,15 +299,8 @@ class TextBatches:
         return [name for name in ("input_ids", "token_type_ids", "special_tokens_mask") if name in made]
 
     def _batch(self, chunk: list[tuple[int, dict[str, list[int]]]]) -> dict[str, Tensor]:
-        length = max(len(sequence["input_ids"]) for _, sequence in chunk)
-        pads = {"input_ids": self._pad, "special_tokens_mask": 1}
-        batch = {}
-        for name in chunk[0][1]:
-            batch[name] = torch.full((len(chunk), length), pads.get(name, 0), dtype=torch.int64)
-            for row, (_, sequence) in enumerate(chunk):
-                batch[name][row, : len(sequence[name])] = torch.tensor(sequence[name])
-        lengths = torch.tensor([len(sequence["input_ids"]) for _, sequence in chunk])
-        batch["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
+        fields = {name: [sequence[name] for _, sequence in chunk] for name in chunk[0][1]}
+        batch = padded(fields, self.tokenizer)
         documents = [document for document, _ in chunk]
         batch["document_id"] = torch.tensor(documents)
         if self.labels is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tdgeom.core.keys import Key
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.stage import Stage
+from tdgeom.rows.text import padded
 
 __all__ = ["AlignedRows", "PairedTexts", "cut_alike", "matched_ends"]
 
@@ -149,20 +150,13 @@ class PairedTexts:
             truncation=True,
             max_length=self.max_length,
             return_special_tokens_mask=True,
-            return_attention_mask=True,
             return_offsets_mapping=spans,
         )
         self._warn_of_cuts(tokenizer, texts, made["input_ids"])
-        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        fill = {"input_ids": next(token for token in pads if token is not None), "special_tokens_mask": 1}
-        length = max(map(len, made["input_ids"]))
-        padded = {
-            name: torch.tensor([row + [fill.get(name, 0)] * (length - len(row)) for row in rows])
-            for name, rows in made.items()
-            if name in ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask")
-        }
-        words = padded.pop("special_tokens_mask") == 0
-        return padded, words & padded["attention_mask"].bool(), made["offset_mapping"] if spans else []
+        fields = ("input_ids", "token_type_ids", "special_tokens_mask")
+        batch = padded({name: made[name] for name in fields if name in made}, tokenizer)
+        words = batch.pop("special_tokens_mask") == 0
+        return batch, words & batch["attention_mask"].bool(), made["offset_mapping"] if spans else []
 
     def _warn_of_cuts(self, tokenizer: Any, texts: list[str], ids: list[list[int]]) -> None:
         for text, row in zip(texts, ids):
