@@ -161,7 +161,7 @@ def test_selection_reaches_the_rows() -> None:
         models.gpt2(), loader(), select={"skip_first": 2}, metrics="spectrum", progress=False
     )
     assert set(skipped.metrics["tokens_observed"]) == {6 * 4 * 10}
-    assert skipped.metadata["settings"]["select"] == {"skip_first": "2"}
+    assert skipped.metadata["settings"]["select"] == {"skip_first": 2}
 
 
 def test_a_saved_model_directory(tmp_path) -> None:

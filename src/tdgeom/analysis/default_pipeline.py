@@ -27,7 +27,7 @@ from tdgeom.stream.row_sample import RowSample
 
 __all__ = ["HELD", "analysis_pipeline"]
 
-HELD = ("moments", "eigenvectors", "sample", "sample_row_id", *map(str, PRODUCTS))
+HELD = ("moments", "eigenvectors", "sample", "sample_carried", "sample_row_id", *map(str, PRODUCTS))
 
 
 def analysis_pipeline(

@@ -37,6 +37,9 @@ from tdgeom.stream.row_sample import RowSample
 
 __all__ = ["analyzed"]
 
+# what is handed out as neighbour tables
+TABLES = ("neighbors", "sample_carried", "sample_row_id")
+
 
 def analyzed(
     model: nn.Module,
@@ -96,15 +99,8 @@ def _one_or_by_stack(results: Mapping[str, TensorDict]) -> TensorDict | None:
 
 
 def _taken_out(result: TensorDict) -> TensorDict:
-    """The neighbour tables of a result, with the sample's labels and row ids but without its rows."""
-    tables = TensorDict({"neighbors": result.get("neighbors")}, batch_size=[])
-    if result.get("sample_carried", None) is not None:
-        tables.set("sample_carried", result.get("sample_carried"))
-    tables.set("sample_row_id", result.get("sample_row_id"))
-    for root in ("neighbors", "sample", "sample_carried", "sample_row_id"):
-        if result.get(root, None) is not None:
-            result.del_(root)
-    return tables
+    """The neighbour tables of a result, with the sample's labels and row ids."""
+    return TensorDict({root: result.pop(root) for root in TABLES if root in result.keys()}, batch_size=[])
 
 
 def _router_sites(model: nn.Module, asked: Capture, settings: AnalysisSettings) -> list[Site]:
@@ -151,8 +147,8 @@ def _stack_pipeline(
 def _kept(pipeline: TensorDictSequential, settings: AnalysisSettings) -> list[str]:
     """The roots of a pass that its tables read: all but the bulky ones between."""
     plan = make_plan(pipeline)
-    roots = {key_tuple(key)[0] for unit in (*plan.stream, *plan.end) for key in unit.out_keys} - set(HELD)
-    return sorted(roots | ({"sample", "sample_row_id"} if settings.neighbors else set()))
+    roots = {key_tuple(key)[0] for unit in (*plan.stream, *plan.end) for key in unit.out_keys}
+    return sorted(roots - set(HELD) | (roots & set(TABLES) if settings.neighbors else set()))
 
 
 def _widths(pipeline: TensorDictSequential, sites: Sequence[str]) -> dict[str, int]:

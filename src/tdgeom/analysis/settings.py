@@ -10,6 +10,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
 from tdgeom.core.pair_stage import PairStage
+from tdgeom.core.settings import Configured, plain_setting
 from tdgeom.measures.normalization import NormalizationAblation
 from tdgeom.model.sites import LayerSpec
 
@@ -38,7 +39,7 @@ class Settings:
         return {
             "sample_size": self.sample_size,
             "seed": self.seed,
-            "select": {name: str(value) for name, value in self.select.items()},
+            "select": {name: plain_setting(value) for name, value in self.select.items()},
         }
 
 
@@ -131,17 +132,11 @@ def _module(given: Any) -> TensorDictModuleBase:
 
 
 def stage_record(stage: TensorDictModuleBase) -> dict[str, Any]:
-    """A stage by its name, the settings that may change its numbers, and its keys."""
-    plain = (str, int, float, bool, tuple, list)
-    values = {
-        name: value
-        for name, value in vars(stage).items()
-        if not name.startswith("_") and isinstance(value, plain)
-    }
-    values.pop("training", None)
+    """A stage by its name, what it was made with, and its keys, as plain data."""
+    made = stage.settings() if isinstance(stage, Configured) else {"module": getattr(stage, "module", None)}
     return {
         "stage": type(stage).__name__,
-        **values,
+        **{name: plain_setting(value) for name, value in made.items()},
         "in_keys": list(stage.in_keys),
         "out_keys": list(stage.out_keys),
     }
