@@ -129,7 +129,7 @@ def test_neighbour_tables_are_analysed_later_without_the_model(both, tmp_path) -
 
 def test_the_sample_itself_is_not_kept(both) -> None:
     assert both.result.get("sample", None) is None and both.result.get("neighbors", None) is None
-    assert all(key[:1] != ("sample",) or key[1] == "label" for key in both.neighbors.keys(True, True))
+    assert set(both.neighbors.keys()) == {"neighbors", "sample_carried", "sample_row_id"}
 
 
 def test_a_loader_that_is_read_once_is_refused() -> None:
