@@ -12,6 +12,7 @@ from typing import Any
 
 from tdgeom.analysis.analyze_model import analyze_model
 from tdgeom.analysis.results import AnalysisResults
+from tdgeom.files.atomic import is_taken
 from tdgeom.files.bundle import METADATA
 from tdgeom.model.loading import load_model
 from tdgeom.plot.style import require_matplotlib
@@ -139,7 +140,7 @@ def run_demo(
     Raises:
         ModuleNotFoundError: the demo extra is not installed. FileExistsError: ``out`` holds something else.
     """
-    replace = out is not None and Path(out).exists()
+    replace = out is not None and is_taken(Path(out))
     if out is not None:
         require_matplotlib()
         if replace and not _is_demo(Path(out)):
@@ -163,9 +164,6 @@ def run_demo(
 
 
 def _is_demo(folder: Path) -> bool:
-    """An earlier demo, or an empty folder."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        return True
     try:
         return json.loads((folder / METADATA).read_text(encoding="utf-8")).get("run_name") == RUN_NAME
     except (OSError, ValueError, AttributeError):

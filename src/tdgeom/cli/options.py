@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
+from tdgeom.files.atomic import is_taken
 from tdgeom.files.bundle import METADATA
 from tdgeom.model.loading import first_reason, load_model
 from tdgeom.plot.style import require_matplotlib
@@ -74,22 +75,20 @@ class TextOptions:
         return readers[named[0]](named[0]), named[0]
 
     def check_out(self, save_mode: str = "bundle") -> None:
-        """Refuse before the work what would be refused after it; an empty folder may always be overwritten."""
+        """Refuse before the work what would be refused after it."""
         if save_mode not in ("bundle", "csv", "json"):
             raise typer.BadParameter(f"--save-mode takes bundle, csv or json, got {save_mode!r}")
         if self.plots:
             if self.out is None:
                 raise typer.BadParameter("--plots needs --out DIR, the folder that the pictures go to")
             require_matplotlib()
-        if self.out is None or not self.out.exists():
+        if self.out is None or not is_taken(self.out):
             return
-        if self.out.is_dir() and not any(self.out.iterdir()):
-            self.overwrite = True
-        elif not self.overwrite:
+        if not self.overwrite:
             raise typer.BadParameter(
                 f"{self.out} exists already: name another folder, or replace a bundle there with --overwrite"
             )
-        elif not (self.out / METADATA).is_file():
+        if not (self.out / METADATA).is_file():
             raise typer.BadParameter(
                 f"{self.out} exists and is no bundle (it has no {METADATA}), so it is not overwritten"
             )
