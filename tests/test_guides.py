@@ -109,3 +109,12 @@ def test_the_map_is_in_the_order_in_which_rooms_may_use_each_other() -> None:
     page = (DOCS / "contributing.md").read_text(encoding="utf-8")
     rooms = re.findall(r"^\| `(\w+)/`", page, re.MULTILINE)
     assert rooms == [layer for layer in reversed(layers) if layer in rooms]
+
+
+@pytest.mark.torchrl
+@pytest.mark.filterwarnings("ignore::tdgeom.UndefinedMeasureWarning")
+def test_how_composition_works() -> None:
+    names = ran("composition.md", loader=batches(3))
+    rows = sum(int((batch["input_ids"] != 0).sum()) for batch in batches(3))
+    assert int(names["result"]["run", "rows"]) == rows
+    assert len(names["spectrum"]) < len(names["pipeline"])
