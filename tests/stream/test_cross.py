@@ -406,3 +406,25 @@ def test_leaves_of_a_sketch_are_not_taken_for_exact_ones():
             ValueError, match=rf"{measure.__name__} expects exact moments.*\(50, 50\) and a table as norm4"
         ):
             measured(as_wide, measure(source="moments"))
+
+
+@pytest.mark.parametrize(
+    "sites",
+    [[3, 4], [("m", "x.0"), ("m", "x.1")], (f"x.{i}" for i in range(2))],
+    ids=["numbers", "tuples", "generator"],
+)
+def test_sites_are_numbers_tuples_or_a_generator(sites):
+    sites = list(sites) if isinstance(sites, list) else sites
+    stage = StreamingCrossMoments(sites)
+    x, y = rows(100, 6, 5)
+    td = stage(TensorDict({stage.in_keys[0]: x, stage.in_keys[1]: y}))
+    names = list(stage.sites)
+    listed = [key[1:] for key in stage.in_keys]
+    measure = ForEachPair(
+        LinearCKA(source="moments"), [site if len(site) > 1 else site[0] for site in listed]
+    )
+    measure(td)
+    expected = LinearCKA()(sample_a=x, sample_b=y)
+    assert td["between", f"{names[0]}->{names[1]}", "linear_cka"].item() == pytest.approx(
+        expected.item(), rel=1e-6
+    )

@@ -65,7 +65,7 @@ def _family(site: str) -> object:
     """What consecutive sites share: a Site's prefix, stack and kind; of a plain name all but its last number."""
     if hasattr(site, "kind"):
         return (getattr(site, "prefix", None), getattr(site, "stack", None), site.kind)
-    match = re.fullmatch(r"(.*)\.\d+", site)
+    match = re.fullmatch(r"(.*)\.\d+", str(site))
     return match.group(1) if match else None
 
 
@@ -157,7 +157,10 @@ class ForEachPair(Configured, TensorDictModuleBase):
         side_a, side_b, rest = stage.sides()
         last_use = {site: index for index, pair in enumerate(self.pairs) for site in pair}
         # Both sides usually read the same keys, and then one preparation serves a site on either side.
-        a_keys, b_keys = ([key_tuple(stage.in_keys[i])[0::2] for i in side] for side in (side_a, side_b))
+        a_keys, b_keys = (
+            [key_tuple(stage.in_keys[i])[0::2] for i in side if i < len(stage.in_keys)]
+            for side in (side_a, side_b)
+        )
         number_b = 0 if a_keys == b_keys else 1
         prepared: dict[tuple[str, int], object] = {}
         for index, (unit, (a, b)) in enumerate(zip(self.units, self.pairs)):

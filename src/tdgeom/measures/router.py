@@ -75,10 +75,6 @@ class RouterLoad(StreamingStage):
         self.add_state("rows", torch.int64)
         self.add_state("probability", torch.float64)
 
-    def settings(self) -> dict[str, int]:
-        """Loads merge only under one top_k."""
-        return {"top_k": self.top_k}
-
     def start(self, tokens: Tensor) -> dict[str, Tensor]:
         """No assignments yet."""
         counts = torch.zeros(tokens.shape[-1], dtype=torch.int64, device=tokens.device)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from tdgeom.core.for_each_pair import pair_list
-from tdgeom.core.keys import Key, Keys, as_key, key_tuple
+from tdgeom.core.keys import Key, Keys, key_tuple, site_key
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.stream.running_centre import about_running_mean
 from tdgeom.stream.sketch import gaussian_columns
@@ -53,7 +53,8 @@ class StreamingCrossMoments(StreamingStage):
     above ``memory``. Time: the products, 2·D·E flops a row and pair, and about a tenth more.
 
     Args:
-        sites: names; rows are read at ``("tokens", site)``, (N, D) with any width a site and the same rows in all.
+        sites: names (or numbers, or tuples of them: levels of a key); rows are read at ``("tokens", site)``, (N, D) with any
+            width a site and the same rows in all.
         pairs: "consecutive" (within one kind and one stack), "all", or a list of (a, b).
         sketch: number of random projections a site instead of its D features, for widths where D² a pair is too much.
             Every leaf is then that of the projected rows in ``groups`` groups (``covariance`` (sketch, sketch),
@@ -78,6 +79,8 @@ class StreamingCrossMoments(StreamingStage):
         torch.Size([4, 2])
     """
 
+    publishing = frozenset({"memory"})
+
     count: Tensor
     widths: Tensor
     mean: Tensor
@@ -87,7 +90,7 @@ class StreamingCrossMoments(StreamingStage):
 
     def __init__(
         self,
-        sites: Sequence[str],
+        sites: Iterable[str | int | tuple[str | int, ...]],
         *,
         pairs: str | Sequence[tuple[str, str]] = "consecutive",
         sketch: int | None = None,
@@ -98,7 +101,8 @@ class StreamingCrossMoments(StreamingStage):
         out_keys: Keys = None,
     ) -> None:
         sites = [sites] if isinstance(sites, str) else list(sites)
-        names = [str(site) for site in sites]
+        parts = [site_key(site) for site in sites]
+        names = ["/".join(part) for part in parts]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"StreamingCrossMoments takes a non-empty list of different sites, got {names}.")
         if sketch is not None and (groups < 3 or sketch < groups or sketch % groups):
@@ -107,13 +111,16 @@ class StreamingCrossMoments(StreamingStage):
                 f"sketch={sketch}, groups={groups}. Take sketch=1024, groups=16."
             )
         self.sites = names
-        self.pairs = pair_list(sites, pairs)
+        self.pairs = pair_list([s if isinstance(s, str) else name for s, name in zip(sites, names)], pairs)
         self.sketch, self.groups, self.seed = sketch, 1 if sketch is None else groups, seed
         self.memory = memory
+        places = [(*part, leaf) for part in parts for leaf in SITE_LEAVES]
+        places += [(f"{a}->{b}", leaf) for a, b in self.pairs for leaf in PAIR_LEAVES]
+        writes: list[Key] = [("cross_moments", *place) for place in places]
         if isinstance(out_keys, (str, tuple)):
-            out_keys = [as_key((*key_tuple(out_keys), *key_tuple(key)[1:])) for key in self._leaves()]
-        reads: dict[Key, str] = {("tokens", name): f"N D{i}" for i, name in enumerate(names)}
-        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=self._leaves())
+            out_keys = [(*key_tuple(out_keys), *place) for place in places]
+        reads: dict[Key, str] = {("tokens", *part): f"N D{i}" for i, part in enumerate(parts)}
+        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=writes)
         self._runs = _runs(names, self.pairs)
         self.add_state("count", torch.int64)
         for name in ("widths", "mean", "trace", "norm2_product", "x_norm2y"):
@@ -122,25 +129,14 @@ class StreamingCrossMoments(StreamingStage):
             self.add_state(f"scatter_{i}_{first}_{last}", torch.float64)
         self._projections: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
-    def _leaves(self) -> list[Key]:
-        places = [(site, leaf) for site in self.sites for leaf in SITE_LEAVES]
-        places += [(f"{a}->{b}", leaf) for a, b in self.pairs for leaf in PAIR_LEAVES]
-        return [("cross_moments", *place) for place in places]
-
-    def settings(self) -> dict[str, object]:
-        """Sites, pairs and the projection."""
-        return {
-            "sites": self.sites, "pairs": self.pairs,
-            "sketch": self.sketch, "groups": self.groups, "seed": self.seed,
-        }  # fmt: skip
-
     def start(self, *rows: Tensor) -> dict[str, Tensor]:
         """Zeros, once the widths are known to fit."""
         given = [x.shape[-1] for x in rows]
         widths = [self.sketch] * len(given) if self.sketch else given
         shapes = {(i, a, b): (widths[i], sum(widths[a:b])) for i, a, b in self._runs}
         self._check_memory(8 * sum(d * e for d, e in shapes.values()), given)
-        zeros = {
+        zeros: dict[str, tuple[int, ...]] = {
+            "count": (),
             "mean": (sum(given),),
             "trace": (len(given) * self.groups,),
             "norm2_product": (len(given) * self.groups,) * 2,
@@ -151,9 +147,7 @@ class StreamingCrossMoments(StreamingStage):
         state = {
             name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in zeros.items()
         }
-        state["count"] = torch.zeros((), dtype=torch.int64, device=device)
-        state["widths"] = torch.tensor(given, device=device)
-        return state
+        return state | {"widths": torch.tensor(given, device=device)}
 
     def _check_memory(self, needed: int, widths: list[int]) -> None:
         if needed > self.memory:

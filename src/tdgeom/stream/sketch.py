@@ -61,8 +61,8 @@ class StreamingSketch(StreamingStage):
 
     Leaves:
         count, mean: n and (D,).
-        eigenvalues: (D,) descending, the first k as they are found, the others NaN (of k+1 rows or fewer: 0); a whole
-            spectrum to no one who reads it, but to ``SpectrumMetrics(source="sketch")`` the part that is known.
+        eigenvalues: (D,) descending, the first k as they are found and NaN beyond (0 where k+1 rows or fewer leave no
+            more); ``SpectrumMetrics(source="sketch")`` uses them, what needs a whole spectrum refuses them.
         eigenvectors: (D, k) columns, largest entry positive.
         total_variance: tr A, exact.
         d_pr, d_pr_standard_error: ``(tr A)²/|A|²_F`` and its error, from the unbiased
@@ -106,6 +106,7 @@ class StreamingSketch(StreamingStage):
             "error_bound",
         )
     ]  # fmt: skip
+    publishing = frozenset({"k"})
 
     count: Tensor
     mean: Tensor
@@ -134,18 +135,14 @@ class StreamingSketch(StreamingStage):
             self.add_state(name, torch.float64)
         self._tests: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
-    def settings(self) -> dict[str, int]:
-        """The projection."""
-        return {"size": self.size, "probes": self.probes, "seed": self.seed}
-
     def start(self, tokens: Tensor) -> dict[str, Tensor]:
         """Zeros of the rows' width."""
-        d, device = tokens.shape[-1], tokens.device
-        shapes = {"mean": (d,), "total": (), "product": (d, self.size + self.probes)}
-        state = {
-            name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()
+        d = tokens.shape[-1]
+        shapes = {"count": (), "mean": (d,), "total": (), "product": (d, self.size + self.probes)}
+        return {
+            name: torch.zeros(shape, dtype=torch.float64, device=tokens.device)
+            for name, shape in shapes.items()
         }
-        return {"count": torch.zeros((), dtype=torch.int64, device=device), **state}
 
     def accumulate(self, tokens: Tensor) -> None:
         """Add a block of rows: two thin products."""

@@ -73,3 +73,17 @@ def test_in_a_run_and_its_table(kind):
     assert {"similarity", "linear_cka_debiased"} <= set(frame.columns)
     alone = made(kind)(sample_a=result["sample", "x"], sample_b=result["sample", "y"])
     assert result["between", "x->y", "similarity"] == alone
+
+
+@pytest.mark.parametrize(
+    "kind", [tg.CCA, tg.PWCCA, tg.Procrustes, tg.LinearR2], ids=lambda kind: kind.__name__
+)
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_one_of_two_outputs(kind, wanted):
+    leaves = ["_", "_"]
+    leaves[wanted] = ("between", "similarity")
+    found = tg.ForEachPair(kind(out_keys=leaves), SITES)(finished())
+    plain = kind()
+    expected = plain(sample_a=finished()["sample", "x"], sample_b=finished()["sample", "y"])[wanted]
+    assert found["between", "x->y", "similarity"] == expected
+    assert set(found["between", "x->y"].keys()) == {"similarity"}
