@@ -42,7 +42,7 @@ def feature_standardized(sample: Tensor) -> Tensor:
     """Columns to mean 0 and unbiased standard deviation 1; constant columns become 0."""
     centred = sample - sample.mean(-2, keepdim=True)
     std = centred.std(-2, keepdim=True)
-    return centred / torch.where(std > 0, std, torch.full_like(std, torch.inf))
+    return centred / torch.where(std > 0, std, torch.inf)
 
 
 def remove_top_pc(sample: Tensor) -> Tensor:
@@ -55,9 +55,7 @@ def remove_top_pc(sample: Tensor) -> Tensor:
 def drop_outlier_features(sample: Tensor) -> Tensor:
     """Columns whose variance exceeds 25 times the median variance set to 0 (massive-activation features)."""
     variance = sample.var(-2, keepdim=True)
-    return torch.where(
-        variance > 25 * variance.median(-1, keepdim=True).values, torch.zeros_like(sample), sample
-    )
+    return torch.where(variance > 25 * variance.median(-1, keepdim=True).values, 0, sample)
 
 
 def without_first_token(sample: Tensor, position: Tensor) -> Tensor:
@@ -228,6 +226,6 @@ def _covariance(sample: Tensor, shared: dict[str, Tensor]) -> Tensor:
 def _correlation_eigenvalues(sample: Tensor, shared: dict[str, Tensor]) -> Tensor:
     covariance = _covariance(sample, shared)
     std = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    inverse = torch.where(std > 0, 1 / std, torch.zeros_like(std))
+    inverse = torch.where(std > 0, 1 / std, 0)
     correlation = covariance * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
     return covariance_eigenvalues(correlation, sample.shape[-2] - 1)

@@ -94,10 +94,8 @@ class RouterLoad(StreamingStage):
 
     def combine(self, other: RouterLoad) -> None:
         """Add another's assignments."""
-        home = self.counts.device
-        self.counts += other.counts.to(home)
-        self.rows += other.rows.to(home)
-        self.probability += other.probability.to(home)
+        for name, value in self.state().items():
+            value += other.state()[name].to(value.device)
 
     def result(self) -> Mapping[str, Tensor]:
         """See ``router_load``."""

@@ -134,7 +134,13 @@ class StreamingCrossMoments(StreamingStage):
         given = [x.shape[-1] for x in rows]
         widths = [self.sketch] * len(given) if self.sketch else given
         shapes = {(i, a, b): (widths[i], sum(widths[a:b])) for i, a, b in self._runs}
-        self._check_memory(8 * sum(d * e for d, e in shapes.values()), given)
+        needed = 8 * sum(d * e for d, e in shapes.values())
+        if needed > self.memory:
+            raise ValueError(
+                f"StreamingCrossMoments needs {needed / 2**30:.1f} GiB for {len(self.sites)} sites of width up to "
+                f"{max(given)} and {len(self.pairs)} pairs, above memory={self.memory / 2**30:.1f} GiB. "
+                f"Pass sketch=1024 (random projections), fewer pairs=, or a higher memory=."
+            )
         zeros: dict[str, tuple[int, ...]] = {
             "count": (),
             "mean": (sum(given),),
@@ -148,14 +154,6 @@ class StreamingCrossMoments(StreamingStage):
             name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in zeros.items()
         }
         return state | {"widths": torch.tensor(given, device=device)}
-
-    def _check_memory(self, needed: int, widths: list[int]) -> None:
-        if needed > self.memory:
-            raise ValueError(
-                f"StreamingCrossMoments needs {needed / 2**30:.1f} GiB for {len(self.sites)} sites of width up to "
-                f"{max(widths)} and {len(self.pairs)} pairs, above memory={self.memory / 2**30:.1f} GiB. "
-                f"Pass sketch=1024 (random projections), fewer pairs=, or a higher memory=."
-            )
 
     def accumulate(self, *rows: Tensor) -> None:
         """Add a block of rows."""

@@ -15,6 +15,9 @@ from tdgeom.stream.running_centre import about_running_mean
 
 __all__ = ["StreamingSketch", "gaussian_columns", "nystrom"]
 
+SKETCH_LEAVES = (
+    "count", "mean", "eigenvalues", "eigenvectors", "total_variance", "d_pr", "d_pr_standard_error", "error_bound"
+)  # fmt: skip
 _FAILURE = 1e-6  # probability with which the error bound may be exceeded
 
 
@@ -99,13 +102,7 @@ class StreamingSketch(StreamingStage):
     """
 
     reads = {"tokens": "N D"}
-    writes = [
-        ("sketch", name)
-        for name in (
-            "count", "mean", "eigenvalues", "eigenvectors", "total_variance", "d_pr", "d_pr_standard_error",
-            "error_bound",
-        )
-    ]  # fmt: skip
+    writes = [("sketch", name) for name in SKETCH_LEAVES]
     publishing = frozenset({"k"})
 
     count: Tensor

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Keys
 from tdgeom.measures.similarity.orthonormal_sides import Factor, LinearPairStage, factor_rows, overlap
-from tdgeom.measures.similarity.pair_sources import Source
 from tdgeom.numerics.centring import check_matched, warn_undefined
 
 __all__ = ["CCA", "PWCCA", "SVCCA", "cca_mean", "cca_r2", "pwcca_ab", "pwcca_ba", "svcca"]
@@ -178,7 +178,7 @@ class CCA(LinearPairStage):
 
 
 class SVCCA(LinearPairStage):
-    """``svcca`` between two sites, from rows or moments (``source``, as ``CCA``); ``variance``: the share kept.
+    """``svcca`` between two sites; ``variance``: the share kept; ``source``, ``in_keys``, ``out_keys``: as ``CCA``.
 
     >>> x = torch.randn(50, 3)
     >>> round(float(SVCCA()(sample_a=x, sample_b=-x)), 6)
@@ -188,15 +188,8 @@ class SVCCA(LinearPairStage):
     measures = ("svcca",)
     standardise = False
 
-    def __init__(
-        self,
-        *,
-        variance: float = 0.99,
-        source: Source = "sample",
-        in_keys: Keys = None,
-        out_keys: Keys = None,
-    ) -> None:
-        super().__init__(source=source, in_keys=in_keys, out_keys=out_keys)
+    def __init__(self, *, variance: float = 0.99, **others: Any) -> None:
+        super().__init__(**others)
         self.variance = self.share = _share(variance)
 
     def compare(self, a: Factor, b: Factor, *rest: Tensor) -> Tensor:

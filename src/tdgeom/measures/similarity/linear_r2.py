@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from tdgeom.core.keys import Keys
 from tdgeom.measures.similarity.orthonormal_sides import Factor, LinearPairStage, factor_rows, overlap
-from tdgeom.measures.similarity.pair_sources import Source
 from tdgeom.numerics.centring import check_matched, warn_undefined
 
 __all__ = ["LinearR2", "linear_r2_ab", "linear_r2_ba"]
@@ -90,10 +90,8 @@ class LinearR2(LinearPairStage):
 
     measures = ("linear_r2_ab", "linear_r2_ba")
 
-    def __init__(
-        self, *, ridge: float = 0.0, source: Source = "sample", in_keys: Keys = None, out_keys: Keys = None
-    ) -> None:
-        super().__init__(source=source, in_keys=in_keys, out_keys=out_keys)
+    def __init__(self, *, ridge: float = 0.0, **others: Any) -> None:
+        super().__init__(**others)
         self.ridge = _check(ridge)
         self.standardise = ridge == 0
 

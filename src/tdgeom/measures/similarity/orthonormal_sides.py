@@ -106,9 +106,7 @@ def _leading(variances: Tensor, share: float | None) -> Tensor:
     if share is None:
         return torch.ones_like(variances, dtype=torch.bool)
     cumulative = variances.cumsum(-1) / variances.sum(-1, keepdim=True)
-    return torch.cat(
-        [torch.ones_like(cumulative[..., :1], dtype=torch.bool), cumulative[..., :-1] < share], -1
-    )
+    return torch.nn.functional.pad(cumulative[..., :-1] < share, (1, 0), value=True)
 
 
 def overlap(a: Factor, b: Factor, cross_covariance: Tensor | None = None) -> Tensor:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Keys
 from tdgeom.core.pair_stage import PairStage
 from tdgeom.measures.similarity.pair_sources import MATCHED_ROWS
 from tdgeom.measures.similarity.row_distances import condensed, distances, squared_distances
@@ -149,16 +148,11 @@ class RSA(PairStage):
     writes = [("between", "rsa")]
 
     def __init__(
-        self,
-        *,
-        kind: Kind = "correlation",
-        comparison: Comparison = "spearman",
-        in_keys: Keys = None,
-        out_keys: Keys = None,
+        self, *, kind: Kind = "correlation", comparison: Comparison = "spearman", **keys: Any
     ) -> None:
         _check(kind, get_args(Kind), "RSA: kind")
         _check(comparison, get_args(Comparison), "RSA: comparison")
-        super().__init__(in_keys=in_keys, out_keys=out_keys)
+        super().__init__(**keys)
         self.kind, self.comparison = kind, comparison
 
     def prepare(self, sample: Tensor) -> Tensor:
