@@ -13,11 +13,8 @@ from tdgeom import functional as F
 
 # What vmap cannot do, and the words in which it is refused.
 REFUSED = {
-    "cknna": "boolean mask",  # keeps as many mutual neighbours as a data set has
     "interpolate": "data-dependent control flow",  # falls back to a line where two directions are one
     "logistic_probe": "backward\\(\\) called inside",  # minimises until it has converged
-    "rsa": "dynamic shape",  # ranks by the values that there are
-    "soft_matching": "doesn't have storage",  # solves an assignment in SciPy
     "top_activating": "nonzero",
     "top_rows": "nonzero",  # orders ties by id
 }

@@ -13,7 +13,7 @@ from tdgeom.measures.eigen_spectrum import covariance_eigenvalues
 from tdgeom.measures.spectrum import entropy_dimension
 from tdgeom.numerics.centring import holds, real_rows, warn_undefined
 from tdgeom.numerics.hashing import fingerprint
-from tdgeom.numerics.products import gram
+from tdgeom.numerics.products import gram, in_own_precision
 
 __all__ = [
     "PRODUCTS",
@@ -59,6 +59,7 @@ def _unit_scale(y: Tensor) -> tuple[Tensor, Tensor]:
     return y / scale, scale
 
 
+@in_own_precision
 def sample_eigenvalues(sample: Tensor) -> Tensor:
     """Eigenvalues of the sample's covariance, descending, clipped at 0: (*B, N, D) -> (*B, D) in float64.
 
@@ -79,6 +80,7 @@ def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows / torch.where(norm > 0, norm, 1), norm[..., 0] > 0
 
 
+@in_own_precision
 def cosine_similarity(sample: Tensor, unit_covariance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and unbiased standard deviation of the cosine over ordered pairs of different rows, uncentred.
 
@@ -129,6 +131,7 @@ def _variances(sample: Tensor) -> Tensor:
     return y.square().sum(-2, dtype=torch.float64)
 
 
+@in_own_precision
 def sample_metrics(
     sample: Tensor,
     eigenvalues: Tensor | None = None,

@@ -1,11 +1,20 @@
-"""yᵀy of real rows at two thirds of the products: the lower half is a copy of the upper."""
+"""Products in the precision of what is multiplied, and yᵀy at two thirds of them: the lower half is a copy of the upper."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["gram"]
+from tdgeom.core.ambient import steady
+from tdgeom.core.stage import device_of
+
+__all__ = ["gram", "in_own_precision"]
+
+_Result = TypeVar("_Result")
 
 _NARROWEST = 384  # below this width one product is faster than four smaller ones
 
@@ -26,3 +35,14 @@ def gram(y: Tensor) -> Tensor:
         out[a:b, a:] = y[:, a:b].mT @ y[:, a:]
         out[b:, a:b] = out[a:b, b:].mT
     return out
+
+
+def in_own_precision(function: Callable[..., _Result]) -> Callable[..., _Result]:
+    """A function of tensors with the same products whatever autocast or precision is set around its call."""
+
+    @wraps(function)
+    def steadily(*args: object, **options: object) -> _Result:
+        with steady(device_of([*args, *options.values()])):
+            return function(*args, **options)
+
+    return steadily

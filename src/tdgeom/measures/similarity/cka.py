@@ -12,7 +12,7 @@ from tdgeom.measures.similarity.hsic import alignment, hsic1
 from tdgeom.measures.similarity.pair_sources import MomentPairStage, Source, refuse_sketch
 from tdgeom.measures.similarity.projected_cka import block_squares, group_traces, ratio_over_groups
 from tdgeom.numerics.centring import as_rows, centre, check_matched, warn_undefined
-from tdgeom.numerics.products import gram
+from tdgeom.numerics.products import gram, in_own_precision
 
 __all__ = ["RV", "LinearCKA", "linear_cka", "linear_cka_debiased", "rv_coefficient"]
 
@@ -102,6 +102,7 @@ def _aligned(a: _Side, b: _Side, off: Tensor, name: str) -> Tensor:
     return alignment(*(hsic1(*one, n) for one in sums))
 
 
+@in_own_precision
 def linear_cka(x: Tensor, y: Tensor) -> Tensor:
     """Linear CKA, biased: ``||XᵀY||²_F / (||XᵀX||_F ||YᵀY||_F)`` of centred rows. Alias: RV coefficient.
 
@@ -132,6 +133,7 @@ rv_coefficient = linear_cka
 """The RV coefficient is the same number as linear CKA: an alias."""
 
 
+@in_own_precision
 def linear_cka_debiased(x: Tensor, y: Tensor) -> Tensor:
     """Linear CKA from the unbiased HSIC₁ of Song et al. in the numerator and both denominators.
 

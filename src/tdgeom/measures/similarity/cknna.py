@@ -24,36 +24,27 @@ _REASON = (
 class _Neighbours(NamedTuple):
     """The k largest inner products of each row, self excluded."""
 
-    near: Tensor  # (N, k) which rows
-    value: Tensor  # (N, k) float64
-    own: Tensor  # unbiased HSIC of the masked kernel with itself
+    near: Tensor  # (..., N, k) which rows
+    value: Tensor  # (..., N, k) float64
+    own: Tensor  # (...) unbiased HSIC of the masked kernel with itself
 
 
-class _Side(NamedTuple):
-    """Every data set of one side, and how they are laid out."""
-
-    items: list[_Neighbours]
-    lead: tuple[int, ...]
-
-
-def _neighbours(x: Tensor, k: int, measure: str) -> _Side:
-    x = as_rows(x, measure)
-    n = x.shape[-2]
+def _neighbours(x: Tensor, k: int, measure: str) -> _Neighbours:
+    rows = as_rows(x, measure).double()
+    n = rows.shape[-2]
     if not 2 <= k < n:
         raise ValueError(f"{measure}: k counts neighbours, expected 2 <= k < N = {n}, got {k}.")
-    found = []
-    for rows in x.reshape(-1, n, x.shape[-1]).double():
-        rows = rows / rows.abs().max()  # an isotropic scale cancels in the ratio, and squares stay in range
-        index, value = [], []
-        for start in range(0, n, _BLOCK):
-            block = rows[start : start + _BLOCK] @ rows.mT
-            here = torch.arange(start, start + len(block), device=x.device)
-            top = block.scatter(1, here[:, None], -torch.inf).topk(k, dim=1)
-            index.append(top.indices)
-            value.append(top.values)
-        side = _Neighbours(torch.cat(index), torch.cat(value), rows.new_zeros(()))
-        found.append(side._replace(own=_hsic(side, side)))
-    return _Side(found, tuple(x.shape[:-2]))
+    rows = rows / rows.abs().amax(
+        (-2, -1), keepdim=True
+    )  # an isotropic scale cancels, and squares stay in range
+    tops = []
+    for start in range(0, n, _BLOCK):
+        block = rows[..., start : start + _BLOCK, :] @ rows.mT
+        here = torch.arange(start, start + block.shape[-2], device=x.device).unsqueeze(-1)
+        tops.append(block.scatter(-1, here.expand(*block.shape[:-1], 1), -torch.inf).topk(k, dim=-1))
+    near, value = (torch.cat([top[part] for top in tops], -2) for part in (1, 0))
+    side = _Neighbours(near, value, value.new_zeros(()))
+    return side._replace(own=_hsic(side, side))
 
 
 def _hsic(a: _Neighbours, b: _Neighbours) -> Tensor:
@@ -61,40 +52,33 @@ def _hsic(a: _Neighbours, b: _Neighbours) -> Tensor:
 
     The mask is not symmetric, so the transposes of the formula are kept: ``Σ K∘Lᵀ`` and ``Σ KL``.
     """
-    n = a.near.shape[0]
-    if n < 4:
-        return a.value.new_full((), torch.nan)
-    keys, order = (b.near + torch.arange(n, device=b.near.device)[:, None] * n).flatten().sort()
-    wanted = (a.near + torch.arange(n, device=a.near.device)[:, None] * n).flatten()
-    place = torch.searchsorted(keys, wanted).clamp(max=keys.numel() - 1)
-    mutual = keys[place] == wanted
-    pair = wanted[mutual]
-    k_values, l_values = a.value.flatten()[mutual], b.value.flatten()[order][place[mutual]]
-    i, j = pair // n, pair % n
-    # Σ K_ij L_ji: find each pair's transpose among the pairs
-    pairs, order = pair.sort()
-    turned = j * n + i
-    place = torch.searchsorted(pairs, turned).clamp(max=max(pairs.numel() - 1, 0))
-    if pairs.numel():
-        both = pairs[place] == turned
-        trace = (k_values[both] * l_values[order][place[both]]).sum()
-    else:
-        trace = k_values.sum()
-    columns = k_values.new_zeros(n).index_add(0, j, k_values)
-    rows = l_values.new_zeros(n).index_add(0, i, l_values)
-    return hsic1(trace, columns @ rows, k_values.sum(), l_values.sum(), n)
+    n, k = a.near.shape[-2:]
+    lead = torch.broadcast_shapes(a.near.shape[:-2], b.near.shape[:-2])
+    row = torch.arange(n, device=a.near.device).unsqueeze(-1) * n
+    (wanted, k_values), (given, l_values) = (
+        [part.expand(*lead, n, k).flatten(-2) for part in (side.near + row, side.value)] for side in (a, b)
+    )
+    mutual, l_values = _looked_up(wanted, given, l_values)
+    k_values, l_values = torch.where(mutual, k_values, 0), torch.where(mutual, l_values, 0)
+    i, j = wanted // n, wanted % n
+    found, turned = _looked_up(j * n + i, wanted, l_values)  # L_ji
+    trace = torch.where(found, k_values * turned, 0).sum(-1)
+    columns = k_values.new_zeros(*lead, n).scatter_add(-1, j, k_values)
+    middle = (columns * l_values.unflatten(-1, (n, k)).sum(-1)).sum(-1)
+    return hsic1(trace, middle, k_values.sum(-1), l_values.sum(-1), n)
 
 
-def _compare(a: _Side, b: _Side) -> Tensor:
-    lead = torch.broadcast_shapes(a.lead, b.lead)
-    places = [
-        torch.arange(len(side.items), device="cpu").reshape(side.lead).expand(lead).flatten()
-        for side in (a, b)
-    ]
-    values = []
-    for p, q in zip(*([side.items[i] for i in place] for side, place in zip((a, b), places))):
-        values.append(alignment(_hsic(p, q), p.own, q.own))
-    return warn_undefined(torch.stack(values).reshape(lead), "cknna", _REASON)
+def _looked_up(wanted: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether each wanted number (..., M) is among different keys (..., M), and the value at that key (else any)."""
+    keys, order = keys.sort(-1)
+    place = torch.searchsorted(keys.contiguous(), wanted.contiguous()).clamp(max=keys.shape[-1] - 1)
+    return keys.gather(-1, place) == wanted, values.gather(-1, order.gather(-1, place))
+
+
+def _compare(a: _Neighbours, b: _Neighbours) -> Tensor:
+    value = alignment(_hsic(a, b), a.own, b.own)
+    value = value if a.near.shape[-2] >= 4 else torch.full_like(value, torch.nan)
+    return warn_undefined(value, "cknna", _REASON)
 
 
 def cknna(x: Tensor, y: Tensor, k: int = 10) -> Tensor:
@@ -141,10 +125,10 @@ class CKNNA(PairStage):
         super().__init__(in_keys=in_keys, out_keys=out_keys)
         self.k = k
 
-    def prepare(self, sample: Tensor) -> _Side:
+    def prepare(self, sample: Tensor) -> _Neighbours:
         """Neighbours and the site's own HSIC, once a site."""
         return _neighbours(sample, self.k, "CKNNA")
 
-    def compare(self, a: _Side, b: _Side) -> Tensor:
+    def compare(self, a: _Neighbours, b: _Neighbours) -> Tensor:
         """Pairs that are neighbours on both sides: O(N k)."""
         return _compare(a, b)

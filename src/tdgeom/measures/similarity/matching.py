@@ -11,6 +11,7 @@ from torch import Tensor
 from tdgeom.core.pair_stage import PairStage
 from tdgeom.measures.similarity.pair_sources import MATCHED_ROWS
 from tdgeom.numerics.centring import as_rows, centre, check_matched, warn_undefined
+from tdgeom.numerics.opaque import opaque
 
 __all__ = ["SoftMatching", "soft_matching"]
 
@@ -49,13 +50,17 @@ def _plan_value(correlation: np.ndarray) -> float:
     return -float(result.fun)
 
 
-def _compare(a: Tensor, b: Tensor) -> Tensor:
-    correlation = (a.mT @ b).detach()
-    lead = correlation.shape[:-2]
+@opaque(lambda correlation: correlation.new_empty(correlation.shape[:-2]))
+def _plan_values(correlation: Tensor) -> Tensor:
+    """``_plan_value`` of every (D, E) of (..., D, E); NaN where a correlation is."""
     matrices = correlation.reshape(-1, *correlation.shape[-2:]).cpu().numpy()
     values = [float("nan") if np.isnan(m).any() else _plan_value(m) for m in matrices]
-    value = torch.tensor(values, dtype=torch.float64, device=a.device).reshape(lead)
-    return warn_undefined(value, "soft_matching", _REASON)
+    found = torch.tensor(values, dtype=torch.float64, device=correlation.device)
+    return found.reshape(correlation.shape[:-2])
+
+
+def _compare(a: Tensor, b: Tensor) -> Tensor:
+    return warn_undefined(_plan_values((a.mT @ b).detach()), "soft_matching", _REASON)
 
 
 def soft_matching(x: Tensor, y: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from tdgeom.core.pair_stage import PairStage
 from tdgeom.measures.similarity.pair_sources import MATCHED_ROWS
 from tdgeom.measures.similarity.row_distances import condensed, distances, squared_distances
 from tdgeom.numerics.centring import as_rows, centre, check_matched, warn_undefined
+from tdgeom.numerics.opaque import opaque
 
 __all__ = ["RSA", "rdm", "rsa"]
 
@@ -49,13 +50,13 @@ def _check(given: str, known: tuple[str, ...], what: str) -> None:
 
 def _ranks(values: Tensor) -> Tensor:
     """Ranks from 1 along the last dimension, ties sharing their mean rank."""
-    flat = values.reshape(-1, values.shape[-1])
-    ranks = torch.empty_like(flat, dtype=torch.float64)
-    for row, out in zip(flat, ranks):
-        _, inverse, counts = torch.unique(row, return_inverse=True, return_counts=True)
-        last = counts.cumsum(0).double()
-        out.copy_((last - (counts - 1) / 2)[inverse])
-    return ranks.reshape(values.shape)
+    ordered, order = values.sort(-1)
+    place = torch.arange(values.shape[-1], dtype=torch.float64, device=values.device).expand_as(ordered)
+    differs = ordered[..., 1:] != ordered[..., :-1]
+    begins, ends = (torch.nn.functional.pad(differs, sides, value=True) for sides in ((1, 0), (0, 1)))
+    first = torch.where(begins, place, 0).cummax(-1).values
+    last = torch.where(ends, place, torch.inf).flip(-1).cummin(-1).values.flip(-1)
+    return torch.zeros_like(first).scatter(-1, order, (first + last) / 2 + 1)
 
 
 def _unit(values: Tensor) -> Tensor:
@@ -65,6 +66,7 @@ def _unit(values: Tensor) -> Tensor:
     return centred / torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
 
 
+@opaque(lambda a, b: a.new_empty(torch.broadcast_shapes(a.shape, b.shape)[:-1]))
 def _kendall_a(a: Tensor, b: Tensor) -> Tensor:
     """(concordant - discordant)/all pairs of pairs, from SciPy's O(m log m) tau-b, whose denominator leaves out ties."""
     from scipy.stats import kendalltau
@@ -101,7 +103,7 @@ def _prepare(x: Tensor, kind: Kind, comparison: Comparison) -> Tensor:
 
 
 def _compare(a: Tensor, b: Tensor, comparison: str) -> Tensor:
-    value = _kendall_a(a, b) if comparison == "kendall_a" else (a * b).sum(-1).clamp(-1, 1)
+    value = _kendall_a(a.detach(), b.detach()) if comparison == "kendall_a" else (a * b).sum(-1).clamp(-1, 1)
     return warn_undefined(value, "rsa", _REASON)
 
 
