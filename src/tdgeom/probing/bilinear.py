@@ -87,7 +87,6 @@ class BilinearProbe(Stage):
         True
     """
 
-    owner: str
     metrics: Mapping[str, Metric]
 
     def __init__(
@@ -106,12 +105,10 @@ class BilinearProbe(Stage):
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:
-        self.owner, self.metrics = f"{type(self).__name__}", dict(metrics or {})
-        check_settings(self.owner, holdout, 2, train_rows, self.metrics)
-        labelled_keys(self.owner, labels, control)
-        reads: dict[Key, str | None] = {("sample", "a"): "N D", ("sample", "b"): "N E"}
-        reads |= {("sample_carried", labels): None, "sample_row_id": "N"}
-        reads |= {} if control is None else {("sample_carried", control): "N"}
+        self.metrics = dict(metrics or {})
+        check_settings(self.__name__, holdout, 2, train_rows, self.metrics)
+        sides: dict[Key, str | None] = {("sample", "a"): "N D", ("sample", "b"): "N E"}
+        reads = labelled_keys(self.__name__, labels, control, rows=sides, root="sample_")
         writes = [("probe", name) for name in (*SCORES, *self.metrics)]
         super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=writes)
         self.labels, self.control = labels, control
@@ -126,7 +123,7 @@ class BilinearProbe(Stage):
         """Split by sequence, fit, score what was held out."""
         with torch.inference_mode(False), torch.no_grad():
             label, used = row_labels(
-                label, a, key=self.in_keys[2], owner=self.owner, ignore_index=self.ignore_index
+                label, a, key=self.in_keys[2], owner=self.__name__, ignore_index=self.ignore_index
             )
             group = row_groups(row_id)
             held = holdout_mask(group, self.holdout, self.seed)
@@ -162,9 +159,11 @@ class BilinearProbe(Stage):
 
     def fit(self, x: Any, y: Any, label: Any) -> BilinearProbe:
         """Train on rows (N, D), (N, E) with labels (N,), at most ``train_rows`` of them; returns itself."""
-        x, y, label = plain_rows(self.owner, x=x, y=y, label=label)
+        x, y, label = plain_rows(self.__name__, x=x, y=y, label=label)
         with torch.inference_mode(False), torch.no_grad(), steady(x.device):
-            label, used = row_labels(label, x, key="label", owner=self.owner, ignore_index=self.ignore_index)
+            label, used = row_labels(
+                label, x, key="label", owner=self.__name__, ignore_index=self.ignore_index
+            )
             inputs = tuple(rules.prepared(self, rows)[used][: self.train_rows] for rows in (x, y))
             self._learn(inputs, label[used][: self.train_rows])
         return self
@@ -174,7 +173,7 @@ class BilinearProbe(Stage):
         """What the last fit found, such as "weight" (K, D, E) and "bias" (K,)."""
         if self._fitted is None:
             raise ValueError(
-                f"{self.owner} is not fitted: call fit(x, y, label), or run it over labelled rows first."
+                f"{self.__name__} is not fitted: call fit(x, y, label), or run it over labelled rows first."
             )
         return self._fitted
 

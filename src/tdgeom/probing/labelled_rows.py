@@ -17,9 +17,14 @@ MAX_CLASSES = 4096
 
 
 def labelled_keys(
-    owner: str, labels: str, control: str | None = None, *, rows: Mapping[Key, str | None] | None = None
+    owner: str,
+    labels: str,
+    control: str | None = None,
+    *,
+    rows: Mapping[Key, str | None] | None = None,
+    root: str = "",
 ) -> dict[Key, str | None]:
-    """What a stage on rows and labels reads: rows, the carried value ``labels``, row ids, and the types of a control task."""
+    """What a stage reads: rows, the carried value ``labels``, row ids, the types of a control task; ``root`` of a sample."""
     if not isinstance(labels, str) or not isinstance(control, str | None):
         raise TypeError(
             f"{owner}: labels and control name values that SelectTokens(also=[...]) carries, such as 'label', got {labels!r} "
@@ -27,8 +32,9 @@ def labelled_keys(
         )
     if labels == control:
         raise ValueError(f"{owner}: labels and control both name {labels!r}; a control task needs types.")
-    reads: dict[Key, str | None] = {**(rows or {"tokens": "N D"}), ("carried", labels): None, "row_id": "N"}
-    return reads if control is None else {**reads, ("carried", control): "N"}
+    reads: dict[Key, str | None] = {**(rows or {"tokens": "N D"})}
+    reads |= {(f"{root}carried", labels): None, f"{root}row_id": "N"}
+    return reads if control is None else {**reads, (f"{root}carried", control): "N"}
 
 
 def plain_rows(owner: str, **given: Any) -> list[Tensor]:

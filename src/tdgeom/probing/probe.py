@@ -31,6 +31,7 @@ from tdgeom.probing.rules import Fitted, Metric, Task, check_settings
 from tdgeom.probing.scores import SCORES
 from tdgeom.probing.splits import fold_index, holdout_mask, row_groups
 from tdgeom.stream import reservoir
+from tdgeom.stream.held_rows import same_kind
 
 __all__ = ["Probe"]
 
@@ -83,7 +84,6 @@ class Probe(StreamingStage):
     needs_rows: ClassVar[bool] = True  # False: trained from moments of every row, by solve_moments()
     needs_scatter: ClassVar[bool] = True  # False: from means alone
     count: Tensor
-    owner: str
     metrics: Mapping[str, Metric]
 
     def __init__(
@@ -102,9 +102,9 @@ class Probe(StreamingStage):
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:
-        self.owner, self.metrics = f"{type(self).__name__}", dict(metrics or {})
-        check_settings(self.owner, holdout, test_rows, train_rows, self.metrics)
-        reads = labelled_keys(self.owner, labels, control)
+        self.metrics = dict(metrics or {})
+        check_settings(self.__name__, holdout, test_rows, train_rows, self.metrics)
+        reads = labelled_keys(self.__name__, labels, control)
         if control is not None and isinstance(in_keys, list) and len(in_keys) == 3:
             in_keys = [*in_keys, ("carried", control)]
         super().__init__(
@@ -140,18 +140,18 @@ class Probe(StreamingStage):
 
     def solve(self, inputs: tuple[Tensor, ...], label: Tensor, task: Task) -> Fitted:
         """Fit on rows: one (N, D), and int64 (N,) classes or float64 (N, K) targets."""
-        raise TypeError(f"{self.owner} defines no solve(): fit the rows there and return what was found.")
+        raise TypeError(f"{self.__name__} defines no solve(): fit the rows there and return what was found.")
 
     def solve_moments(self, moments: dict[str, Tensor], task: Task) -> Fitted:
         """Fit moments with folds first (``needs_rows = False``): at least "weight" (K, D) and "bias" (K,)."""
         raise TypeError(
-            f"{self.owner} defines no solve_moments(): fit the moments of the training rows there."
+            f"{self.__name__} defines no solve_moments(): fit the moments of the training rows there."
         )
 
     def decide(self, fitted: Fitted, inputs: tuple[Tensor, ...]) -> Tensor:
         """A number a row and class (the largest is the answer), or a row and target: (N, K). Default: Wx + b."""
         if "weight" not in fitted:
-            raise TypeError(f"{self.owner} defines no decide(): compute (N, K) decisions there.")
+            raise TypeError(f"{self.__name__} defines no decide(): compute (N, K) decisions there.")
         home = inputs[0].device
         return linear_decision(inputs[0], fitted["weight"].to(home), fitted["bias"].to(home))
 
@@ -169,7 +169,7 @@ class Probe(StreamingStage):
 
     def sample(self, part: str) -> dict[str, Tensor]:
         """The rows kept of one part, in hash order."""
-        return reservoir.in_hash_order(self.named(part), self.owner)
+        return reservoir.in_hash_order(self.named(part), self.__name__)
 
     def moments(self) -> dict[str, Tensor]:
         """Moments of the training rows so far, folds first (the leaves of ``StreamingLabelMoments``)."""
@@ -204,7 +204,7 @@ class Probe(StreamingStage):
     ) -> dict[str, Tensor]:
         """One block of rows as the state holds them."""
         x, key = rules.prepared(self, tokens), self.in_keys[1]
-        label, used = row_labels(label, tokens, key=key, owner=self.owner, ignore_index=self.ignore_index)
+        label, used = row_labels(label, tokens, key=key, owner=self.__name__, ignore_index=self.ignore_index)
         if row_id is None:  # rows without an id: each is its own group, numbered as it comes
             row_id = torch.arange(seen, seen + len(used), device=x.device) << POSITION_BITS
         bucket = torch.zeros_like(row_id) if types is None else type_buckets(types, self.seed)
@@ -216,7 +216,8 @@ class Probe(StreamingStage):
         """Add a block of rows: to the held-out sample, or to the training state."""
         rows = self._rows(tokens, label, row_id, types, int(self.count))
         used = rows.pop("used")
-        self._check_kind(rows)
+        for key, name in zip(self.in_keys, ("x", "label")):
+            same_kind(self.__name__, key, self.state()["test_" + name], rows[name])
         hashes = hash_ids(rows["ids"], self.seed + 1)
         held_out = holdout_mask(row_groups(rows["ids"]), self.holdout, self.seed)
         for part, chosen in (("test_", used & held_out), ("train_", used & ~held_out)):
@@ -241,16 +242,6 @@ class Probe(StreamingStage):
     def _set_moments(self, moments: Mapping[str, Tensor]) -> None:
         self.set_state({"moment_" + name: value for name, value in moments.items()})
 
-    def _check_kind(self, rows: Mapping[str, Tensor]) -> None:
-        for place, name in enumerate(("x", "label")):
-            like, came = self.state()["test_" + name], rows[name]
-            if like.shape[1:] != came.shape[1:] or like.is_floating_point() != came.is_floating_point():
-                raise ValueError(
-                    f"{self.owner} has seen {'labels' if place else 'rows'} of shape (N, {', '.join(map(str, like.shape[1:]))}) "
-                    f"and {like.dtype}, and now gets {tuple(came.shape)} and {came.dtype} at {self.in_keys[place]!r}. Use one "
-                    f"probe a site and task, or reset()."
-                )
-
     def fits(self, name: str, value: Tensor) -> bool:
         """Either may have met classes that the other has not."""
         return name.startswith("moment_") or super().fits(name, value)
@@ -262,7 +253,7 @@ class Probe(StreamingStage):
                 theirs = {name: value.to(self.home) for name, value in other.named(part).items()}
                 reservoir.offer(self.named(part), theirs)
         if not self.keeps_rows:
-            self._set_moments(merged_moments(self.named("moment_"), other.named("moment_"), self.owner))
+            self._set_moments(merged_moments(self.named("moment_"), other.named("moment_"), self.__name__))
         self.count = self.count + other.count.to(self.home)
         self._fitted = None
 
@@ -285,9 +276,9 @@ class Probe(StreamingStage):
             found = rules.scored(self, decided, rows["label"], row_groups(rows["ids"]), right)
         elif self.holdout:
             raise ValueError(
-                f"{self.owner}: no sequence fell into the held-out part (holdout={self.holdout}, {int(self.count)} rows seen). "
-                f"Give more sequences or a larger holdout; a sequence is never split. holdout=0 trains on everything and "
-                f"scores nothing."
+                f"{self.__name__}: no sequence fell into the held-out part (holdout={self.holdout}, {int(self.count)} rows "
+                f"seen). Give more sequences or a larger holdout; a sequence is never split. holdout=0 trains on everything "
+                f"and scores nothing."
             )
         else:
             found = rules.unscored(self, self.home)
@@ -303,7 +294,7 @@ class Probe(StreamingStage):
             row_id: what keeps sequences together in the folds that choose the regularisation.
             types: for the control task.
         """
-        x, y = plain_rows(self.owner, x=x, label=y)
+        x, y = plain_rows(self.__name__, x=x, label=y)
         self.reset()
         before = self.holdout, self.train_rows
         self.holdout, self.train_rows = 0.0, max(self.train_rows, len(x))
@@ -335,7 +326,7 @@ class Probe(StreamingStage):
         pooled = pool_folds(moments) if rows else moments
         counts = None if regression else class_counts(pooled)
         spread = pooled["target_scatter"].diagonal(dim1=-2, dim2=-1) if regression else None
-        task = rules.task_of(self.owner, rows, counts=counts, spread=spread)
+        task = rules.task_of(self.__name__, rows, counts=counts, spread=spread)
         fitted: Fitted = {"task": task, "train_rows": rows, "counts": counts, "control": None}
         fitted |= self.solve_moments(moments, task)
         if self.control is not None and counts is not None:
@@ -354,7 +345,7 @@ class Probe(StreamingStage):
         """What the last fit found, such as "weight" (K, D) and "bias" (K,); after ``load_state_dict`` it is found again."""
         if self._fitted is None and self.is_empty:
             raise ValueError(
-                f"{self.owner} is not fitted: call fit(x, y), or run it over labelled rows first."
+                f"{self.__name__} is not fitted: call fit(x, y), or run it over labelled rows first."
             )
         return self.solve_state()
 

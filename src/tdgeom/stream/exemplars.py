@@ -1,4 +1,8 @@
-"""Maximally activating samples: which tokens, in which text, drive a unit, a head or a direction most."""
+"""Maximally activating samples: which tokens, in which text, drive a unit, a head or a direction most.
+
+Not the reservoir of ``RowSample``: every unit keeps rows of its own, so the best of a block are found first and only
+their contexts move.
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.stream.held_rows import same_kind
 
 __all__ = ["GrowingRows", "with_more"]
 
@@ -66,12 +67,7 @@ class GrowingRows(StreamingStage):
         """Put rows behind those held."""
         state, held = self.state(), self.held
         for name, value in rows.items():
-            like = state[name]
-            if like.shape[1:] != value.shape[1:] or like.is_floating_point() != value.is_floating_point():
-                raise ValueError(
-                    f"{type(self).__name__} holds {name} of shape {tuple(like.shape[1:])} a row and {like.dtype}, and now gets "
-                    f"{tuple(value.shape[1:])} and {value.dtype}: all rows must be of one kind."
-                )
+            same_kind(self.__name__, name, state[name], value)
         more = {name: with_more(state[name], held, value) for name, value in rows.items()}
         count = held + next(iter(rows.values())).shape[0]
         self.set_state({**more, "count": torch.full_like(self.count, count)})

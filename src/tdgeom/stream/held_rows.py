@@ -1,4 +1,4 @@
-"""What stages that hold the same rows of several sites share: their keys, and the check that the rows are the same."""
+"""What stages that hold rows share: keys of several sites, and the checks that rows are the same and of one kind."""
 
 from __future__ import annotations
 
@@ -45,3 +45,12 @@ def named_rows(stage: StreamingStage, inputs: Sequence[Tensor]) -> dict[str, Ten
                 f"come from one selection (SelectTokens)."
             )
     return {"ids": row_id.long(), **found}
+
+
+def same_kind(owner: str, what: object, held: Tensor, came: Tensor) -> None:
+    """An error unless rows have the width of those held, and are whole numbers or not as they are."""
+    if held.shape[1:] != came.shape[1:] or held.is_floating_point() != came.is_floating_point():
+        raise ValueError(
+            f"{owner} has seen {what} of shape {tuple(held.shape[1:])} a row and {held.dtype}, and now gets "
+            f"{tuple(came.shape[1:])} and {came.dtype}. Give every batch the same kind, or reset()."
+        )
