@@ -11,6 +11,7 @@ from torch import nn
 __all__ = [
     "NOT_WRITTEN",
     "Key",
+    "Keys",
     "as_key",
     "key_tuple",
     "optional_in_keys",
@@ -21,6 +22,7 @@ __all__ = [
 
 Key: TypeAlias = "str | tuple[str, ...]"
 Keys: TypeAlias = "Key | list[Key] | None"  # what in_keys= and out_keys= take
+
 
 NOT_WRITTEN = "_"  # TensorDict's name for an output that goes nowhere
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
@@ -12,31 +12,7 @@ from torch import Tensor, nn
 from tdgeom.core.keys import NOT_WRITTEN, Key, optional_in_keys
 from tdgeom.core.streaming_stage import StreamingStage, tensor_text, text_tensor
 
-__all__ = ["Renamed", "RenamedStream", "Streaming", "describe", "is_streaming", "stage_of"]
-
-
-@runtime_checkable
-class Streaming(Protocol):
-    """What accumulates rows: a ``StreamingStage``, or one under other names."""
-
-    @property
-    def is_empty(self) -> bool:
-        """True before the first rows."""
-
-    def update(self, tensordict: TensorDictBase) -> None:
-        """Add rows."""
-
-    def publish(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the values so far."""
-
-    def merge_(self, other: Any) -> Any:
-        """Add another's rows."""
-
-    def reset(self) -> None:
-        """Forget every row."""
-
-    def sync_(self) -> None:
-        """Merge all ranks into rank 0."""
+__all__ = ["Renamed", "RenamedStream", "describe", "is_streaming", "stage_of"]
 
 
 def is_streaming(module: object) -> bool:

@@ -22,12 +22,31 @@ _SMALL = 1024  # values of a tensor that are written out; of a larger one the ha
 _Self = TypeVar("_Self", bound="Configured")
 
 
+class _ConstructorSignature:
+    """What ``help`` and ``inspect.signature`` show of a class: all that ``**keys`` passes on stands by its own name."""
+
+    def __get__(self, instance: object, owner: Any) -> inspect.Signature:
+        if instance is not None:
+            raise AttributeError("__signature__")  # an instance is called with tensors, not with settings
+        own = _signature(owner).parameters
+        parameters = [
+            p for name, p in _parameters(owner).items() if name in own or name not in _FOR_SUBCLASSES
+        ]
+        shown = [p if p.name in own else p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+        last = ("in_keys", "out_keys")
+        return inspect.Signature(sorted(shown, key=lambda p: (p.kind, p.name in last)))
+
+
+_FOR_SUBCLASSES = {"self", "reads", "writes", "optional", "further"}
+
+
 class Configured:
     """A module that knows what ``__init__`` was given.
 
     A subclass declares nothing: arguments are taken from the call. Functions, models and large tensors are named, not held.
     """
 
+    __signature__ = _ConstructorSignature()
     _kinds: dict[str, type[Configured]] = {}
     _given: dict[str, Any]
 
@@ -254,7 +273,9 @@ def _parameters(cls: Any) -> dict[str, inspect.Parameter]:
         if "__init__" not in one.__dict__:
             continue
         own = list(inspect.signature(one.__dict__["__init__"]).parameters.values())[1:]
-        found = {p.name: p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD} | found
+        found |= {
+            p.name: p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD and p.name not in found
+        }
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own):
             break
     return found
