@@ -21,6 +21,7 @@ OTHER_SPELLINGS = {
     "n_samples": "sample_size",
     "seq_len": "max_length",
     "max_len": "max_length",
+    "memory_limit": "memory",
     "measures": "metrics",
     "measure_names": "metrics",
     "label_key": "labels",

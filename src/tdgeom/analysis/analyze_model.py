@@ -159,14 +159,12 @@ def _model(
     trust_remote_code: bool,
     model_kwargs: Mapping[str, Any] | None,
 ) -> tuple[nn.Module, str | None]:
-    if model is not None:
-        return model, model_name if isinstance(model_name, str) else None
-    if isinstance(model_name, nn.Module):
-        return model_name, None
-    if isinstance(model_name, str):
-        return load_model(
-            model_name, trust_remote_code=trust_remote_code, model_kwargs=model_kwargs
-        ), model_name
+    given = model_name if model is None else model
+    label = model_name if isinstance(model_name, str) else None
+    if isinstance(given, nn.Module):
+        return given, label
+    if isinstance(given, str):
+        return load_model(given, trust_remote_code=trust_remote_code, model_kwargs=model_kwargs), label
     raise ValueError(
         "analyze_model needs a model: model_name= (an id, a directory or a module) or model= (a module)."
     )

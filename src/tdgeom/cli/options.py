@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
+from tdgeom.analysis.results import AnalysisResults
 from tdgeom.files.atomic import is_taken
 from tdgeom.files.bundle import METADATA
 from tdgeom.model.loading import first_reason, load_model
@@ -131,7 +132,10 @@ class TextOptions:
         return self.device or ("cuda" if torch.cuda.is_available() else None)
 
     def finish(
-        self, results: Any, printed: Callable[[Any, Console], None], save_mode: str = "bundle"
+        self,
+        results: AnalysisResults | None,
+        printed: Callable[[AnalysisResults, Console], None],
+        save_mode: str = "bundle",
     ) -> None:
         """Print an analysis; save it, and draw it, where the options say so."""
         if results is None:  # another rank of a process group has it
@@ -219,7 +223,7 @@ def layer_choice(text: str) -> str | slice:
         ) from None
 
 
-def say_where(results: Any) -> None:
+def say_where(results: AnalysisResults) -> None:
     """Where a saved analysis and its pictures are."""
     terminal = console()
     if results.artifact_dir is not None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from tdgeom.analysis.results import AnalysisResults
 from tdgeom.cli.terminal_tables import cells_of, columns_table, titled
 from tdgeom.plot.pair_grids import pair_grid, short_names
 
@@ -17,7 +16,7 @@ HOW = {"rows": "token by token", "characters": "tokens that end together", "docu
 DISTANCES = ("procrustes", "angular_shape", "information_imbalance_ab", "information_imbalance_ba")
 
 
-def print_comparison(result: Any, console: Console) -> None:
+def print_comparison(result: AnalysisResults, console: Console) -> None:
     """For each measure of ``result.novelty`` a column of the nearest layers, and how near they are."""
     data = result.metadata
     names = list(data["models"])

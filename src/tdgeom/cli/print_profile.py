@@ -8,6 +8,7 @@ import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
+from tdgeom.analysis.results import AnalysisResults
 from tdgeom.cli.print_results import headline
 from tdgeom.cli.terminal_tables import cells_of, columns_table, titled
 
@@ -23,7 +24,7 @@ PROFILES = {
 }
 
 
-def print_profiles(results: Any, console: Console) -> None:
+def print_profiles(results: AnalysisResults, console: Console) -> None:
     """The profiles in ``results.diagnostics`` as tables: single numbers together, each estimate over scales alone."""
     console.print(headline(results, "rows"))
     for name, (title, note) in PROFILES.items():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
+from tdgeom.analysis.results import AnalysisResults
 from tdgeom.cli.terminal_tables import bar_of, broken, cells_of, columns_table, titled
 
 __all__ = ["headline", "print_results"]
@@ -31,7 +31,7 @@ IDENTITY = {
 UNIT = {"feature_subspace_novelty", "linear_cka", "layer_cosine_sim", "router_entropy_norm"}  # bars end at 1
 
 
-def print_results(results: Any, console: Console) -> None:
+def print_results(results: AnalysisResults, console: Console) -> None:
     """The tables of an analysis, as wide as the console, each with a line on how to read it."""
     console.print(headline(results))
     if not results.metrics.empty:
@@ -74,7 +74,7 @@ def print_results(results: Any, console: Console) -> None:
         )
 
 
-def headline(results: Any, unit: str = "tokens") -> Text:
+def headline(results: AnalysisResults, unit: str = "tokens") -> Text:
     """The model, and how much of what was measured."""
     data = results.metadata
     label = next(iter(results.metrics.get("model_label", [])), None) or data.get("model_id") or "model"

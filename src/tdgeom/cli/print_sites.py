@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.text import Text
+from torch import nn
 
 from tdgeom.cli.terminal_tables import plain_table
+from tdgeom.model.structure.resolve import ResolvedSite
 
 __all__ = ["print_sites"]
 
 
-def print_sites(model: Any, entries: Iterable[Any], console: Console, *, every: bool = False) -> None:
+def print_sites(
+    model: nn.Module, entries: Iterable[ResolvedSite], console: Console, *, every: bool = False
+) -> None:
     """The sites of a model: a line a kind, or every site with ``every``."""
     entries = list(entries)
     config = getattr(model, "config", None)
-    stacks = list(dict.fromkeys(entry.site.stack for entry in entries))
-    depth = {
-        stack: 1
-        + max(
-            (e.site.layer for e in entries if e.site.stack == stack and e.site.layer is not None), default=-1
-        )
-        for stack in stacks
-    }
+    depth: dict[str | None, int] = {}
+    for entry in entries:
+        count = 0 if entry.site.layer is None else entry.site.layer + 1
+        depth[entry.site.stack] = max(depth.get(entry.site.stack, 0), count)
     layers = ", ".join(f"{stack + ' ' if stack else ''}{count} layers" for stack, count in depth.items())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = f"{parameters / 1e6:,.1f} M" if parameters >= 1e5 else f"{parameters:,}"
@@ -34,7 +33,7 @@ def print_sites(model: Any, entries: Iterable[Any], console: Console, *, every: 
     table = plain_table()
     for heading in ("site", "layers", "module", "read at"):
         table.add_column(heading, no_wrap=heading != "module", overflow="fold")
-    rows = [[e] for e in entries] if every else _by(entries, lambda e: (e.site.stack, e.site.kind))
+    rows = [[e] for e in entries] if every else _by_kind(entries)
     for group in rows:
         first = group[0]
         named = ".".join(part for part in (first.site.stack, first.site.kind) if part)
@@ -50,11 +49,11 @@ def print_sites(model: Any, entries: Iterable[Any], console: Console, *, every: 
     )
 
 
-def _by(entries: Sequence[Any], key: Callable[[Any], Any]) -> list[list[Any]]:
-    groups: dict[Any, list[Any]] = {}
+def _by_kind(entries: Sequence[ResolvedSite]) -> Iterable[list[ResolvedSite]]:
+    groups: dict[tuple[str | None, str], list[ResolvedSite]] = {}
     for entry in entries:
-        groups.setdefault(key(entry), []).append(entry)
-    return list(groups.values())
+        groups.setdefault((entry.site.stack, entry.site.kind), []).append(entry)
+    return groups.values()
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -68,7 +67,7 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _pattern(group: Sequence[Any]) -> str:
+def _pattern(group: Sequence[ResolvedSite]) -> str:
     """One path for all layers, ``*`` where they differ."""
     paths = [entry.module_path.split(".") for entry in group]
     if len({len(path) for path in paths}) > 1:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from tdgeom.cli.options import console
+from tdgeom.store.activation_store import ActivationStore
+from tdgeom.store.runs import Runs
 
 __all__ = ["app"]
 
@@ -140,9 +142,7 @@ def import_(
     _show(_open(store, make=True).import_runs(folder))
 
 
-def _open(path: Path | None, make: bool = False) -> Any:
-    from tdgeom.store.activation_store import ActivationStore
-
+def _open(path: Path | None, make: bool = False) -> ActivationStore:
     if path is None:
         raise typer.BadParameter("name the store: --store DIR, or the environment variable TDGEOM_STORE")
     if not make and not (path / "catalogue.sqlite").exists():
@@ -150,13 +150,11 @@ def _open(path: Path | None, make: bool = False) -> Any:
     return ActivationStore(path)
 
 
-def _chosen(store: Any, names: list[str]) -> Any:
-    from tdgeom.store.runs import Runs
-
+def _chosen(store: ActivationStore, names: list[str]) -> Runs:
     found = store.query()
     ids = list(dict.fromkeys(found[name]["id"] for name in names))
     return Runs(store, [store.catalogue.record(run) for run in ids])
 
 
-def _show(runs: Any) -> None:
+def _show(runs: Runs) -> None:
     console().print(repr(runs), markup=False, soft_wrap=True)

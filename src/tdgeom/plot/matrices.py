@@ -20,7 +20,7 @@ def matrix(
     measure: str | None = None,
     ax: Any = None,
     *,
-    labels: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
     symmetric: bool = True,
     diagonal: float | str | None = "auto",
     annotate: bool | None = None,
@@ -37,7 +37,7 @@ def matrix(
         measure: the column drawn; needed unless ``values`` is an array. Of a directed measure give either name
             (``linear_r2_ab`` or ``linear_r2_ba``): both fill the matrix.
         ax: matplotlib axes; made if None.
-        labels: names of rows and columns; default the layers.
+        names: what rows and columns are called; default the layers.
         symmetric: fill (b, a) from (a, b) where a measure has no direction.
         diagonal: the value of a site with itself; "auto" knows the common measures and leaves others blank, None blank.
         annotate: numbers in the cells; default up to 10 rows.
@@ -68,9 +68,8 @@ def matrix(
             raise ValueError(f"matrix expects a 2-D array, a table or a result, got shape {grid.shape}.")
         rows, columns = ([str(index) for index in range(size)] for size in grid.shape)
         named = ["layer", "layer"]
-    rows, columns = (
-        (rows, columns) if labels is None else (list(labels)[: len(rows)], list(labels)[: len(columns)])
-    )
+    if names is not None:
+        rows, columns = list(names)[: len(rows)], list(names)[: len(columns)]
     cell = min(0.42, 7.5 / max(grid.shape))
     ax = axes_or_new(ax, (max(cell * grid.shape[1], 2.4) + 2.0, max(cell * grid.shape[0], 1.6) + 1.0))
     masked = np.ma.masked_invalid(grid)

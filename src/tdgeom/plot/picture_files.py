@@ -123,7 +123,7 @@ def _panels(table: pd.DataFrame, columns: Sequence[str], x: str, hue: str | None
 
 def _router(table: pd.DataFrame, ax: Any) -> Any:
     loads = np.stack([as_array(load) for load in table["load"]])
-    matrix(loads, "load", ax, labels=None, vmin=0.0)
+    matrix(loads, "load", ax, vmin=0.0)
     ax.set_yticks(range(len(loads)), labels=short_names(list(table["site"])))
     ax.set(xlabel="expert", ylabel="layer", aspect="auto")
     return ax
