@@ -45,15 +45,16 @@ def block_moments(rows: Tensor) -> Moments:
     cubic = (squared @ y).double()
     fourth = squared.double().square().sum()
     trace = squared.sum(dtype=torch.float64)
-    n, turned, size = rows.shape[0], _mv(product, rest), rest @ rest
+    n = rows.shape[0]
+    norm2_x, norm4 = _shifted(-rest, n, n * rest, trace, -_mv(product, rest), cubic, fourth)
     return {
         "count": count,
         "mean": centre + rest,
         "product": product,
         "rest": rest,
-        "trace": trace - n * size,
-        "norm2_x": cubic - 2 * turned - rest * trace + 2 * n * size * rest,
-        "norm4": fourth + 4 * (rest @ turned) - 4 * (cubic @ rest) + 2 * size * trace - 3 * n * size * size,
+        "trace": trace - n * (rest @ rest),
+        "norm2_x": norm2_x,
+        "norm4": norm4,
     }
 
 
@@ -64,19 +65,30 @@ def _mv(matrix: Tensor, vector: Tensor) -> Tensor:
 
 def moments_about(moments: Moments, shift: Tensor) -> tuple[Tensor, Tensor]:
     """norm2_x and norm4 of the same rows about a centre at ``mean - shift``; needs count, scatter, norm2_x, norm4."""
-    n = moments["count"].double()
+    n, trace = moments["count"].double(), moments["scatter"].diagonal().sum()
     turned = moments["scatter"] @ shift
-    trace = moments["scatter"].diagonal().sum()
-    size = shift @ shift
-    norm2_x = moments["norm2_x"] + 2 * turned + shift * trace + n * size * shift
-    norm4 = (
-        moments["norm4"]
-        + 4 * (shift @ turned)
-        + n * size * size
-        + 4 * (moments["norm2_x"] @ shift)
+    return _shifted(shift, n, 0 * shift, trace, turned, moments["norm2_x"], moments["norm4"])
+
+
+def _shifted(
+    shift: Tensor,
+    n: Tensor | int,
+    first: Tensor,
+    trace: Tensor,
+    turned: Tensor,
+    cubic: Tensor,
+    fourth: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Σ|z|²z and Σ|z|⁴ of z = y + shift, from Σy, Σ|y|², Σy(y·shift), Σ|y|²y, Σ|y|⁴ of n rows y."""
+    size, along = shift @ shift, first @ shift
+    return (
+        cubic + 2 * turned + trace * shift + size * first + (2 * along + n * size) * shift,
+        fourth
+        + 4 * (turned @ shift)
+        + 4 * (cubic @ shift)
         + 2 * size * trace
+        + size * (4 * along + n * size),
     )
-    return norm2_x, norm4
 
 
 def merge_moments(state: Moments, block: Moments) -> None:
@@ -94,21 +106,13 @@ def merge_moments(state: Moments, block: Moments) -> None:
         state["scatter"].add_(block["scatter"]).addr_(delta * (n_a * n_b / total), delta)
     else:
         turned = _mv(block["product"], shift_b) - block["rest"] * (n_b * (block["rest"] @ shift_b))
-        size = shift_b @ shift_b
-        norm2_x_b = block["norm2_x"] + 2 * turned + shift_b * block["trace"] + n_b * size * shift_b
-        norm4_b = (
-            block["norm4"]
-            + 4 * (shift_b @ turned)
-            + n_b * size * size
-            + 4 * (block["norm2_x"] @ shift_b)
-            + 2 * size * block["trace"]
+        norm2_x_b, norm4_b = _shifted(
+            shift_b, n_b, 0 * shift_b, block["trace"], turned, block["norm2_x"], block["norm4"]
         )
         left = torch.stack((delta * (n_a * n_b / total), -n_b * block["rest"]), dim=1)
         right = torch.stack((delta, block["rest"]))
         state["scatter"].add_(block["product"]).addmm_(left, right)
     state["norm2_x"].copy_(norm2_x_a + norm2_x_b)
-    state["norm4"] = (
-        norm4_a + norm4_b
-    )  # a new tensor: compiled code drops in-place updates of 0-dim float64 buffers
+    state["norm4"] = norm4_a + norm4_b  # a new tensor: compiled code drops in-place updates of 0-dim buffers
     state["mean"].add_(delta * (n_b / total))
     state["count"].add_(block["count"])

@@ -92,7 +92,7 @@ def test_an_error_in_a_block_reaches_the_caller(threads, monkeypatch):
         raise MemoryError("no room for a block")
 
     threads(3)
-    monkeypatch.setattr(search, "_absorb", fails)
+    monkeypatch.setattr(blocks.KeyBlocks, "fill", fails)
     with pytest.raises(MemoryError, match="no room for a block"):
         nearest_neighbors(torch.randn(300, 4), 3, block=64)
     assert torch.get_num_threads() == 3

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,32 +110,26 @@ def _search(x: Tensor, k: int, recall: float, memory: int | None) -> tuple[Tenso
     probed = torch.linspace(0, n - 1, min(_PROBED, n), dtype=torch.float64, device=x.device).long().unique()
     true, _ = search_rows_exactly(x, probed, k, p=2.0, memory=memory)
     want = min(n, k + 1 + _SPARE)  # the row itself is among them
-    probes = min(8, cells)
-    while True:
-        index.nprobe = probes
-        near, at = _candidates(index, small, x, probed, want, k, memory)
-        share = float((near <= true[:, -1:]).double().mean())
-        if probes == cells or share >= recall:
-            break
-        probes = min(2 * probes, cells)
-    while True:
-        near, at = _candidates(index, small, x, torch.arange(n, device=x.device), want, k, memory)
-        if probes == cells or bool(torch.isfinite(near).all()):
-            break
-        probes = index.nprobe = min(2 * probes, cells)  # some row lies in cells with too few rows
-    return near, at, float((near[probed] <= true[:, -1:]).double().mean())
 
+    def nearest(which: Tensor) -> tuple[Tensor, Tensor]:
+        """The k nearest among the candidates of the rows ``which``, by float64 distance."""
+        found = torch.from_numpy(index.search(small[which.cpu().numpy()], want)[1]).to(x.device)
+        usable = (found >= 0) & (found != which.unsqueeze(-1))  # -1: nothing more in the cells probed
+        row, place = usable.nonzero(as_tuple=True)
+        distance = torch.full(found.shape, torch.inf, dtype=torch.float64, device=x.device)
+        distance[row, place] = pair_distances(x, which[row], found[row, place], memory=memory)
+        found, order = found.clamp(min=0).sort(-1)
+        distance, order = distance.gather(-1, order).sort(dim=-1, stable=True)
+        return distance[:, :k].contiguous(), found.gather(-1, order)[:, :k].contiguous()
 
-def _candidates(
-    index: Any, small: np.ndarray, x: Tensor, which: Tensor, want: int, k: int, memory: int | None
-) -> tuple[Tensor, Tensor]:
-    """The k nearest among the index's ``want`` candidates for the rows ``which``, by float64 distance."""
-    _, found = index.search(small[which.cpu().numpy()], want)
-    found = torch.from_numpy(found).to(x.device)
-    usable = (found >= 0) & (found != which.unsqueeze(-1))  # -1: nothing more in the cells probed
-    row, place = usable.nonzero(as_tuple=True)
-    distance = torch.full(found.shape, torch.inf, dtype=torch.float64, device=x.device)
-    distance[row, place] = pair_distances(x, which[row], found[row, place], memory=memory)
-    found, order = found.clamp(min=0).sort(-1)
-    distance, order = distance.gather(-1, order).sort(dim=-1, stable=True)
-    return distance[:, :k].contiguous(), found.gather(-1, order)[:, :k].contiguous()
+    def reached(near: Tensor) -> float:
+        return float((near <= true[:, -1:]).double().mean())
+
+    index.nprobe = min(8, cells)
+    while reached(nearest(probed)[0]) < recall and index.nprobe < cells:
+        index.nprobe = min(2 * index.nprobe, cells)
+    near, at = nearest(torch.arange(n, device=x.device))
+    while index.nprobe < cells and not bool(torch.isfinite(near).all()):
+        index.nprobe = min(2 * index.nprobe, cells)  # some row lies in cells with too few rows
+        near, at = nearest(torch.arange(n, device=x.device))
+    return near, at, reached(near[probed])

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -17,7 +19,6 @@ from torch import Tensor
 __all__ = [
     "KeyBlocks",
     "block_rows",
-    "blocks_of_keys",
     "budget",
     "centred",
     "full_precision",
@@ -29,6 +30,7 @@ __all__ = [
 
 _MEMORY = 256 * 2**20  # bytes of working blocks when the caller names none
 _CPU_BLOCK = 1024  # a block then stays in the last-level cache while it is looked through
+_WORKERS = 4  # a block is looked through in a fifth of the time that multiplying it takes one core
 _UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
 
@@ -76,24 +78,24 @@ def centred(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class KeyBlocks:
-    """The blocks of keys of rows (b, n, D): every pair of blocks I <= J of the first ceil(n/size)·size rows.
+    """The blocks of keys of rows (b, n, D): every pair of blocks I <= J of the first ``total`` >= n rows.
 
-    Rows beyond n, and a row and itself, are infinitely far. ``pairs`` lists (I, J) as slices.
+    Rows beyond n, and a row and itself, are infinitely far.
     """
 
-    def __init__(self, rows: Tensor, size: int, p: float) -> None:
+    def __init__(
+        self, rows: Tensor, p: float, *, block: int | None = None, memory: int | None = None
+    ) -> None:
         b, n, _ = rows.shape
-        total = math.ceil(n / size) * size
+        self._p, self._workers = p, min(torch.get_num_threads(), _WORKERS) if rows.device.type == "cpu" else 1
+        size = block_rows(n, b * self._workers, block=block, memory=memory, device=rows.device)
+        self.total = total = math.ceil(n / size) * size
         self._half = torch.full((b, total), torch.inf, dtype=torch.float32, device=rows.device)
         self._half[:, :n] = torch.linalg.vector_norm(rows, dim=-1).square_().div_(2) if p == 2 else 0
         self._rows = torch.nn.functional.pad(rows, (0, 0, 0, total - n)) if total > n else rows
-        self._size, self._p, self.device = size, p, rows.device
+        self._shape = (b, size, size)
         parts = [slice(start, start + size) for start in range(0, total, size)]
-        self.pairs = [(mine, other) for i, mine in enumerate(parts) for other in parts[i:]]
-
-    def empty(self) -> Tensor:
-        """Room for one block of keys, (b, size, size)."""
-        return torch.empty((len(self._rows), self._size, self._size), dtype=torch.float32, device=self.device)
+        self._pairs = [(mine, other) for i, mine in enumerate(parts) for other in parts[i:]]
 
     def fill(self, keys: Tensor, mine: slice, other: slice) -> None:
         """Write the keys of one pair of blocks."""
@@ -102,17 +104,37 @@ class KeyBlocks:
         if mine == other:
             keys.diagonal(dim1=1, dim2=2).fill_(torch.inf)
 
+    def each(self, take: Callable[[Tensor, slice, slice], None], *, keep: bool = False) -> None:
+        """``take`` every block (keys, rows I, rows J): on a CPU one worker multiplies while another's is looked through.
 
-def blocks_of_keys(
-    rows: Tensor, size: int, *, p: float, keep: bool = False
-) -> Iterator[tuple[Tensor, slice, slice]]:
-    """(keys (b, size, size), rows I, rows J) of every pair, in turn; ``keys`` is overwritten by the next unless ``keep``."""
-    blocks = KeyBlocks(rows, size, p)
-    keys = blocks.empty()
-    for mine, other in blocks.pairs:
-        keys = torch.empty_like(keys) if keep else keys
-        blocks.fill(keys, mine, other)
-        yield keys, mine, other
+        ``keys`` is overwritten by the next block unless ``keep``.
+        """
+        threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+        workers = min(self._workers, len(self._pairs))
+        pairs, turn = iter(self._pairs), Lock()  # a list's iterator gives each pair to one thread only
+
+        def work() -> None:
+            # whether gradients and inference mode are on belongs to a thread
+            with torch.inference_mode(inference), torch.no_grad():
+                keys = None
+                for mine, other in pairs:
+                    if keys is None or keep:
+                        keys = torch.empty(self._shape, dtype=torch.float32, device=self._rows.device)
+                    self.fill(keys, mine, other)
+                    with turn:
+                        take(keys, mine, other)
+
+        if workers == 1:
+            return work()
+        try:
+            with ThreadPoolExecutor(
+                workers, initializer=torch.set_num_threads, initargs=(threads // workers,)
+            ) as pool:
+                for done in [pool.submit(work) for _ in range(workers)]:
+                    done.result()
+        finally:
+            torch.set_num_threads(threads)
+        return None
 
 
 def keys_between(a: Tensor, b: Tensor, half_a: Tensor, half_b: Tensor, p: float, *, out: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor
 from tdgeom.core.keys import Keys
 from tdgeom.core.pair_stage import PairStage
 from tdgeom.measures.neighbors.distance_blocks import (
-    block_rows,
-    blocks_of_keys,
+    KeyBlocks,
     budget,
     centred,
     full_precision,
@@ -28,6 +26,9 @@ from tdgeom.numerics.copies import all_alike, first_copies
 from tdgeom.numerics.opaque import opaque
 
 __all__ = ["InformationImbalance", "conditional_ranks", "information_imbalance"]
+
+
+_Block = tuple[Tensor, slice, slice]  # of keys, and its rows and columns
 
 
 def information_imbalance(
@@ -105,9 +106,7 @@ def _both_directions(x: Tensor, y: Tensor, k: int, p: float, memory: int | None)
         to_y, to_x = (_ranks(rows, near, p, memory) for rows, near in ((y, near_x), (x, near_y)))
     else:
         # x's keys are kept for the last step if they fit; y's serve the ranks and the search in one pass.
-        kept: list[tuple[Tensor, slice, slice]] | None = (
-            [] if 4 * b * n * (n + 1024) // 2 <= budget(memory) else None
-        )
+        kept: list[_Block] | None = [] if 4 * b * n * (n + 1024) // 2 <= budget(memory) else None
         note = None if kept is None else lambda *block: kept.append(block)
         _, near_x = search_distinct(x, k, p=p, memory=memory, keep=kept is not None, also=note)
         ranks = _Ranks(y, near_x, p, memory)
@@ -146,16 +145,14 @@ def ranks_of(x: Tensor, index: Tensor, p: float, cosine: bool, memory: int | Non
 
 
 def _ranks(
-    x: Tensor,
-    index: Tensor,
-    p: float,
-    memory: int | None,
-    kept: list[tuple[Tensor, slice, slice]] | None = None,
+    x: Tensor, index: Tensor, p: float, memory: int | None, kept: list[_Block] | None = None
 ) -> Tensor:
     """Ranks (b, N, k) of the rows at ``index``; ``kept`` are the blocks of keys, if they are at hand."""
     with full_precision(x.device):
         ranks = _Ranks(x, index, p, memory)
-        for block in kept if kept is not None else blocks_of_keys(ranks.rows, ranks.size, p=p):
+        if kept is None:
+            ranks.blocks.each(ranks.take)
+        for block in kept or ():
             ranks.take(*block)
         return ranks.result()
 
@@ -167,15 +164,14 @@ class _Ranks:
         b, n, width = x.shape
         self.n, self.p, self.memory = n, p, memory
         self.flat = x.reshape(b * n, width)
-        self.rows, scale = centred(x)
-        self.size = block_rows(n, b, block=None, memory=memory, device=x.device)
+        rows, scale = centred(x)
+        self.blocks = KeyBlocks(rows, p, memory=memory)
         base = (torch.arange(b, device=x.device) * n)[:, None]
         own = (base + torch.arange(n, device=x.device)).flatten()
-        norm = torch.linalg.vector_norm(self.rows, dim=-1).double()
-        total = math.ceil(n / self.size) * self.size
+        norm = torch.linalg.vector_norm(rows, dim=-1).double()
         # Per asked neighbour: its distance, and the keys below and above which float32 decides. Padding never asks.
         self.distance = torch.full(
-            (index.shape[-1], b, total), torch.nan, dtype=torch.float64, device=x.device
+            (index.shape[-1], b, self.blocks.total), torch.nan, dtype=torch.float64, device=x.device
         )
         self.low = torch.full(self.distance.shape, -torch.inf, dtype=torch.float32, device=x.device)
         self.high = self.low.clone()

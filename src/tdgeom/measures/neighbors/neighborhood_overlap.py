@@ -63,9 +63,8 @@ def neighborhood_overlap(
     >>> float(neighborhood_overlap(x, 3 * x + 1, k=10))
     1.0
     """
-    tables = [nearest_neighbors(rows, k, metric=metric, memory=memory).index for rows in (x, y)]
-    value = common_neighbors(*tables).double().mean(-1) / k
-    return undefined_where_alike(value, all_alike(x) | all_alike(y), "neighborhood_overlap")
+    common = _common(x, y, k, metric, memory)
+    return undefined_where_alike(common.mean(-1) / k, all_alike(x) | all_alike(y), "neighborhood_overlap")
 
 
 def jaccard_knn(
@@ -89,11 +88,14 @@ def jaccard_knn(
     >>> float(jaccard_knn(x, x.flip(-1), k=10))
     1.0
     """
+    common = _common(x, y, k, metric, memory)
+    index = (common / (2 * k - common)).mean(-1)
+    return undefined_where_alike(index, all_alike(x) | all_alike(y), "jaccard_knn")
+
+
+def _common(x: Tensor, y: Tensor, k: int, metric: str | float, memory: int | None) -> Tensor:
     tables = [nearest_neighbors(rows, k, metric=metric, memory=memory).index for rows in (x, y)]
-    common = common_neighbors(*tables).double()
-    return undefined_where_alike(
-        (common / (2 * k - common)).mean(-1), all_alike(x) | all_alike(y), "jaccard_knn"
-    )
+    return common_neighbors(*tables).double()
 
 
 class _TablePair(PairStage):

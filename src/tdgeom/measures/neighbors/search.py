@@ -13,18 +13,13 @@ Three steps follow the products of ``distance_blocks``:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
 
 import torch
 from torch import Tensor
 
 from tdgeom.measures.neighbors.distance_blocks import (
     KeyBlocks,
-    block_rows,
-    blocks_of_keys,
     budget,
     centred,
     full_precision,
@@ -37,7 +32,6 @@ from tdgeom.measures.neighbors.distance_blocks import (
 __all__ = ["search_distinct", "search_rows_exactly"]
 
 _GROUP = 32  # keys per minimum
-_WORKERS = 4  # a block is looked through in a fifth of the time that multiplying it takes one core
 
 
 def search_distinct(
@@ -59,139 +53,94 @@ def search_distinct(
         b, n, _ = x.shape
         m = min(k + max(5, k // 4), n - 1)
         rows, scale = centred(x)
-        workers = _workers(x.device) if also is None else 1
-        size = block_rows(n, b * workers, block=block, memory=memory, device=x.device)
-        total = math.ceil(n / size) * size
-        best = torch.full((b, total, m), torch.inf, dtype=torch.float32, device=x.device)
-        where = torch.zeros((b, total, m), dtype=torch.int64, device=x.device)
-        limit = torch.full((b, total), torch.inf, dtype=torch.float32, device=x.device)
+        blocks = KeyBlocks(rows, p, block=block, memory=memory)
+        best = _Best(b, blocks.total, m, x.device)
 
-        def take(keys: Tensor, mine: slice, other: slice) -> None:
-            _absorb(keys, best[:, mine], where[:, mine], limit[:, mine], other.start)
-            if mine != other:
-                _absorb(keys, best[:, other], where[:, other], limit[:, other], mine.start, columns=True)
-
-        if also is None:
-            _over_blocks(KeyBlocks(rows, size, p), take, workers)
-        else:
-            for keys, mine, other in blocks_of_keys(rows, size, p=p, keep=keep):
-                take(keys, mine, other)
+        def both(keys: Tensor, mine: slice, other: slice) -> None:
+            best.take(keys, mine, other)
+            if also is not None:
                 also(keys, mine, other)
-        if m == n - 1:  # nothing was left out
-            limit.fill_(torch.inf)
-        best, where, limit = best[:, :n], where[:, :n], limit[:, :n]
-        return _rerank(x, rows, scale, best, where, limit, k, p=p, memory=memory)
+
+        blocks.each(both, keep=keep)
+        return _rerank(x, rows, scale, best, k, p, memory)
 
 
-def _workers(device: torch.device) -> int:
-    """How many blocks are worked on at a time."""
-    return min(torch.get_num_threads(), _WORKERS) if device.type == "cpu" else 1
+class _Best:
+    """The m smallest keys of every row, whose they are, and the limit below which another key is of interest."""
 
+    def __init__(self, b: int, total: int, m: int, device: torch.device) -> None:
+        self.keys = torch.full((b, total, m), torch.inf, dtype=torch.float32, device=device)
+        self.where = torch.zeros((b, total, m), dtype=torch.int64, device=device)
+        self.limit = torch.full((b, total), torch.inf, dtype=torch.float32, device=device)
 
-def _over_blocks(blocks: KeyBlocks, take: Callable[[Tensor, slice, slice], None], workers: int) -> None:
-    """``take`` every block: on a CPU one worker multiplies while another's block is looked through."""
-    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
-    workers = min(workers, len(blocks.pairs))
-    pairs, turn = iter(blocks.pairs), Lock()  # a list's iterator gives each pair to one thread only
+    def take(self, keys: Tensor, mine: slice, other: slice) -> None:
+        """Look through a block of keys (b, R, C) for its rows and, as it is symmetric, for its columns."""
+        self._absorb(keys, mine, other.start)
+        if mine != other:
+            self._absorb(keys, other, mine.start, columns=True)
 
-    def work() -> None:
-        # whether gradients and inference mode are on belongs to a thread
-        with torch.inference_mode(inference), torch.no_grad():
-            keys = blocks.empty()
-            for mine, other in pairs:
-                blocks.fill(keys, mine, other)
-                with turn:
-                    take(keys, mine, other)
+    def _absorb(self, keys: Tensor, part: slice, start: int, *, columns: bool = False) -> None:
+        """For the rows (or columns) at ``part``; ``start`` is the place in the data of the first of the other dimension."""
+        limit, m, others = self.limit[:, part], self.keys.shape[-1], keys.shape[1 if columns else 2]
+        group = _GROUP
+        while group > 1 and (others % group or others // group < 4 * m):
+            group //= 2
+        if group == 1:
+            return self._absorb_all(keys.mT if columns else keys, part, start)
+        # Group g holds entries g, g + others/group, ...: each minimum then runs over whole lines of memory.
+        if columns:
+            grouped = keys.unflatten(1, (group, others // group))
+            low = grouped.amin(1).mT.contiguous()
+        else:
+            grouped = keys.unflatten(2, (group, others // group))
+            low = grouped.amin(2)
+        if bool(torch.isinf(limit).any()):
+            # The m-th smallest of the groups' minima bounds the m-th smallest entry from above.
+            bound = low.topk(m, largest=False).values[..., -1]
+            torch.minimum(limit, torch.nextafter(bound, torch.full_like(bound, torch.inf)), out=limit)
+        item, row, at = (low < limit.unsqueeze(-1)).nonzero(as_tuple=True)
+        opened = grouped[item, :, at, row] if columns else grouped[item, row, :, at]
+        hit, place = (opened < limit[item, row].unsqueeze(-1)).nonzero(as_tuple=True)
+        if hit.numel():
+            index = at[hit] + place * (others // group) + start
+            self._merge(item[hit] * self.limit.shape[1] + row[hit] + part.start, index, opened[hit, place])
+        return None
 
-    if workers == 1:
-        return work()
-    try:
-        with ThreadPoolExecutor(
-            workers, initializer=torch.set_num_threads, initargs=(threads // workers,)
-        ) as pool:
-            for done in [pool.submit(work) for _ in range(workers)]:
-                done.result()
-    finally:
-        torch.set_num_threads(threads)
-    return None
+    def _absorb_all(self, keys: Tensor, part: slice, start: int) -> None:
+        """The same for few entries: one top-k of old and new."""
+        best, where, m = self.keys[:, part], self.where[:, part], self.keys.shape[-1]
+        low, at = keys.topk(min(m, keys.shape[-1]), dim=-1, largest=False)
+        value, pick = torch.cat((best, low), -1).topk(m, dim=-1, largest=False)
+        where.copy_(torch.cat((where, at + start), -1).gather(-1, pick))
+        best.copy_(value)
+        self.limit[:, part] = value[..., -1]
 
-
-def _absorb(
-    keys: Tensor, best: Tensor, where: Tensor, limit: Tensor, start: int, *, columns: bool = False
-) -> None:
-    """Take a block of keys (b, R, C) into the state of its rows (or of its columns), in place.
-
-    ``start`` is the place in the data of the first of the other dimension.
-    """
-    m, others = best.shape[-1], keys.shape[1 if columns else 2]
-    group = _GROUP
-    while group > 1 and (others % group or others // group < 4 * m):
-        group //= 2
-    if group == 1:
-        return _absorb_all(keys.mT if columns else keys, best, where, limit, start)
-    # Group g holds entries g, g + others/group, ...: each minimum then runs over whole lines of memory.
-    if columns:
-        grouped = keys.unflatten(1, (group, others // group))
-        low = grouped.amin(1).mT.contiguous()
-    else:
-        grouped = keys.unflatten(2, (group, others // group))
-        low = grouped.amin(2)
-    if bool(torch.isinf(limit).any()):
-        # The m-th smallest of the groups' minima bounds the m-th smallest entry from above.
-        bound = low.topk(m, largest=False).values[..., -1]
-        torch.minimum(limit, torch.nextafter(bound, torch.full_like(bound, torch.inf)), out=limit)
-    item, row, at = (low < limit.unsqueeze(-1)).nonzero(as_tuple=True)
-    opened = grouped[item, :, at, row] if columns else grouped[item, row, :, at]
-    hit, place = (opened < limit[item, row].unsqueeze(-1)).nonzero(as_tuple=True)
-    if hit.numel():
-        index = at[hit] + place * (others // group) + start
-        _merge((item * limit.shape[1] + row)[hit], index, opened[hit, place], best, where, limit)
-    return None
-
-
-def _absorb_all(keys: Tensor, best: Tensor, where: Tensor, limit: Tensor, start: int) -> None:
-    """The same for few entries: one top-k of old and new."""
-    m = best.shape[-1]
-    low, at = keys.topk(min(m, keys.shape[-1]), dim=-1, largest=False)
-    value, pick = torch.cat((best, low), -1).topk(m, dim=-1, largest=False)
-    where.copy_(torch.cat((where, at + start), -1).gather(-1, pick))
-    best.copy_(value)
-    limit.copy_(value[..., -1])
-
-
-def _merge(row: Tensor, column: Tensor, value: Tensor, best: Tensor, where: Tensor, limit: Tensor) -> None:
-    """Merge entries (sorted by row, any number a row) into the m best of their rows, in place."""
-    r, m = best.shape[1:]
-    touched, count = torch.unique_consecutive(row, return_counts=True)
-    first = count.cumsum(0) - count
-    slot = torch.repeat_interleave(torch.arange(len(touched), device=row.device), count)
-    place = m + torch.arange(len(row), device=row.device) - first[slot]
-    at = (touched // r, touched % r)
-    width = m + int(count.max())
-    values = value.new_full((len(touched), width), torch.inf)
-    columns = column.new_zeros((len(touched), width))
-    values[:, :m], columns[:, :m] = best[at], where[at]
-    values[slot, place], columns[slot, place] = value, column
-    values, pick = values.topk(m, dim=-1, largest=False)
-    best[at], where[at] = values, columns.gather(-1, pick)
-    limit[at] = torch.minimum(limit[at], values[:, -1])
+    def _merge(self, row: Tensor, column: Tensor, value: Tensor) -> None:
+        """Merge entries (sorted by row, any number a row) into the m best of their rows."""
+        m = self.keys.shape[-1]
+        best, where, limit = self.keys.view(-1, m), self.where.view(-1, m), self.limit.view(-1)
+        touched, count = torch.unique_consecutive(row, return_counts=True)
+        first = count.cumsum(0) - count
+        slot = torch.repeat_interleave(torch.arange(len(touched), device=row.device), count)
+        place = m + torch.arange(len(row), device=row.device) - first[slot]
+        width = m + int(count.max())
+        values = value.new_full((len(touched), width), torch.inf)
+        columns = column.new_zeros((len(touched), width))
+        values[:, :m], columns[:, :m] = best[touched], where[touched]
+        values[slot, place], columns[slot, place] = value, column
+        values, pick = values.topk(m, dim=-1, largest=False)
+        best[touched], where[touched] = values, columns.gather(-1, pick)
+        limit[touched] = torch.minimum(limit[touched], values[:, -1])
 
 
 def _rerank(
-    x: Tensor,
-    rows: Tensor,
-    scale: Tensor,
-    best: Tensor,
-    where: Tensor,
-    limit: Tensor,
-    k: int,
-    *,
-    p: float,
-    memory: int | None,
+    x: Tensor, rows: Tensor, scale: Tensor, found: _Best, k: int, p: float, memory: int | None
 ) -> tuple[Tensor, Tensor]:
     b, n, width = x.shape
     size = torch.linalg.vector_norm(rows, dim=-1).double()
-    limit = limit.double()
+    best, where, limit = found.keys[:, :n], found.where[:, :n], found.limit[:, :n].double()
+    if best.shape[-1] == n - 1:  # nothing was left out
+        limit = torch.full_like(limit, torch.inf)
     edge = best[..., k - 1].double().clamp(min=0)
     known = torch.isfinite(edge)
     reach = torch.where(known, (2 * edge).sqrt() if p == 2 else edge, 0.0)
@@ -211,15 +160,10 @@ def _rerank(
     reach = (2 * exact).sqrt() if p == 2 else exact
     proven = torch.minimum(limit, edge + 3 * error) - key_error(size, reach, width, p, torch.float32) > exact
     proven &= known
-    if bool(proven.all()):
-        return distance.contiguous(), where.contiguous()
     distance, where = distance.contiguous(), where.contiguous()
-    for item in range(b):
-        left = (~proven[item]).nonzero().squeeze(-1)
-        if len(left):
-            distance[item, left], where[item, left] = search_rows_exactly(
-                x[item], left, k, p=p, memory=memory
-            )
+    for item in (~proven.all(-1)).nonzero().flatten().tolist():
+        left = (~proven[item]).nonzero().flatten()
+        distance[item, left], where[item, left] = search_rows_exactly(x[item], left, k, p=p, memory=memory)
     return distance, where
 
 
