@@ -9,11 +9,29 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from function_examples import CALLS
+from function_examples import CALLS, Call, one, rows
 from tdgeom import functional as F
+from tdgeom.numerics.centring import as_rows, centre
+from tdgeom.numerics.copies import first_copies
+from tdgeom.numerics.eigenvalues import leading_eigenpairs, symmetric_eigenvalues
+from tdgeom.numerics.hashing import hash_ids
+from tdgeom.numerics.moments import block_moments
+from tdgeom.numerics.products import gram
 
 HERE = ("tdgeom.measures", "tdgeom.numerics")
 NAMES = [name for name in CALLS if getattr(F, name).__module__.startswith(HERE)]
+NUMERICS = {
+    "as_rows": Call(lambda x: as_rows(x, "a test"), one),
+    "block_moments": Call(block_moments, one),
+    "centre": Call(centre, one),
+    "covariance": CALLS["covariance"],
+    "first_copies": Call(first_copies, lambda seed: (torch.cat((rows(seed), rows(seed)[:7])),)),
+    "gram": Call(gram, lambda seed: (rows(seed, 400),)),
+    "hash_ids": Call(lambda ids: hash_ids(ids, 3), lambda seed: (torch.arange(seed, 50),)),
+    "leading_eigenpairs": Call(lambda m: leading_eigenpairs(gram(m.double()), 2)[0], one),
+    "symmetric_eigenvalues": Call(lambda m: symmetric_eigenvalues(gram(m.double())), one),
+}
+HELD = {name: CALLS[name] for name in NAMES} | NUMERICS
 
 
 @contextmanager
@@ -40,16 +58,16 @@ AROUND = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", HELD)
 @pytest.mark.parametrize("around", AROUND)
 def test_what_is_set_around_a_call_changes_nothing(name: str, around: str) -> None:
-    call = CALLS[name]
+    call = HELD[name]
     inputs = [x.float() if x.is_floating_point() else x for x in call.inputs(0)]
     expected = tree_leaves(call.function(*inputs))
     with AROUND[around]():
         found = tree_leaves(call.function(*inputs))
     for value, right in zip(found, expected):
-        assert value.dtype == right.dtype
+        assert value.dtype == right.dtype and value.device == right.device
         torch.testing.assert_close(value, right, rtol=1e-12, atol=0, equal_nan=True)
 
 

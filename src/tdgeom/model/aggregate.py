@@ -13,6 +13,7 @@ from tdgeom.core.keys import Key
 from tdgeom.core.stage import Stage
 from tdgeom.model.edits.edit import canonical, is_pattern
 from tdgeom.model.positions import Positions, check_positions, position_mask
+from tdgeom.numerics.centring import upcast
 
 __all__ = ["AggregateActs", "GroupAttention", "aggregate_positions", "group_attention"]
 
@@ -36,7 +37,7 @@ def aggregate_positions(value: Tensor, keep: Tensor, how: str | None) -> Tensor:
                 "number. Remedy: reduce='mean' or 'sum', or SelectTokens for rows."
             )
         return value[keep].reshape(value.shape[0], -1, *value.shape[2:])
-    wide = value if value.dtype in (torch.float32, torch.float64) else value.float()
+    wide = upcast(value)
     # where(), not a product: a NaN at a padding position must not reach the sum
     total = torch.where(where, wide, torch.zeros((), dtype=wide.dtype, device=wide.device)).sum(1)
     return total if how == "sum" else total / count.reshape(-1, *[1] * (value.ndim - 2))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tdgeom.numerics.centring import upcast
-from tdgeom.numerics.products import gram
+from tdgeom.numerics.products import gram, in_own_precision
 
 __all__ = ["Moments", "block_moments", "centre_block", "merge_moments", "moments_about"]
 
@@ -32,6 +32,7 @@ def centre_block(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return y, centre.double(), y.sum(0, dtype=torch.float64) / rows.shape[0]
 
 
+@in_own_precision
 def block_moments(rows: Tensor) -> Moments:
     """The moments of (N, D) rows, N >= 1, with float64 products for float64 and integer rows and float32 products otherwise.
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
+from tdgeom.core.ambient import steady
+
 __all__ = ["opaque"]
 
 
@@ -16,14 +18,19 @@ def opaque(shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], CustomO
     """A decorator for a function of tensors with leading dimensions that no tracer should look into.
 
     ``torch.compile`` and ``torch.export`` see an operator whose outputs ``shapes`` makes (empty, from the same arguments);
-    ``vmap`` hands the whole batch to the function, as one leading dimension more. The function is annotated in full (it
-    becomes an operator's schema) and returns new tensors, none twice. It carries no gradient until the operator is given one
-    (``register_autograd``): detach what goes in.
+    ``vmap`` hands the whole batch to the function, as one leading dimension more. The function is annotated in full (that
+    becomes the operator's schema) and returns new tensors, none twice. It runs in full precision and without gradients:
+    detach what goes in.
     """
 
     def wrap(function: Callable[..., Any]) -> CustomOpDef:
+        def alone(*given: Any) -> Any:
+            with torch.no_grad(), steady(given[0].device):
+                return function(*given)
+
+        schema = torch.library.infer_schema(function, mutates_args=())
         operator = torch.library.custom_op(
-            f"tdgeom::{function.__name__.strip('_')}", function, mutates_args=()
+            f"tdgeom::{function.__name__}", alone, mutates_args=(), schema=schema
         )
         operator.register_fake(shapes)
 

@@ -19,6 +19,18 @@ _Result = TypeVar("_Result")
 _NARROWEST = 384  # below this width one product is faster than four smaller ones
 
 
+def in_own_precision(function: Callable[..., _Result]) -> Callable[..., _Result]:
+    """A function of tensors with the same products whatever autocast or precision is set around its call."""
+
+    @wraps(function)
+    def steadily(*args: object, **options: object) -> _Result:
+        with steady(device_of([*args, *options.values()])):
+            return function(*args, **options)
+
+    return steadily
+
+
+@in_own_precision
 def gram(y: Tensor) -> Tensor:
     """yᵀy: (*B, N, D) -> (*B, D, D).
 
@@ -35,14 +47,3 @@ def gram(y: Tensor) -> Tensor:
         out[a:b, a:] = y[:, a:b].mT @ y[:, a:]
         out[b:, a:b] = out[a:b, b:].mT
     return out
-
-
-def in_own_precision(function: Callable[..., _Result]) -> Callable[..., _Result]:
-    """A function of tensors with the same products whatever autocast or precision is set around its call."""
-
-    @wraps(function)
-    def steadily(*args: object, **options: object) -> _Result:
-        with steady(device_of([*args, *options.values()])):
-            return function(*args, **options)
-
-    return steadily

@@ -16,6 +16,7 @@ from tdgeom.core.stage import Stage
 from tdgeom.model.edits.edit import is_pattern
 from tdgeom.model.positions import Positions, is_position, position_mask
 from tdgeom.model.sites import HEAD_KINDS
+from tdgeom.numerics.centring import upcast
 
 __all__ = ["SelectTokens", "selection_mask"]
 
@@ -397,7 +398,7 @@ def _rows(value: Tensor, keep: Tensor, whole: bool) -> Tensor:
 
 
 def _pooled(value: Tensor, keep: Tensor) -> Tensor:
-    value = value if value.dtype in (torch.float32, torch.float64) else value.float()
+    value = upcast(value)
     weight = keep.to(value.dtype)
     # where(), not a product: a NaN at a padding position must not reach the mean.
     total = torch.where(

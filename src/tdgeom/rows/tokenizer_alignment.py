@@ -15,6 +15,7 @@ from torch import Tensor
 from tdgeom.core.keys import Key
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.stage import Stage
+from tdgeom.numerics.centring import upcast
 from tdgeom.rows.text import padded
 
 __all__ = ["AlignedRows", "PairedTexts", "cut_alike", "matched_ends"]
@@ -231,6 +232,6 @@ class AlignedRows(Stage):
 
 
 def _means(value: Tensor, where: Tensor) -> Tensor:
-    value = value if value.dtype in (torch.float32, torch.float64) else value.float()
+    value = upcast(value)
     total = torch.where(where.unsqueeze(-1), value, torch.zeros_like(value)).sum(1)
     return total / where.sum(-1, keepdim=True).clamp(min=1)

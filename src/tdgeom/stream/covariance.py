@@ -11,7 +11,9 @@ from torch import Tensor
 from tdgeom.core.keys import Key
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.core.warnings import UndefinedMeasureWarning
+from tdgeom.numerics.centring import upcast
 from tdgeom.numerics.moments import block_moments, merge_moments
+from tdgeom.numerics.products import gram
 
 __all__ = ["StreamingCovariance", "covariance"]
 
@@ -19,14 +21,13 @@ _STATE = ("count", "mean", "scatter", "norm2_x", "norm4")
 
 
 def covariance(rows: Tensor) -> Tensor:
-    """Unbiased covariance Σ(x-x̄)(x-x̄)ᵀ/(N-1): (*B, N, D) -> (*B, D, D), float64 sums for float64 rows, else float32.
+    """Unbiased covariance Σ(x-x̄)(x-x̄)ᵀ/(N-1): (*B, N, D) -> (*B, D, D), float64 sums for float64 and integer rows, else float32.
 
     >>> covariance(torch.tensor([[0.0], [2.0]]))
     tensor([[2.]])
     """
-    rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
-    y = rows - rows.mean(-2, keepdim=True)
-    return y.mT @ y / (rows.shape[-2] - 1)
+    rows = upcast(rows)
+    return gram(rows - rows.mean(-2, keepdim=True)) / (rows.shape[-2] - 1)
 
 
 class StreamingCovariance(StreamingStage):

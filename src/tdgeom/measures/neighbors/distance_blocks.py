@@ -2,14 +2,14 @@
 
 The key of two rows is half their squared distance (for Minkowski's other distances: the distance). Rows are centred and
 scaled first, so keys depend neither on the data's offset nor on its unit, and Euclidean keys come from matrix products:
-(|x|² + |y|²)/2 - x·y. The block of rows (I, J) also serves (J, I), so half of all blocks is multiplied.
+(|x|² + |y|²)/2 - x·y. The block of rows (I, J) also serves (J, I), so half of all blocks is multiplied. The bounds hold for
+float32 products in full precision, in which ``opaque`` functions run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 
@@ -21,7 +21,6 @@ __all__ = [
     "block_rows",
     "budget",
     "centred",
-    "full_precision",
     "key_error",
     "key_of",
     "keys_between",
@@ -37,20 +36,6 @@ _UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 def budget(memory: int | None) -> int:
     """Bytes that working blocks may take."""
     return _MEMORY if memory is None else memory
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast and no reduced-precision float32 products inside: the rounding bounds rely on it."""
-    before = torch.get_float32_matmul_precision()
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        try:
-            if before != "highest":
-                torch.set_float32_matmul_precision("highest")
-            yield
-        finally:
-            if before != "highest":
-                torch.set_float32_matmul_precision(before)
 
 
 def block_rows(n: int, batch: int, *, block: int | None, memory: int | None, device: torch.device) -> int:

@@ -13,7 +13,6 @@ from tdgeom.measures.neighbors.distance_blocks import (
     KeyBlocks,
     budget,
     centred,
-    full_precision,
     key_error,
     key_of,
     pair_distances,
@@ -148,13 +147,12 @@ def _ranks(
     x: Tensor, index: Tensor, p: float, memory: int | None, kept: list[_Block] | None = None
 ) -> Tensor:
     """Ranks (b, N, k) of the rows at ``index``; ``kept`` are the blocks of keys, if they are at hand."""
-    with full_precision(x.device):
-        ranks = _Ranks(x, index, p, memory)
-        if kept is None:
-            ranks.blocks.each(ranks.take)
-        for block in kept or ():
-            ranks.take(*block)
-        return ranks.result()
+    ranks = _Ranks(x, index, p, memory)
+    if kept is None:
+        ranks.blocks.each(ranks.take)
+    for block in kept or ():
+        ranks.take(*block)
+    return ranks.result()
 
 
 class _Ranks:

@@ -22,7 +22,6 @@ from tdgeom.measures.neighbors.distance_blocks import (
     KeyBlocks,
     budget,
     centred,
-    full_precision,
     key_error,
     key_of,
     keys_between,
@@ -49,20 +48,19 @@ def search_distinct(
     ``x`` (b, n, D) of float32 or float64 without exact copies, k < n. ``also`` is shown every block of keys, and may
     keep it if ``keep``.
     """
-    with full_precision(x.device):
-        b, n, _ = x.shape
-        m = min(k + max(5, k // 4), n - 1)
-        rows, scale = centred(x)
-        blocks = KeyBlocks(rows, p, block=block, memory=memory)
-        best = _Best(b, blocks.total, m, x.device)
+    b, n, _ = x.shape
+    m = min(k + max(5, k // 4), n - 1)
+    rows, scale = centred(x)
+    blocks = KeyBlocks(rows, p, block=block, memory=memory)
+    best = _Best(b, blocks.total, m, x.device)
 
-        def both(keys: Tensor, mine: slice, other: slice) -> None:
-            best.take(keys, mine, other)
-            if also is not None:
-                also(keys, mine, other)
+    def both(keys: Tensor, mine: slice, other: slice) -> None:
+        best.take(keys, mine, other)
+        if also is not None:
+            also(keys, mine, other)
 
-        blocks.each(both, keep=keep)
-        return _rerank(x, rows, scale, best, k, p, memory)
+    blocks.each(both, keep=keep)
+    return _rerank(x, rows, scale, best, k, p, memory)
 
 
 class _Best:
