@@ -61,7 +61,7 @@ def test_order_of_batch_and_stream_does_not_matter_to_the_split():
             tg.ForEach(tg.StreamingCovariance(), SITES), tg.ForEach(tg.RankMe(), SITES), double, mean
         )
     )
-    assert names(plan.batch) == ["function"] or len(plan.batch) == 1
+    assert plan.batch == [double]
     assert len(plan.stream) == 3 and len(plan.end) == 2
 
 
@@ -103,7 +103,7 @@ def test_batch_rows_mixed_with_finished_results():
         tg.StreamingMean(in_keys="low"),
     )
     refused(
-        r"SpectrumMetrics.*misspelt|together with \['eigenvlaues'\].*misspelt, name the keys",
+        r"together with \['eigenvlaues'\].*misspelt, name the keys",
         tg.StreamingCovariance(),
         tg.EigenSpectrum(),
         wrapped(lambda a, b: a + b, ["eigenvalues", "eigenvlaues"], ["sum"]),
@@ -133,7 +133,7 @@ def test_two_writers_of_one_key():
         tg.StreamingCovariance(),
     )
     refused(
-        r"StreamingCovariance at x.0 and function|StreamingCovariance at x.0 and .* both write \('moments', 'x.0', 'mean'\)",
+        r"StreamingCovariance at x.0 and TensorDictModule\(sum\) both write \('moments', 'x.0', 'mean'\)",
         tg.ForEach(tg.StreamingCovariance(), SITES),
         wrapped(torch.sum, [("moments", "x.1", "mean")], [("moments", "x.0", "mean")]),
     )
@@ -267,9 +267,7 @@ def test_a_list_of_stages_is_no_pipeline():
 
 def test_no_streaming_stage():
     double = wrapped(lambda x: 2 * x, ["tokens"], ["doubled"])
-    with pytest.raises(
-        ValueError, match=r"nothing it writes reaches a streaming stage|found no streaming stage"
-    ):
+    with pytest.raises(ValueError, match="nothing it writes reaches a streaming stage"):
         tg.run(TensorDictSequential(double), [{"tokens": torch.ones(2, 1)}])
     with pytest.raises(ValueError, match=re.escape("run found no streaming stage in the pipeline")):
         tg.run(TensorDictSequential(), [])

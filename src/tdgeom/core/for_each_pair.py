@@ -11,6 +11,7 @@ from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import nn
 
 from tdgeom.core.ambient import steady
+from tdgeom.core.configured import Configured
 from tdgeom.core.for_each import (
     SHARED,
     check_module,
@@ -23,7 +24,6 @@ from tdgeom.core.for_each import (
 from tdgeom.core.keys import Key, as_key, key_tuple
 from tdgeom.core.pair_stage import PairStage
 from tdgeom.core.renamed import Renamed, is_streaming
-from tdgeom.core.settings import Configured
 from tdgeom.core.stage import Stage, device_of
 
 __all__ = ["ForEachPair", "pair_list"]

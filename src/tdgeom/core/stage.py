@@ -11,8 +11,8 @@ from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing
 from torch import Tensor
 
 from tdgeom.core.ambient import steady
+from tdgeom.core.configured import Configured
 from tdgeom.core.keys import NOT_WRITTEN, Key, key_tuple, resolve_keys
-from tdgeom.core.settings import Configured
 
 __all__ = ["Outputs", "Stage", "device_of"]
 
