@@ -92,3 +92,17 @@ def test_the_tables_of_both_searches_serve_every_estimator() -> None:
                 torch.testing.assert_close(
                     stage(near)["dimension", "id"]["scale"], stage(exact)["dimension", "id"]["scale"]
                 )
+
+
+@every
+def test_tables_with_copies_give_the_same_in_one_graph(name: str) -> None:
+    """Where no value can be looked at, a table that may hold copies does not stand in for a search."""
+    x = torch.cat((rows(0), rows(0)[:9]))
+    table = tg.NearestNeighbors(40)(TensorDict({"sample": x}))
+    for source, stage in stages(name):
+        if source == "neighbors":
+            torch._dynamo.reset()
+            compiled = torch.compile(lambda td, stage=stage: stage(td), fullgraph=True, backend="eager")
+            found, expected = (run(table.copy())["dimension", "id"] for run in (compiled, stage))
+            for leaf in LEAVES:
+                torch.testing.assert_close(found[leaf], expected[leaf], rtol=1e-12, atol=0)

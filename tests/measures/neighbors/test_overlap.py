@@ -333,6 +333,20 @@ def test_label_overlap_at_sites_reads_one_set_of_labels():
     assert td["neighborhood", "y", "label_overlap"] == expected
 
 
+@pytest.mark.parametrize("source", ["sample", "neighbors"])
+def test_labels_are_a_carried_value_of_any_name(source):
+    label = torch.randint(0, 3, (40,))
+    given = {"x": torch.randn(40, 3), "y": torch.randn(40, 2)}
+    td = TensorDict({"sample": given, "sample_carried": {"part of speech": label}})
+    ForEach(NearestNeighbors(6), list("xy"))(td)
+    stage = LabelOverlap(k=4, labels="part of speech", source=source)
+    assert stage.in_keys[1] == ("sample_carried", "part of speech") and not stage.optional_in_keys
+    at_sites = ForEach(stage, list("xy"))
+    assert at_sites.in_keys.count(("sample_carried", "part of speech")) == 1
+    at_sites(td)
+    assert td["neighborhood", "y", "label_overlap"] == label_overlap(given["y"], label, k=4)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

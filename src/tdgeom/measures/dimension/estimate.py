@@ -12,7 +12,7 @@ from torch import Tensor
 from tdgeom.core.keys import Key, Keys
 from tdgeom.core.stage import Stage
 from tdgeom.measures.neighbors.nearest_neighbors import distinct_neighbors
-from tdgeom.numerics.centring import warn_undefined
+from tdgeom.numerics.centring import holds, warn_undefined
 
 __all__ = [
     "DimensionEstimate",
@@ -196,7 +196,7 @@ class NeighborhoodStage(LocalStage):
     def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The outputs in the order of ``DimensionEstimate``."""
         x, *table = inputs
-        if not table or bool(table[-1].any()):
+        if not table or not holds(~table[-1].any()):
             found = distinct_neighbors(x, self.neighbors_needed(x.shape[-2]), memory=self.memory)
             table = [found.index, found.distance, found.duplicates]
         return self.measure(x, *table)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Key, Keys
 from tdgeom.core.stage import Stage
 from tdgeom.measures.neighbors.nearest_neighbors import nearest_neighbors
 from tdgeom.numerics.centring import holds
@@ -156,8 +156,8 @@ class LabelOverlap(Stage):
         source: Literal["sample", "neighbors"] = "sample",
         labels: str = "label",
         memory: int | None = None,
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
+        in_keys: Keys = None,
+        out_keys: Keys = None,
     ) -> None:
         sources: Mapping[str, Mapping[Key, str]] = {
             "sample": {"sample": "N D", ("sample_carried", labels): "N"},
@@ -169,12 +169,8 @@ class LabelOverlap(Stage):
             raise ValueError(f"LabelOverlap: k is a number of neighbours, at least 1, got {k!r}.")
         if class_fraction is not None and not 0 < class_fraction <= 1:
             raise ValueError(f"LabelOverlap: class_fraction lies in (0, 1], got {class_fraction!r}.")
-        super().__init__(
-            reads=sources[source],
-            writes=[("neighborhood", "label_overlap")],
-            in_keys=in_keys,
-            out_keys=out_keys,
-        )
+        writes: list[Key] = [("neighborhood", "label_overlap")]
+        super().__init__(reads=sources[source], writes=writes, in_keys=in_keys, out_keys=out_keys)
         self.k, self.class_fraction, self.balanced = k, class_fraction, balanced
         self.metric, self.source, self.memory = metric, source, memory
 
