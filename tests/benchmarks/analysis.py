@@ -62,7 +62,7 @@ def theirs(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> No
     analyze_model(
         model,
         batches,
-        max_rows=len(batches) * BATCH * LENGTH,
+        max_tokens=len(batches) * BATCH * LENGTH,
         diagnostics=["normalization_ablation"],
     )
 
