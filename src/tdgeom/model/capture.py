@@ -26,7 +26,7 @@ from tdgeom.model.calls.reading import Pass, Session, StopForward, read_named_ou
 from tdgeom.model.gradients import await_gradients, differentiable, replace_by_gradients
 from tdgeom.model.sites import LayerSpec, Site
 from tdgeom.model.structure.resolve import ResolvedSite, resolve_sites
-from tdgeom.model.structure.verify import verify
+from tdgeom.model.calls.structure_check import verify
 
 
 class Capture(TensorDictModuleBase):

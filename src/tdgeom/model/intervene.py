@@ -21,7 +21,7 @@ from tdgeom.model.edits.edit import Edit
 from tdgeom.model.edits.writing import EditSession
 from tdgeom.model.sites import LayerSpec, Site
 from tdgeom.model.structure.resolve import resolve_sites
-from tdgeom.model.structure.verify import verify
+from tdgeom.model.calls.structure_check import verify
 
 EditLike = nn.Module | Callable[[torch.Tensor], torch.Tensor]
 

@@ -16,7 +16,7 @@ from tdgeom.model.sites import Site
 from tdgeom.model.structure.parts import is_neutral
 from tdgeom.model.structure.readers import read_input, write_input
 from tdgeom.model.structure.resolve import ADDED_KINDS, ResolvedSite
-from tdgeom.model.structure.verify import Reads, unverified
+from tdgeom.model.calls.structure_check import Reads, unverified
 
 
 class StopForward(Exception):

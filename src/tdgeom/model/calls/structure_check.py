@@ -20,7 +20,7 @@ from tdgeom.model.structure.views import HeadSlice
 
 CHECKED = ("q", "k", "v", "head_output", "residual_mid", *ADDED_KINDS)
 _DONE: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()
-_READERS = ("tdgeom.model.calls.reading", "tdgeom.model.structure.verify")  # whose hooks change nothing
+_READERS = ("tdgeom.model.calls.reading", "tdgeom.model.calls.structure_check")  # whose hooks change nothing
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import models
 from tdgeom.model.capture import Capture
 from tdgeom.model.intervene import Intervene
-from tdgeom.model.structure.verify import _DONE
+from tdgeom.model.calls.structure_check import _DONE
 
 
 def bigcode(multi_query):
