@@ -213,7 +213,7 @@ def test_keyword_calls_and_tuples():
     model, x = Custom(), torch.randn(3, 5, 4)
     capture = Capture(model, ["residual_input", "residual_output"])
     acts = capture(TensorDict({"x": x, "mask": torch.ones(3)}))["acts"]
-    assert capture.in_keys == ["x"]
+    assert capture.in_keys == ["x", "mask", "shift"] and capture.optional_in_keys == ["mask", "shift"]
     assert model.seen[-1] is not None
     assert [e.path for e in find_stacks(model)[0].blocks] == ["stages.0", "stages.1", "stages.2"]
     for layer in range(3):

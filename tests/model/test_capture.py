@@ -59,7 +59,9 @@ def stack(*blocks):
 
 def test_keys_and_names(gpt2):
     capture = Capture(gpt2, ["residual_input", "final_norm"], layers=[0, -1], prefix="b/")
-    assert capture.in_keys == ["input_ids"]
+    optional = ["attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "encoder_hidden_states"]
+    assert capture.in_keys[:6] == ["input_ids", *optional]
+    assert capture.optional_in_keys == capture.in_keys[1:]
     assert capture.out_keys == [
         ("acts", f"b/{name}") for name in ("residual_input.0", "residual_input.2", "final_norm")
     ]
@@ -172,7 +174,8 @@ def test_what_the_model_is_called_with():
     nested = TensorDict({("data", "first"): torch.zeros(2, 4)})
     for in_keys in ([("data", "first")], {"x": ("data", "first")}):
         capture = Capture(Model(), in_keys=in_keys)
-        assert capture.in_keys == [("data", "first")]
+        assert capture.in_keys == [("data", "first"), "y", "hint", "absent"]
+        assert capture.optional_in_keys == ["y", "hint", "absent"]
         assert capture(nested)["acts", "residual_input.0"].sum() == 0
     with pytest.raises(KeyError, match=r"expected the model's input 'x'.*in_keys=\{'x': <key>\}"):
         Capture(Model())(TensorDict({"z": torch.ones(2)}))
@@ -239,7 +242,7 @@ def test_dispatch_and_pipelines(gpt2):
     torch.testing.assert_close(second, expected["residual_input.1"])
     mean = TensorDictModule(lambda x: x.mean(), [("acts", "residual_input.1")], ["mean"])
     pipeline = TensorDictSequential(capture, mean)
-    assert pipeline.in_keys == ["input_ids"]
+    assert pipeline.in_keys == capture.in_keys
     assert pipeline(batch())["mean"].shape == ()
     assert list(pipeline.select_subsequence(out_keys=["mean"])) == [capture, mean]
     picked = copy.deepcopy(capture).select_out_keys(("acts", "residual_input.1"))

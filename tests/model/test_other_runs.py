@@ -76,7 +76,8 @@ def test_activation_addition(llama):
             llama,
             {"residual_output.1": tg.ActivationAddition("plus", "minus", coefficient=3.0, reduce=reduce)},
         )
-        assert keyed.in_keys == ["input_ids", "plus", "minus"]
+        assert keyed.in_keys[:3] == ["input_ids", "plus", "minus"]
+        assert keyed.optional_in_keys == keyed.in_keys[3:] and "special_tokens_mask" in keyed.in_keys
         td = TensorDict({**longer, "plus": TensorDict(positive), "minus": TensorDict(negative)})
         torch.testing.assert_close(keyed(td)["logits"], expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(RuntimeError, match="only the module form has"):

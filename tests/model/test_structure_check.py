@@ -9,9 +9,9 @@ from tensordict import TensorDict
 from torch import nn
 
 import models
+from tdgeom.model.calls.structure_check import _DONE
 from tdgeom.model.capture import Capture
 from tdgeom.model.intervene import Intervene
-from tdgeom.model.calls.structure_check import _DONE
 
 
 def bigcode(multi_query):

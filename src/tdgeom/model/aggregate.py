@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from tensordict import TensorDictBase
-from tensordict.nn import dispatch
 from torch import Tensor
 
 from tdgeom.core.keys import Key
 from tdgeom.core.stage import Stage
-from tdgeom.model.edits.edit import canonical, is_pattern
-from tdgeom.model.positions import Positions, check_positions, position_mask
+from tdgeom.model.positions import Positions, check_positions, positions_second, selected_tokens
+from tdgeom.model.sites import is_pattern, token_side
 from tdgeom.numerics.centring import upcast
 
 __all__ = ["AggregateActs", "GroupAttention", "aggregate_positions", "group_attention"]
@@ -61,29 +60,44 @@ def group_attention(pattern: Tensor, rows: Sequence[Tensor], columns: Sequence[T
 
 
 class _PerSite(Stage):
-    """What the two stages share: the batch's attention mask in the columns of an activation."""
+    """What the two stages share: sites, and the mask and tokens beside them, which a decoder has for itself."""
 
-    def mask(self, tensordict: TensorDictBase, value: Tensor, positions: Positions, site: str) -> Tensor:
-        # the other stack of an encoder-decoder has tokens, and padding, of its own
-        side = "decoder_" if site.rpartition("/")[2].startswith("decoder.") else ""
-        given = tensordict.get(side + "attention_mask", None)
-        whole = (
-            value.new_ones(value.shape[:2], dtype=torch.bool)
-            if given is None
-            else given.bool().to(value.device)
-        )
-        if whole.ndim != 2 or whole.shape[0] != value.shape[0] or whole.shape[1] < value.shape[1]:
-            raise ValueError(
-                f"{type(self).__name__} expects an attention mask (B, T) for an activation {tuple(value.shape)}, got "
-                f"{tuple(whole.shape)}."
-            )
-        keep, _ = position_mask(
-            whole,
+    optional = frozenset(
+        {"attention_mask", "input_ids", "special_tokens_mask", "decoder_attention_mask", "decoder_input_ids"}
+    )
+
+    def __init__(
+        self, sites: Sequence[str], *, in_keys: Key | list[Key] | None, out_keys: Key | list[Key] | None
+    ) -> None:
+        keys: list[Key] = [("acts", str(site)) for site in sites]
+        sides = sorted({token_side(site) for site in sites})
+        self._tokens = [side + name for side in sides for name in ("attention_mask", "input_ids")]
+        self._tokens += ["special_tokens_mask"] if "" in sides else []
+        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=[*keys, *self._tokens], writes=keys)
+        self._sites = [str(site) for site in sites]
+
+    def compute(self, *inputs: Any) -> list[Tensor]:
+        """Every site of one batch, reduced."""
+        told = dict(zip(self._tokens, inputs[len(self._sites) :]))
+        return [self.reduced(value, site, told) for site, value in zip(self._sites, inputs)]
+
+    def reduced(self, value: Tensor, site: str, told: Mapping[str, Tensor | None]) -> Tensor:
+        """One site."""
+        raise NotImplementedError
+
+    def selected(
+        self, value: Tensor, positions: Positions, site: str, told: Mapping[str, Tensor | None]
+    ) -> Tensor:
+        """(B, T), true at positions of an activation (B, T, ...)."""
+        side = token_side(site)
+        return selected_tokens(
+            value,
             positions,
-            input_ids=tensordict.get(side + "input_ids", None),
-            special=None if side else tensordict.get("special_tokens_mask", None),
+            told.get(side + "attention_mask"),
+            input_ids=told.get(side + "input_ids"),
+            special=None if side else told.get("special_tokens_mask"),
+            owner=type(self).__name__,
         )
-        return keep[:, whole.shape[1] - value.shape[1] :]
 
 
 class AggregateActs(_PerSite):
@@ -118,39 +132,31 @@ class AggregateActs(_PerSite):
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:
-        keys = [("acts", str(site)) for site in sites]
-        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=keys, writes=keys)
+        super().__init__(sites, in_keys=in_keys, out_keys=out_keys)
         for name, how in (("reduce", reduce), ("over_examples", over_examples)):
             if how not in (None, "mean", "sum"):
                 raise ValueError(f"AggregateActs: {name}= expects 'mean', 'sum' or None, got {how!r}.")
         self.positions, self.reduce, self.over_examples = check_positions(positions), reduce, over_examples
-        self._sites = [str(site) for site in sites]
 
-    @dispatch(auto_batch_size=False)
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Reduce every site of one batch."""
-        results = []
-        for site, value in zip(self._sites, self.read(tensordict)):
-            turned = canonical(value, site) if value.ndim == 4 else value
-            if value.ndim > 2:
-                keep = self.mask(tensordict, turned, self.positions, site)
-                if (
-                    self.over_examples
-                    and is_pattern(site)
-                    and not bool(self.mask(tensordict, turned, "all", site).all())
-                ):
-                    raise ValueError(
-                        f"AggregateActs(over_examples={self.over_examples!r}) at {site!r}: with padding the same column is "
-                        "another token in every text. Remedy: GroupAttention (row_groups=), or texts of one length."
-                    )
-                turned = aggregate_positions(turned, keep, self.reduce)
-                value = canonical(turned, site) if turned.ndim == 4 and value.ndim == 4 else turned
-            if self.over_examples == "sum":
-                value = value.sum(0)
-            elif self.over_examples == "mean":
-                value = value.mean(0)
-            results.append(value)
-        return self.write(tensordict, results)
+    def reduced(self, value: Tensor, site: str, told: Mapping[str, Tensor | None]) -> Tensor:
+        """One site, over positions and examples."""
+        if value.ndim > 2:
+            turned = positions_second(value, site) if value.ndim == 4 else value
+            keep = self.selected(turned, self.positions, site, told)
+            whole = self.over_examples is None or not is_pattern(site)
+            if not (whole or bool(self.selected(turned, "all", site, told).all())):
+                raise ValueError(
+                    f"AggregateActs(over_examples={self.over_examples!r}) at {site!r}: with padding the same column is "
+                    "another token in every text. Remedy: GroupAttention (row_groups=), or texts of one length."
+                )
+            reduced = aggregate_positions(turned, keep, self.reduce)
+            value = positions_second(reduced, site) if reduced.ndim == 4 and value.ndim == 4 else reduced
+        return over_first(value, self.over_examples)
+
+
+def over_first(value: Tensor, how: str | None) -> Tensor:
+    """The sum or mean over the first axis, or the value itself."""
+    return value if how is None else value.sum(0) if how == "sum" else value.mean(0)
 
 
 class GroupAttention(_PerSite):
@@ -181,30 +187,20 @@ class GroupAttention(_PerSite):
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:
-        keys = [("acts", str(site)) for site in sites]
-        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=keys, writes=keys)
+        super().__init__(sites, in_keys=in_keys, out_keys=out_keys)
         if not rows:
             raise ValueError("GroupAttention expects at least one group of rows, name -> positions.")
         self.rows = {name: check_positions(positions) for name, positions in rows.items()}
         given = self.rows if columns is None else columns
         self.columns = {name: check_positions(positions) for name, positions in given.items()}
 
-    @dispatch(auto_batch_size=False)
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Group every pattern of one batch."""
-        results = []
-        for key, pattern in zip(self.in_keys, self.read(tensordict)):
-            if pattern.ndim != 4:
-                raise ValueError(
-                    f"GroupAttention expects {key!r} of shape (B, H, Tq, Tk), got {tuple(pattern.shape)}."
-                )
-            rows = [
-                self.mask(tensordict, pattern.transpose(1, 2), positions, key[-1])
-                for positions in self.rows.values()
-            ]
-            turned = pattern.permute(0, 3, 1, 2)
-            columns = [
-                self.mask(tensordict, turned, positions, key[-1]) for positions in self.columns.values()
-            ]
-            results.append(group_attention(pattern, rows, columns))
-        return self.write(tensordict, results)
+    def reduced(self, value: Tensor, site: str, told: Mapping[str, Tensor | None]) -> Tensor:
+        """One pattern, by groups."""
+        if value.ndim != 4:
+            raise ValueError(
+                f"GroupAttention expects {site!r} of shape (B, H, Tq, Tk), got {tuple(value.shape)}."
+            )
+        queries, keys = value.transpose(1, 2), value.permute(0, 3, 1, 2)
+        rows = [self.selected(queries, positions, site, told) for positions in self.rows.values()]
+        columns = [self.selected(keys, positions, site, told) for positions in self.columns.values()]
+        return group_attention(value, rows, columns)

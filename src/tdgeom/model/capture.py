@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict.nn import dispatch, set_skip_existing
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
-from tdgeom.model.calls.bound_model import Bound, eval_mode, may_stop, refuse_compiled
-from tdgeom.model.calls.call_entries import write_entries
-from tdgeom.model.calls.model_inputs import (
-    bound_tensors,
-    ids_beyond_vocabulary,
-    input_keys,
-    model_inputs,
-    needs_decoder_ids,
-)
-from tdgeom.model.calls.reading import Pass, Session, StopForward, read_named_outputs
+from tdgeom.model.calls.bound_model import eval_mode, may_stop
+from tdgeom.model.calls.hooking_context import HookingContext
+from tdgeom.model.calls.model_inputs import bound_tensors, ids_beyond_vocabulary, needs_decoder_ids
+from tdgeom.model.calls.reading import Pass, Reading, StopForward, read_named_outputs
+from tdgeom.model.calls.recorded_calls import LastRecord, held_elsewhere, write_entries
 from tdgeom.model.gradients import await_gradients, differentiable, replace_by_gradients
 from tdgeom.model.sites import LayerSpec, Site
 from tdgeom.model.structure.resolve import ResolvedSite, resolve_sites
-from tdgeom.model.calls.structure_check import verify
 
 
-class Capture(TensorDictModuleBase):
+class Capture(HookingContext):
     """Reads named places of a model: a TensorDict module, and a context manager around the user's own calls.
 
     **Module form**, ``capture(td)``: runs the model in eval mode without gradients and without a cache, on every
@@ -108,10 +102,9 @@ class Capture(TensorDictModuleBase):
         in_keys: Sequence[NestedKey] | Mapping[str, NestedKey] | None = None,
         out_keys: NestedKey | Sequence[NestedKey] | None = None,
     ) -> None:
-        super().__init__()
         if direction not in ("forward", "backward"):
             raise ValueError(f"direction= expects 'forward' or 'backward', got {direction!r}.")
-        self._asked = {
+        self._asked: dict[str, Any] = {
             "sites": sites if isinstance(sites, str | re.Pattern) else list(sites),
             "layers": layers,
             "prefix": prefix,
@@ -119,20 +112,21 @@ class Capture(TensorDictModuleBase):
             "classes": tuple(classes),
             "skip_classes": tuple(skip_classes),
         }
+        super().__init__(
+            model, model_outputs=model_outputs, keep_graph=keep_graph, withhold=withhold, in_keys=in_keys
+        )
         self.direction, self.target, self.callback, self.heads = direction, target, callback, heads
-        self.nested, self.cache = nested, cache
-        out_keys = ("acts" if direction == "forward" else "grads") if out_keys is None else out_keys
-        self.model_outputs = [model_outputs] if isinstance(model_outputs, str) else list(model_outputs or ())
-        self.prefix, self.keep_graph, self.clone, self.withhold = prefix, keep_graph, clone, tuple(withhold)
-        self._session: Session | None = None
+        self.nested, self.cache, self.prefix, self.clone = nested, cache, prefix, clone
         self._calls_open: list[TensorDictBase] | None = None
-        self._bound = self._resolve(model)
-        self.sites: list[Site] = [entry.site for entry in self._bound.sites]
-        self.module_paths: dict[Site, str] = {entry.site: entry.module_path for entry in self._bound.sites}
-        self._input_keys = input_keys(model, self._bound.signature, in_keys)
-        self.in_keys = list(self._input_keys.values())
-        self._leaves = self._name_leaves(out_keys)
+        self._last = LastRecord()
+        self.sites = [entry.site for entry in self._bound.sites]
+        root: NestedKey = "acts" if direction == "forward" else "grads"
+        self._leaves = self._name_leaves(root if out_keys is None else out_keys)
         self.out_keys = list(self._leaves)
+
+    def resolve(self, model: nn.Module) -> list[ResolvedSite]:
+        """The sites asked for, in a model."""
+        return resolve_sites(model, **self._asked)
 
     def _name_leaves(self, out_keys: NestedKey | Sequence[NestedKey]) -> list[NestedKey]:
         outputs = [self.prefix + name for name in self.model_outputs]
@@ -157,19 +151,6 @@ class Capture(TensorDictModuleBase):
             *(["input"] if site.kind == "module_input" else []),
         )
 
-    def _resolve(self, model: nn.Module) -> Bound:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"Capture expects an nn.Module, got {type(model).__name__}.")
-        refuse_compiled(model, ())
-        entries = resolve_sites(model, **self._asked)
-        verify(model, entries)
-        return Bound(model, entries)
-
-    @property
-    def model(self) -> nn.Module:
-        """The model; an error if this Capture was unpickled and not yet bound."""
-        return self._bound.require()
-
     @property
     def resolved(self) -> tuple[ResolvedSite, ...]:
         """The sites with their modules, heads and scales, in execution order."""
@@ -178,55 +159,20 @@ class Capture(TensorDictModuleBase):
     def call_model(self, tensordict: TensorDictBase, output: str = "logits") -> Tensor:
         """The model's output on a batch, called as the module form does but read nowhere and run to its end."""
         args, kwargs = self._arguments(tensordict)
-        return read_named_outputs(self.model(*args, **kwargs), [output], lambda value: value)[output]
-
-    def _arguments(self, source: TensorDictBase) -> tuple[list[Any], dict[str, Any]]:
-        bound = self._bound
-        return model_inputs(
-            bound.require(),
-            bound.signature,
-            source,
-            self._input_keys,
-            withhold=self.withhold,
-            number_positions=bound.number_positions,
-        )
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where the model's first parameter is, and so where batches go; None for a model without parameters."""
-        first = next(self._bound.require().parameters(), None)
-        return None if first is None else first.device
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """The padding id that the model's configuration names."""
-        return getattr(getattr(self.model, "config", None), "pad_token_id", None)
-
-    def bind(self, model: nn.Module) -> Capture:
-        """Give an unpickled Capture its model again, or another one with the same sites. Returns itself."""
-        if self._session is not None:
-            raise RuntimeError(
-                "bind() expects a Capture that is not entered. Remedy: leave the with block first."
-            )
-        bound = self._resolve(model)
-        if [entry.site for entry in bound.sites] != self.sites:
-            raise ValueError(
-                f"expected a model with the sites {self.sites}, {type(model).__name__} has others."
-            )
-        self._bound = bound
-        self.module_paths = {entry.site: entry.module_path for entry in bound.sites}
-        return self
+        return read_named_outputs(self.model(*args, **kwargs), [output])[output]
 
     # -------------------------------------------------------------------------------------- module form
 
     @dispatch(auto_batch_size=False)
-    def forward(self, tensordict: TensorDictBase, **entries: Tensor) -> TensorDictBase:
-        """Run the model on a batch; further tensors (``attention_mask=``) can be given by keyword."""
-        model, bound = self._bound.require(), self._bound
+    @set_skip_existing(None)
+    def forward(
+        self, tensordict: TensorDictBase, tensordict_out: TensorDictBase | None = None, **named: Tensor
+    ) -> TensorDictBase:
+        """Run the model on a batch (inputs can also be given by keyword) and write what was read."""
+        model, bound = self.model, self._bound
         self._refuse_entered()
-        bound.refuse_compiled()
-        source = tensordict.copy().update(entries) if entries else tensordict
-        args, kwargs = self._arguments(source)
+        bound.refuse_compiled(self)
+        args, kwargs = self._arguments(self._with_named(tensordict, named))
         modules = list(model.modules())
         backward = self.direction == "backward"
         stop = not self.model_outputs and not backward and may_stop(modules)
@@ -236,94 +182,93 @@ class Capture(TensorDictModuleBase):
                 "the scalar to differentiate. Remedy: target=lambda out: out.logits[:, -1, token].sum(), or the context "
                 "form around your own backward()."
             )
-        session = self._open(stop)
-        self._session = session
+        session = self._session = self._reading(stop)
         try:
-            with eval_mode(modules), self._grad_mode(model):
+            session.open()
+            grad = differentiable(model) if backward else self._grad_mode()
+            with eval_mode(modules), grad:
                 session.begin()
-                try:
-                    output = model(*args, **kwargs)
-                except StopForward:
-                    output = None
-                except IndexError as error:
-                    if (said := ids_beyond_vocabulary(model, kwargs)) is None:
-                        raise
-                    raise ValueError(said) from error
-                except (ValueError, TypeError, AttributeError) as error:
-                    if not needs_decoder_ids(bound.signature, kwargs):
-                        raise
-                    raise ValueError(
-                        f"{bound.name} failed without 'decoder_input_ids', which its decoder may need for "
-                        "the sites asked for. Remedy: put 'decoder_input_ids' or 'labels' in the batch, or "
-                        "ask for encoder sites only."
-                    ) from error
+                output = self._called(model, args, kwargs)
                 done = session.end()
                 self._refuse_missing(done.acts)
-                if backward:
-                    replace_by_gradients(done, bound.sites, self.target(output))  # type: ignore[misc]
+                if backward and self.target is not None:
+                    replace_by_gradients(done, bound.sites, self.target(output))
                 values = self._values(done, output)
         finally:
             session.close()
             self._session = None
+        del output, done
         bound.watched = True
-        write_entries(tensordict, values)
+        if not self.keep_graph:
+            values |= {key: value.clone() for key, value in held_elsewhere(values).items()}
+        target = tensordict if tensordict_out is None else tensordict_out
+        write_entries(target, values, "Capture")
         self._fill_cache(values)
-        return tensordict
+        return target
 
-    def _open(self, stop: bool) -> Session:
+    def _called(self, model: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """The model's output; None where the last site stopped it."""
+        try:
+            return model(*args, **kwargs)
+        except StopForward:
+            return None
+        except IndexError as error:
+            if (said := ids_beyond_vocabulary(model, kwargs)) is None:
+                raise
+            raise ValueError(said) from error
+        except (ValueError, TypeError, AttributeError) as error:
+            if not needs_decoder_ids(self._bound.inputs.signature, kwargs):
+                raise
+            raise ValueError(
+                f"{self._bound.name} failed without 'decoder_input_ids', which its decoder may need for "
+                "the sites asked for. Remedy: put 'decoder_input_ids' or 'labels' in the batch, or "
+                "ask for encoder sites only."
+            ) from error
+
+    def _reading(self, stop: bool) -> Reading:
         bound = self._bound
-        return Session(
-            bound.modules,
-            bound.sites,
+        return Reading(
+            bound.places,
             stop=stop,
             clone=self.clone,
             keep_graph=self.keep_graph,
             watch=not bound.watched,
-            model=bound.model,
             backward=self.direction == "backward",
             callback=self.callback,
         )
 
-    def _grad_mode(self, model: nn.Module) -> Any:
-        if self.direction == "backward":
-            return differentiable(model)
-        return nullcontext() if self.keep_graph else torch.no_grad()
-
     def _fill_cache(self, values: dict[NestedKey, Tensor]) -> None:
         if self.cache is not None:
-            write_entries(self.cache, values)
+            write_entries(self.cache, values, "Capture")
 
     def _values(self, done: Pass, output: Any) -> dict[NestedKey, Tensor]:
-        values = {
-            key: done.acts[s] for key, s in zip(self._leaves, self.sites, strict=False) if s in done.acts
-        }
-        if self.model_outputs:
-            named = read_named_outputs(output, self.model_outputs, self._keep)
-            values.update(zip(self._leaves[len(self.sites) :], named.values(), strict=True))
+        values = {key: done.acts[s] for key, s in zip(self._leaves, self.sites) if s in done.acts}
+        named = read_named_outputs(output, self.model_outputs) if self.model_outputs else {}
+        for key, value in zip(self._leaves[len(self.sites) :], named.values()):
+            values[key] = self._kept(value).clone() if self.clone else self._kept(value)
         return values
-
-    def _keep(self, value: Tensor) -> Tensor:
-        value = value if self.keep_graph else value.detach()
-        return value.clone() if self.clone else value
 
     # ------------------------------------------------------------------------------------- context form
 
     def __enter__(self) -> list[TensorDictBase]:
-        model, bound = self._bound.require(), self._bound
+        model = self.model
         self._refuse_entered()
-        bound.refuse_compiled()
-        session = self._open(stop=False)
+        self._bound.refuse_compiled(self)
+        session = self._reading(stop=False)
         calls: list[TensorDictBase] = []
+
+        def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self._last.secure()
+            session.begin()
+
+        def end(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            self._record(session, calls, args, kwargs, output)
+
+        session.open()
         try:
             # around the sites' own hooks: first in, last out
-            before = model.register_forward_pre_hook(lambda *_: session.begin(), prepend=True)
-            session.handles.append(before)
-            session.handles.append(
-                model.register_forward_hook(
-                    lambda _, args, kwargs, output: self._record(session, calls, args, kwargs, output),
-                    with_kwargs=True,
-                )
-            )
+            session.before(model, begin, prepend=True)
+            session.after(model, end, with_kwargs=True)
         except BaseException:
             session.close()
             raise
@@ -333,7 +278,7 @@ class Capture(TensorDictModuleBase):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         session, calls = self._session, self._calls_open
         self._session = self._calls_open = None
-        if session is None:
+        if not isinstance(session, Reading):
             return
         early = session.early
         session.close()
@@ -341,14 +286,8 @@ class Capture(TensorDictModuleBase):
             return
         if calls and self.direction == "forward":
             self._bound.watched = True
-            self._refuse_missing(
-                {
-                    s
-                    for s, k in zip(self.sites, self._leaves, strict=False)
-                    for c in calls
-                    if k in c.keys(True)
-                }
-            )
+            read = {key for call in calls for key in call.keys(True)}
+            self._refuse_missing(site for site, key in zip(self.sites, self._leaves) if key in read)
         elif early is not None and early.acts:
             raise RuntimeError(
                 f"the sites {sorted(map(str, early.acts))} fired, but the {self._bound.name} itself was "
@@ -360,7 +299,7 @@ class Capture(TensorDictModuleBase):
     def disable_hooks(self) -> Iterator[None]:
         """Inside, calls of the model are neither read nor listed (this Capture must be entered)."""
         session = self._session
-        if session is None:
+        if not isinstance(session, Reading):
             raise RuntimeError(
                 "disable_hooks() expects an entered Capture. Remedy: call it inside the with block."
             )
@@ -371,34 +310,29 @@ class Capture(TensorDictModuleBase):
             session.disabled = before
 
     def _record(
-        self, session: Session, calls: list[TensorDictBase], args: tuple, kwargs: dict, output: Any
+        self, session: Reading, calls: list[TensorDictBase], args: tuple, kwargs: dict, output: Any
     ) -> None:
         done = session.end()
         if session.disabled:
             return
         values = self._values(done, output)
         td = TensorDict({}, batch_size=[])
-        for name, value in bound_tensors(self._bound.signature, args, kwargs).items():
-            td.set(name, value)
+        for name, value in bound_tensors(self._bound.inputs.signature, args, kwargs).items():
+            # the caller may fill the same tensors again for the next call
+            td.set(name, value if value.requires_grad else value.clone())
         if self.direction == "backward":
-            leaves = dict(zip(self.sites, self._leaves, strict=False))
+            leaves = dict(zip(self.sites, self._leaves))
             await_gradients(done, self._bound.sites, leaves, td, clone=self.clone)
             values = {k: v for k, v in values.items() if k in self._leaves[len(self.sites) :]}
-        write_entries(td, values)
+        values = self._last.own(values)
+        write_entries(td, values, "Capture")
+        self._last.keep(td, values)
         self._fill_cache(values)
         calls.append(td)
 
-    # ------------------------------------------------------------------------------------------- errors
-
-    def _refuse_entered(self) -> None:
-        if self._session is not None:
-            raise RuntimeError(
-                "this Capture is already in use (entered, or running): its calls would mix. Remedy: leave "
-                "the with block first, or use a second Capture of the same model."
-            )
-
     def _refuse_missing(self, fired: Iterable[str]) -> None:
-        missing = [site for site in self.sites if site not in set(fired)]
+        have = set(fired)
+        missing = [site for site in self.sites if site not in have]
         if missing:
             paths = ", ".join(f"{site!s} ({self.module_paths[site]})" for site in missing[:5])
             raise RuntimeError(
@@ -408,6 +342,5 @@ class Capture(TensorDictModuleBase):
                 "after changing the model."
             )
 
-    def __getstate__(self) -> dict:
-        # hooks and open calls belong to the with block, not to copies of this module
-        return {**self.__dict__, "_session": None, "_calls_open": None}
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_calls_open": None, "_last": LastRecord()}

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tensordict.nn import TensorDictSequential
-from torch import nn
+from torch import Tensor, nn
 
-from tdgeom.model.aggregate import AggregateActs, GroupAttention
+from tdgeom.model.aggregate import AggregateActs, GroupAttention, over_first
 from tdgeom.model.capture import Capture
 from tdgeom.model.positions import Positions, check_positions, from_json, to_json
 from tdgeom.model.sites import PATTERN_KINDS
@@ -112,7 +112,7 @@ class CaptureSpec:
                 )
             )
         if grouped and self.over_examples is not None:
-            stages.append(_OverExamples(grouped, self.over_examples))
+            stages.append(_OverExamples(grouped, over_examples=self.over_examples))
         return TensorDictSequential(*stages)
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,12 +158,6 @@ class CaptureSpec:
 class _OverExamples(AggregateActs):
     """Averages between groups, which padding does not enter, reduced over examples."""
 
-    def __init__(self, sites: Sequence[str], over_examples: str | None) -> None:
-        super().__init__(sites, over_examples=over_examples)
-
-    def forward(self, tensordict: Any) -> Any:
-        """Reduce every site over the batch."""
-        values = self.read(tensordict)
-        return self.write(
-            tensordict, [v.sum(0) if self.over_examples == "sum" else v.mean(0) for v in values]
-        )
+    def reduced(self, value: Tensor, site: str, told: Mapping[str, Tensor | None]) -> Tensor:
+        """One site, over the batch."""
+        return over_first(value, self.over_examples)

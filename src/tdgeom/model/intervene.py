@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict.nn import dispatch, set_skip_existing
 from tensordict.utils import NestedKey
 from torch import nn
 
-from tdgeom.model.calls.bound_model import Bound, eval_mode, refuse_compiled
-from tdgeom.model.calls.call_entries import write_entries
-from tdgeom.model.calls.model_inputs import input_keys, model_inputs
+from tdgeom.model.calls.bound_model import Bound, eval_mode
+from tdgeom.model.calls.hooking_context import HookingContext
+from tdgeom.model.calls.model_inputs import InKeys
 from tdgeom.model.calls.reading import read_named_outputs
+from tdgeom.model.calls.recorded_calls import write_entries
 from tdgeom.model.capture import Capture
 from tdgeom.model.edits.edit import Edit
-from tdgeom.model.edits.writing import EditSession
-from tdgeom.model.sites import LayerSpec, Site
-from tdgeom.model.structure.resolve import resolve_sites
-from tdgeom.model.calls.structure_check import verify
+from tdgeom.model.edits.writing import Editing, EditPlan
+from tdgeom.model.sites import LayerSpec
+from tdgeom.model.structure.resolve import ResolvedSite, resolve_sites
 
 EditLike = nn.Module | Callable[[torch.Tensor], torch.Tensor]
+_SPECIAL = "special_tokens_mask"
 
 
-class Intervene(TensorDictModuleBase):
+class Intervene(HookingContext):
     """Edits named places of a model: a TensorDict module, and a context manager around the user's own calls.
 
     **Context form**, ``with intervene:``: every call of the model (each step of ``generate``) runs with the edits; nothing
@@ -69,50 +69,44 @@ class Intervene(TensorDictModuleBase):
         model_outputs: str | Sequence[str] = "logits",
         keep_graph: bool = False,
         withhold: Sequence[str] = (),
-        in_keys: Sequence[NestedKey] | Mapping[str, NestedKey] | None = None,
+        in_keys: InKeys | None = None,
         out_keys: Sequence[NestedKey] | None = None,
     ) -> None:
-        super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"Intervene expects an nn.Module, got {type(model).__name__}.")
         if not isinstance(edits, Mapping) or not edits:
             raise ValueError(f"Intervene expects a mapping from sites to edits, got {edits!r}.")
-        refuse_compiled(model, ())
-        plan, found = [], []
-        for name, given in edits.items():
-            listed = list(given) if isinstance(given, list | tuple) else [given]
+        self._layers = layers
+        self._asked = {name: list(e) if isinstance(e, list | tuple) else [e] for name, e in edits.items()}
+        for name, listed in self._asked.items():
             for edit in listed:
-                if not callable(edit):
-                    raise TypeError(f"the edit of {name!r} is no module or function: {edit!r}.")
-                reads = getattr(edit, "in_keys", None)
-                if isinstance(edit, nn.Module) and reads and "activation" not in reads:
-                    kind = type(edit).__name__
-                    raise ValueError(
-                        f"the edit {kind} of {name!r} reads {list(reads)}, and edits are given 'activation'. Remedy: "
-                        f"{kind}(..., in_keys='activation')."
-                    )
-            for entry in resolve_sites(model, name, layers=layers):
-                plan.append((entry, listed))
-                found.append(entry)
-        self.plan = plan
+                _check_edit(name, edit)
+        super().__init__(
+            model, model_outputs=model_outputs, keep_graph=keep_graph, withhold=withhold, in_keys=in_keys
+        )
+        modules = [edit for listed in self._asked.values() for edit in listed if isinstance(edit, nn.Module)]
         # registered, so that vectors follow .to() and trained ones show among the parameters
-        self.edits = nn.ModuleList(unique(e for _, es in plan for e in es if isinstance(e, nn.Module)))
-        self.sites: list[Site] = unique(entry.site for entry in found)
-        self.model_outputs = [model_outputs] if isinstance(model_outputs, str) else list(model_outputs)
-        self.keep_graph, self.withhold = keep_graph, tuple(withhold)
-        verify(model, found)
-        self._bound = Bound(model, found)
-        self._session: EditSession | None = None
-        self._input_keys = input_keys(model, self._bound.signature, in_keys)
-        self.in_keys = [*self._input_keys.values(), *self._batch_keys()]
+        self.edits = nn.ModuleList(dict.fromkeys(modules))
+        self.sites = list(dict.fromkeys(entry.site for entry in self._bound.sites))
+        given = [wanted for *_, wanted in self._wanted() if isinstance(wanted, str | tuple)]
+        self._name_inputs(given, [_SPECIAL])
         self.out_keys = list(self.model_outputs if out_keys is None else out_keys)
         if len(self.out_keys) != len(self.model_outputs):
             raise ValueError(f"out_keys= expected {len(self.model_outputs)} keys, got {len(self.out_keys)}.")
 
+    def resolve(self, model: nn.Module) -> list[ResolvedSite]:
+        """The places of the edits, in the order of the mapping."""
+        found = {name: resolve_sites(model, name, layers=self._layers) for name in self._asked}
+        self._listed = [self._asked[name] for name, entries in found.items() for _ in entries]
+        return [entry for entries in found.values() for entry in entries]
+
+    def _take(self, bound: Bound) -> None:
+        super()._take(bound)
+        self._plan: EditPlan | None = None
+        self._captures: dict[tuple[str, ...], Capture] = {}
+
     @property
-    def model(self) -> nn.Module:
-        """The model; an error if this Intervene was unpickled."""
-        return self._bound.require()
+    def plan(self) -> list[tuple[ResolvedSite, list[Any]]]:
+        """Each place with its edits, in the order of the mapping."""
+        return list(zip(self._bound.sites, self._listed))
 
     # ------------------------------------------------------------------------------------ other runs
 
@@ -124,9 +118,6 @@ class Intervene(TensorDictModuleBase):
             if isinstance(edit, Edit)
             for name, wanted in edit.wanted_runs().items()
         ]
-
-    def _batch_keys(self) -> list[NestedKey]:
-        return unique(wanted for *_, wanted in self._wanted() if isinstance(wanted, str | tuple))
 
     def _run_others(self, tensordict: TensorDictBase | None) -> None:
         """Run the model on the inputs that edits ask for, once each, and hand the activations over."""
@@ -150,9 +141,10 @@ class Intervene(TensorDictModuleBase):
                 group = id(wanted)
             groups.setdefault(group, (inputs, []))[1].append((edit, name, site))
         for inputs, readers in groups.values():
-            sites = unique(site for *_, site in readers)
-            capture = Capture(self.model, sites, keep_graph=self.keep_graph, clone=True)
-            acts = capture(inputs.copy().auto_batch_size_(0))
+            sites = tuple(dict.fromkeys(site for *_, site in readers))
+            if sites not in self._captures:
+                self._captures[sites] = Capture(self.model, sites, keep_graph=self.keep_graph, clone=True)
+            acts = self._captures[sites](inputs.copy().auto_batch_size_(0))
             for edit, name, site in readers:
                 edit.receive(name, site, acts)
 
@@ -163,28 +155,23 @@ class Intervene(TensorDictModuleBase):
     # ------------------------------------------------------------------------------------- the two forms
 
     @dispatch(auto_batch_size=False)
-    def forward(self, tensordict: TensorDictBase, **entries: torch.Tensor) -> TensorDictBase:
-        """Run the model on a batch with the edits; further tensors (``attention_mask=``) can be given by keyword."""
-        model, bound = self._bound.require(), self._bound
-        source = tensordict.copy().update(entries) if entries else tensordict
-        args, kwargs = model_inputs(
-            model,
-            bound.signature,
-            source,
-            self._input_keys,
-            withhold=self.withhold,
-            number_positions=bound.number_positions,
-        )
-        grad = nullcontext() if self.keep_graph else torch.no_grad()
-        with eval_mode(list(model.modules())), grad:
+    @set_skip_existing(None)
+    def forward(
+        self, tensordict: TensorDictBase, tensordict_out: TensorDictBase | None = None, **named: torch.Tensor
+    ) -> TensorDictBase:
+        """Run the model on a batch with the edits; inputs can also be given by keyword."""
+        model, source = self.model, self._with_named(tensordict, named)
+        args, kwargs = self._arguments(source)
+        with eval_mode(list(model.modules())), self._grad_mode():
             self._enter(source)
             try:
                 output = model(*args, **kwargs)
             finally:
                 self._leave()
-        named = read_named_outputs(output, self.model_outputs, lambda v: v if self.keep_graph else v.detach())
-        write_entries(tensordict, dict(zip(self.out_keys, named.values(), strict=True)))
-        return tensordict
+        values = map(self._kept, read_named_outputs(output, self.model_outputs).values())
+        target = tensordict if tensordict_out is None else tensordict_out
+        write_entries(target, dict(zip(self.out_keys_source, values, strict=True)), "Intervene")
+        return target
 
     def __enter__(self) -> Intervene:
         self._enter(None)
@@ -194,17 +181,15 @@ class Intervene(TensorDictModuleBase):
         self._leave()
 
     def _enter(self, tensordict: TensorDictBase | None) -> None:
-        model, bound = self._bound.require(), self._bound
-        if self._session is not None:
-            raise RuntimeError(
-                "this Intervene is already in use (entered, or running). Remedy: leave the with block first, or use a "
-                "second Intervene of the same model."
-            )
-        refuse_compiled(model, bound.modules)
+        self._bound.refuse_compiled(self)
+        self._refuse_entered()
+        if self._plan is None:  # found once, however often the context is entered
+            self._plan = EditPlan(self._bound.places, self._listed)
         try:
             self._run_others(tensordict)
-            special = None if tensordict is None else tensordict.get("special_tokens_mask", None)
-            self._session = EditSession(model, self.plan, special)
+            session = Editing(self._plan, None if tensordict is None else tensordict.get(_SPECIAL, None))
+            session.open()
+            self._session = session
         except BaseException:
             self._forget_others()
             raise
@@ -217,9 +202,8 @@ class Intervene(TensorDictModuleBase):
         finally:
             self._forget_others()
 
-    def __getstate__(self) -> dict:
-        state = {**self.__dict__, "_session": None}
-        return state
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_plan": None, "_captures": {}}
 
     def __deepcopy__(self, memo: dict) -> Intervene:
         raise TypeError(
@@ -227,12 +211,13 @@ class Intervene(TensorDictModuleBase):
         )
 
 
-def unique(values: Iterable[Any]) -> list[Any]:
-    """Each value once, in order."""
-    seen, kept = set(), []
-    for value in values:
-        mark = value if isinstance(value, str | tuple) else id(value)
-        if mark not in seen:
-            seen.add(mark)
-            kept.append(value)
-    return kept
+def _check_edit(name: str, edit: Any) -> None:
+    if not callable(edit):
+        raise TypeError(f"the edit of {name!r} is no module or function: {edit!r}.")
+    reads = getattr(edit, "in_keys", None)
+    if isinstance(edit, nn.Module) and reads and "activation" not in reads:
+        kind = type(edit).__name__
+        raise ValueError(
+            f"the edit {kind} of {name!r} reads {list(reads)}, and edits are given 'activation'. Remedy: "
+            f"{kind}(..., in_keys='activation')."
+        )

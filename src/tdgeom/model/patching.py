@@ -13,11 +13,12 @@ from tqdm import tqdm
 from tdgeom.core.warnings import UndefinedMeasureWarning
 from tdgeom.model.calls.bound_model import eval_mode
 from tdgeom.model.capture import Capture
-from tdgeom.model.edits.edit import Edit, canonical, is_pattern
+from tdgeom.model.edits.edit import Edit
+from tdgeom.model.edits.edit_call import EditCall
 from tdgeom.model.edits.other_runs import Patch
 from tdgeom.model.intervene import Intervene
-from tdgeom.model.positions import Positions, position_mask
-from tdgeom.model.sites import HEAD_KINDS, LayerSpec, Site
+from tdgeom.model.positions import Positions, position_mask, positions_second
+from tdgeom.model.sites import HEAD_KINDS, LayerSpec, Site, is_pattern
 from tdgeom.numerics.logit_metrics import (
     Ids,
     Metric,
@@ -36,7 +37,7 @@ class _Cells(Edit):
     def __init__(self, source: TensorDictBase, present: Tensor, by: str) -> None:
         super().__init__()
         self.source, self.present, self.by = source, present, by
-        self.example = self.rows = self.index = torch.zeros(0, dtype=torch.long)
+        self.example = self.index = torch.zeros(0, dtype=torch.long)
 
     def set_rows(self, example: Tensor, cells: Sequence[tuple[str, int]], repeat: int) -> None:
         """Say which example and which cell each row of the next call is."""
@@ -44,39 +45,25 @@ class _Cells(Edit):
         self.names = [name for name, _ in cells for _ in range(repeat)]
         self.index = torch.tensor([i for _, i in cells for _ in range(repeat)])
 
-    def replace(
-        self,
-        value: Tensor,
-        keep: Tensor | None,
-        mask: Tensor | None,
-        ids: Tensor | None,
-        special: Tensor | None,
-    ) -> Tensor:
+    def replace(self, value: Tensor, call: EditCall) -> Tensor:
         """The other run's value in the rows whose cell is at this site."""
-        here = torch.tensor([name == self.site for name in self.names], device=value.device)
+        here = torch.tensor([name == call.site for name in self.names], device=value.device)
         if not here.any():
             return value
-        other = canonical(self.source["acts", self.site], self.site).to(value)
-        index = self.index.to(value.device)
+        other = positions_second(self.source["acts", call.site], call.site).to(value)
+        example, index = self.example.to(value.device), self.index.to(value.device)
         if self.by == "head":
             count = value.shape[2]
-            chosen = here[:, None] & (
-                torch.arange(count, device=value.device) == index[:, None] // self.groups
-            )
+            heads = torch.arange(count, device=value.device)
+            chosen = here[:, None] & (heads == index[:, None] // call.groups)
             chosen = chosen.reshape(len(here), 1, count, *[1] * (value.ndim - 3))
-            present = self.present.to(value.device)[self.example.to(value.device)]
+            present = self.present.to(value.device)[example]
             if present.shape == value.shape[:2]:  # positions that the other run lacks stay as they are
                 chosen = chosen & present.reshape(*present.shape, *[1] * (value.ndim - 2))
         else:
-            whole = (
-                torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
-                if mask is None
-                else mask.bool()
-            )
-            rank = whole.cumsum(1) - 1
-            chosen = here[:, None] & whole & (rank == index[:, None])
+            chosen = here[:, None] & call.attended(value) & (call.rank(value) == index[:, None])
             chosen = chosen.reshape(*chosen.shape, *[1] * (value.ndim - 2))
-        return torch.where(chosen, other[self.example.to(value.device)], value)
+        return torch.where(chosen, other[example], value)
 
 
 def activation_patching(
@@ -235,18 +222,17 @@ def _align(
     keep = mask & (rank < both[:, None])
     for site in sites:
         acts = source["acts", site]
-        turned = canonical(acts, site)
+        turned = positions_second(acts, site)
         if turned.ndim < 3 or torch.equal(mask, other_mask):
             out.set(("acts", str(site)), acts)
             continue
         patch = Patch(TensorDict({("acts", str(site)): acts, "attention_mask": other_mask}, batch_size=[]))
-        patch.site = str(site)
-        features = turned.shape[2:]
+        features = [*turned.shape[2:]]
         if is_pattern(site):  # as many keys as this run has, and sinks where there are any
-            features = (features[0], features[1] - other_mask.shape[1] + mask.shape[1])
+            features[1] += mask.shape[1] - other_mask.shape[1]
         blank = turned.new_zeros(mask.shape[0], mask.shape[1], *features)
-        moved = patch.replace(blank, keep, mask, None, None)
-        out.set(("acts", str(site)), canonical(moved, site))
+        moved = patch.replace(blank, EditCall(str(site), mask=mask, keep=keep))
+        out.set(("acts", str(site)), positions_second(moved, site))
     return out
 
 
@@ -289,4 +275,4 @@ def _heads(capture: Capture, site: Site) -> list[int]:
     entry = next(e for e in capture.resolved if e.site == site)
     if entry.view is None:
         raise ValueError(f"by='head' needs sites with heads ({', '.join(HEAD_KINDS)}), got {str(site)!r}.")
-    return list(range(entry.view.heads * entry.groups))
+    return list(range(entry.head_count))

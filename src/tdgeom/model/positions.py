@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdgeom.model.sites import is_pattern
 from tdgeom.numerics.hashing import hash_ids
 
 VOCABULARY = (
@@ -155,6 +156,50 @@ def position_mask(
         for number in numbers:
             keep = keep | (attended & (rank == (number if number >= 0 else length + number)))
     return keep, rank
+
+
+def attended_tokens(mask: Tensor | None, value: Tensor) -> Tensor:
+    """The mask as booleans beside an activation (B, T, ...); everything is attended where there is none."""
+    if mask is None:
+        return value.new_ones(value.shape[:2], dtype=torch.bool)
+    return mask.bool().to(value.device)
+
+
+def selected_tokens(
+    value: Tensor,
+    positions: Positions,
+    mask: Tensor | None,
+    *,
+    input_ids: Tensor | None = None,
+    special: Tensor | None = None,
+    owner: str,
+) -> Tensor:
+    """(B, T), true at the positions meant in an activation (B, T, ...), the last T of the S that ``mask`` (B, S) tells.
+
+    >>> selected_tokens(torch.zeros(1, 1, 4), "last-1", torch.tensor([[1, 1]]), owner="a step")
+    tensor([[False]])
+    """
+    if value.ndim < 3:
+        raise ValueError(
+            f"{owner}: positions={positions!r} needs an activation (B, T, ...), got {tuple(value.shape)}: this site has no "
+            "positions. Remedy: positions='all'."
+        )
+    whole = attended_tokens(mask, value)
+    if whole.ndim != 2 or whole.shape[0] != value.shape[0] or whole.shape[1] < value.shape[1]:
+        raise ValueError(
+            f"{owner}: positions={positions!r} needs an attention mask (B, S) for the activation {tuple(value.shape)}, got "
+            f"{tuple(whole.shape)}. Remedy: call the model with its (B, S) padding mask."
+        )
+    if isinstance(positions, Tensor) and value.shape[1] < whole.shape[1] > positions.shape[1]:
+        # a step with a cache: a mask of the prompt says nothing of the tokens after it
+        positions = torch.nn.functional.pad(positions, (0, whole.shape[1] - positions.shape[1]))
+    keep, _ = position_mask(whole, positions, input_ids=input_ids, special=special)
+    return keep[:, whole.shape[1] - value.shape[1] :]
+
+
+def positions_second(acts: Tensor, site: str | None) -> Tensor:
+    """Scores and patterns (B, H, Tq, Tk) as (B, Tq, H, Tk), and back; activations of other sites as they are."""
+    return acts.transpose(1, 2) if is_pattern(site) else acts
 
 
 def _word(word: str, attended: Tensor, rank: Tensor, length: Tensor, ids: Any, special: Any) -> Tensor:

@@ -115,7 +115,7 @@ class Site(str):
         """The same place under another prefix."""
         return Site.of(self.kind, self.layer, stack=self.stack, path=self.path, prefix=prefix)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return _rebuild, (self.kind, self.layer, self.stack, self.path, self.prefix)
 
 
@@ -131,6 +131,29 @@ def unknown_kind(name: str) -> str:
         "expected a site such as 'residual_input', 'residual_output.3', 'encoder.attn_output.0' or "
         f"'module_output:<path>', got {name!r}.{hint} Kinds: {', '.join(KINDS)}."
     )
+
+
+def is_pattern(site: str | None, *, scores: bool = False) -> bool:
+    """Whether a site holds attention scores or patterns, or (``scores``) those before the softmax.
+
+    By the text of its name: sites that are no :class:`Site` may have any name.
+
+    >>> is_pattern("encoder.attn_scores.2"), is_pattern("attn_output.2"), is_pattern("module_output:h.attn_scores")
+    (True, False, False)
+    """
+    name = "" if site is None else site.rpartition("/")[2]
+    return ":" not in name and not set(name.split(".")).isdisjoint(
+        ("attn_scores",) if scores else PATTERN_KINDS
+    )
+
+
+def token_side(site: str | None) -> str:
+    """What the names of a site's mask and token ids begin with: a decoder has tokens, and padding, of its own.
+
+    >>> token_side("b/decoder.residual_output.0"), token_side("residual_output.0")
+    ('decoder_', '')
+    """
+    return "decoder_" if site is not None and site.rpartition("/")[2].startswith("decoder.") else ""
 
 
 def select_layers(layers: LayerSpec, count: int, where: str = "the model") -> list[int]:

@@ -13,9 +13,8 @@ from torch import Tensor
 from tdgeom.core.keys import Key, key_tuple, site_key
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.stage import Stage
-from tdgeom.model.edits.edit import is_pattern
 from tdgeom.model.positions import Positions, is_position, position_mask
-from tdgeom.model.sites import HEAD_KINDS
+from tdgeom.model.sites import HEAD_KINDS, is_pattern
 from tdgeom.numerics.centring import upcast
 
 __all__ = ["SelectTokens", "selection_mask"]

@@ -7,52 +7,68 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from tdgeom.model.calls.model_inputs import Signature, numbers_from_padding, read_signature
+from tdgeom.model.calls.model_inputs import ModelInputs
+from tdgeom.model.calls.site_hooks import Places
+from tdgeom.model.structure.parts import join
 from tdgeom.model.structure.resolve import ResolvedSite
 
 
-class Bound:
-    """A model as a hooking context refers to it: not registered, shared by copies, dropped by pickling."""
+class HeldModel:
+    """A model that stays the user's: registered nowhere, shared by copies, dropped by pickling."""
 
-    def __init__(self, model: nn.Module, sites: Iterable[ResolvedSite]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model: nn.Module | None = model
         self.name = type(model).__name__
-        self.sites = tuple(sites)
-        paths = {p for e in self.sites for p in (e.module_path, e.block_path) if p is not None}
-        self.modules = {path: model.get_submodule(path) for path in paths}
-        self.signature: Signature = read_signature(model)
-        self.number_positions = not numbers_from_padding(model)
-        self.watched = False
-        refuse_compiled(model, paths)
-        self._chain = _chain(model, paths)
 
-    def refuse_compiled(self) -> None:
+    def require(self, owner: object) -> nn.Module:
+        """The model, or an error if pickling has dropped it."""
+        if self.model is None:
+            kind = type(owner).__name__
+            bind = f"{kind.lower()}.bind(model), or " if hasattr(owner, "bind") else ""
+            raise RuntimeError(
+                f"this {kind} was unpickled without its model (a {self.name}): pickling keeps settings, not models. "
+                f"Remedy: {bind}a new {kind}(model, ...)."
+            )
+        return self.model
+
+    def __deepcopy__(self, memo: dict) -> HeldModel:
+        return self
+
+    def __copy__(self) -> HeldModel:
+        return self
+
+    def __reduce__(self) -> tuple:
+        return _lost, (type(self), self.name)
+
+
+def _lost(kind: type[HeldModel], name: str) -> HeldModel:
+    held = kind.__new__(kind)
+    held.model, held.name = None, name
+    return held
+
+
+class Bound(HeldModel):
+    """A model as a hooking context refers to it, and what was found out about it."""
+
+    sites: tuple[ResolvedSite, ...] = ()
+
+    def __init__(self, model: nn.Module, sites: Iterable[ResolvedSite], inputs: ModelInputs) -> None:
+        super().__init__(model)
+        self.places, self.inputs = Places(model, sites), inputs
+        self.sites = self.places.sites
+        self.watched = False
+        refuse_compiled(model, self.places.modules)
+        self._chain = _chain(model, self.places.modules)
+
+    def refuse_compiled(self, owner: object) -> None:
         """``refuse_compiled`` of the model as it is now; one look at each module while nothing has been replaced."""
-        model = self.require()
+        model = self.require(owner)
         if model._compiled_call_impl is None and all(
             parent._modules.get(name) is child and child._compiled_call_impl is None
             for parent, name, child in self._chain
         ):
             return
-        refuse_compiled(model, self.modules)
-
-    def require(self) -> nn.Module:
-        """The model, or an error if pickling has dropped it."""
-        if self.model is None:
-            raise RuntimeError(
-                f"this Capture was unpickled without its model (a {self.name}): pickling keeps settings, "
-                "not models. Remedy: capture.bind(model), or a new Capture(model, ...)."
-            )
-        return self.model
-
-    def __deepcopy__(self, memo: dict) -> Bound:
-        return self
-
-    def __copy__(self) -> Bound:
-        return self
-
-    def __reduce__(self):
-        return _unbound, (self.name,)
+        refuse_compiled(model, self.places.modules)
 
 
 def _chain(model: nn.Module, paths: Iterable[str]) -> list[tuple[nn.Module, str, nn.Module]]:
@@ -61,17 +77,10 @@ def _chain(model: nn.Module, paths: Iterable[str]) -> list[tuple[nn.Module, str,
     for path in paths:
         parent, walked = model, ""
         for name in path.split(".") if path else []:
-            walked = f"{walked}.{name}"
-            child = parent._modules[name]
+            walked, child = join(walked, name), parent.get_submodule(name)
             steps[walked] = (parent, name, child)
             parent = child
     return list(steps.values())
-
-
-def _unbound(name: str) -> Bound:
-    bound = Bound.__new__(Bound)
-    bound.model, bound.name, bound.sites, bound.modules = None, name, (), {}
-    return bound
 
 
 def refuse_compiled(model: nn.Module, paths: Iterable[str]) -> None:

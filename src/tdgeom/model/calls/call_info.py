@@ -5,7 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tdgeom.model.calls.attended_layout import attended_keys
+
+def attended_keys(bias: Tensor, past: int) -> Tensor:
+    """Which tokens are attended, (B, past + Tq), from an attention bias (B, 1, Tq, Tk) that allows or forbids keys.
+
+    Those that the newest token sees, and what these see in turn (an attention window hides the first ones from the last).
+
+    >>> bias = torch.tensor([[[[1, 1, 1, 0], [0, 1, 0, 0], [0, 1, 1, 0]]]]).bool()  # left padding, a cache with room
+    >>> attended_keys(bias, 0)
+    tensor([[False,  True,  True]])
+    """
+    allowed = bias if bias.dtype == torch.bool else bias > torch.finfo(bias.dtype).min / 2
+    allowed = allowed.any(1)[:, :, : past + bias.shape[2]]
+    seen = allowed[:, -1]
+    while True:
+        more = seen | (allowed & seen[:, past:, None]).any(1)
+        if torch.equal(more, seen):
+            return seen
+        seen = more
 
 
 class CallInfo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +16,19 @@ from torch import Tensor, nn
 # Row identities that pipelines carry beside a batch; a model never gets them.
 CARRIED = ("sequence_id", "document_id", "row_id", "sample_row_id")
 _TARGETS = ("label", "label_ids", "start_positions", "end_positions")
+_NO_TENSORS = {"class", "bool", "int", "float", "str", "None", "NoneType", "Optional", "Union"}
+
+InKeys = Sequence[NestedKey] | Mapping[str, NestedKey]
 
 
 @dataclass(frozen=True)
 class Signature:
-    """The parameters of a model's forward that can be given by name, and those that must be."""
+    """The parameters of a model's forward that can be given by name, those that must be, and those that may hold tensors."""
 
     names: tuple[str, ...]
     required: tuple[str, ...]
     positional_only: tuple[str, ...]
+    tensors: tuple[str, ...]
 
 
 def read_signature(model: nn.Module) -> Signature:
@@ -34,50 +39,117 @@ def read_signature(model: nn.Module) -> Signature:
     """
     parameters = inspect.signature(model.forward).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if not named and hasattr(model, "get_base_model"):
-        return read_signature(model.get_base_model())
+    inner = getattr(model, "get_base_model", None)
+    if not named and callable(inner):
+        return read_signature(inner())
+    required = tuple(p.name for p in named if p.default is p.empty)
     return Signature(
         tuple(p.name for p in named),
-        tuple(p.name for p in named if p.default is p.empty),
+        required,
         tuple(p.name for p in named if p.kind is p.POSITIONAL_ONLY),
+        tuple(p.name for p in named if p.name in required or _may_hold_tensor(p)),
     )
 
 
-def input_keys(
-    model: nn.Module, signature: Signature, in_keys: Sequence[NestedKey] | Mapping[str, NestedKey] | None
-) -> dict[str, NestedKey]:
-    """Forward name -> TensorDict key of the inputs a Capture demands.
+def _may_hold_tensor(parameter: inspect.Parameter) -> bool:
+    """Whether nothing says that an argument is a flag, a number, a word or a cache."""
+    words = re.findall(
+        r"[\w.]+", "" if parameter.annotation is parameter.empty else str(parameter.annotation)
+    )
+    kinds = [word.rpartition(".")[2] for word in words]
+    certain = bool(kinds) and all(kind in _NO_TENSORS or kind.endswith("Cache") for kind in kinds)
+    return not certain and not isinstance(parameter.default, bool)
 
-    By default the model's ``main_input_name``, or every parameter of forward without a default, or the first one.
-    A list gives keys: those that forward names go there, the others fill the demanded parameters in order.
-    A mapping gives forward name -> key.
+
+class ModelInputs:
+    """What a model is called with, and under which keys it lies in a TensorDict.
+
+    ``demanded`` and ``optional`` are forward name -> key. Demanded is by default the model's ``main_input_name``, or every
+    parameter of forward without a default, or the first one; optional is every other one that may hold a tensor, except labels,
+    row identities and ``withhold``. Of ``in_keys``, a list gives demanded keys: those that forward names go there, the others
+    fill the demanded parameters in order. A mapping gives forward name -> key.
     """
-    main = getattr(model, "main_input_name", None)
-    if isinstance(main, str) and (main in signature.names or not signature.names):
-        default = (main,)
-    else:
+
+    def __init__(
+        self,
+        model: nn.Module,
+        owner: str,
+        in_keys: InKeys | None = None,
+        withhold: Iterable[str] = (),
+    ) -> None:
+        self.owner, self.signature = owner, read_signature(model)
+        self.number_positions = not numbers_from_padding(model)
+        self.demanded = self._demanded(model, in_keys)
+        apart = {*CARRIED, *withhold, *self.demanded, *self.demanded.values()}
+        names = [name for name in self.signature.tensors if name not in apart and not is_target(name)]
+        self.optional: dict[str, NestedKey] = {name: name for name in names}
+        # a decoder's ids are made from the labels where they are missing
+        self.from_labels = "decoder_input_ids" in self.optional and hasattr(
+            model, "prepare_decoder_input_ids_from_labels"
+        )
+
+    @property
+    def optional_keys(self) -> list[NestedKey]:
+        """Every key that is read where it is present."""
+        return [*self.optional.values(), *(["labels"] if self.from_labels else [])]
+
+    def _demanded(self, model: nn.Module, in_keys: InKeys | None) -> dict[str, NestedKey]:
+        signature, main = self.signature, getattr(model, "main_input_name", None)
         default = signature.required or signature.names[:1]
-    if in_keys is None:
-        if not default:
-            raise ValueError(
-                f"expected a forward that names its inputs, {type(model).__name__}.forward names none. "
-                "Remedy: Capture(..., in_keys={'<forward name>': '<key>'})."
-            )
-        return {name: name for name in default}
-    if isinstance(in_keys, Mapping):
-        return dict(in_keys)
-    keys = [in_keys] if isinstance(in_keys, str | tuple) else list(in_keys)
-    result = {key: key for key in keys if isinstance(key, str) and key in signature.names}
-    free = iter([n for n in (*default, *signature.names) if n not in result])
-    for key in keys:
-        if key not in result:
-            name = next(free, None)
-            if name is None:
+        if isinstance(main, str) and (main in signature.names or not signature.names):
+            default = (main,)
+        if in_keys is None:
+            if not default:
                 raise ValueError(
-                    f"in_keys={keys} has more keys than forward has parameters {signature.names}."
+                    f"expected a forward that names its inputs, {type(model).__name__}.forward names none. "
+                    f"Remedy: {self.owner}(..., in_keys={{'<forward name>': '<key>'}})."
                 )
-            result[name] = key
-    return result
+            return {name: name for name in default}
+        if isinstance(in_keys, Mapping):
+            return dict(in_keys)
+        keys: list[NestedKey] = [in_keys] if isinstance(in_keys, str | tuple) else list(in_keys)
+        result: dict[str, NestedKey] = {
+            key: key for key in keys if isinstance(key, str) and key in signature.names
+        }
+        free = iter([n for n in (*default, *signature.names) if n not in result])
+        for key in keys:
+            if key not in result.values():
+                name = next(free, None)
+                if name is None:
+                    raise ValueError(
+                        f"in_keys={keys} has more keys than forward has parameters {signature.names}."
+                    )
+                result[name] = key
+        return result
+
+    def arguments(self, model: nn.Module, tensordict: TensorDictBase) -> tuple[list[Any], dict[str, Any]]:
+        """Positional and keyword arguments of one call of the model."""
+        given: dict[str, Any] = {}
+        for name, key in self.demanded.items():
+            value = tensordict.get(key, None)
+            if value is None:
+                raise KeyError(
+                    f"{self.owner} expected the model's input {name!r} under the key {key!r}; the TensorDict has "
+                    f"{sorted(map(str, tensordict.keys()))}. Remedy: add it, or {self.owner}(..., in_keys={{{name!r}: <key>}})."
+                )
+            given[name] = value
+        for name, key in self.optional.items():
+            value = tensordict.get(key, None)
+            if isinstance(value, Tensor):
+                given[name] = value
+        if self.number_positions and "position_ids" in self.optional and "position_ids" not in given:
+            mask = given.get("attention_mask")
+            if mask is not None and mask.ndim == 2:
+                given["position_ids"] = position_ids(mask)
+        _refuse_too_long(model, given)
+        if "use_cache" in self.signature.names:
+            given.setdefault("use_cache", False)
+        if self.from_labels and needs_decoder_ids(self.signature, given):
+            labels = tensordict.get("labels", None)
+            if labels is not None:
+                make: Any = model.prepare_decoder_input_ids_from_labels
+                given["decoder_input_ids"] = make(labels)
+        return [given.pop(name) for name in self.signature.positional_only if name in given], given
 
 
 def numbers_from_padding(model: nn.Module) -> bool:
@@ -104,54 +176,12 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
 
 
-def model_inputs(
-    model: nn.Module,
-    signature: Signature,
-    tensordict: TensorDictBase,
-    keys: Mapping[str, NestedKey],
-    *,
-    withhold: Iterable[str] = (),
-    number_positions: bool = True,
-) -> tuple[list[Any], dict[str, Any]]:
-    """Positional and keyword arguments of one call of the model.
-
-    Every tensor of the TensorDict that forward names is passed, except labels, row identities and ``withhold``.
-    """
-    given: dict[str, Any] = {}
-    for name, key in keys.items():
-        value = tensordict.get(key, None)
-        if value is None:
-            raise KeyError(
-                f"Capture expected the model's input {name!r} under the key {key!r}; the TensorDict has "
-                f"{sorted(map(str, tensordict.keys()))}. Remedy: add it, or Capture(..., in_keys={{{name!r}: <key>}})."
-            )
-        given[name] = value
-    kept_back = {*CARRIED, *withhold}
-    for name in signature.names:
-        if name not in given and name not in kept_back and not is_target(name) and name in tensordict.keys():
-            value = tensordict.get(name)
-            if isinstance(value, Tensor):
-                given[name] = value
-    if number_positions and "position_ids" in signature.names and "position_ids" not in given:
-        mask = given.get("attention_mask")
-        if mask is not None and mask.ndim == 2:
-            given["position_ids"] = position_ids(mask)
-    _refuse_too_long(model, given)
-    if "use_cache" in signature.names:
-        given.setdefault("use_cache", False)
-    if needs_decoder_ids(signature, given) and "labels" in tensordict.keys():
-        make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-        if make is not None:
-            given["decoder_input_ids"] = make(tensordict.get("labels"))
-    return [given.pop(name) for name in signature.positional_only if name in given], given
-
-
 def _refuse_too_long(model: nn.Module, given: Mapping[str, Any]) -> None:
     """More tokens than a table of learned positions has rows would be an index error deep inside the model."""
     config, ids = getattr(model, "config", None), given.get("input_ids")
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
-    limits = [limit for limit in limits if isinstance(limit, int) and limit > 0]
-    if not limits or not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] <= max(limits):
+    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    if not known or not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] <= max(known):
         return  # so that nothing is looked for or waited for in the usual case
     numbered = given.get("position_ids")
     needed = ids.shape[1] if numbered is None else int(numbered.max()) + 1
@@ -162,9 +192,8 @@ def _refuse_too_long(model: nn.Module, given: Mapping[str, Any]) -> None:
         and ("position" in (own := name.rpartition(".")[2]) or own == "wpe")
     )
     if any(rows < needed for rows in learned):
-        most = max(limits)
         raise ValueError(
-            f"the batch has sequences of {needed} tokens, {type(model).__name__} takes {most}. Cut them: max_length={most} where "
+            f"the batch has sequences of {needed} tokens, {type(model).__name__} takes {max(known)}. Cut them: max_length={max(known)} where "
             f"texts are tokenized (and truncation=True for a tokenizer of your own)."
         )
 
@@ -199,24 +228,25 @@ def made_up_inputs(
     model: nn.Module, signature: Signature, batch: int, length: int
 ) -> dict[str, Tensor | bool] | None:
     """Inputs of the right form for a model of token ids or pixels; ``None`` for any other model."""
-    first = next(model.parameters(), None)
-    device = None if first is None else first.device
+    first = next(model.parameters(), torch.zeros(()))
+    config = getattr(model, "config", None)
     given: dict[str, Tensor | bool] = {}
     if "input_ids" in signature.names:
-        ids = torch.arange(batch * length, device=device).reshape(batch, length)
-        size = getattr(getattr(model, "config", None), "vocab_size", None)
-        given["input_ids"] = ids % size if isinstance(size, int) and size > 0 else torch.zeros_like(ids)
+        ids = torch.arange(batch * length, device=first.device).reshape(batch, length)
+        size = getattr(config, "vocab_size", None)
+        ids = ids % size if isinstance(size, int) and size > 0 else torch.zeros_like(ids)
+        given["input_ids"] = ids
         if "attention_mask" in signature.names:
             given["attention_mask"] = torch.ones_like(ids)
         if "decoder_input_ids" in signature.names:
-            given["decoder_input_ids"] = given["input_ids"]
+            given["decoder_input_ids"] = ids
     elif "pixel_values" in signature.names and isinstance(
-        getattr(model.config, "image_size", None), int | list | tuple
+        size := getattr(config, "image_size", None), int | list | tuple
     ):
-        size = model.config.image_size
-        size = tuple(size) if isinstance(size, list | tuple) else (size, size)
-        given["pixel_values"] = torch.linspace(-1, 1, size[0] * size[1], device=device).reshape(1, 1, *size)
-        given["pixel_values"] = given["pixel_values"].expand(batch, model.config.num_channels, *size)
+        height, width = (size, size) if isinstance(size, int) else size
+        plane = torch.linspace(-1, 1, height * width, device=first.device, dtype=first.dtype)
+        channels = int(getattr(config, "num_channels", 3))
+        given["pixel_values"] = plane.reshape(1, 1, height, width).expand(batch, channels, height, width)
     else:
         return None
     if "use_cache" in signature.names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -10,21 +10,30 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tdgeom.core.ambient import steady
 from tdgeom.model.calls.bound_model import eval_mode, may_stop
 from tdgeom.model.calls.model_inputs import made_up_inputs, read_signature
 from tdgeom.model.calls.quiet import replaced_forwards, without_hooks
-from tdgeom.model.structure.parts import has_cross_attention
-from tdgeom.model.structure.readers import read_input, read_output
+from tdgeom.model.calls.site_hooks import Place, Places, SiteHooks, only_reads
+from tdgeom.model.structure.parts import has_cross_attention, is_neutral, join
 from tdgeom.model.structure.resolve import ADDED_KINDS, ResolvedSite, available_sites
-from tdgeom.model.structure.views import HeadSlice
+from tdgeom.model.structure.views import HeadOutput, HeadSlice
 
 CHECKED = ("q", "k", "v", "head_output", "residual_mid", *ADDED_KINDS)
+_SHOWN = (
+    "v",
+    "head_output",
+    "attn_output",
+    "residual_input",
+    "residual_mid",
+    "mlp_output",
+    "residual_output",
+)
 _DONE: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()
-_READERS = ("tdgeom.model.calls.reading", "tdgeom.model.calls.structure_check")  # whose hooks change nothing
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 
 
-def verify(model: nn.Module, entries: Sequence[ResolvedSite]) -> None:
+def check_structure(model: nn.Module, entries: Sequence[ResolvedSite]) -> None:
     """Raise where heads or the stream in the middle of a block are not what the structure seemed to say.
 
     Checked in one block of each stack, once a model: that the values read from a fused projection are those the
@@ -42,40 +51,55 @@ def verify(model: nn.Module, entries: Sequence[ResolvedSite]) -> None:
     signature, modules = read_signature(model), list(model.modules())
     if not may_stop(modules) or any(p.is_meta for p in model.parameters()):
         return
-    known = available_sites(model)
-    reads = [Reads(model, stack, known) for stack in sorted({stack for stack, _ in wanted}, key=str)]
     given = made_up_inputs(model, signature, 2, 5)
     if given is None:
         return
-    forwards = {reader.core: reader.watched() for reader in reads if reader.core is not None}
-    with eval_mode(modules), without_hooks(model), replaced_forwards(forwards), torch.no_grad():
-        handles = [handle for reader in reads for handle in reader.install()]
+    known = available_sites(model)
+    reads = [BlockReads(model, stack, known) for stack in sorted({stack for stack, _ in wanted}, key=str)]
+    forwards = {read.core: read.watched(read.core) for read in reads if read.core is not None}
+    home = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with eval_mode(modules), without_hooks(model), replaced_forwards(forwards), steady(home), torch.no_grad():
         try:
+            for read in reads:
+                read.open()
             model(**given)
-        except (
-            Exception
-        ):  # a model that wants other inputs: the user's own call will say what is wrong with them
+        except Exception:  # wants other inputs: the user's own call will say what is wrong with them
             return
         finally:
-            for handle in handles:
-                handle.remove()
+            for read in reads:
+                read.close()
     for stack, kind in sorted(wanted, key=str):
-        next(reader for reader in reads if reader.stack == stack).check(kind)
+        next(read for read in reads if read.stack == stack).check(kind)
     done |= wanted
 
 
-def unverified(model: nn.Module, entries: Sequence[ResolvedSite]) -> list[Reads]:
-    """What ``verify`` could not check, for want of inputs, and a call of the user's can: readers for that call."""
+def unverified(model: nn.Module, entries: Sequence[ResolvedSite]) -> list[BlockReads]:
+    """What ``check_structure`` could not check, for want of inputs, and a call of the user's can: readers for that call."""
     kinds = ("head_output", "residual_mid")
-    done = _DONE.get(model, set())
-    wanted = {(e.site.stack, e.site.kind) for e in entries if e.site.kind in kinds} - done
+    wanted = {(e.site.stack, e.site.kind) for e in entries if e.site.kind in kinds} - _DONE.get(model, set())
     if not wanted:
         return []
     known = available_sites(model)
     return [
-        Reads(model, stack, known, [kind for own, kind in sorted(wanted, key=str) if own == stack])
+        BlockReads(model, stack, known, [kind for own, kind in sorted(wanted, key=str) if own == stack])
         for stack in sorted({stack for stack, _ in wanted}, key=str)
     ]
+
+
+def followers(places: Places) -> Iterator[tuple[ResolvedSite, str, nn.Module]]:
+    """Modules that may still transform what a block adds: the site, and each other part of its stack's first block."""
+    watched: set[tuple] = set()
+    for entry in places.sites:
+        key = (entry.site.stack, entry.site.kind)
+        if entry.site.kind not in ADDED_KINDS or entry.call or key in watched:
+            continue
+        watched.add(key)
+        leave, block = entry.module_path, entry.block_path or ""
+        for name, module in places.modules[block].named_modules():
+            path = join(block, name) if block else name
+            related = path.startswith(leave + ".") or leave.startswith(path + ".") or path == leave
+            if name and not related and not is_neutral(module):
+                yield entry, path, module
 
 
 def _in_doubt(model: nn.Module, entry: ResolvedSite) -> bool:
@@ -86,7 +110,7 @@ def _in_doubt(model: nn.Module, entry: ResolvedSite) -> bool:
     return fused or entry.site.kind in ("head_output", "residual_mid")
 
 
-class Reads:
+class BlockReads(SiteHooks):
     """What one pass shows in a block of a stack."""
 
     def __init__(
@@ -103,42 +127,19 @@ class Reads:
         self.weighed: list[Tensor] = []
         pattern = self.entries.get("attn_pattern")
         self.core = None if pattern is None else model.get_submodule(pattern.module_path)
+        super().__init__(Places(model, [self.entries[kind] for kind in _SHOWN if kind in self.entries]))
 
-    def install(self) -> list[Any]:
-        """Hooks that keep copies of what is read."""
-        handles = []
-        for kind in (
-            "v", "head_output", "attn_output", "residual_input", "residual_mid", "mlp_output", "residual_output",
-        ):  # fmt: skip
-            entry = self.entries.get(kind)
-            if entry is None:
-                continue
-            module = self.model.get_submodule(entry.module_path)
-            if entry.side == "input":
-                handles.append(
-                    module.register_forward_pre_hook(self._keep_input(kind, entry), with_kwargs=True)
-                )
-            else:
-                handles.append(module.register_forward_hook(self._keep_output(kind, entry), with_kwargs=True))
-        return handles
+    def visit(self, place: Place, args: tuple, kwargs: dict, output: Any) -> None:
+        """Keep copies of what is read the first time."""
+        for entry in self.places.at[place]:
+            kind = entry.site.kind
+            value = None if kind in self.values else entry.read(args, kwargs, output)
+            if value is not None:
+                self.values[kind] = value.detach().clone()
 
-    def _keep_input(self, kind: str, entry: ResolvedSite) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if kind not in self.values and read_input(args, kwargs) is not None:
-                self.values[kind] = entry.read(args, kwargs).clone()  # type: ignore[union-attr]
-
-        return hook
-
-    def _keep_output(self, kind: str, entry: ResolvedSite) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            if kind not in self.values and read_output(args, kwargs, output) is not None:
-                self.values[kind] = entry.read(args, kwargs, output).clone()  # type: ignore[union-attr]
-
-        return hook
-
-    def watched(self) -> Callable:
+    def watched(self, core: nn.Module) -> Callable:
         """The attention module's forward, noting the second factor of its matrix products."""
-        forward = self.core.forward  # type: ignore[union-attr]
+        forward = core.forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with _Products(self.weighed):
@@ -150,13 +151,12 @@ class Reads:
         """``check`` after a call of the user's, unless hooks of others (edits) may have changed what was read."""
         block = self.model.get_submodule(self.entries[self.kinds[0]].block_path or "")
         hooks = [
-            h for m in block.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+            h
+            for m in block.modules()
+            for kept in (m._forward_hooks, m._forward_pre_hooks)
+            for h in kept.values()
         ]
-        if all(
-            getattr(h, "func", h).__module__ in _READERS
-            for h in hooks
-            if hasattr(getattr(h, "func", h), "__module__")
-        ):
+        if all(only_reads(hook) for hook in hooks):
             for kind in self.kinds:
                 self.check(kind)
                 if {kind, "attn_output"} <= self.values.keys():
@@ -164,50 +164,46 @@ class Reads:
 
     def check(self, kind: str) -> None:
         """Raise if the numbers contradict the structure; silent where they cannot tell."""
+        entry, names = self.entries[kind], ("residual_input", "attn_output", "mlp_output", "residual_output")
+        before, attention, mlp, after = (self.values.get(name) for name in names)
+        read = self.values.get(kind)
         if kind in ("q", "k", "v"):
             self._check_values(kind)
         elif kind == "head_output":
-            shares, total = self.values.get(kind), self.values.get("attn_output")
-            bias = getattr(self.entries[kind].view.projection, "bias", None)  # type: ignore[union-attr]
-            if shares is not None and total is not None and self.entries[kind].view.behind is None:  # type: ignore[union-attr]
-                whole = shares.sum(-2) + (0 if bias is None else bias * self.entries[kind].scale)
-                self._compare(kind, whole, total, "the heads' shares do not add up to attn_output", "'z'")
-        elif kind in ADDED_KINDS:
-            self._check_added(kind)
-        else:
-            self._check_middle(kind, self.entries[kind])
-
-    def _check_added(self, kind: str) -> None:
-        """What is added to the stream, in a block with parameters of its own (that does not normalise at its end)."""
-        middle = self.entries.get("residual_mid")
-        parts = [
-            self.values.get(k) for k in ("residual_input", "attn_output", "mlp_output", "residual_output")
-        ]
-        if (middle is None or middle.bypass) and not any(part is None for part in parts):
-            *added, after = parts
-            what = "the block scales it by a parameter of its own before it is added"
-            remedy = f"'module_output:{self.entries[kind].module_path}', scaled as the block does"
-            self._compare(kind, sum(part.reshape(after.shape) for part in added), after, what, remedy)
-
-    def _check_middle(self, kind: str, entry: ResolvedSite) -> None:
-        """The stream before the MLP: with cross-attention on the way to it, told by what comes after."""
-        block = self.model.get_submodule(entry.block_path or "")
-        read, before, attention, mlp, after = (
-            self.values.get(k)
-            for k in (kind, "residual_input", "attn_output", "mlp_output", "residual_output")
-        )
-        norm = self.entries.get("attn_norm")
-        remedy = (
-            f"'module_input:{norm.module_path}' where that norm stands behind the attention" if norm else ""
-        )
-        remedy = remedy or "'module_input:<path>'"
-        if entry.bypass and has_cross_attention(block):
-            if read is not None and mlp is not None and after is not None:
-                what = "it and mlp_output do not add up to residual_output"
-                self._compare(kind, read.reshape(after.shape) + mlp.reshape(after.shape), after, what, remedy)
-        elif read is not None and before is not None and attention is not None:
-            what = "residual_input + attn_output is not what is read there"
-            self._compare(kind, before + attention, read, what, remedy)
+            if read is None or attention is None or not isinstance(entry.view, HeadOutput) or entry.behind:
+                return
+            bias = getattr(entry.view.projection, "bias", None)
+            whole = read.sum(-2) + (0 if bias is None else bias * entry.scale)
+            self._compare(kind, whole, attention, "the heads' shares do not add up to attn_output", "'z'")
+        elif (
+            kind in ADDED_KINDS
+        ):  # in a block with parameters of its own (that does not normalise at its end)
+            middle = self.entries.get("residual_mid")
+            if middle is not None and not middle.bypass:
+                return
+            if before is not None and attention is not None and mlp is not None and after is not None:
+                whole = (
+                    before.reshape(after.shape) + attention.reshape(after.shape) + mlp.reshape(after.shape)
+                )
+                what = "the block scales it by a parameter of its own before it is added"
+                self._compare(
+                    kind, whole, after, what, f"'module_output:{entry.module_path}', scaled as the block does"
+                )
+        elif read is not None:
+            norm = self.entries.get("attn_norm")
+            remedy = "'module_input:<path>'"
+            if norm is not None:
+                remedy = f"'module_input:{norm.module_path}' where that norm stands behind the attention"
+            # with cross-attention on the way, the middle is told by what comes after
+            crossed = has_cross_attention(self.model.get_submodule(entry.block_path or ""))
+            if entry.bypass and crossed:
+                if mlp is not None and after is not None:
+                    what = "it and mlp_output do not add up to residual_output"
+                    whole = read.reshape(after.shape) + mlp.reshape(after.shape)
+                    self._compare(kind, whole, after, what, remedy)
+            elif before is not None and attention is not None:
+                what = "residual_input + attn_output is not what is read there"
+                self._compare(kind, before + attention, read, what, remedy)
 
     def _check_values(self, kind: str) -> None:
         values = self.values.get("v")
@@ -230,7 +226,7 @@ class Reads:
 
     def _compare(self, kind: str, found: Tensor, expected: Tensor, what: str, remedy: str) -> None:
         if found.numel() == expected.numel():  # a part of the block may work on flattened tokens
-            found, expected = found.detach().reshape(-1), expected.detach().reshape(-1)
+            found, expected = found.detach().reshape(-1), expected.reshape(-1)
         error, size = float((found - expected).abs().max()), float(expected.abs().max())
         if not error <= 0.02 * size:
             raise RuntimeError(

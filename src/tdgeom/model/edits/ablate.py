@@ -8,8 +8,10 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdgeom.model.calls.attended_layout import attended, match_keys, take_ranks
-from tdgeom.model.edits.edit import Edit, canonical, find_acts, is_pattern, is_scores
+from tdgeom.model.edits.attended_layout import find_acts, match_keys, take_ranks
+from tdgeom.model.edits.edit import Edit
+from tdgeom.model.edits.edit_call import EditCall
+from tdgeom.model.positions import attended_tokens
 
 __all__ = ["Ablate"]
 
@@ -45,81 +47,67 @@ class Ablate(Edit):
             raise ValueError("Ablate('mean') needs reference=, activations to take the mean of.")
         self.how, self.reference, self.seed = how, reference, seed
 
-    def replace(
-        self,
-        value: Tensor,
-        keep: Tensor | None,
-        mask: Tensor | None,
-        ids: Tensor | None,
-        special: Tensor | None,
-    ) -> Tensor:
+    def replace(self, value: Tensor, call: EditCall) -> Tensor:
         """Zeros, the reference's mean, or drawn sequences."""
         if self.how == "zero":
             return torch.zeros_like(value)
-        if self.how == "mean":
-            acts, own = find_acts(self.reference, self.site, "Ablate")
-            acts = canonical(acts, self.site)
-            if is_pattern(self.site):
-                return self._mean_pattern(value, mask, acts, own)
-            if acts.shape[2:] != value.shape[2:]:
-                raise ValueError(
-                    f"Ablate('mean') at {self.site} replaces values of shape {tuple(value.shape[2:])} a position, its reference "
-                    f"holds {tuple(acts.shape[2:])}. Remedy: capture the reference whole, without heads=."
-                )
-            rows = acts.flatten(0, 1) if own is None or acts.ndim < 3 else acts[own.bool().to(acts.device)]
-            return rows.double().mean(0).to(value).expand_as(value)
-        return self._drawn(value, mask)
+        if self.how == "resample" or self.reference is None:
+            return self._drawn(value, call)
+        acts, own = find_acts(self.reference, call.site, "Ablate")
+        if call.is_pattern:
+            return self._mean_pattern(value, call, acts, own)
+        if acts.shape[2:] != value.shape[2:]:
+            raise ValueError(
+                f"Ablate('mean') at {call.site} replaces values of shape {tuple(value.shape[2:])} a position, its reference "
+                f"holds {tuple(acts.shape[2:])}. Remedy: capture the reference whole, without heads=."
+            )
+        rows = acts.flatten(0, 1) if own is None or acts.ndim < 3 else acts[own.bool().to(acts.device)]
+        return rows.double().mean(0).to(value).expand_as(value)
 
-    def _mean_pattern(self, value: Tensor, mask: Tensor | None, acts: Tensor, own: Tensor | None) -> Tensor:
+    def _mean_pattern(self, value: Tensor, call: EditCall, acts: Tensor, own: Tensor | None) -> Tensor:
         # a mean over queries would let the first ones attend to what comes after them
-        padded = any(m is not None and not bool(m.bool().all()) for m in (mask, own))
+        padded = any(m is not None and not bool(m.bool().all()) for m in (call.mask, own))
         if padded or acts.shape[1:] != value.shape[1:]:
             raise ValueError(
-                f"Ablate('mean') at {self.site} takes the mean over texts, query by query and key by key: it needs texts of one "
+                f"Ablate('mean') at {call.site} takes the mean over texts, query by query and key by key: it needs texts of one "
                 f"length without padding, here {tuple(value.shape[1:2])} and in the reference {tuple(acts.shape[1:2])} positions"
                 f"{', with padding' if padded else ''}. Remedy: such texts, how='resample', or ablate 'z'."
             )
-        if is_scores(self.site):
+        mean = acts.double().mean(0)
+        if call.is_scores:
             blocked = (acts <= torch.finfo(acts.dtype).min / 2).any(0)
-            return (
-                torch.where(blocked, torch.finfo(value.dtype).min, acts.double().mean(0))
-                .to(value)
-                .expand_as(value)
-            )
-        return acts.double().mean(0).to(value).expand_as(value)
+            mean = mean.masked_fill(blocked, torch.finfo(value.dtype).min)
+        return mean.to(value).expand_as(value)
 
-    def _drawn(self, value: Tensor, mask: Tensor | None) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
+    def _drawn(self, value: Tensor, call: EditCall) -> Tensor:
+        generator, mask = torch.Generator().manual_seed(self.seed), call.mask
         if self.reference is None:
             if value.shape[0] < 2:
                 raise ValueError(
                     "Ablate('resample') from the batch itself needs two sequences or more. Remedy: reference=."
                 )
-            shift = int(torch.randint(1, value.shape[0], (1,), generator=generator))
+            shift = int(torch.randint(1, value.shape[0], (1,), generator=generator, device="cpu"))
+            acts, theirs = value, mask
             drawn, drawn_mask = value.roll(shift, 0), None if mask is None else mask.roll(shift, 0)
         else:
-            acts, theirs = find_acts(self.reference, self.site, "Ablate")
-            acts = canonical(acts, self.site)
-            chosen = torch.randint(acts.shape[0], (value.shape[0],), generator=generator)
+            acts, theirs = find_acts(self.reference, call.site, "Ablate")
+            chosen = torch.randint(acts.shape[0], (value.shape[0],), generator=generator, device="cpu")
             drawn, drawn_mask = acts.to(value)[chosen], None if theirs is None else theirs[chosen]
         free = 1 if value.ndim < 3 else 2  # axes that may differ: examples, and positions where there are any
-        if drawn.ndim != value.ndim or (
-            not is_pattern(self.site) and drawn.shape[free:] != value.shape[free:]
-        ):
+        if drawn.ndim != value.ndim or (not call.is_pattern and drawn.shape[free:] != value.shape[free:]):
             raise ValueError(
-                f"Ablate('resample') expected a reference (n, {', '.join(map(str, value.shape[1:]))}) at {self.site!r}, got "
+                f"Ablate('resample') expected a reference (n, {', '.join(map(str, value.shape[1:]))}) at {call.site!r}, got "
                 f"{tuple(acts.shape)}."
             )
         if value.ndim < 3 or (mask is None and drawn_mask is None and drawn.shape == value.shape):
             return drawn
-        mask, drawn_mask = attended(mask, value), attended(drawn_mask, drawn)
+        mask, drawn_mask = call.attended(value), attended_tokens(drawn_mask, drawn)
         if self.reference is None and mask.shape[1] > value.shape[1]:
             return drawn  # a step with a cache: every sequence is at its newest token
         count = drawn_mask.sum(1, keepdim=True).clamp(min=1)
-        if is_pattern(self.site):
+        if call.is_pattern:
             rows = drawn_mask & (drawn_mask.cumsum(1) <= mask.sum(1, keepdim=True))
             drawn = match_keys(
-                drawn, drawn_mask, mask, value.shape[-1], rows, scores=is_scores(self.site), owner="Ablate"
+                drawn, drawn_mask, mask, value.shape[-1], rows, scores=call.is_scores, owner="Ablate"
             )
-        rank = (mask.cumsum(1) - 1)[:, mask.shape[1] - value.shape[1] :]
-        return take_ranks(drawn, drawn_mask, rank % count)
+        return take_ranks(drawn, drawn_mask, call.rank(value) % count)

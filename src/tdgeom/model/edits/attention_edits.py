@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tdgeom.model.edits.edit import Edit
+from tdgeom.model.edits.edit_call import EditCall
 from tdgeom.model.positions import Positions, check_positions, position_mask
 
 __all__ = ["BlockAttention"]
@@ -46,41 +47,31 @@ class BlockAttention(Edit):
         super().__init__(positions=queries, **settings)
         self.keys, self.factor, self.renormalise = check_positions(keys), factor, renormalise
 
-    def replace(
-        self,
-        value: Tensor,
-        keep: Tensor | None,
-        mask: Tensor | None,
-        ids: Tensor | None,
-        special: Tensor | None,
-    ) -> Tensor:
+    def replace(self, value: Tensor, call: EditCall) -> Tensor:
         """The pattern with its block cut."""
         if value.ndim != 4:
             raise ValueError(
                 f"BlockAttention expects 'attn_scores' or 'attn_pattern', (B, Tq, H, Tk), got {tuple(value.shape)} at "
-                f"{self.site!r}."
+                f"{call.site!r}."
             )
         size = value.shape[-1]
-        mask = (
-            value.new_ones((value.shape[0], size), dtype=torch.bool)
-            if mask is None
-            else mask.bool().to(value.device)
-        )
-        columns = position_mask(mask, self.keys, input_ids=ids, special=special)[0]
+        whole = value.new_ones((value.shape[0], size), dtype=torch.bool)
+        mask = whole if call.mask is None else call.mask.to(value.device)
+        columns, _ = position_mask(mask, self.keys, input_ids=call.input_ids, special=call.special)
         # a cache with a window holds the newest keys only; behind the keys there may be room for more, or a sink
         columns = torch.nn.functional.pad(columns, (0, max(size - columns.shape[1], 0)))[:, -size:]
         columns = columns[:, None, None]
-        if self.site is None or "attn_scores" not in self.site:
+        if not call.is_scores:
             new = torch.where(columns, value * self.factor, value)
             return new / new.sum(-1, keepdim=True).clamp(min=1e-30) if self.renormalise else new
         lowest = torch.finfo(value.dtype).min
         new = value.masked_fill(columns, lowest)
-        edited = self._where(value, keep)
+        edited = self.where(value, call)
         empty = (new <= lowest / 2).all(-1, keepdim=True) & ~(value <= lowest / 2).all(-1, keepdim=True)
         empty = empty if edited is None else empty & edited.any(-1, keepdim=True)
         if empty.any():
             raise ValueError(
-                f"BlockAttention at {self.site!r} would leave a position with no key to attend to (keys={self.keys!r}). "
+                f"BlockAttention at {call.site!r} would leave a position with no key to attend to (keys={self.keys!r}). "
                 "Remedy: fewer queries or keys, or edit 'attn_pattern'."
             )
         return new

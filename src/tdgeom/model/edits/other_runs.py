@@ -10,14 +10,43 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdgeom.core.keys import Key
-from tdgeom.model.calls.attended_layout import attended, match_keys, take_ranks
-from tdgeom.model.edits.edit import Edit, Inputs, canonical, find_acts, is_pattern, is_scores
-from tdgeom.model.positions import Positions, check_positions, position_mask
+from tdgeom.model.edits.attended_layout import find_acts, match_keys, take_ranks
+from tdgeom.model.edits.edit import Edit, Inputs
+from tdgeom.model.edits.edit_call import EditCall
+from tdgeom.model.positions import Positions, attended_tokens, check_positions, position_mask
 
 __all__ = ["ActivationAddition", "Patch"]
 
 
-class Patch(Edit):
+class _FromOtherRuns(Edit):
+    """An edit that keeps what :class:`Intervene` has run for it, until the context ends."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._runs: dict[tuple[str, str], TensorDictBase] = {}
+
+    def receive(self, name: str, site: str, acts: TensorDictBase | None) -> None:
+        """Keep the activations of a run."""
+        if acts is None:
+            self._runs.pop((name, site), None)
+        else:
+            self._runs[name, site] = acts
+
+    def run(self, name: str, call: EditCall) -> TensorDictBase:
+        """The activations of a run."""
+        found = self._runs.get((name, call.site or ""))
+        if found is None:
+            raise RuntimeError(
+                f"{type(self).__name__} at {call.site!r} has no other run: Intervene runs its inputs. Remedy: enter Intervene "
+                "(or Patch(source=), activations that you have)."
+            )
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_runs": {}}
+
+
+class Patch(_FromOtherRuns):
     """Put another run's activations in place (causal mediation: Vig et al. 2020; Meng et al. 2022).
 
     Positions are matched by their rank among attended tokens, so the two runs may be padded differently. Positions that the
@@ -50,84 +79,60 @@ class Patch(Edit):
             raise ValueError("Patch expects one of source=, inputs= and key=.")
         self.source, self.inputs, self.key, self.patch_fn = source, inputs, key, patch_fn
         self.source_positions = None if source_positions is None else check_positions(source_positions)
-        self._runs: dict[str, TensorDictBase] = {}
 
     def wanted_runs(self) -> dict[str, Inputs | Key]:
         """The other run, unless it was given."""
         wanted = self.inputs if self.key is None else self.key
         return {} if wanted is None else {"source": wanted}
 
-    def receive(self, name: str, site: str, acts: TensorDictBase | None) -> None:
-        """Keep the other run's activations."""
-        if acts is None:
-            self._runs.pop(site, None)
-        else:
-            self._runs[site] = acts
-
-    def replace(
-        self,
-        value: Tensor,
-        keep: Tensor | None,
-        mask: Tensor | None,
-        ids: Tensor | None,
-        special: Tensor | None,
-    ) -> Tensor:
+    def replace(self, value: Tensor, call: EditCall) -> Tensor:
         """The other run's activations where they are wanted."""
-        source = self.source if self.source is not None else self._runs.get(self.site or "")
-        if source is None:
-            raise RuntimeError(
-                f"Patch at {self.site!r} has no other run: its inputs are run by Intervene. Remedy: enter Intervene, or "
-                "give source=."
-            )
-        other, other_mask = find_acts(source, self.site, "Patch")
-        other = canonical(other, self.site).to(value)
+        source = self.run("source", call) if self.source is None else self.source
+        other, other_mask = find_acts(source, call.site, "Patch")
+        other = other.to(value)
         if other.shape[0] == 1 and value.shape[0] > 1:
             other = other.expand(value.shape[0], *other.shape[1:])
             other_mask = None if other_mask is None else other_mask.expand(value.shape[0], -1)
-        features = other.shape[2:-1] if is_pattern(self.site) else other.shape[2:]  # keys are matched below
+        features = other.shape[2:-1] if call.is_pattern else other.shape[2:]  # keys are matched below
         if other.shape[0] != value.shape[0] or features != value.shape[2 : 2 + len(features)]:
             raise ValueError(
-                f"Patch at {self.site!r} expected activations ({value.shape[0]}, T, {', '.join(map(str, value.shape[2:]))}), "
+                f"Patch at {call.site!r} expected activations ({value.shape[0]}, T, {', '.join(map(str, value.shape[2:]))}), "
                 f"got {tuple(other.shape)}."
             )
-        aligned = self._align(value, other, keep, mask, other_mask, ids, special)
+        aligned = self._align(value, call, other, other_mask)
         return aligned if self.patch_fn is None else self.patch_fn(value, aligned)
 
-    def _align(
-        self, value: Tensor, other: Tensor, keep: Any, mask: Any, other_mask: Any, ids: Any, special: Any
-    ) -> Tensor:
+    def _align(self, value: Tensor, call: EditCall, other: Tensor, other_mask: Tensor | None) -> Tensor:
         if value.ndim < 3:
             return other
-        same = mask is None and other_mask is None and value.shape == other.shape
+        same = call.mask is None and other_mask is None and value.shape == other.shape
         if same and self.source_positions is None:
             return other
-        mask, other_mask = attended(mask, value), attended(other_mask, other)
+        mask, other_mask = call.attended(value), attended_tokens(other_mask, other)
         steps = mask.shape[1] - value.shape[1]
-        own = mask[:, steps:] if keep is None else keep
+        own = mask[:, steps:] if call.keep is None else call.keep
         if self.source_positions is not None:
             theirs, _ = position_mask(other_mask, self.source_positions)
             rank, used = own.cumsum(1) - 1, theirs
         else:
-            theirs, rank = other_mask, (mask.cumsum(1) - 1)[:, steps:]
+            theirs, rank = other_mask, call.rank(value)
             used = other_mask & (other_mask.cumsum(1) <= mask.sum(1, keepdim=True))
-        if is_pattern(self.site):
-            scores = is_scores(self.site)
-            other = match_keys(other, other_mask, mask, value.shape[-1], used, scores=scores, owner="Patch")
+        if call.is_pattern:
+            other = match_keys(
+                other, other_mask, mask, value.shape[-1], used, scores=call.is_scores, owner="Patch"
+            )
         count = theirs.sum(1, keepdim=True)
         missing = own & (rank >= count)
         if missing.any() and not steps:
             raise ValueError(
-                f"Patch at {self.site!r}: the other run has {count.flatten().tolist()} positions to take from, but positions "
+                f"Patch at {call.site!r}: the other run has {count.flatten().tolist()} positions to take from, but positions "
                 f"up to {int(rank[own].max()) + 1} are to be replaced. Remedy: choose positions= that both runs have."
             )
         usable = (own & ~missing).reshape(*own.shape, *[1] * (value.ndim - 2))
         return torch.where(usable, take_ranks(other, theirs, rank), value)
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_runs": {}}
 
-
-class ActivationAddition(Edit):
+class ActivationAddition(_FromOtherRuns):
     """Add the difference of two prompts' activations: ``x + coefficient * (positive - negative)`` (Turner et al. 2023).
 
     The context runs both prompts when it is entered (or, by key, finds them in the batch of the module form).
@@ -155,71 +160,40 @@ class ActivationAddition(Edit):
                 f"ActivationAddition: reduce= expects 'positions', 'last' or 'mean', got {reduce!r}."
             )
         self.positive, self.negative, self.coefficient, self.reduce = positive, negative, coefficient, reduce
-        self._runs: dict[tuple[str, str], TensorDictBase] = {}
 
     def wanted_runs(self) -> dict[str, Inputs | Key]:
         """The two prompts."""
         return {"positive": self.positive, "negative": self.negative}
 
-    def receive(self, name: str, site: str, acts: TensorDictBase | None) -> None:
-        """Keep the activations of one of the prompts."""
-        if acts is None:
-            self._runs.pop((name, site), None)
-        else:
-            self._runs[name, site] = acts
-
-    def direction(self) -> Tensor:
-        """The difference at the current site: (D,), or (T, D) with ``reduce="positions"``."""
-        sides = []
-        for name in ("positive", "negative"):
-            run = self._runs.get((name, self.site or ""))
-            if run is None:
-                raise RuntimeError(
-                    "ActivationAddition has no prompts yet: they are run by Intervene. Remedy: enter Intervene."
-                )
-            acts, mask = find_acts(run, self.site, "ActivationAddition")
-            acts = canonical(acts, self.site)
-            if acts.ndim < 3:
-                sides.append(acts.mean(0))
-                continue
-            whole = torch.ones(acts.shape[:2], dtype=torch.bool, device=acts.device)
-            mask = whole if mask is None else mask.bool().to(acts.device)
-            if self.reduce == "positions":
-                if not mask.all():
-                    raise ValueError("ActivationAddition(reduce='positions') needs prompts without padding.")
-                sides.append(acts.mean(0))
-            else:
-                keep, _ = position_mask(mask, "last" if self.reduce == "last" else "all")
-                weight = (keep / keep.sum(1, keepdim=True)).reshape(*keep.shape, *[1] * (acts.ndim - 2))
-                sides.append((acts * weight.to(acts)).sum(1).mean(0))
-        if sides[0].shape != sides[1].shape:
+    def direction(self, call: EditCall) -> Tensor:
+        """The difference at a site: (D,), or (T, D) with ``reduce="positions"``."""
+        positive, negative = (self._side(name, call) for name in ("positive", "negative"))
+        if positive.shape != negative.shape:
             raise ValueError(
-                f"ActivationAddition(reduce='positions') needs prompts of one length, got {sides[0].shape[0]} and "
-                f"{sides[1].shape[0]} tokens. Remedy: pad the texts with spaces, or reduce='last' or 'mean'."
+                f"ActivationAddition(reduce='positions') needs prompts of one length, got {positive.shape[0]} and "
+                f"{negative.shape[0]} tokens. Remedy: pad the texts with spaces, or reduce='last' or 'mean'."
             )
-        return sides[0] - sides[1]
+        return positive - negative
 
-    def replace(
-        self,
-        value: Tensor,
-        keep: Tensor | None,
-        mask: Tensor | None,
-        ids: Tensor | None,
-        special: Tensor | None,
-    ) -> Tensor:
+    def _side(self, name: str, call: EditCall) -> Tensor:
+        acts, mask = find_acts(self.run(name, call), call.site, "ActivationAddition")
+        if acts.ndim < 3:
+            return acts.mean(0)
+        whole = attended_tokens(mask, acts)
+        if self.reduce == "positions":
+            if not whole.all():
+                raise ValueError("ActivationAddition(reduce='positions') needs prompts without padding.")
+            return acts.mean(0)
+        keep, _ = position_mask(whole, "last" if self.reduce == "last" else "all")
+        weight = (keep / keep.sum(1, keepdim=True)).reshape(*keep.shape, *[1] * (acts.ndim - 2))
+        return (acts * weight.to(acts)).sum(1).mean(0)
+
+    def replace(self, value: Tensor, call: EditCall) -> Tensor:
         """``x + coefficient * (positive - negative)``."""
-        vector = self.direction().to(value)
+        vector = self.direction(call).to(value)
         if self.reduce != "positions" or value.ndim < 3:
             return value + self.coefficient * vector
-        mask = (
-            torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
-            if mask is None
-            else mask.bool()
-        )
-        rank = (mask.to(value.device).cumsum(1) - 1)[:, mask.shape[1] - value.shape[1] :]
+        rank = call.rank(value)
         inside = ((rank >= 0) & (rank < vector.shape[0])).reshape(*rank.shape, *[1] * (value.ndim - 2))
         added = self.coefficient * vector[rank.clamp(0, vector.shape[0] - 1)]
         return torch.where(inside, value + added, value)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_runs": {}}

@@ -65,6 +65,16 @@ class ResolvedSite:
         return self.view.behind if isinstance(self.view, HeadOutput) else None
 
     @property
+    def in_softmax(self) -> bool:
+        """Whether the site lies inside an attention module's forward, before or after its softmax."""
+        return self.side in ("scores", "pattern")
+
+    @property
+    def head_count(self) -> int:
+        """How many query heads there are; 0 where a site has no heads."""
+        return 0 if self.view is None else self.view.heads * self.groups
+
+    @property
     def head_axis(self) -> int | None:
         """The axis of heads in what ``read`` gives; ``None`` where there is none."""
         if self.view is None:
@@ -73,7 +83,7 @@ class ResolvedSite:
 
     def raw(self, args: tuple, kwargs: dict, output: object = None) -> Tensor | None:
         """The module's own tensor that holds the site, before scale and heads."""
-        if self.side in ("scores", "pattern"):
+        if self.in_softmax:
             return output  # type: ignore[return-value]
         reader = readers.read_input if self.side == "input" else readers.read_output
         return reader(args, kwargs, output)
@@ -103,7 +113,7 @@ class ResolvedSite:
                 index = torch.tensor(self.heads, device=value.device)
                 value = whole.index_copy(self.head_axis or 0, index, value)
             value = self.view.write(raw, value)
-        if self.side in ("scores", "pattern"):
+        if self.in_softmax:
             return value
         writer = readers.write_input if self.side == "input" else readers.write_output
         return writer(args, kwargs, output, value)
@@ -301,7 +311,7 @@ def _with_heads(entries: list[ResolvedSite], heads: Sequence[int]) -> list[Resol
         if entry.view is None:
             chosen.append(entry)
             continue
-        count = entry.view.heads * entry.groups
+        count = entry.head_count
         for head in heads:
             if isinstance(head, bool) or not isinstance(head, int) or not -count <= head < count:
                 raise IndexError(

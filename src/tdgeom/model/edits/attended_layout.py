@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor
 
-__all__: list[str] = []
+from tdgeom.model.positions import positions_second
+from tdgeom.model.sites import token_side
 
 
-def attended(mask: Tensor | None, value: Tensor) -> Tensor:
-    """The mask as booleans beside ``value`` (B, T, ...); everything is attended where there is none."""
-    if mask is None:
-        return torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
-    return mask.bool().to(value.device)
-
-
-def attended_keys(bias: Tensor, past: int) -> Tensor:
-    """Which tokens are attended, (B, past + Tq), from an attention bias (B, 1, Tq, Tk) that allows or forbids keys.
-
-    Those that the newest token sees, and what these see in turn (an attention window hides the first ones from the last).
-
-    >>> bias = torch.tensor([[[[1, 1, 1, 0], [0, 1, 0, 0], [0, 1, 1, 0]]]]).bool()  # left padding, a cache with room
-    >>> attended_keys(bias, 0)
-    tensor([[False,  True,  True]])
-    """
-    allowed = bias if bias.dtype == torch.bool else bias > torch.finfo(bias.dtype).min / 2
-    allowed = allowed.any(1)[:, :, : past + bias.shape[2]]
-    seen = allowed[:, -1]
-    while True:
-        more = seen | (allowed & seen[:, past:, None]).any(1)
-        if torch.equal(more, seen):
-            return seen
-        seen = more
+def find_acts(source: TensorDictBase | Tensor, site: str | None, owner: str) -> tuple[Tensor, Tensor | None]:
+    """The activations of a site in another run, positions second, and the attention mask that was beside them."""
+    if isinstance(source, Tensor):
+        return positions_second(source, site), None
+    acts = None if site is None else source.get(("acts", site), None)
+    if acts is None:
+        have = sorted(map(str, source.get("acts", source).keys()))
+        raise KeyError(
+            f"{owner} needs ('acts', {site!r}) in the other run, which has {have[:12]}. Remedy: capture that site."
+        )
+    acts, mask = positions_second(acts, site), source.get(token_side(site) + "attention_mask", None)
+    fits = mask is not None and acts.ndim >= 3 and mask.shape == acts.shape[:2]
+    return acts, mask if fits else None
 
 
 def take_ranks(other: Tensor, where: Tensor, rank: Tensor) -> Tensor:

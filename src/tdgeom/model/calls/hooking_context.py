@@ -1,0 +1,124 @@
+"""What ``Capture`` and ``Intervene`` share: a model that stays the user's, its inputs, and one use at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+
+from tdgeom.core.settings import Configured
+from tdgeom.model.calls.bound_model import Bound, refuse_compiled
+from tdgeom.model.calls.model_inputs import InKeys, ModelInputs
+from tdgeom.model.calls.site_hooks import SiteHooks
+from tdgeom.model.calls.structure_check import check_structure
+from tdgeom.model.sites import Site
+from tdgeom.model.structure.resolve import ResolvedSite
+
+
+class HookingContext(Configured, TensorDictModuleBase):
+    """The base of contexts on a model: settings, the model's inputs, and hooks that are open in one place at a time.
+
+    A subclass defines ``resolve``, the sites in a model, in the order in which they are met.
+    """
+
+    sites: list[Site]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        model_outputs: str | Sequence[str] | None,
+        keep_graph: bool,
+        withhold: Sequence[str],
+        in_keys: InKeys | None,
+    ) -> None:
+        super().__init__()
+        self.model_outputs = [model_outputs] if isinstance(model_outputs, str) else list(model_outputs or ())
+        self.keep_graph, self.withhold, self._asked_in_keys = keep_graph, tuple(withhold), in_keys
+        self._session: SiteHooks | None = None
+        self._take(self._bind(model))
+        self._name_inputs()
+
+    def _name_inputs(self, demanded: Sequence[NestedKey] = (), optional: Sequence[NestedKey] = ()) -> None:
+        """``in_keys``: the model's own inputs and further ones, those that must be there first."""
+        inputs = self._bound.inputs
+        self.optional_in_keys: list[NestedKey] = list(dict.fromkeys([*inputs.optional_keys, *optional]))
+        self.in_keys = [*inputs.demanded.values(), *demanded, *self.optional_in_keys]
+
+    def resolve(self, model: nn.Module) -> list[ResolvedSite]:
+        """The sites that are meant, in a model."""
+        raise NotImplementedError
+
+    def _bind(self, model: nn.Module) -> Bound:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{type(self).__name__} expects an nn.Module, got {type(model).__name__}.")
+        refuse_compiled(model, ())
+        entries = self.resolve(model)
+        check_structure(model, entries)
+        inputs = ModelInputs(model, type(self).__name__, self._asked_in_keys, self.withhold)
+        return Bound(model, entries, inputs)
+
+    def bind(self, model: nn.Module) -> Any:
+        """Give an unpickled context its model again, or another one with the same sites. Returns itself."""
+        self._refuse_entered()
+        bound, before = self._bind(model), self.sites
+        if list(dict.fromkeys(entry.site for entry in bound.sites)) != before:
+            raise ValueError(f"expected a model with the sites {before}, {type(model).__name__} has others.")
+        self._take(bound)
+        return self
+
+    def _take(self, bound: Bound) -> None:
+        self._bound = bound
+        self.module_paths: dict[Site, str] = {entry.site: entry.module_path for entry in bound.sites}
+
+    @property
+    def model(self) -> nn.Module:
+        """The model; an error if pickling has dropped it and no other was given since."""
+        return self._bound.require(self)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the model's first parameter is, and so where batches go; None for a model without parameters."""
+        first = next(self.model.parameters(), None)
+        return None if first is None else first.device
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The padding id that the model's configuration names."""
+        return getattr(getattr(self.model, "config", None), "pad_token_id", None)
+
+    def _arguments(self, tensordict: TensorDictBase) -> tuple[list[Any], dict[str, Any]]:
+        return self._bound.inputs.arguments(self.model, tensordict)
+
+    def _grad_mode(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.keep_graph else torch.no_grad()
+
+    def _refuse_entered(self) -> None:
+        kind = type(self).__name__
+        if self._session is not None:
+            raise RuntimeError(
+                f"this {kind} is already in use (entered, or running): its calls would mix. Remedy: leave the with block "
+                f"first, or use a second {kind} of the same model."
+            )
+
+    def _with_named(self, tensordict: TensorDictBase, named: Mapping[str, Tensor]) -> TensorDictBase:
+        """A batch with the tensors that were given by keyword."""
+        unknown = sorted(set(named) - set(self.in_keys))
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} takes a TensorDict, or the model's inputs by keyword: {self.in_keys}; got {unknown}."
+            )
+        return tensordict.copy().update(named) if named else tensordict
+
+    def _kept(self, value: Tensor) -> Tensor:
+        return value if self.keep_graph else value.detach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # hooks belong to the with block, not to copies of this module
+        return {**self.__dict__, "_session": None}
