@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import dispatch, set_skip_existing
 from tensordict.utils import NestedKey

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -342,18 +342,19 @@ def _match(parts: Sequence[str], patterns: Sequence[str]) -> bool:
     return bool(parts) and fnmatchcase(parts[0], patterns[0]) and _match(parts[1:], patterns[1:])
 
 
-def _execution_order(model: nn.Module, found: list[ResolvedSite]):
+def _execution_order(
+    model: nn.Module, found: list[ResolvedSite]
+) -> Callable[[ResolvedSite], tuple[float, float, float]]:
     """A sort key: known sites as :func:`available_sites` lists them, other modules where they are registered."""
     rank = {entry.site: i for i, entry in enumerate(found)}
     start = {path: i for i, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
-    paths = list(start)
-    end = {
-        path: max(start[p] for p in paths if p == path or p.startswith(path + ".")) for path in paths if path
-    }
-    block_of = {
-        entry.block_path: rank[entry.site] for entry in reversed(found) if entry.site.kind == "residual_input"
-    }
-    last_of = {entry.block_path: rank[entry.site] for entry in found if entry.site.kind == "residual_output"}
+    end = dict(start)
+    for path in reversed(start):  # children come behind their parents
+        parent = path.rpartition(".")[0]
+        end[parent] = max(end[parent], end[path])
+    ends = [entry for entry in found if entry.site.kind in ("residual_input", "residual_output")]
+    first_of = {e.block_path: rank[e.site] for e in reversed(ends) if e.site.kind == "residual_input"}
+    last_of = {e.block_path: rank[e.site] for e in ends if e.site.kind == "residual_output"}
     # what has run by then, for a module outside of blocks: whole blocks, and a final norm registered behind
     # them
     passed = [(start[path], last) for path, last in last_of.items() if path is not None]
@@ -367,13 +368,15 @@ def _execution_order(model: nn.Module, found: list[ResolvedSite]):
         path, is_output = entry.module_path, entry.side == "output"
         moment = end[path] + 0.5 if is_output else start[path]
         tie = -float(path.count(".")) if is_output else float(path.count("."))
-        for block, first in block_of.items():
-            if path == block:
-                return (last_of[block], 1.0, tie) if is_output else (first, -1.0, tie)
-            if block is not None and path.startswith(block + "."):
-                return (first, 1.0 + moment, tie)
+        if path in first_of:
+            return (last_of[path], 1.0, tie) if is_output else (first_of[path], -1.0, tie)
+        owner = path
+        while owner and owner not in first_of:
+            owner = owner.rpartition(".")[0]
+        if owner:
+            return (first_of[owner], 1.0 + moment, tie)
         before = [rank for at, rank in passed if at < moment]
-        return (max(before) if before else -1.0, 2.0 + moment + len(paths), tie)
+        return (max(before, default=-1.0), 2.0 + moment + len(start), tie)
 
     return key
 
