@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tdgeom.model.structure.parts import is_norm, join, size_of
+from tdgeom.model.structure.parts import has_weights, is_norm, join
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     plain: list[tuple[str, list[tuple[str, nn.Module]]]] = []
     _walk(model, "", composite, plain, set())
     lists = composite or plain
-    sizes = [sum(size_of(m) for m in {id(m): m for _, m in blocks}.values()) for _, blocks in lists]
+    sizes = [sum(p.numel() for m in {m for _, m in blocks} for p in m.parameters()) for _, blocks in lists]
     kept = [entry for entry, size in zip(lists, sizes, strict=True) if size * 20 >= max(sizes)]
     names = _stack_names([path for path, _ in kept])
     return [
@@ -80,7 +80,7 @@ def _repeated(module: nn.Module) -> tuple[list[tuple[str, nn.Module]], bool]:
         return [], False
     # _modules, not named_children: a block listed twice is two layers
     children = [(name, child) for name, child in module._modules.items() if child is not None]
-    weighted = [(name, child) for name, child in children if size_of(child) and not is_norm("", child)]
+    weighted = [(name, child) for name, child in children if has_weights(child) and not is_norm("", child)]
     weighted = [(name, child) for name, child in weighted if not isinstance(child, nn.Embedding)]
     counts = Counter(type(child) for _, child in weighted)
     if not counts:
@@ -105,7 +105,7 @@ def _layers(model: nn.Module, blocks: list[tuple[str, nn.Module]], alone: bool) 
     depth, groups = getattr(config, "num_hidden_layers", None), getattr(config, "num_hidden_groups", None)
     if alone and groups == len(blocks) and isinstance(depth, int) and depth > len(blocks):
         blocks = [blocks[int(i / (depth / groups))] for i in range(depth)]
-    total, done = Counter(id(module) for _, module in blocks), Counter()
+    total, done = Counter(id(module) for _, module in blocks), Counter[int]()
     layers = []
     for path, module in blocks:
         layers.append(Block(path, module, done[id(module)], total[id(module)]))
@@ -119,7 +119,7 @@ def _stack_names(paths: list[str]) -> list[str | None]:
     parts = [path.split(".") for path in paths]
     while len({p[0] for p in parts}) == 1 and all(len(p) > 1 for p in parts):
         parts = [p[1:] for p in parts]
-    heads = [p[0] for p in parts]
+    heads: list[str | None] = [p[0] for p in parts]
     return heads if len(set(heads)) == len(heads) else [".".join(p) for p in parts]
 
 
@@ -130,7 +130,7 @@ def find_final_norm(model: nn.Module, stack: Stack) -> str | None:
         owner, _, own_name = inside.rpartition(".")
         children = list(model.get_submodule(owner).named_children())
         position = [name for name, _ in children].index(own_name)
-        after = [(n, c) for n, c in children[position + 1 :] if size_of(c)]
+        after = [(n, c) for n, c in children[position + 1 :] if has_weights(c)]
         # further out, a norm that is not what comes next belongs to a head
         after = after if inside == stack.path else after[:1]
         behind = [join(owner, n) for n, c in after if is_norm(n, c)]

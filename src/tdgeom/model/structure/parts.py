@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tdgeom.model.structure.heads import find_heads
-from tdgeom.model.structure.heads import is_linear as _is_linear
+from tdgeom.model.structure.heads import find_heads, is_linear
 from tdgeom.model.structure.views import HeadOutput, HeadSlice, Pattern, View
 
 _NORM = re.compile(r"norm|(^|_)ln(_|\d|$)", re.I)
@@ -23,7 +22,7 @@ _DOWN = re.compile(r"down|out|(^|_)c_proj|fc2|^w2$|^wo$|4h_to_h|lin2", re.I)
 
 
 @dataclass(frozen=True)
-class Place:
+class Part:
     """A module path, the side of the module, and what its tensor is multiplied by before it is used.
 
     ``side`` is ``"input"``, ``"output"``, or ``"scores"`` and ``"pattern"`` for the softmax inside the module.
@@ -43,17 +42,17 @@ def is_norm(name: str, module: nn.Module) -> bool:
     """A normalisation, by its class or, where the class does not say, by its attribute's name."""
     if _NORM.search(type(module).__name__):
         return True
-    return bool(_NORM.search(name)) and not any(True for _ in module.children()) and size_of(module) > 0
+    return bool(_NORM.search(name)) and not any(True for _ in module.children()) and has_weights(module)
 
 
-def find_parts(block: nn.Module) -> dict[str, Place]:
+def find_parts(block: nn.Module) -> dict[str, Part]:
     """Where a block's attention, MLP and router receive and give their tensors, paths relative to the block.
 
     Outputs are what is added to the residual stream: behind a norm that belongs to the branch, inside a
     module that adds the stream itself, times the block's residual multiplier. A part that cannot be told
     apart (two MLPs side by side, no attention) is absent.
     """
-    parts: dict[str, Place] = {}
+    parts: dict[str, Part] = {}
     multiplier = getattr(block, "residual_multiplier", 1.0)
     scale = float(multiplier) if isinstance(multiplier, int | float) else 1.0
     children = list(_children(block))
@@ -62,23 +61,23 @@ def find_parts(block: nn.Module) -> dict[str, Place]:
     if len(attention) == 1:
         path, module = attention[0]
         core = _attention_core(path, module)
-        parts["attn_input"] = Place(core, "input")
-        parts["attn_output"] = Place(attention_after or _attention_exit(path, module, core), "output", scale)
+        parts["attn_input"] = Part(core, "input")
+        parts["attn_output"] = Part(attention_after or _attention_exit(path, module, core), "output", scale)
         parts.update(_head_parts(block, path, core, attention_after, scale))
     mlp = _find_mlp(block, children)
     if mlp is not None:
         entry, leave = mlp
-        parts["mlp_input"] = Place(entry, "input")
-        parts["mlp_output"] = Place(mlp_after or leave, "output", scale)
+        parts["mlp_input"] = Part(entry, "input")
+        parts["mlp_output"] = Part(mlp_after or leave, "output", scale)
         neurons = _find_neurons(block, entry, leave)
         if neurons is not None:
-            parts["mlp_act"] = Place(neurons, "input")
+            parts["mlp_act"] = Part(neurons, "input")
     if len(attention) == 1 and mlp is not None:
         parts.update(_norm_parts(block, parts, attention[0][0]))
     routers = [path for path, module in block.named_modules() if path and _is_router(path, module)]
     routers = [path for path in routers if not any(path.startswith(other + ".") for other in routers)]
     if len(routers) == 1:
-        parts["router_logits"] = Place(routers[0], "output")
+        parts["router_logits"] = Part(routers[0], "output")
     return parts
 
 
@@ -110,7 +109,7 @@ def _is_attention(path: str, module: nn.Module) -> bool:
     name, kind = path.rpartition(".")[2], type(module).__name__
     if is_norm(name, module) or "drop" in name.lower() or _CROSS.search(name) or _CROSS.search(kind):
         return False
-    if not any(True for _ in module.children()) or not size_of(module):
+    if not any(True for _ in module.children()) or not has_weights(module):
         return False
     return bool(_ATTENTION.search(name) or _ATTENTION.search(kind))
 
@@ -129,7 +128,7 @@ def _attention_exit(path: str, module: nn.Module, core: str) -> str:
     names = list(dict(module.named_children()))
     for name in names[names.index(own) + 1 :]:
         child = module.get_submodule(name)
-        if size_of(child) and not is_norm(name, child):
+        if has_weights(child) and not is_norm(name, child):
             return _inner_exit(join(path, name), child)
     return core
 
@@ -138,7 +137,7 @@ def _inner_exit(path: str, module: nn.Module) -> str:
     """The module itself, or its last linear layer where the module adds the stream to that."""
     if not adds_stream(module):
         return path
-    linear = [name for name, child in module.named_modules() if name and _is_linear(child)]
+    linear = [name for name, child in module.named_modules() if name and is_linear(child)]
     return join(path, linear[-1]) if linear else path
 
 
@@ -146,7 +145,7 @@ def _find_mlp(block: nn.Module, children: list[tuple[str, nn.Module]]) -> tuple[
     rest = [
         (path, module)
         for path, module in children
-        if size_of(module)
+        if has_weights(module)
         and not is_norm(path.rpartition(".")[2], module)
         and not _is_attention(path, module)
         and not _CROSS.search(path.rpartition(".")[2] + type(module).__name__)
@@ -156,7 +155,7 @@ def _find_mlp(block: nn.Module, children: list[tuple[str, nn.Module]]) -> tuple[
     named = [(p, m) for p, m in named if any(True for _ in m.children())]
     if len(named) == 1:
         path, module = named[0]
-        inner = [(n, c) for n, c in module.named_children() if size_of(c)]
+        inner = [(n, c) for n, c in module.named_children() if has_weights(c)]
         weighted = [(n, c) for n, c in inner if not is_norm(n, c)]
         if len(weighted) < len(inner) and len(weighted) == 1:  # the norm is inside: T5
             path, module = join(path, weighted[0][0]), weighted[0][1]
@@ -191,39 +190,39 @@ def _is_scale(path: str, module: nn.Module) -> bool:
 def _is_router(path: str, module: nn.Module) -> bool:
     name = path.rpartition(".")[2]
     named = _ROUTER.search(name) or _ROUTER.search(type(module).__name__)
-    return bool(named) or (name == "gate" and size_of(module) > 0)
+    return bool(named) or (name == "gate" and has_weights(module))
 
 
-def _head_parts(block: nn.Module, path: str, core: str, after: str | None, scale: float) -> dict[str, Place]:
+def _head_parts(block: nn.Module, path: str, core: str, after: str | None, scale: float) -> dict[str, Part]:
     attention, inner = block.get_submodule(path), block.get_submodule(core)
-    parts: dict[str, Place] = {}
+    parts: dict[str, Part] = {}
     heads = find_heads(attention, inner)
     if heads is None:
         return parts
     groups = heads.count // heads.key_value
     for role, (name, view) in heads.slices.items():
-        parts[role] = Place(join(path, name), "output", 1.0, view, 1 if role == "q" else groups)
+        parts[role] = Part(join(path, name), "output", 1.0, view, 1 if role == "q" else groups)
     for kind, side in (("attn_scores", "scores"), ("attn_pattern", "pattern")):
-        parts[kind] = Place(core, side, 1.0, Pattern(heads.count))
+        parts[kind] = Part(core, side, 1.0, Pattern(heads.count))
     output = join(path, heads.output)
     whole = HeadSlice(1, heads.count, heads.dim, 0, heads.count)
-    parts["z"] = Place(output, "input", 1.0, whole)
+    parts["z"] = Part(output, "input", 1.0, whole)
     behind = block.get_submodule(after) if after else None
     norm = behind is not None and is_norm(after or "", behind)
     if not (norm and isinstance(behind, nn.LayerNorm)):  # a norm that centres leaves no share to a head
-        view = HeadOutput(block.get_submodule(output), heads.count, behind, norm)
-        parts["head_output"] = Place(output, "output", scale, view)
+        shares = HeadOutput(block.get_submodule(output), heads.count, behind, norm)
+        parts["head_output"] = Part(output, "output", scale, shares)
     return parts
 
 
-def _norm_parts(block: nn.Module, parts: dict[str, Place], attention: str) -> dict[str, Place]:
+def _norm_parts(block: nn.Module, parts: dict[str, Part], attention: str) -> dict[str, Part]:
     """The stream between attention and MLP, and the outputs of the norms in front of (or behind) the two.
 
     In a block that normalises first, the stream after attention is what the second norm receives, or the MLP itself
     where nothing normalises before it; in a block that normalises last, what the norm behind attention receives.
     A block that runs attention and MLP side by side has no such place.
     """
-    found: dict[str, Place] = {}
+    found: dict[str, Part] = {}
     branch = {name for name in _branch_ends(block) if name}
     norms = [(p, m) for p, m in block.named_modules() if p and is_norm(p.rpartition(".")[2], m)]
     norms = [(p, m) for p, m in norms if p not in branch and not _QK.search(p.rpartition(".")[2])]
@@ -235,16 +234,16 @@ def _norm_parts(block: nn.Module, parts: dict[str, Place], attention: str) -> di
     norms.sort(key=lambda entry: "input" not in entry[0].rpartition(".")[2])  # one family registers it last
     if _is_parallel(block) or (len(norms) < 2 and not branch):
         if norms and not branch:
-            found["attn_norm"] = Place(norms[0][0], "output")
+            found["attn_norm"] = Part(norms[0][0], "output")
         return found
     if not norms:
-        return {"residual_mid": Place(inner, "input", bypass=True)}
+        return {"residual_mid": Part(inner, "input", bypass=True)}
     if len(norms) < 2:
         return found
     first, second = norms[0][0], norms[-1][0]
-    found["attn_norm"], found["mlp_norm"] = Place(first, "output"), Place(second, "output")
+    found["attn_norm"], found["mlp_norm"] = Part(first, "output"), Part(second, "output")
     last = _normalises_last(block, first, second)
-    found["residual_mid"] = Place(first if last else second, "input", bypass=not last)
+    found["residual_mid"] = Part(first if last else second, "input", bypass=not last)
     return found
 
 
@@ -272,19 +271,19 @@ def _normalises_last(block: nn.Module, first: str, second: str) -> bool:
 def _find_neurons(block: nn.Module, entry: str, leave: str) -> str | None:
     """The MLP's last linear layer: its input are the neurons."""
     whole = block.get_submodule(leave)
-    if _is_linear(whole):
+    if is_linear(whole):
         return leave if entry != leave else None
     if any("expert" in name for name, _ in whole.named_modules()):
         return None
-    linear = [(name, m) for name, m in whole.named_modules() if name and _is_linear(m)]
+    linear = [(name, m) for name, m in whole.named_modules() if name and is_linear(m)]
     closing = [name for name, _ in linear if _DOWN.search(name.rpartition(".")[2])]
     ending = closing or ([linear[-1][0]] if len(linear) > 1 else [])
     return join(leave, ending[-1]) if ending else None
 
 
-def size_of(module: nn.Module) -> int:
-    """Number of parameters."""
-    return sum(p.numel() for p in module.parameters())
+def has_weights(module: nn.Module) -> bool:
+    """Whether a module has parameters."""
+    return any(p.numel() for p in module.parameters())
 
 
 def join(path: str, name: str) -> str:

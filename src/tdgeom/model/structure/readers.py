@@ -5,7 +5,7 @@ Every reader has a writer that puts another tensor in the same place and leaves 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -35,11 +35,9 @@ def locate(value: Any) -> tuple[Any, ...] | None:
 def read_output(args: tuple, kwargs: dict, output: Any) -> Tensor | None:
     """The first tensor of a module's output; never an item of a batch."""
     path = locate(output)
-    if path is None:
-        return None
-    for key in path:
+    for key in path or ():
         output = output[key]
-    return output
+    return None if path is None else output
 
 
 def write_output(args: tuple, kwargs: dict, output: Any, value: Tensor) -> Any:
@@ -76,14 +74,13 @@ def _replace(value: Any, path: tuple, new: Tensor) -> Any:
     if not path:
         return new
     inner = _replace(value[path[0]], path[1:], new)
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         copy = value.copy()
         copy[path[0]] = inner
         return copy
+    if isinstance(value, Mapping):
+        return {**value, path[0]: inner}
     items = [inner if i == path[0] else item for i, item in enumerate(value)]
     if isinstance(value, list):
         return items
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-
-
-Reader = Callable[[tuple, dict, Any], "Tensor | None"]

@@ -25,7 +25,7 @@ from tdgeom.model.sites import (
 )
 from tdgeom.model.structure import readers
 from tdgeom.model.structure.blocks import Stack, find_final_norm, find_stacks
-from tdgeom.model.structure.parts import Place, find_parts
+from tdgeom.model.structure.parts import Part, find_parts
 from tdgeom.model.structure.views import HeadOutput, View, take_heads
 
 # Which of the two outputs in a block the residual stream receives: what else transforms them is worth an
@@ -84,7 +84,7 @@ class ResolvedSite:
     def raw(self, args: tuple, kwargs: dict, output: object = None) -> Tensor | None:
         """The module's own tensor that holds the site, before scale and heads."""
         if self.in_softmax:
-            return output  # type: ignore[return-value]
+            return output if isinstance(output, Tensor) else None
         reader = readers.read_input if self.side == "input" else readers.read_output
         return reader(args, kwargs, output)
 
@@ -106,8 +106,8 @@ class ResolvedSite:
     def write(self, args: tuple, kwargs: dict, output: object, value: Tensor) -> object:
         """What the hook returns to put ``value`` at the site: ``(args, kwargs)`` or an output."""
         value = value if self.scale == 1.0 else value / self.scale
-        if self.view is not None:
-            raw = self.raw(args, kwargs, output)
+        raw = self.raw(args, kwargs, output)
+        if self.view is not None and raw is not None:
             if self.heads is not None:
                 whole = self.view.read(raw, args, kwargs)
                 index = torch.tensor(self.heads, device=value.device)
@@ -186,14 +186,14 @@ def _stack_sites(model: nn.Module, stack: Stack) -> list[ResolvedSite]:
     entries = [
         ResolvedSite(Site.of("embed", stack=stack.name), first.path, "input", 1.0, 0, first.calls, first.path)
     ]
-    known: dict[int, dict[str, Place]] = {}
+    known: dict[int, dict[str, Part]] = {}
     for layer, block in enumerate(stack.blocks):
         if id(block.module) not in known:
             known[id(block.module)] = find_parts(block.module)
         parts = {
-            "residual_input": Place("", "input"),
+            "residual_input": Part("", "input"),
             **known[id(block.module)],
-            "residual_output": Place("", "output"),
+            "residual_output": Part("", "output"),
         }
         for kind in BLOCK_KINDS:
             if kind not in parts:
@@ -265,7 +265,7 @@ def _select_in(stack: Stack, found: list[ResolvedSite], site: Site, layers: Laye
     where = f"the stack {stack.name!r}" if stack.name else f"the stack at {stack.path or 'the root'!r}"
     asked = layers if site.layer is None else site.layer
     chosen = select_layers(asked, len(stack.blocks), where)
-    by_layer = {entry.site.layer: entry for entry in own}
+    by_layer = {entry.site.layer: entry for entry in own if entry.site.layer is not None}
     missing = [layer for layer in chosen if layer not in by_layer]
     # "all" means all layers that have one: hybrid models mix blocks with and without attention
     explicit = site.layer is not None or not isinstance(asked, str) or asked != "all"

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tdgeom.core.ambient import steady
 from tdgeom.model.structure.readers import read_input
 
 
+class View:
+    """How the tensor of a site lies in the module's own; ``write(value, read(value))`` changes nothing."""
+
+    heads: int
+
+    def read(self, value: Tensor, args: tuple = (), kwargs: dict | None = None) -> Tensor:
+        """The site's tensor, from the module's and what the module was called with."""
+        raise NotImplementedError
+
+    def write(self, value: Tensor, new: Tensor) -> Tensor:
+        """The module's tensor with the site's replaced."""
+        raise NotImplementedError
+
+    def gradient(self, value: Tensor) -> Tensor:
+        """The gradient of the site's tensor, from the gradient of the module's."""
+        return self.read(value)
+
+
 @dataclass(frozen=True)
-class HeadSlice:
+class HeadSlice(View):
     """Heads inside the features of a (fused) projection, (..., F) <-> (..., H, Dh), without a copy where possible.
 
     The F features are ``groups`` x ``width`` heads of ``dim`` each; of every group the heads ``start:stop`` are
@@ -25,11 +45,10 @@ class HeadSlice:
     dim: int
     start: int
     stop: int
+    heads: int = field(init=False)
 
-    @property
-    def heads(self) -> int:
-        """How many heads there are."""
-        return self.groups * (self.stop - self.start)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "heads", self.groups * (self.stop - self.start))
 
     def read(self, value: Tensor, args: tuple = (), kwargs: dict | None = None) -> Tensor:
         """(..., F) -> (..., H, Dh)."""
@@ -44,13 +63,9 @@ class HeadSlice:
         parts = new.unflatten(-2, (self.groups, self.stop - self.start))
         return torch.cat([split[..., : self.start, :], parts, split[..., self.stop :, :]], -2).flatten(-3)
 
-    def gradient(self, value: Tensor) -> Tensor:
-        """The gradient of the heads from the gradient of the features."""
-        return self.read(value)
-
 
 @dataclass(frozen=True, eq=False)
-class HeadOutput:
+class HeadOutput(View):
     """Each head's share of the output projection, (..., T, H, D): ``z_h W_h``, the bias left out.
 
     A learned scale behind the projection is applied to every share. A norm behind it is taken at the statistics of
@@ -62,17 +77,20 @@ class HeadOutput:
     behind: nn.Module | None = None
     is_norm: bool = False
 
-    def read(self, value: Tensor, args: tuple, kwargs: dict | None = None) -> Tensor:
-        """The shares, from the projection's output and arguments."""
-        edited = getattr(value, "_head_output", None)
+    def read(self, value: Tensor, args: tuple = (), kwargs: dict | None = None) -> Tensor:
+        """The shares, from the projection's output and arguments, in at least the precision of its weights."""
+        edited = vars(value).get("_head_output")
         if edited is not None:  # an edit has replaced them: the projection's input no longer tells
             return edited
         z = read_input(args, kwargs or {})
-        weight = weight_of(self.projection)  # (out, in)
-        shares = torch.einsum("...hd,ohd->...ho", z.unflatten(-1, (self.heads, -1)), self._split(weight))
-        if self.behind is None:
-            return shares
-        return self._norm(value, shares) if self.is_norm else self.behind.forward(shares)
+        if z is None:
+            raise ValueError(f"{type(self.projection).__name__} expected a tensor, was called with {args}.")
+        with steady(value.device):
+            weight = weight_of(self.projection).unflatten(-1, (self.heads, -1))  # (out, heads, in)
+            shares = torch.einsum("...hd,ohd->...ho", z.unflatten(-1, (self.heads, -1)).to(weight.dtype), weight)
+            if self.behind is not None:
+                shares = _normed(self.behind, value, shares) if self.is_norm else self.behind.forward(shares)
+        return shares.to(value.dtype)
 
     def write(self, value: Tensor, new: Tensor) -> Tensor:
         """The projection's output with the shares replaced; what is not a share (the bias) stays.
@@ -83,30 +101,27 @@ class HeadOutput:
         if self.behind is not None:
             total = value.view_as(value)
         else:
-            total = new.sum(-2) if bias is None else new.sum(-2) + bias
-        total._head_output = new  # a later reader of the same call sees the edited shares
+            total = new.sum(-2) if bias is None else (new.sum(-2) + bias).to(new.dtype)
+        vars(total)["_head_output"] = new  # a later reader of the same call sees the edited shares
         return total
 
     def gradient(self, value: Tensor) -> Tensor:
         """Every share enters the sum alike: the same gradient for every head, that of the sum (behind a norm or scale)."""
         return value.unsqueeze(-2).expand(*value.shape[:-1], self.heads, value.shape[-1])
 
-    def _split(self, weight: Tensor) -> Tensor:
-        return weight.unflatten(-1, (self.heads, -1))
 
-    def _norm(self, total: Tensor, shares: Tensor) -> Tensor:
-        # RMSNorm is x * gain / rms(x); a vector of ones gives the gain, however the weight is stored. Its forward is
-        # called without the hooks around it: this is no call of the model
-        norm = self.behind
-        eps = next((getattr(norm, n) for n in ("eps", "variance_epsilon") if hasattr(norm, n)), 1e-6)
-        ones = torch.ones(total.shape[-1], dtype=torch.float64, device=total.device)
-        gain = norm.forward(ones.to(total.dtype)).double() * (1.0 + eps) ** 0.5
-        rms = (total.double().square().mean(-1, keepdim=True) + eps).rsqrt()
-        return (shares.double() * (rms * gain).unsqueeze(-2)).to(shares.dtype)
+def _normed(norm: nn.Module, total: Tensor, shares: Tensor) -> Tensor:
+    # RMSNorm is x * gain / rms(x); a vector of ones gives the gain, however the weight is stored. Its forward is
+    # called without the hooks around it: this is no call of the model
+    eps = next((getattr(norm, n) for n in ("eps", "variance_epsilon") if hasattr(norm, n)), 1e-6)
+    ones = torch.ones(total.shape[-1], dtype=total.dtype, device=total.device)
+    gain = norm.forward(ones).double() * (1.0 + eps) ** 0.5
+    rms = (total.double().square().mean(-1, keepdim=True) + eps).rsqrt()
+    return shares.double() * (rms * gain).unsqueeze(-2)
 
 
 @dataclass(frozen=True)
-class Pattern:
+class Pattern(View):
     """Attention scores or patterns, (B, H, Tq, Tk): the tensor itself."""
 
     heads: int
@@ -119,13 +134,6 @@ class Pattern:
         """The new tensor."""
         return new
 
-    def gradient(self, value: Tensor) -> Tensor:
-        """The gradient."""
-        return value
-
-
-View = HeadSlice | HeadOutput | Pattern
-
 
 def take_heads(value: Tensor, heads: Sequence[int] | None, axis: int) -> Tensor:
     """The heads asked for, along ``axis``; ``None`` means all."""
@@ -136,7 +144,7 @@ def take_heads(value: Tensor, heads: Sequence[int] | None, axis: int) -> Tensor:
 
 def weight_of(projection: nn.Module) -> Tensor:
     """A linear layer's weight as (out, in); ``Conv1D`` stores it the other way around."""
-    weight = projection.weight
+    weight: Any = projection.weight
     return weight.T if hasattr(projection, "nf") else weight
 
 
