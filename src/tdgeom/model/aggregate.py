@@ -96,7 +96,7 @@ class _PerSite(Stage):
             told.get(side + "attention_mask"),
             input_ids=told.get(side + "input_ids"),
             special=None if side else told.get("special_tokens_mask"),
-            owner=type(self).__name__,
+            owner=self,
         )
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import dispatch, set_skip_existing
-from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from tdgeom.core.keys import Key, key_tuple
 from tdgeom.model.calls.bound_model import eval_mode, may_stop
 from tdgeom.model.calls.hooking_context import HookingContext
-from tdgeom.model.calls.model_inputs import bound_tensors, ids_beyond_vocabulary, needs_decoder_ids
+from tdgeom.model.calls.model_inputs import InKeys, bound_tensors, ids_beyond_vocabulary, needs_decoder_ids
 from tdgeom.model.calls.reading import Pass, Reading, StopForward, read_named_outputs
 from tdgeom.model.calls.recorded_calls import LastRecord, held_elsewhere, write_entries
 from tdgeom.model.gradients import await_gradients, differentiable, replace_by_gradients
@@ -68,6 +68,7 @@ class Capture(HookingContext):
     each time. Raises an error that says what was expected, what came and the remedy for unknown kinds, layers out of
     range, paths that match nothing, compiled models, and sites that never fire or fire more often than they should.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     >>> capture = Capture(model, "residual_output", in_keys=["x"])
     >>> td = capture(TensorDict({"x": torch.ones(3, 4)}))
@@ -98,8 +99,8 @@ class Capture(HookingContext):
         keep_graph: bool = False,
         clone: bool = False,
         withhold: Sequence[str] = (),
-        in_keys: Sequence[NestedKey] | Mapping[str, NestedKey] | None = None,
-        out_keys: NestedKey | Sequence[NestedKey] | None = None,
+        in_keys: InKeys | None = None,
+        out_keys: Key | list[Key] | None = None,
     ) -> None:
         if direction not in ("forward", "backward"):
             raise ValueError(f"direction= expects 'forward' or 'backward', got {direction!r}.")
@@ -119,19 +120,19 @@ class Capture(HookingContext):
         self._calls_open: list[TensorDictBase] | None = None
         self._last = LastRecord()
         self.sites = [entry.site for entry in self._bound.sites]
-        root: NestedKey = "acts" if direction == "forward" else "grads"
+        root: Key = "acts" if direction == "forward" else "grads"
         self._leaves = self._name_leaves(root if out_keys is None else out_keys)
-        self.out_keys = list(self._leaves)
+        self.out_keys: list[Any] = list(self._leaves)
 
     def resolve(self, model: nn.Module) -> list[ResolvedSite]:
         """The sites asked for, in a model."""
         return resolve_sites(model, **self._asked)
 
-    def _name_leaves(self, out_keys: NestedKey | Sequence[NestedKey]) -> list[NestedKey]:
+    def _name_leaves(self, out_keys: Key | list[Key]) -> list[Key]:
         outputs = [self.prefix + name for name in self.model_outputs]
-        if not isinstance(out_keys, list):
-            root = (out_keys,) if isinstance(out_keys, str) else tuple(out_keys)
-            return [(*root, *self._parts(site)) for site in self.sites] + outputs
+        if isinstance(out_keys, str | tuple):
+            root = key_tuple(out_keys)
+            return [*((*root, *self._parts(site)) for site in self.sites), *outputs]
         if len(out_keys) != len(self.sites) + len(outputs):
             raise ValueError(
                 f"out_keys= expected {len(self.sites) + len(outputs)} keys, for "
@@ -236,11 +237,11 @@ class Capture(HookingContext):
             callback=self.callback,
         )
 
-    def _fill_cache(self, values: dict[NestedKey, Tensor]) -> None:
+    def _fill_cache(self, values: dict[Key, Tensor]) -> None:
         if self.cache is not None:
             write_entries(self.cache, values, "Capture")
 
-    def _values(self, done: Pass, output: Any) -> dict[NestedKey, Tensor]:
+    def _values(self, done: Pass, output: Any) -> dict[Key, Tensor]:
         values = {key: done.acts[s] for key, s in zip(self._leaves, self.sites) if s in done.acts}
         named = read_named_outputs(output, self.model_outputs) if self.model_outputs else {}
         for key, value in zip(self._leaves[len(self.sites) :], named.values()):

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from tdgeom.core.keys import Key
 from tdgeom.model.calls.reading import Pass
 from tdgeom.model.sites import Site
 from tdgeom.model.structure.resolve import ResolvedSite
@@ -49,7 +49,7 @@ def replace_by_gradients(done: Pass, sites: Iterable[ResolvedSite], scalar: Any)
 def await_gradients(
     done: Pass,
     sites: Iterable[ResolvedSite],
-    leaves: Mapping[Site, NestedKey],
+    leaves: Mapping[Site, Key],
     td: TensorDictBase,
     *,
     clone: bool,

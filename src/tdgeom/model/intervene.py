@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import dispatch, set_skip_existing
-from tensordict.utils import NestedKey
 from torch import nn
 
+from tdgeom.core.keys import Key
 from tdgeom.model.calls.bound_model import Bound, eval_mode
 from tdgeom.model.calls.hooking_context import HookingContext
 from tdgeom.model.calls.model_inputs import InKeys
@@ -70,7 +70,7 @@ class Intervene(HookingContext):
         keep_graph: bool = False,
         withhold: Sequence[str] = (),
         in_keys: InKeys | None = None,
-        out_keys: Sequence[NestedKey] | None = None,
+        out_keys: Sequence[Key] | None = None,
     ) -> None:
         if not isinstance(edits, Mapping) or not edits:
             raise ValueError(f"Intervene expects a mapping from sites to edits, got {edits!r}.")
@@ -88,7 +88,7 @@ class Intervene(HookingContext):
         self.sites = list(dict.fromkeys(entry.site for entry in self._bound.sites))
         given = [wanted for *_, wanted in self._wanted() if isinstance(wanted, str | tuple)]
         self._name_inputs(given, [_SPECIAL])
-        self.out_keys = list(self.model_outputs if out_keys is None else out_keys)
+        self.out_keys: list[Any] = list(self.model_outputs if out_keys is None else out_keys)
         if len(self.out_keys) != len(self.model_outputs):
             raise ValueError(f"out_keys= expected {len(self.model_outputs)} keys, got {len(self.out_keys)}.")
 
@@ -122,6 +122,7 @@ class Intervene(HookingContext):
     def _run_others(self, tensordict: TensorDictBase | None) -> None:
         """Run the model on the inputs that edits ask for, once each, and hand the activations over."""
         groups: dict[Any, tuple[TensorDictBase, list]] = {}
+        group: Any
         for edit, name, site, wanted in self._wanted():
             if isinstance(wanted, str | tuple):
                 if tensordict is None:

@@ -172,22 +172,25 @@ def selected_tokens(
     *,
     input_ids: Tensor | None = None,
     special: Tensor | None = None,
-    owner: str,
+    owner: object,
 ) -> Tensor:
     """(B, T), true at the positions meant in an activation (B, T, ...), the last T of the S that ``mask`` (B, S) tells.
 
-    >>> selected_tokens(torch.zeros(1, 1, 4), "last-1", torch.tensor([[1, 1]]), owner="a step")
+    ``owner`` is who asks: errors begin with its class.
+
+    >>> selected_tokens(torch.zeros(1, 1, 4), "last-1", torch.tensor([[1, 1]]), owner=None)
     tensor([[False]])
     """
+    who = type(owner).__name__
     if value.ndim < 3:
         raise ValueError(
-            f"{owner}: positions={positions!r} needs an activation (B, T, ...), got {tuple(value.shape)}: this site has no "
+            f"{who}: positions={positions!r} needs an activation (B, T, ...), got {tuple(value.shape)}: this site has no "
             "positions. Remedy: positions='all'."
         )
     whole = attended_tokens(mask, value)
     if whole.ndim != 2 or whole.shape[0] != value.shape[0] or whole.shape[1] < value.shape[1]:
         raise ValueError(
-            f"{owner}: positions={positions!r} needs an attention mask (B, S) for the activation {tuple(value.shape)}, got "
+            f"{who}: positions={positions!r} needs an attention mask (B, S) for the activation {tuple(value.shape)}, got "
             f"{tuple(whole.shape)}. Remedy: call the model with its (B, S) padding mask."
         )
     if isinstance(positions, Tensor) and value.shape[1] < whole.shape[1] > positions.shape[1]:

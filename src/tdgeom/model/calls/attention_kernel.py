@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 # what a watcher gets: the side ("scores" or "pattern") and the tensor; it returns the tensor to go on with
 Watcher = Callable[[str, Tensor], Tensor]
 _SOFTMAX = {functional.softmax, torch.softmax, Tensor.softmax}
-_WATCHED: WeakKeyDictionary[nn.Module, list[Watcher]] = WeakKeyDictionary()
+_WATCHED: WeakKeyDictionary[nn.Module, tuple[list[Watcher], Any]] = WeakKeyDictionary()
 _CUTTERS: WeakKeyDictionary[nn.Module, list[ref]] = WeakKeyDictionary()
 
 
@@ -64,7 +64,7 @@ def padding_cutters(model: nn.Module) -> list[nn.Module]:
 @contextmanager
 def whole_batches(model: nn.Module) -> Iterator[None]:
     """Inside, batches stay (B, T, D): layers with hooks have no fast path, and the slow one takes no nested tensors."""
-    changed = [module for module in padding_cutters(model) if module.use_nested_tensor]
+    changed: list[Any] = [module for module in padding_cutters(model) if module.use_nested_tensor]
     try:
         for module in changed:
             module.use_nested_tensor = False
@@ -81,27 +81,27 @@ def watch_softmax(module: nn.Module, watcher: Watcher, heads: int | None = None)
     Watchers of one module see scores and patterns in the order in which they came, as (B, H, Tq, Tk) also where the module
     has (B * H, Tq, Tk), of ``heads`` heads.
     """
-    watchers = _WATCHED.setdefault(module, [])
-    watchers.append(watcher)
-    if len(watchers) == 1:
-        own = module.__dict__.get("forward")  # other libraries (offloading) put their forward there too
-        forward = module.forward
+    if module not in _WATCHED:
+        # other libraries (offloading) put their forward there too
+        _WATCHED[module] = [], module.__dict__.get("forward")
+        forward, seen = module.forward, _WATCHED[module][0]
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            with _Softmax(watchers, heads):
+            with _Softmax(seen, heads):
                 return forward(*args, **kwargs)
 
-        watched._own = own
         module.forward = watched
+    watchers, own = _WATCHED[module]
+    watchers.append(watcher)
     try:
         yield
     finally:
         watchers.remove(watcher)
         if not watchers:
-            _WATCHED.pop(module, None)
-            watched = module.__dict__.pop("forward", None)
-            if getattr(watched, "_own", None) is not None:
-                module.forward = watched._own
+            del _WATCHED[module]
+            module.__dict__.pop("forward", None)
+            if own is not None:
+                module.forward = own
 
 
 class _Softmax(TorchFunctionMode):

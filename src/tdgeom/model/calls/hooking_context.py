@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from tdgeom.core.keys import Key
 from tdgeom.core.settings import Configured
 from tdgeom.model.calls.bound_model import Bound, refuse_compiled
 from tdgeom.model.calls.model_inputs import InKeys, ModelInputs
@@ -45,11 +45,12 @@ class HookingContext(Configured, TensorDictModuleBase):
         self._take(self._bind(model))
         self._name_inputs()
 
-    def _name_inputs(self, demanded: Sequence[NestedKey] = (), optional: Sequence[NestedKey] = ()) -> None:
+    def _name_inputs(self, demanded: Sequence[Key] = (), optional: Sequence[Key] = ()) -> None:
         """``in_keys``: the model's own inputs and further ones, those that must be there first."""
         inputs = self._bound.inputs
-        self.optional_in_keys: list[NestedKey] = list(dict.fromkeys([*inputs.optional_keys, *optional]))
-        self.in_keys = [*inputs.demanded.values(), *demanded, *self.optional_in_keys]
+        self.optional_in_keys: list[Key] = list(dict.fromkeys([*inputs.optional_keys, *optional]))
+        keys: list[Any] = [*inputs.demanded.values(), *demanded, *self.optional_in_keys]
+        self.in_keys = keys
 
     def resolve(self, model: nn.Module) -> list[ResolvedSite]:
         """The sites that are meant, in a model."""
@@ -61,7 +62,7 @@ class HookingContext(Configured, TensorDictModuleBase):
         refuse_compiled(model, ())
         entries = self.resolve(model)
         check_structure(model, entries)
-        inputs = ModelInputs(model, type(self).__name__, self._asked_in_keys, self.withhold)
+        inputs = ModelInputs(model, self, self._asked_in_keys, self.withhold)
         return Bound(model, entries, inputs)
 
     def bind(self, model: nn.Module) -> Any:

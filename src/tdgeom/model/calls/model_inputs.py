@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.utils import NestedKey
 from torch import Tensor, nn
+
+from tdgeom.core.keys import Key
 
 # Row identities that pipelines carry beside a batch; a model never gets them.
 CARRIED = ("sequence_id", "document_id", "row_id", "sample_row_id")
 _TARGETS = ("label", "label_ids", "start_positions", "end_positions")
 _NO_TENSORS = {"class", "bool", "int", "float", "str", "None", "NoneType", "Optional", "Union"}
 
-InKeys = Sequence[NestedKey] | Mapping[str, NestedKey]
+InKeys = Sequence[Key] | Mapping[str, Key]
 
 
 @dataclass(frozen=True)
@@ -73,27 +74,27 @@ class ModelInputs:
     def __init__(
         self,
         model: nn.Module,
-        owner: str,
+        owner: object,
         in_keys: InKeys | None = None,
         withhold: Iterable[str] = (),
     ) -> None:
-        self.owner, self.signature = owner, read_signature(model)
+        self.owner, self.signature = type(owner).__name__, read_signature(model)
         self.number_positions = not numbers_from_padding(model)
         self.demanded = self._demanded(model, in_keys)
         apart = {*CARRIED, *withhold, *self.demanded, *self.demanded.values()}
         names = [name for name in self.signature.tensors if name not in apart and not is_target(name)]
-        self.optional: dict[str, NestedKey] = {name: name for name in names}
+        self.optional: dict[str, Key] = {name: name for name in names}
         # a decoder's ids are made from the labels where they are missing
         self.from_labels = "decoder_input_ids" in self.optional and hasattr(
             model, "prepare_decoder_input_ids_from_labels"
         )
 
     @property
-    def optional_keys(self) -> list[NestedKey]:
+    def optional_keys(self) -> list[Key]:
         """Every key that is read where it is present."""
         return [*self.optional.values(), *(["labels"] if self.from_labels else [])]
 
-    def _demanded(self, model: nn.Module, in_keys: InKeys | None) -> dict[str, NestedKey]:
+    def _demanded(self, model: nn.Module, in_keys: InKeys | None) -> dict[str, Key]:
         signature, main = self.signature, getattr(model, "main_input_name", None)
         default = signature.required or signature.names[:1]
         if isinstance(main, str) and (main in signature.names or not signature.names):
@@ -107,10 +108,8 @@ class ModelInputs:
             return {name: name for name in default}
         if isinstance(in_keys, Mapping):
             return dict(in_keys)
-        keys: list[NestedKey] = [in_keys] if isinstance(in_keys, str | tuple) else list(in_keys)
-        result: dict[str, NestedKey] = {
-            key: key for key in keys if isinstance(key, str) and key in signature.names
-        }
+        keys: list[Key] = [in_keys] if isinstance(in_keys, str | tuple) else list(in_keys)
+        result: dict[str, Key] = {key: key for key in keys if isinstance(key, str) and key in signature.names}
         free = iter([n for n in (*default, *signature.names) if n not in result])
         for key in keys:
             if key not in result.values():

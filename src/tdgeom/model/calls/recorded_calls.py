@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.utils import NestedKey
 from torch import Tensor
+
+from tdgeom.core.keys import Key
 
 __all__ = ["LastRecord", "held_elsewhere", "write_entries"]
 
 
-def write_entries(tensordict: TensorDictBase, values: Mapping[NestedKey, Tensor], owner: str) -> None:
+def write_entries(tensordict: TensorDictBase, values: Mapping[Key, Tensor], owner: str) -> None:
     """Set every value, or none and an error where the batch size does not fit."""
     size = tensordict.batch_size
     for key, value in values.items() if size else ():
@@ -23,18 +24,21 @@ def write_entries(tensordict: TensorDictBase, values: Mapping[NestedKey, Tensor]
                 f"size {list(size)}. Remedy: give {owner} a TensorDict with batch_size [] (td.batch_size = [])."
             )
     # a new root is set whole: that costs a third of setting leaf by leaf
-    fresh: dict[NestedKey, dict[NestedKey, Tensor]] = {}
+    fresh: dict[str, dict[str, Tensor]] = {}
     for key, value in values.items():
-        root = None if isinstance(key, str) or len(key) != 2 else key[0]
-        if root is not None and (root in fresh or root not in tensordict.keys()):
-            fresh.setdefault(root, {})[key[1]] = value
+        if (
+            not isinstance(key, str)
+            and len(key) == 2
+            and (key[0] in fresh or key[0] not in tensordict.keys())
+        ):
+            fresh.setdefault(key[0], {})[key[1]] = value
         elif key != "_":
             tensordict.set(key, value)
     for root, leaves in fresh.items():
         tensordict.set(root, TensorDict(leaves, batch_size=size))
 
 
-def held_elsewhere(values: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
+def held_elsewhere(values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
     """Those whose memory is held by more than these tensors: by a static buffer of the model, a view, a graph.
 
     >>> buffer = torch.zeros(3)
@@ -61,17 +65,17 @@ class LastRecord:
     def __init__(self) -> None:
         self.reuses = False
         self._record: weakref.ref[TensorDictBase] | None = None
-        self._keys: list[NestedKey] = []
+        self._keys: list[Key] = []
         self._copied: list[Tensor] = []
 
-    def own(self, values: dict[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
+    def own(self, values: dict[Key, Tensor]) -> dict[Key, Tensor]:
         """What the call that has just ended may record."""
         before = {value.untyped_storage().data_ptr() for value in self._copied}
         self._copied = []
         self.reuses = self.reuses or any(v.untyped_storage().data_ptr() in before for v in values.values())
         return {key: value.clone() for key, value in values.items()} if self.reuses else values
 
-    def keep(self, record: TensorDictBase, keys: Iterable[NestedKey]) -> None:
+    def keep(self, record: TensorDictBase, keys: Iterable[Key]) -> None:
         """Note the record that the next call must not change."""
         self._record, self._keys = weakref.ref(record), list(keys)
 

@@ -46,8 +46,8 @@ class Edit(Stage):
 
     reads = ["activation", "attention_mask", "input_ids", "special_tokens_mask", "site", "groups"]
     writes = ["activation"]
-    optional = frozenset(reads[1:])
-    shared = frozenset(reads[1:4])
+    optional = frozenset({"attention_mask", "input_ids", "special_tokens_mask", "site", "groups"})
+    shared = frozenset({"attention_mask", "input_ids", "special_tokens_mask"})
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Edit(Stage):
         """The activation with its new values where they are wanted."""
         call = EditCall(site, groups or 1, mask, ids, special)
         if not (isinstance(self.positions, str) and self.positions == "all"):
-            keep = call.select(value, self.positions, type(self).__name__)
+            keep = call.select(value, self.positions, self)
             call = dataclasses.replace(call, keep=keep)
         new = self.replace(value, call)
         if new.shape != value.shape:

@@ -49,7 +49,7 @@ class EditCall:
         whole = self.attended(value)
         return (whole.cumsum(1) - 1)[:, whole.shape[1] - value.shape[1] :]
 
-    def select(self, value: Tensor, positions: Positions, owner: str) -> Tensor:
+    def select(self, value: Tensor, positions: Positions, owner: object) -> Tensor:
         """(B, T), true at positions of an activation."""
         return selected_tokens(
             value, positions, self.mask, input_ids=self.input_ids, special=self.special, owner=owner

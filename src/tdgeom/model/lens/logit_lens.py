@@ -1,4 +1,4 @@
-"""Logit lens and tuned lens: what the model would say if it ended at a layer."""
+"""The logit lens: what the model would say if it ended at a layer."""
 
 from __future__ import annotations
 
@@ -87,7 +87,53 @@ def _direction(logits: Tensor, name: str, directions: Directions) -> Tensor:
     return torch.stack(columns, -1)
 
 
-class LogitLens(Stage):
+class Lens(Stage):
+    """What a logit lens and a tuned lens share: a model's tail, and the measures of what it says."""
+
+    shared = frozenset({"logits"})
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Key],
+        *,
+        outputs: Sequence[str] = DEFAULT,
+        top: int = 10,
+        directions: Directions = (),
+        chunk: int = 2048,
+        example: Mapping[str, Tensor] | None = None,
+        in_keys: Key | list[Key] | None = None,
+        out_keys: Key | list[Key] | None = None,
+    ) -> None:
+        self.outputs = check_outputs(outputs)
+        super().__init__(
+            in_keys=in_keys,
+            out_keys=out_keys,
+            reads=[*(("acts", *site) for site in sites), *(["logits"] if "kl" in self.outputs else [])],
+            writes=[("lens", *site, name) for site in sites for name in self.outputs],
+        )
+        self.top, self.chunk, self.directions = top, chunk, directions
+        self._tail = Tail(model, example)
+
+    def read_out(self, acts: Tensor, final: Tensor | None, *, apply_norm: bool = True) -> list[Tensor]:
+        """The measures of activations (..., D), in chunks of rows, so that logits of all rows never exist at once."""
+        self._tail.require(self)
+        told: dict[str, Any] = {"outputs": self.outputs, "top": self.top, "directions": self.directions}
+        if not self._tail.per_token:
+            whole = lens_measures(self._tail(acts, apply_norm=apply_norm), final=final, **told)
+            return [whole[name] for name in self.outputs]
+        rows = acts.reshape(-1, acts.shape[-1])
+        finals = None if final is None else final.reshape(-1, final.shape[-1])
+        parts = []
+        for start in range(0, max(len(rows), 1), self.chunk):
+            here = slice(start, start + self.chunk)
+            logits = self._tail(rows[here], apply_norm=apply_norm, chunk=self.chunk)
+            parts.append(lens_measures(logits, final=None if finals is None else finals[here], **told))
+        joined = [torch.cat([part[name] for part in parts]) for name in self.outputs]
+        return [value.reshape(*acts.shape[:-1], *value.shape[1:]) for value in joined]
+
+
+class LogitLens(Lens):
     """Activations read out as the model reads its last layer (nostalgebraist 2020).
 
     Everything the model runs after its last block is run by the model itself on the activation: the final norm at *this*
@@ -110,70 +156,14 @@ class LogitLens(Stage):
     Raises ``ValueError`` for models without blocks or logits and activations of another width.
     """
 
-    shared = frozenset({"logits"})
+    def __init__(self, model: nn.Module, *, apply_norm: bool = True, **settings: Any) -> None:
+        super().__init__(model, [()], **settings)
+        self.apply_norm = apply_norm
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        outputs: Sequence[str] = DEFAULT,
-        apply_norm: bool = True,
-        top: int = 10,
-        directions: Directions = (),
-        chunk: int = 2048,
-        example: Mapping[str, Tensor] | None = None,
-        in_keys: Key | list[Key] | None = None,
-        out_keys: Key | list[Key] | None = None,
-    ) -> None:
-        outputs = check_outputs(outputs)
-        super().__init__(
-            in_keys=in_keys,
-            out_keys=out_keys,
-            reads=["acts", "logits"] if "kl" in outputs else ["acts"],
-            writes=[("lens", name) for name in outputs],
-        )
-        self.outputs, self.apply_norm, self.top, self.chunk = outputs, apply_norm, top, chunk
-        self.directions = directions
-        self._tail = Tail(model, example)
-
-    def compute(self, acts: Tensor, final: Tensor | None = None) -> Mapping[str, Tensor]:
+    @torch.no_grad()
+    def compute(self, acts: Tensor, final: Tensor | None = None) -> Sequence[Tensor]:
         """The lens' measures of (..., D)."""
-        with torch.no_grad():
-            return read_out(
-                self._tail,
-                acts,
-                final,
-                self.outputs,
-                apply_norm=self.apply_norm,
-                top=self.top,
-                directions=self.directions,
-                chunk=self.chunk,
-            )
-
-
-def read_out(
-    tail: Tail,
-    acts: Tensor,
-    final: Tensor | None,
-    outputs: Sequence[str],
-    *,
-    apply_norm: bool,
-    chunk: int,
-    **settings: Any,
-) -> dict[str, Tensor]:
-    """:func:`lens_measures` of activations, in chunks of rows, so that logits of all rows never exist at once."""
-    tail.require()
-    if not tail.per_token:
-        return lens_measures(tail(acts, apply_norm=apply_norm), outputs, final=final, **settings)
-    rows = acts.reshape(-1, acts.shape[-1])
-    finals = None if final is None else final.reshape(-1, final.shape[-1])
-    parts = []
-    for start in range(0, max(len(rows), 1), chunk):
-        logits = tail(rows[start : start + chunk], apply_norm=apply_norm, chunk=chunk)
-        own = None if finals is None else finals[start : start + chunk]
-        parts.append(lens_measures(logits, outputs, final=own, **settings))
-    whole = {name: torch.cat([part[name] for part in parts]) for name in outputs}
-    return {name: value.reshape(*acts.shape[:-1], *value.shape[1:]) for name, value in whole.items()}
+        return self.read_out(acts, final, apply_norm=self.apply_norm)
 
 
 def check_outputs(outputs: Sequence[str]) -> tuple[str, ...]:
@@ -204,13 +194,12 @@ def logit_lens(
             f"logit_lens expects the model's inputs by name, such as {{'input_ids': ids}}, got {type(inputs).__name__}."
         )
     batch = inputs if isinstance(inputs, TensorDictBase) else TensorDict(dict(inputs), batch_size=[])
-    outputs = check_outputs(outputs)
     lens = LogitLens(model, outputs=outputs, **settings)
     capture = Capture(model, sites, layers=layers, model_outputs="logits")
     td = capture(batch.copy())
     result = TensorDict({}, batch_size=[])
     for site in capture.sites:
-        values = lens.compute(td["acts", site], td["logits"] if "kl" in outputs else None)
-        for name in outputs:
-            result.set(("lens", str(site), name), values[name])
+        values = lens.compute(td["acts", site], td["logits"] if "kl" in lens.outputs else None)
+        for name, value in zip(lens.outputs, values):
+            result.set(("lens", str(site), name), value)
     return result

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tdgeom.model.calls.bound_model import eval_mode, refuse_compiled
+from tdgeom.core.ambient import steady
+from tdgeom.model.calls.bound_model import HeldModel, eval_mode, refuse_compiled
 from tdgeom.model.calls.model_inputs import made_up_inputs, read_signature
 from tdgeom.model.calls.quiet import replaced_forwards, without_hooks
 from tdgeom.model.structure.blocks import find_final_norm, find_stacks
-from tdgeom.model.structure.readers import read_input, write_output
+from tdgeom.model.structure.readers import read_input, read_output, write_output
 
 
-class Tail:
+class Tail(HeldModel):
     """Everything after the last block: final norm, head transform, unembedding, bias, scaling, soft-capping.
 
     No part of it is written a second time: the model is called with its blocks standing in, and the last stack's blocks
@@ -30,27 +31,19 @@ class Tail:
     """
 
     def __init__(self, model: nn.Module, example: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(model)
         refuse_compiled(model, ())
         stacks = find_stacks(model)
         if not stacks:
-            raise ValueError(f"the logit lens needs repeated blocks, found none in {type(model).__name__}.")
-        self.model: nn.Module | None = model
-        self.name, self.example = type(model).__name__, example
-        self.stack = stacks[-1]
+            raise ValueError(f"the logit lens needs repeated blocks, found none in {self.name}.")
+        self.example, self.signature = example, read_signature(model)
         self.others = [block.module for stack in stacks[:-1] for block in stack.blocks]
-        self.blocks = list({id(block.module): block.module for block in self.stack.blocks}.values())
-        path = find_final_norm(model, self.stack)
+        self.blocks = list(dict.fromkeys(block.module for block in stacks[-1].blocks))
+        path = find_final_norm(model, stacks[-1])
         self.norm = None if path is None else model.get_submodule(path)
-        self.signature = read_signature(model)
-        self.templates: dict[int, Any] = {}
-        self.width: int | None = None
-        self._probe()
-
-    def __deepcopy__(self, memo: dict) -> Tail:
-        return self
-
-    def __reduce__(self):
-        return _lost, (self.name,)
+        self.templates: dict[nn.Module, Any] = {}
+        self.width = 0
+        self._probe(model)
 
     def __call__(self, acts: Tensor, *, apply_norm: bool = True, chunk: int = 2048) -> Tensor:
         """Logits of activations, (..., D) -> (..., V) where positions are read out one by one, else (B, T, D) -> (B, V)."""
@@ -68,61 +61,64 @@ class Tail:
         parts = [self._run(part, apply_norm) for part in rows.split(chunk)]
         return torch.cat(parts).reshape(*acts.shape[:-1], -1)
 
-    def require(self) -> nn.Module:
-        """The model, or an error if pickling has dropped it."""
-        if self.model is None:
-            raise RuntimeError(
-                f"this lens was unpickled without its model (a {self.name}). Remedy: make a new one."
-            )
-        return self.model
-
     # ------------------------------------------------------------------------------------------ inside
 
-    def _probe(self) -> None:
+    def _probe(self, model: nn.Module) -> None:
         """One small call of the whole model: what its blocks return, and how its head reads."""
         handles = []
 
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
-            self.templates[id(module)] = output
+            self.templates[module] = output
 
         def see(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self.width = read_input(args, kwargs).shape[-1]  # type: ignore[union-attr]
+            value = read_input(args, kwargs)
+            self.width = 0 if value is None else value.shape[-1]
 
+        given = self._dummy(model, 2, 3)
         try:
-            for block in {id(b): b for b in (*self.others, *self.blocks)}.values():
+            for block in dict.fromkeys([*self.others, *self.blocks]):
                 handles.append(block.register_forward_hook(keep))
             handles.append(self.blocks[-1].register_forward_pre_hook(see, with_kwargs=True))
-            with eval_mode(list(self.model.modules())), torch.no_grad():  # type: ignore[union-attr]
-                logits = self._logits(self.model(**self._dummy(2, 3)))  # type: ignore[misc]
+            with eval_mode(list(model.modules())), steady(_home(given)), torch.no_grad():
+                logits = self._logits(model(**given))
         finally:
             for handle in handles:
                 handle.remove()
         self.per_token = logits.ndim == 3 and logits.shape[:2] == (2, 3)
 
     def _run(self, acts: Tensor, apply_norm: bool) -> Tensor:
-        model = self.model
-        if not apply_norm and self.norm is None:
-            raise ValueError(f"{self.name} has no final norm to leave out (apply_norm=False).")
+        model = self.require(self)
         forwards = {block: self._stand_in(block, None) for block in self.others}
         forwards.update({block: self._stand_in(block, acts) for block in self.blocks})
         if not apply_norm:
+            if self.norm is None:
+                raise ValueError(f"{self.name} has no final norm to leave out (apply_norm=False).")
             forwards[self.norm] = lambda x, *args, **kwargs: x
-        with eval_mode(list(model.modules())), replaced_forwards(forwards), without_hooks(model):
-            return self._logits(model(**self._dummy(*acts.shape[:2])))
+        given = self._dummy(model, *acts.shape[:2])
+        with (
+            eval_mode(list(model.modules())),
+            replaced_forwards(forwards),
+            without_hooks(model),
+            steady(acts.device),
+        ):
+            return self._logits(model(**given))
 
-    def _stand_in(self, block: nn.Module, acts: Tensor | None) -> Any:
-        template = self.templates[id(block)]
+    def _stand_in(self, block: nn.Module, acts: Tensor | None) -> Callable:
+        template = self.templates[block]
+        usual = read_output((), {}, template)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            value = acts if acts is not None else read_input(args, kwargs)
-            return write_output((), {}, template, value)
+            value = read_input(args, kwargs) if acts is None else acts
+            if value is None or usual is None:
+                raise ValueError(f"the logit lens expects blocks of {self.name} to take and give tensors.")
+            return write_output((), {}, template, value.to(usual.dtype))
 
         return forward
 
-    def _dummy(self, batch: int, length: int) -> dict[str, Tensor | bool]:
+    def _dummy(self, model: nn.Module, batch: int, length: int) -> dict[str, Any]:
         if self.example is not None:
             return {k: v[:1].expand(batch, *v.shape[1:]) for k, v in self.example.items()}
-        given = made_up_inputs(self.require(), self.signature, batch, length)
+        given = made_up_inputs(model, self.signature, batch, length)
         if given is None:
             raise ValueError(
                 f"{self.name} takes {self.signature.names}: the lens cannot make up inputs for it. Remedy: example={{name: "
@@ -140,7 +136,5 @@ class Tail:
         return logits
 
 
-def _lost(name: str) -> Tail:
-    tail = Tail.__new__(Tail)
-    tail.model, tail.name = None, name
-    return tail
+def _home(given: Mapping[str, Any]) -> torch.device:
+    return next((v.device for v in given.values() if isinstance(v, Tensor)), torch.device("cpu"))

@@ -87,7 +87,9 @@ class HeadOutput(View):
             raise ValueError(f"{type(self.projection).__name__} expected a tensor, was called with {args}.")
         with steady(value.device):
             weight = weight_of(self.projection).unflatten(-1, (self.heads, -1))  # (out, heads, in)
-            shares = torch.einsum("...hd,ohd->...ho", z.unflatten(-1, (self.heads, -1)).to(weight.dtype), weight)
+            shares = torch.einsum(
+                "...hd,ohd->...ho", z.unflatten(-1, (self.heads, -1)).to(weight.dtype), weight
+            )
             if self.behind is not None:
                 shares = _normed(self.behind, value, shares) if self.is_norm else self.behind.forward(shares)
         return shares.to(value.dtype)
