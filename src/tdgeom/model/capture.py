@@ -118,10 +118,10 @@ class Capture(HookingContext):
         self.direction, self.target, self.callback, self.heads = direction, target, callback, heads
         self.nested, self.cache, self.prefix, self.clone = nested, cache, prefix, clone
         self._calls_open: list[TensorDictBase] | None = None
-        self._last = LastRecord()
         self.sites = [entry.site for entry in self._bound.sites]
         root: Key = "acts" if direction == "forward" else "grads"
         self._leaves = self._name_leaves(root if out_keys is None else out_keys)
+        self._last = LastRecord(self._leaves)
         self.out_keys: list[Any] = list(self._leaves)
 
     def resolve(self, model: nn.Module) -> list[ResolvedSite]:
@@ -326,7 +326,7 @@ class Capture(HookingContext):
             values = {k: v for k, v in values.items() if k in self._leaves[len(self.sites) :]}
         values = self._last.own(values)
         write_entries(td, values, "Capture")
-        self._last.keep(td, values)
+        self._last.keep(td)
         self._fill_cache(values)
         calls.append(td)
 
@@ -343,4 +343,4 @@ class Capture(HookingContext):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_calls_open": None, "_last": LastRecord()}
+        return {**super().__getstate__(), "_calls_open": None, "_last": LastRecord(self._leaves)}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Key, key_tuple
+
+_Name = TypeVar("_Name")
 
 __all__ = ["LastRecord", "held_elsewhere", "write_entries"]
 
@@ -38,21 +42,26 @@ def write_entries(tensordict: TensorDictBase, values: Mapping[Key, Tensor], owne
         tensordict.set(root, TensorDict(leaves, batch_size=size))
 
 
-def held_elsewhere(values: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+def held_elsewhere(values: Mapping[_Name, Tensor]) -> dict[_Name, Tensor]:
     """Those whose memory is held by more than these tensors: by a static buffer of the model, a view, a graph.
 
     >>> buffer = torch.zeros(3)
     >>> list(held_elsewhere({"a": buffer[:2], "b": torch.zeros(4)}))
     ['a']
     """
-    own: dict[int, set[int]] = {}
-    plain = {k: v for k, v in values.items() if type(v) is Tensor and v.layout is torch.strided}
-    for value in plain.values():
-        own.setdefault(value.untyped_storage()._cdata, set()).add(id(value))
-    # one holder beside the tensors: the storage's own object, made by asking. A torch that does not count says: all of them
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    shared = {at for at, tensors in own.items() if count is None or count(at) > len(tensors) + 1}
-    return {key: value for key, value in plain.items() if value.untyped_storage()._cdata in shared}
+    found, own = {}, Counter[int]()
+    for key, value in values.items():
+        if type(value) is Tensor and value.layout is torch.strided:
+            at = value.untyped_storage()._cdata
+            if _holders(at) > 2:  # the tensor, and the storage's own object, made by asking
+                found[key] = value
+    for value in {id(value): value for value in found.values()}.values():
+        own[value.untyped_storage()._cdata] += 1
+    return {k: v for k, v in found.items() if _holders(at := v.untyped_storage()._cdata) > own[at] + 1}
+
+
+# a torch that does not count says: many
+_holders: Callable[[int], float] = getattr(torch._C, "_storage_Use_Count", lambda at: float("inf"))
 
 
 class LastRecord:
@@ -62,31 +71,34 @@ class LastRecord:
     rest is copied just before the next call, and once a call has come back in the same memory, every record is copied at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keys: Iterable[Key]) -> None:
         self.reuses = False
-        self._record: weakref.ref[TensorDictBase] | None = None
-        self._keys: list[Key] = []
+        self._leaves: dict[tuple[str, ...], list[str]] = {}
+        for key in keys:
+            *parents, leaf = key_tuple(key)
+            self._leaves.setdefault(tuple(parents), []).append(leaf)
+        self._parents: list[tuple[weakref.ref[TensorDictBase], list[str]]] = []
         self._copied: list[Tensor] = []
 
     def own(self, values: dict[Key, Tensor]) -> dict[Key, Tensor]:
         """What the call that has just ended may record."""
         before = {value.untyped_storage().data_ptr() for value in self._copied}
+        if before and any(value.untyped_storage().data_ptr() in before for value in values.values()):
+            self.reuses = True
         self._copied = []
-        self.reuses = self.reuses or any(v.untyped_storage().data_ptr() in before for v in values.values())
         return {key: value.clone() for key, value in values.items()} if self.reuses else values
 
-    def keep(self, record: TensorDictBase, keys: Iterable[Key]) -> None:
-        """Note the record that the next call must not change."""
-        self._record, self._keys = weakref.ref(record), list(keys)
+    def keep(self, record: TensorDictBase) -> None:
+        """Note the record that the next call must not change; a part of it may be all that is kept."""
+        parents = ((record.get(at, None) if at else record, names) for at, names in self._leaves.items())
+        self._parents = [(weakref.ref(parent), names) for parent, names in parents if parent is not None]
 
     def secure(self) -> None:
         """The next call begins."""
-        record = None if self._record is None or self.reuses else self._record()
-        self._record = None
-        if record is None:
-            return
-        values = {key: record.get(key, None) for key in self._keys}
-        for key, value in held_elsewhere({k: v for k, v in values.items() if v is not None}).items():
-            if not value.requires_grad:
+        parents, self._parents = self._parents, []
+        alive = [(parent, names) for ref, names in parents if (parent := ref()) is not None]
+        values = {(i, n): p.get(n, None) for i, (p, names) in enumerate(alive) for n in names}
+        for (i, name), value in held_elsewhere({k: v for k, v in values.items() if v is not None}).items():
+            if not (self.reuses or value.requires_grad):
                 self._copied.append(value)
-                record.set(key, value.clone())
+                alive[i][0].set(name, value.clone())

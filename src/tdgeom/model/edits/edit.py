@@ -18,6 +18,7 @@ from tdgeom.model.positions import Positions, attended_tokens, check_positions
 __all__ = ["Edit", "ProjectOnto", "ProjectOut", "Scale", "Steer"]
 
 Inputs = Mapping[str, Tensor]
+_CALLED = ("__call__", "forward", "with_named", "read", "computed", "write")
 
 
 class Edit(Stage):
@@ -70,6 +71,12 @@ class Edit(Stage):
     def replace(self, value: Tensor, call: EditCall) -> Tensor:
         """The new activation, for edits that need to know the call; the default calls ``edit``."""
         return self.edit(value)
+
+    def is_plain(self) -> bool:
+        """Whether calling the stage is calling ``compute``: nothing is overridden, hooked or renamed."""
+        own = all(getattr(type(self), name) is getattr(Edit, name) for name in _CALLED)
+        hooked = self._forward_hooks or self._forward_pre_hooks
+        return own and not hooked and self.in_keys == self.reads and self.out_keys == self.writes
 
     def read(self, tensordict: TensorDictBase) -> list[Any]:
         """The activation, and what the call says beside it."""

@@ -158,9 +158,14 @@ class Editing(SiteHooks):
         given = positions_second(value, site) if isinstance(edit, Edit) else value
         version = None if given.is_inference() else given._version
         if isinstance(edit, TensorDictModuleBase):
-            td = self._context(planned, given)
-            out = edit(td)
-            new = (td if out is None else out).get("activation", None)
+            told = self._told(planned, given)
+            if isinstance(edit, Edit) and edit.is_plain():  # the short way to the same numbers
+                new = edit.computed([given, *told.values(), str(site), planned.entry.groups])
+            else:
+                known = {name: entry for name, entry in told.items() if entry is not None}
+                td = TensorDict({"activation": given, **known, **planned.words}, batch_size=[])
+                out = edit(td)
+                new = (td if out is None else out).get("activation", None)
         else:
             new = edit(given)
         if not isinstance(new, Tensor) or new.shape != given.shape:
@@ -175,16 +180,16 @@ class Editing(SiteHooks):
             )
         return positions_second(new, site) if isinstance(edit, Edit) else new
 
-    def _context(self, planned: Planned, value: Tensor) -> TensorDict:
-        """What an edit stage reads: the activation and what the model's call was given."""
+    def _told(self, planned: Planned, value: Tensor) -> dict[str, Tensor | None]:
+        """What the model's call was given beside an activation."""
         info, special = self.calls[planned.owner], self.special
-        told: dict[str, Any] = {"activation": value, "input_ids": info.history}
-        if value.ndim > 2:
-            told["attention_mask"] = info.mask(value, value.shape[1])
-            if special is not None and special.shape == value.shape[:2]:
-                told["special_tokens_mask"] = special
-        known = {name: entry for name, entry in told.items() if entry is not None}
-        return TensorDict({**known, **planned.words}, batch_size=[])
+        here = value.ndim > 2
+        fits = here and special is not None and special.shape == value.shape[:2]
+        return {
+            "attention_mask": info.mask(value, value.shape[1]) if here else None,
+            "input_ids": info.history,
+            "special_tokens_mask": special if fits else None,
+        }
 
 
 def _name(edit: Any) -> str:
