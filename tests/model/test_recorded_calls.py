@@ -42,7 +42,12 @@ def fresh(model, x):
     return found
 
 
-LENGTHS = {"one shape": [5, 5, 5], "a prompt and its steps": [5, 1, 1, 1], "growing": [3, 4, 5], "back": [5, 3, 5, 3]}
+LENGTHS = {
+    "one shape": [5, 5, 5],
+    "a prompt and its steps": [5, 1, 1, 1],
+    "growing": [3, 4, 5],
+    "back": [5, 3, 5, 3],
+}
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())

@@ -46,6 +46,9 @@ def doubled(site, x):
     return 2 * x
 
 
+doubled.__module__ = "test_signature"  # pytest imports this file under a name of its own
+
+
 def signature(**changes) -> list:
     torch.manual_seed(0)
     return pipeline_signature(make_plan(pipeline(**changes)))

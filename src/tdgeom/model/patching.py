@@ -43,7 +43,7 @@ class _Cells(Edit):
         """Say which example and which cell each row of the next call is."""
         self.example = example
         self.names = [name for name, _ in cells for _ in range(repeat)]
-        self.index = torch.tensor([i for _, i in cells for _ in range(repeat)])
+        self.index = torch.tensor([i for _, i in cells for _ in range(repeat)], device="cpu")
 
     def replace(self, value: Tensor, call: EditCall) -> Tensor:
         """The other run's value in the rows whose cell is at this site."""
@@ -145,7 +145,7 @@ def activation_patching(
         bar.refresh()
         edit = _Cells(aligned, present, along)
         per = max(1, rows // examples)
-        values = torch.full((len(todo), examples), torch.nan, dtype=torch.float64)
+        values = torch.full((len(todo), examples), torch.nan, dtype=torch.float64, device="cpu")
         with Intervene(model, {str(site): edit for site in own}):
             for start in range(0, len(todo), per):
                 part = todo[start : start + per]
@@ -155,7 +155,7 @@ def activation_patching(
                 bar.update(len(part))
         grid = values.reshape(len(own), len(cells), examples)
         if along == "position":
-            absent = torch.tensor(cells)[:, None] >= both.cpu()[None, :]
+            absent = torch.tensor(cells, device="cpu")[:, None] >= both.cpu()[None, :]
             grid = grid.masked_fill(absent[None], torch.nan)
         _store(result, kind, grid, own, cells, result[base], result[other])
     bar.close()
@@ -209,8 +209,11 @@ def _store(
             stacklevel=3,
         )
     result.set(("recovered", kind), (mean - start) / reach)
-    result.set(("layers", kind), torch.tensor([-1 if site.layer is None else site.layer for site in sites]))
-    result.set(("columns", kind), torch.tensor(list(cells)))
+    result.set(
+        ("layers", kind),
+        torch.tensor([-1 if site.layer is None else site.layer for site in sites], device="cpu"),
+    )
+    result.set(("columns", kind), torch.tensor(list(cells), device="cpu"))
 
 
 def _align(
@@ -245,7 +248,7 @@ def _batch(inputs: Mapping[str, Tensor] | TensorDictBase) -> TensorDictBase:
 def _columns(mask: Tensor, positions: Positions) -> list[int]:
     """The positions to patch, counted over the longest sequence."""
     length = int(mask.sum(1).max())
-    wanted, _ = position_mask(torch.ones(1, length, dtype=torch.bool), positions)
+    wanted, _ = position_mask(torch.ones(1, length, dtype=torch.bool, device="cpu"), positions)
     return wanted[0].nonzero().flatten().tolist()
 
 

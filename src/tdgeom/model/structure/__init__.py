@@ -1,5 +1,5 @@
-"""What a model is made of, found from its modules, and the check that it is so.
+"""What a model is made of, found from its modules.
 
 Comes in: a model and names of sites. Goes out: the module, tensor and view that each name means.
-Uses: the words of ``model`` (sites, positions) and nothing that runs a model but the check.
+Uses: ``model.sites`` and nothing that runs a model. The check that it is so runs one, and so stands in ``model.calls``.
 """
