@@ -192,8 +192,8 @@ def _refuse_too_long(model: nn.Module, given: Mapping[str, Any]) -> None:
     )
     if any(rows < needed for rows in learned):
         raise ValueError(
-            f"the batch has sequences of {needed} tokens, {type(model).__name__} takes {max(known)}. Cut them: max_length={max(known)} where "
-            f"texts are tokenized (and truncation=True for a tokenizer of your own)."
+            f"the batch has sequences of {needed} tokens, {type(model).__name__} takes {max(known)}. Cut them: "
+            f"max_length={max(known)} where texts are tokenized (and truncation=True for a tokenizer of your own)."
         )
 
 
