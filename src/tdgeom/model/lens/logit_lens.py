@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Key, as_key
 from tdgeom.core.stage import Stage
 from tdgeom.model.capture import Capture
 from tdgeom.model.lens.tail import Tail
@@ -95,8 +95,8 @@ class Lens(Stage):
     def __init__(
         self,
         model: nn.Module,
-        sites: Sequence[Key],
         *,
+        reads: Sequence[tuple[str, ...]],
         outputs: Sequence[str] = DEFAULT,
         top: int = 10,
         directions: Directions = (),
@@ -109,8 +109,8 @@ class Lens(Stage):
         super().__init__(
             in_keys=in_keys,
             out_keys=out_keys,
-            reads=[*(("acts", *site) for site in sites), *(["logits"] if "kl" in self.outputs else [])],
-            writes=[("lens", *site, name) for site in sites for name in self.outputs],
+            reads=[*map(as_key, reads), *(["logits"] if "kl" in self.outputs else [])],
+            writes=[("lens", *site, name) for _, *site in reads for name in self.outputs],
         )
         self.top, self.chunk, self.directions = top, chunk, directions
         self._tail = Tail(model, example)
@@ -157,7 +157,7 @@ class LogitLens(Lens):
     """
 
     def __init__(self, model: nn.Module, *, apply_norm: bool = True, **settings: Any) -> None:
-        super().__init__(model, [()], **settings)
+        super().__init__(model, reads=[("acts",)], **settings)
         self.apply_norm = apply_norm
 
     @torch.no_grad()

@@ -42,7 +42,7 @@ class TunedLens(Lens):
         if isinstance(sites, str) or not len(sites):
             raise ValueError(f"TunedLens expects a list of concrete sites, got {sites!r}.")
         self.sites = [str(site) for site in sites]
-        super().__init__(model, [(site,) for site in self.sites], **settings)
+        super().__init__(model, reads=[("acts", site) for site in self.sites], **settings)
         if not self._tail.per_token:
             raise ValueError("TunedLens needs a model whose head reads positions one by one.")
         width, first = self._tail.width, next(model.parameters())
