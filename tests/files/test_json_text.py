@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tdgeom.files.errors import StoreError
-from tdgeom.files.json_text import DEEPEST_JSON, LARGEST_JSON, canonical, read_json
+from tdgeom.files.json_text import DEEPEST_JSON, LARGEST_JSON, canonical_json, read_json
 
 
 @pytest.mark.parametrize(
@@ -26,5 +26,5 @@ def test_hostile_json_is_refused(text, message):
 
 def test_json_comes_back():
     value = {"b": [1, 2.5, None, True, "α🦆"], "a": {"x": {}}}
-    assert read_json(canonical(value), "a text") == value
-    assert canonical({"b": 1, "a": 2}) == canonical({"a": 2, "b": 1})
+    assert read_json(canonical_json(value), "a text") == value
+    assert canonical_json({"b": 1, "a": 2}) == canonical_json({"a": 2, "b": 1})

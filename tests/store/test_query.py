@@ -165,6 +165,24 @@ def test_a_model_and_a_capture_stand_for_what_they_say(tmp_path) -> None:
     assert store.query(model=model, capture=second).ids == []
 
 
+@pytest.mark.parametrize("width", [3, 2000])
+def test_edits_are_told_apart_by_their_settings(tmp_path, width) -> None:
+    store = tg.ActivationStore(tmp_path)
+    one, other = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
+    edits = [
+        tg.Steer(one, coefficient=3.0, positions="last"),
+        tg.Steer(other, coefficient=3.0, positions="last"),
+        tg.Steer(one, coefficient=99.0, positions="last"),
+        tg.Steer(one, coefficient=3.0, positions="first"),
+        tg.Scale(3.0, positions="last"),
+    ]
+    runs = [store.save({"x": torch.ones(1)}, interventions={"residual_output.1": edit}) for edit in edits]
+    for run, edit in zip(runs, edits):
+        assert store.query(interventions={"residual_output.1": edit}).ids == [run]
+    found = store.metadata(runs[2])["interventions"]["residual_output.1"]
+    assert found["made"] == "Steer" and found["settings"]["coefficient"] == 99.0
+
+
 @pytest.mark.parametrize(
     "wanted", [{"tag": 5}, {"tag": [["a"]]}, {"tag": "\ud800"}, {"model": 3}, {"kind": [None]}], ids=str
 )
@@ -189,7 +207,7 @@ def test_every_value_is_bound() -> None:
 
 def test_a_thousand_runs_are_queried_in_milliseconds(tmp_path) -> None:
     store = tg.ActivationStore(tmp_path)
-    from tdgeom.files.json_text import canonical
+    from tdgeom.files.json_text import canonical_json
     from tdgeom.store.run_description import describe_run
     from tdgeom.store.run_ids import new_id
     from tdgeom.store.shard_layout import ShardLayout
@@ -201,7 +219,7 @@ def test_a_thousand_runs_are_queried_in_milliseconds(tmp_path) -> None:
         )
         rows.append(
             (new_id(), "capture", "complete", None, float(i), 0.0, about.model, None, None, "default",
-             canonical(about.details), ShardLayout().to_json())
+             canonical_json(about.details), ShardLayout().to_json())
         )  # fmt: skip
     with store.catalogue.writing() as connection:
         connection.executemany(f"INSERT INTO runs VALUES ({','.join('?' * 12)})", rows)

@@ -38,7 +38,13 @@ def test_a_model_and_a_capture_describe_themselves():
         "modules": {"residual_input.0": "transformer.h.0"},
     }
     assert about.details["positions"] == "slice(1, None, None)"
-    assert "Ablate" in about.details["interventions"][0]
+    assert about.details["interventions"][0]["made"] == "Ablate"
+
+
+def test_a_stage_is_kept_as_its_settings():
+    about = describe_run(metadata={"measures": [tg.TwoNN(discard=0.2)]})
+    [kept] = about.details["metadata"]["measures"]
+    assert kept["made"] == "TwoNN" and kept["settings"]["discard"] == 0.2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
@@ -283,6 +284,20 @@ def test_rows_are_copied_as_they_come(store):
     x.zero_(), ids.zero_()
     found = store.rows(keep.run_id)[:]
     assert torch.equal(found["tokens", "x"], wanted) and torch.equal(found["row_id"], torch.arange(60))
+    batch = TensorDict({"tokens": {"x": x}, "carried": {"label": ids}})
+
+    def refilled():
+        for first in range(0, 60, 10):
+            x.copy_(wanted[first : first + 10])
+            torch.arange(first, first + 10, out=ids)
+            yield batch
+
+    keep = tg.StoreActivations(store, ["x"], also=["label"])
+    tg.run(keep, refilled(), block_rows=25)
+    found = store.rows(keep.run_id)[:]
+    assert torch.equal(found["tokens", "x"], wanted) and torch.equal(
+        found["carried", "label"], torch.arange(60)
+    )
 
 
 @pytest.mark.parametrize("width", [(3,), ()], ids=str)
@@ -515,12 +530,63 @@ print(peaks[10], peaks[-2], peaks[-1])
 def test_arguments_are_checked(store):
     with pytest.raises(TypeError, match="sites and also are lists"):
         tg.StoreActivations(store, "x")
-    with pytest.raises(ValueError, match="needs sites="):
-        tg.StoreActivations(store, also=["label"])
     with pytest.raises(ValueError, match="shard_bytes must be at least 1"):
         tg.StoreActivations(store, ["x"], shard_bytes=0)
     with pytest.raises(StoreError, match="has seen no rows, so it has begun no run"):
         tg.StoreActivations(store, ["x"]).run_id
+
+
+def test_one_unnamed_site_and_what_it_carries(store):
+    x, label = torch.randn(20, 3), torch.arange(20) % 3
+    keep = tg.StoreActivations(store, also=["label"])
+    tg.run(keep, [{"tokens": x, "carried": {"label": label}}])
+    found = store.rows(keep.run_id)[:]
+    assert torch.equal(found["tokens"], x) and torch.equal(found["carried", "label"], label)
+
+
+def test_a_site_and_a_carried_value_of_one_name(store):
+    x, label = torch.randn(20, 3), torch.arange(20)
+    keep = tg.StoreActivations(store, ["label"], also=["label"], dtype="float64")
+    tg.run(keep, [{"tokens": {"label": x}, "carried": {"label": label}}])
+    for source in (store.rows(keep.run_id), store.rows(keep.run_id, sites=["label"], also=["label"])):
+        found = source[:]
+        assert torch.equal(found["tokens", "label"], x) and torch.equal(found["carried", "label"], label)
+    assert "carried" not in store.rows(keep.run_id, sites=["label"])[:].keys()
+
+
+def test_rows_of_before_carried_values_had_a_root_of_their_own(store):
+    keep = tg.StoreActivations(store, ["x"], also=["label", "document_id"])
+    given = {"label": torch.arange(9), "document_id": torch.arange(9) // 4}
+    tg.run(keep, [{**rows(9), "carried": given}])
+    with store.catalogue.writing() as connection:
+        connection.execute("""UPDATE runs SET layout=replace(layout, '"carried",', '"tokens",')""")
+    every, one = store.rows(keep.run_id, also=["label"])[:], store.rows(keep.run_id, sites=["x"])[:]
+    assert torch.equal(every["carried", "label"], given["label"])
+    assert torch.equal(every["document_id"], given["document_id"])
+    assert torch.equal(one["document_id"], given["document_id"])
+    assert list(every["tokens"].keys()) == list(one["tokens"].keys()) == ["x"]
+
+
+def test_settings_are_plain_and_make_the_stage_again(store):
+    keep = tg.StoreActivations(
+        store, ["x"], also=["label"], dtype="bfloat16", shard_bytes=1000, tag=["a", "b"]
+    )
+    told = json.loads(json.dumps(keep.settings()))
+    assert (
+        told["store"] == str(store.path)
+        and told["dtype"] == {"dtype": "bfloat16"}
+        and told["tag"] == ["a", "b"]
+    )
+    again = tg.StoreActivations.from_settings(told)
+    assert again.in_keys == keep.in_keys and again.settings() == keep.settings()
+    for stage in (keep, again):
+        stage.update(TensorDict({**rows(3), "carried": {"label": torch.arange(3)}}))
+        stage.settle()
+    other = tg.StoreActivations(store.path, ["x"], also=["label"], dtype=torch.bfloat16, tag="c")
+    other.merge_(keep).merge_(again)
+    assert int(other.result()["rows"]) == 6
+    with pytest.raises(ValueError, match="the same settings, which differ in dtype"):
+        tg.StoreActivations(store, ["x"], also=["label"]).merge_(keep)
 
 
 def test_one_unnamed_site(store):

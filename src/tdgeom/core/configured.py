@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
-from os import PathLike
+from os import PathLike, fspath
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -125,7 +125,7 @@ def plain_setting(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": str(value)}
     if isinstance(value, PathLike):
-        return str(value)
+        return fspath(value)
     if isinstance(value, np.generic):
         return plain_setting(value.item())
     if isinstance(value, list):

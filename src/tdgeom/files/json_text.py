@@ -12,17 +12,23 @@ import numpy as np
 import pandas as pd
 import torch
 
+from tdgeom.core.configured import Configured, plain_setting
 from tdgeom.files.atomic import read_whole
 from tdgeom.files.errors import StoreError
 
-__all__ = ["canonical", "plain", "read_json", "read_json_file"]
+__all__ = ["canonical_json", "plain", "read_json", "read_json_file"]
 
 LARGEST_JSON = 16 * 2**20
 DEEPEST_JSON = 64
 
 
 def plain(value: Any) -> Any:
-    """Plain JSON values: tensors, NumPy arrays and scalars unpacked, NaN and Inf as None, anything else as its string."""
+    """Plain JSON values: tensors, NumPy arrays and scalars unpacked, NaN and Inf as None, a stage as its settings.
+
+    Anything else becomes its string.
+    """
+    if isinstance(value, Configured):
+        return plain_setting(value)
     if isinstance(value, Mapping):
         return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -38,10 +44,10 @@ def plain(value: Any) -> Any:
     return None if value is pd.NA else str(value)
 
 
-def canonical(value: Any) -> str:
+def canonical_json(value: Any) -> str:
     """JSON text with sorted keys and no spaces, the same for equal values.
 
-    >>> canonical({"b": [1, None], "a": "x"})
+    >>> canonical_json({"b": [1, None], "a": "x"})
     '{"a":"x","b":[1,null]}'
 
     Raises:

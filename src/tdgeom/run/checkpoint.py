@@ -19,14 +19,13 @@ from torch import Tensor
 from tdgeom.core.keys import key_tuple
 from tdgeom.core.renamed import stage_of
 from tdgeom.core.streaming_stage import StreamingStage
-from tdgeom.files.bundle import plain
 from tdgeom.files.errors import StoreError
-from tdgeom.files.json_text import canonical, read_json
-from tdgeom.files.shard_writing import write_shard
+from tdgeom.files.json_text import canonical_json, plain, read_json
+from tdgeom.files.shard_writing import bytes_of, write_shard
 from tdgeom.files.shards import Shard
 from tdgeom.run.batch_rows import selections
 from tdgeom.run.plan import Plan
-from tdgeom.run.signature import bytes_of, differences, pipeline_signature
+from tdgeom.run.signature import differences, pipeline_signature
 
 __all__ = ["Checkpoint"]
 
@@ -188,9 +187,9 @@ def _is_place(place: Any) -> bool:
 
 def _sha256(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:
     """SHA-256 over the record and every tensor: a flipped bit would else become a wrong number."""
-    digest = hashlib.sha256(canonical(record).encode())
+    digest = hashlib.sha256(canonical_json(record).encode())
     for name in sorted(tensors):
         value = tensors[name]
-        digest.update(canonical([name, list(value.shape), str(value.dtype)]).encode())
+        digest.update(canonical_json([name, list(value.shape), str(value.dtype)]).encode())
         digest.update(bytes_of(value))
     return digest.hexdigest()

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from tdgeom.core.configured import Configured
 from tdgeom.core.keys import key_tuple
 from tdgeom.core.renamed import describe
-from tdgeom.files.bundle import plain
-from tdgeom.files.json_text import canonical
+from tdgeom.files.json_text import canonical_json, plain
+from tdgeom.files.shard_writing import bytes_of
 from tdgeom.model.loading import config_summary
 from tdgeom.run.plan import Plan
 
-__all__ = ["bytes_of", "differences", "fingerprint", "pipeline_signature", "weights_signature"]
+__all__ = ["differences", "fingerprint", "pipeline_signature", "weights_signature"]
 
 _HASHED = 1 << 20  # bytes of each tensor of a batch that are compared
 _SAMPLED = 1024  # values of each tensor of a model that are compared
@@ -71,12 +71,6 @@ def fingerprint(td: TensorDictBase) -> str:
     return digest.hexdigest()
 
 
-def bytes_of(value: Tensor) -> memoryview:
-    """A tensor's bytes, in the order of its dimensions."""
-    flat = value.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
 def pipeline_signature(plan: Plan) -> list[dict[str, Any]]:
     """Every stage up to the streaming ones: its name, its keys, and what else changes its numbers.
 
@@ -109,7 +103,7 @@ def _settings(unit: TensorDictModuleBase) -> dict[str, Any]:
 
 def _shortened(values: Any) -> Any:
     """Long settings by their hash: a record that holds every direction of a stage would outgrow what is read back."""
-    text = canonical(values)
+    text = canonical_json(values)
     if len(text) <= _LONGEST_LIST:
         return values
     return f"{len(text):,} characters, SHA-256 {hashlib.sha256(text.encode()).hexdigest()}"

@@ -20,7 +20,7 @@ from tdgeom.store.query import condition, names
 from tdgeom.store.run_access import RunAccess
 from tdgeom.store.run_description import RunDescription, describe_run
 from tdgeom.store.run_ids import new_id
-from tdgeom.store.run_records import STATES, ShardRecord
+from tdgeom.store.run_records import RUN_STATES, ShardRecord
 from tdgeom.store.run_writer import RunLock, reason_of
 from tdgeom.store.runs import Runs
 from tdgeom.store.shard_layout import ShardLayout
@@ -113,10 +113,10 @@ class ActivationStore(RunAccess):
             ValueError: a question that cannot be asked.
         """
         state = wanted.pop("state", None)
-        states = STATES if state is None else names(state, "state")
-        if unknown := set(states) - set(STATES):
+        states = RUN_STATES if state is None else names(state, "state")
+        if unknown := set(states) - set(RUN_STATES):
             raise ValueError(
-                f"query: there is no state {sorted(unknown)[0]!r}; a run is one of {list(STATES)}."
+                f"query: there is no state {sorted(unknown)[0]!r}; a run is one of {list(RUN_STATES)}."
             )
         found = self.catalogue.records(*condition(**wanted))
         return Runs(self, [record for record in found if record.state in states])
@@ -175,6 +175,9 @@ class ActivationStore(RunAccess):
             raise
         finally:
             lock.release()
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
     def __repr__(self) -> str:
         return f"ActivationStore({str(self.path)!r})"

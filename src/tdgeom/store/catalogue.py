@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from tdgeom.files.errors import StoreError, StoreLookupError
-from tdgeom.files.json_text import canonical, read_json
+from tdgeom.files.json_text import canonical_json, read_json
 from tdgeom.store.run_description import DETAILS, RunDescription
 from tdgeom.store.run_ids import valid_id
 from tdgeom.store.run_records import (
-    KINDS,
-    STATES,
+    RUN_KINDS,
+    RUN_STATES,
     RunRecord,
     ShardRecord,
     first_gap,
@@ -68,7 +68,7 @@ class Catalogue(SqliteFile):
         names = (about.model, about.revision, about.dataset, about.experiment)
         times = (now if created is None else created, now)
         state = "writing" if shards is None else "complete"
-        values = (run, kind, state, None, *times, *names, canonical(about.details), layout.to_json())
+        values = (run, kind, state, None, *times, *names, canonical_json(about.details), layout.to_json())
         marks = ",".join("?" * len(values))
         with self.writing() as connection:
             is_new = connection.execute(f"INSERT OR IGNORE INTO runs VALUES ({marks})", values).rowcount > 0
@@ -199,8 +199,8 @@ class Catalogue(SqliteFile):
         numbers = (created, updated, shards, rows, size)
         if (
             not valid_id(run)
-            or kind not in KINDS
-            or state not in STATES
+            or kind not in RUN_KINDS
+            or state not in RUN_STATES
             or not all(one is None or isinstance(one, str) for one in optional)
             or not all(isinstance(one, str) for one in (experiment, details, *tags))
             or not all(isinstance(one, int | float) and 0 <= one < 2**60 for one in numbers)
@@ -232,5 +232,5 @@ def _ended(record: RunRecord) -> RunRecord:
 
 
 def _shard_values(run: str, shard: ShardRecord) -> tuple[Any, ...]:
-    rounding = canonical(shard.rounding)
+    rounding = canonical_json(shard.rounding)
     return (run, shard.rank, shard.number, shard.rows, shard.bytes, shard.sha256, rounding)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from tdgeom.files.json_text import canonical, plain
+from tdgeom.files.json_text import canonical_json, plain
 from tdgeom.model.loading import model_identity
 from tdgeom.store.run_description import capture_of
 
@@ -128,7 +128,7 @@ def _holds(wanted: Any, path: str, parts: list[str], values: list[Any]) -> None:
         return
     if isinstance(wanted, Mapping | list):
         parts.append("json_extract(r.details, ?) = json(?)")
-        values += [path, canonical(wanted)]
+        values += [path, canonical_json(wanted)]
         return
     equal, bound = _equals("json_type(r.details, ?)", "json_extract(r.details, ?)", wanted, path)
     inside, bound_inside = _equals("e.type", "e.value", wanted)

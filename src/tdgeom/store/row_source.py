@@ -124,7 +124,7 @@ class RowSource:
         for entry, column in zip(self._entries, columns):
             found.set(as_key(entry.key), column)
         row_id = found.get("row_id")
-        carried = found.get(("carried", "document_id"), found.get(("tokens", "document_id"), None))
+        carried = found.get(("carried", "document_id"), None)
         found.set("document_id", row_id >> POSITION_BITS if carried is None else carried)
         found.set("position", row_id & ((1 << POSITION_BITS) - 1))
         return found

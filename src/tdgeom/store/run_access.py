@@ -61,7 +61,8 @@ class RunAccess:
         Args:
             run: its id.
             sites: the sites to read; default all, with every carried value.
-            also: carried values to read beside the sites given.
+            also: carried values to read beside the sites given. Runs made before these had a root of their own keep them among
+                the sites: named here, they come as ``("carried", name)``.
             batch_rows: rows a batch.
             partial: read the finished shards of a run that is not complete.
             verify: check every shard against its hash before the first of its rows is read, which reads it once more; else
@@ -77,8 +78,7 @@ class RunAccess:
             raise StoreError(f"run {run} holds no rows: it was saved from memory, load it with store.load.")
         if batch_rows < 1:
             raise ValueError(f"batch_rows must be at least 1, got {batch_rows}.")
-        names = None if sites is None else [str(name) for name in (*sites, *also)]
-        return RowSource(self.catalogue, run, layout.of_rows(names), batch_rows, verify)
+        return RowSource(self.catalogue, run, layout.of_rows(sites, also), batch_rows, verify)
 
     def metadata(self, run: str) -> dict[str, Any]:
         """Everything the catalogue says of a run, as JSON values."""

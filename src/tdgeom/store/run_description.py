@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tdgeom.files.json_text import canonical, plain, read_json
+from tdgeom.files.json_text import canonical_json, plain, read_json
 from tdgeom.model.loading import config_summary, model_identity
 
 __all__ = ["DETAILS", "RunDescription", "capture_of", "describe_run"]
@@ -57,7 +57,7 @@ def describe_run(
         tag: one label or several.
         config: the model's configuration.
         capture: JSON values, or a ``Capture``, which gives its sites and their module paths.
-        interventions, positions: JSON values; what is none is kept as its text.
+        interventions, positions: JSON values; a stage or an edit stands for its settings, anything else for its text.
         metadata: anything else, JSON values.
 
     Raises:
@@ -96,7 +96,7 @@ def capture_of(capture: Any) -> Any:
 def _details(given: Mapping[str, Any]) -> dict[str, Any]:
     try:
         details = plain(given)
-        read_json(canonical(details), "the description")  # what could not be read back is not written
+        read_json(canonical_json(details), "the description")  # what could not be read back is not written
     except (RecursionError, UnicodeEncodeError, RuntimeError) as error:
         raise ValueError(f"the run's description cannot be kept as JSON: {error}.") from error
     return details

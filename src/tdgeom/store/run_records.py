@@ -9,10 +9,10 @@ from typing import Any
 
 from tdgeom.store.run_description import RunDescription
 
-__all__ = ["KINDS", "STATES", "RunRecord", "ShardRecord", "first_gap", "relative_errors"]
+__all__ = ["RUN_KINDS", "RUN_STATES", "RunRecord", "ShardRecord", "first_gap", "relative_errors"]
 
-STATES = ("writing", "complete", "failed", "removing")
-KINDS = ("activations", "capture", "analysis")
+RUN_STATES = ("writing", "complete", "failed", "removing")
+RUN_KINDS = ("activations", "capture", "analysis")
 
 
 @dataclass(frozen=True)

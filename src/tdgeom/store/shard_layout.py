@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from tdgeom.core.keys import Key, as_key
+from tdgeom.core.keys import Key, as_key, site_key
 from tdgeom.files.errors import StoreError, StoreLookupError
-from tdgeom.files.json_text import canonical, read_json
+from tdgeom.files.json_text import canonical_json, read_json
 from tdgeom.files.shards import CODES, MOST_DIMENSIONS, MOST_VALUES
 from tdgeom.store.stored_dtypes import SCALED
 
@@ -71,33 +71,32 @@ class ShardLayout:
         """Bytes of one row of all tensors."""
         return sum(entry.row_bytes for entry in self.entries)
 
-    def of_rows(self, names: Sequence[str] | None) -> list[StoredTensor]:
-        """The entries of these sites and carried values (default all), of ``row_id`` and of a carried ``document_id``.
+    def of_rows(self, sites: Sequence[str] | None = None, also: Sequence[str] = ()) -> list[StoredTensor]:
+        """The tensors of these sites and carried values (default all), a carried ``document_id`` and, last, ``row_id``.
 
         Raises:
             StoreLookupError: the run has none of that name.
         """
-        if names is None:
-            return list(self.entries)
-        by_key = self.by_key
-        places = {
-            name: [key for key in (("tokens", name), ("carried", name)) if key in by_key] for name in names
-        }
-        unknown = [name for name, found in places.items() if not found]
-        if unknown:
-            have = [entry.key[1] for entry in self.entries if len(entry.key) > 1]
-            raise StoreLookupError(f"the run holds no rows of {unknown}; it holds {have[:24]}.")
-        wanted = [found[0] for found in places.values()]
-        documents = [("carried", "document_id"), ("tokens", "document_id")]  # the latter in runs of before
-        wanted += [key for key in documents if key in by_key and key not in wanted]
-        return [by_key[key] for key in wanted] + [by_key["row_id"]]
+        held = {entry.key: entry for entry in self.entries}
+        for name in ("document_id", *also):  # runs of before keep these among the sites
+            if ("carried", name) not in held and ("tokens", name) in held:
+                held[("carried", name)] = replace(held.pop(("tokens", name)), key=("carried", name))
+        given = [key for key in held if key[0] == "tokens"]
+        wanted = given if sites is None else [("tokens", *site_key(site)) for site in sites]
+        wanted += [("carried", name) for name in also]
+        missing = [key[-1] for key in wanted if key not in held]
+        if missing:
+            names = [key[1] for key in held if len(key) > 1]
+            raise StoreLookupError(f"the run holds no rows of {missing}; it holds {names[:24]}.")
+        rest = [key for key in held if key[0] == "carried" and (sites is None or key[1] == "document_id")]
+        return [held[key] for key in dict.fromkeys([*wanted, *rest, ("row_id",)])]
 
     def to_json(self) -> str:
         """As text for the catalogue."""
         told = asdict(self)
         for entry in told["entries"]:
             entry |= {name: _dtype_name(entry[name]) for name in ("dtype", "stored")}
-        return canonical(told)
+        return canonical_json(told)
 
     @classmethod
     def from_json(cls, text: str, what: str) -> ShardLayout:

@@ -15,7 +15,7 @@ from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.files.errors import StoreError
 from tdgeom.store.activation_store import ActivationStore
 from tdgeom.store.resume import open_writer, refuse_other_rows
-from tdgeom.store.run_description import describe_run
+from tdgeom.store.run_description import DETAILS, describe_run
 from tdgeom.store.run_ids import id_of, new_id, number_of
 from tdgeom.store.run_records import relative_errors
 from tdgeom.store.run_writer import RunWriter
@@ -64,6 +64,10 @@ class StoreActivations(StreamingStage):
     """
 
     takes_complex = True  # rows are kept as they come
+    # only rows of the same keys in the same store add up; where they went, and what the run says of itself, may differ
+    publishing = frozenset(
+        {"shard_bytes", "resume", "model", "revision", "dataset", "experiment", "tag", *DETAILS}
+    )
     runs: Tensor
 
     def __init__(
@@ -82,10 +86,6 @@ class StoreActivations(StreamingStage):
         if isinstance(sites, str) or isinstance(also, str):
             raise TypeError(
                 f"StoreActivations: sites and also are lists of names, got {sites!r} and {also!r}."
-            )
-        if sites is None and also:
-            raise ValueError(
-                f"StoreActivations: also={list(also)} needs sites=; without, it reads 'tokens' alone."
             )
         if shard_bytes < 1:
             raise ValueError(f"StoreActivations: shard_bytes must be at least 1, got {shard_bytes}.")
@@ -119,10 +119,6 @@ class StoreActivations(StreamingStage):
             raise StoreError("StoreActivations has seen no rows, so it has begun no run.")
         return id_of(int(self.runs[-1]))
 
-    def settings(self) -> dict[str, Any]:
-        """Only rows of the same keys in the same store add up."""
-        return {"store": str(self.store.path), "rows": self.in_roles, "dtype": self.dtype}
-
     def start(self, *inputs: Tensor) -> Mapping[str, Tensor]:
         """The run to write."""
         return {"runs": torch.tensor([self._draw() if self._agreed is None else self._agreed])}
@@ -154,13 +150,9 @@ class StoreActivations(StreamingStage):
         """Count another's runs as well; ranks write one run together."""
         self.runs = torch.unique(torch.cat([self.runs, other.runs.to(self.runs.device)]))
 
-    def merge_(self, other: StreamingStage) -> StreamingStage:
-        """Count the runs of ``other`` as well; there may be more or fewer of them."""
-        is_other = isinstance(other, StoreActivations) and not self.is_empty and not other.is_empty
-        if is_other and other.settings() == self.settings():
-            self.combine(other)
-            return self
-        return super().merge_(other)
+    def fits(self, name: str, value: Tensor) -> bool:
+        """There may be more or fewer runs in another's state."""
+        return True
 
     def reset(self) -> None:
         """Forget every row; the next ones begin a new run. A run under way keeps the rows it got and stays unfinished."""

@@ -10,11 +10,11 @@ from typing import Any
 from tdgeom.files.atomic import explain, is_taken, open_regular, sync_folder, whole_folder, write_whole
 from tdgeom.files.bundle import METADATA, read_bundle
 from tdgeom.files.errors import StoreError
-from tdgeom.files.json_text import canonical, read_json_file
+from tdgeom.files.json_text import canonical_json, read_json_file
 from tdgeom.store.catalogue import BUNDLE, Catalogue
 from tdgeom.store.run_description import RunDescription, describe_run
 from tdgeom.store.run_ids import valid_id
-from tdgeom.store.run_records import KINDS, RunRecord, ShardRecord, first_gap
+from tdgeom.store.run_records import RUN_KINDS, RunRecord, ShardRecord, first_gap
 from tdgeom.store.run_shards import check_hash, open_shards
 from tdgeom.store.run_writer import RunLock
 from tdgeom.store.shard_layout import ShardLayout
@@ -65,7 +65,7 @@ def _export_run(catalogue: Catalogue, record: RunRecord, folder: Path) -> None:
         ],
     }
     _copy_files(catalogue.folder_of(record.id), folder, record.kind, shards)
-    write_whole(folder / RUN_FILE, [canonical(told).encode()])
+    write_whole(folder / RUN_FILE, [canonical_json(told).encode()])
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _is_record(told: Any, run: str) -> bool:
         isinstance(told, dict)
         and told.get("format") == FORMAT
         and told.get("id") == run
-        and told.get("kind") in KINDS
+        and told.get("kind") in RUN_KINDS
         and type(told.get("created")) in (int, float)
         and 0 <= told["created"] < 1e11
         and isinstance(told.get("about"), dict)
