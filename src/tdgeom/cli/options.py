@@ -137,7 +137,7 @@ class TextOptions:
         printed: Callable[[AnalysisResults, Console], None],
         save_mode: str = "bundle",
     ) -> None:
-        """Print an analysis; save it, and draw it, where the options say so."""
+        """Print an analysis; save it, and draw it, where the options say so; say where it is."""
         if results is None:  # another rank of a process group has it
             return
         terminal = console()
@@ -146,7 +146,11 @@ class TextOptions:
             results.save(self.out, save_mode, overwrite=self.overwrite)
             if self.plots:
                 results.write_plots()
-        say_where(results)
+        if results.artifact_dir is not None:
+            pictures = results.artifact_dir / "plots"
+            terminal.print(f"\nSaved in {results.artifact_dir}", soft_wrap=True, markup=False)
+            if pictures.is_dir():
+                terminal.print(f"Pictures in {pictures}", soft_wrap=True, markup=False)
 
 
 @dataclass
@@ -221,13 +225,3 @@ def layer_choice(text: str) -> str | slice:
         raise typer.BadParameter(
             f"--layers takes all, indices such as 0,5,-1, or a range such as 2:8, got {text!r}"
         ) from None
-
-
-def say_where(results: AnalysisResults) -> None:
-    """Where a saved analysis and its pictures are."""
-    terminal = console()
-    if results.artifact_dir is not None:
-        pictures = results.artifact_dir / "plots"
-        terminal.print(f"\nSaved in {results.artifact_dir}", soft_wrap=True, markup=False)
-        if pictures.is_dir():
-            terminal.print(f"Pictures in {pictures}", soft_wrap=True, markup=False)

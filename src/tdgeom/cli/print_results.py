@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 from rich.console import Console
@@ -31,47 +31,25 @@ IDENTITY = {
 UNIT = {"feature_subspace_novelty", "linear_cka", "layer_cosine_sim", "router_entropy_norm"}  # bars end at 1
 
 
+NOTES = {
+    "d_pr": "over how many directions the variance spreads (1 to {width}); bar from 0 to the largest",
+    "top1_share": "variance along the first direction alone",
+    "cos_sim_mean": "how alike any two tokens point",
+    "feature_subspace_novelty": "0 if the leading subspace stays, 1 if it turns orthogonal",
+    "linear_cka": "1 if the geometry of the tokens stays",
+    "router_entropy_norm": "1 if all experts are used alike, 0 if one is",
+}
+
+
 def print_results(results: AnalysisResults, console: Console) -> None:
     """The tables of an analysis, as wide as the console, each with a line on how to read it."""
     console.print(headline(results))
-    if not results.metrics.empty:
-        width = (
-            int(results.metrics["hidden_dim"].max()) if results.metrics["hidden_dim"].notna().any() else None
-        )
-        _print(console, "Sites", results.metrics, METRICS)
-        _explain(
-            console,
-            results.metrics,
-            {
-                "d_pr": f"over how many directions the variance spreads (1 to {width or 'the width'}); bar from 0 to the largest",
-                "top1_share": "variance along the first direction alone",
-                "cos_sim_mean": "how alike any two tokens point",
-            },
-        )
-    if not results.novelty.empty:
-        _print(console, "From one layer to the next", results.novelty, NOVELTY)
-        _explain(
-            console,
-            results.novelty,
-            {
-                "feature_subspace_novelty": "0 if the leading subspace stays, 1 if it turns orthogonal",
-                "linear_cka": "1 if the geometry of the tokens stays",
-            },
-        )
+    _print(console, "Sites", results.metrics, METRICS)
+    _print(console, "From one layer to the next", results.novelty, NOVELTY)
     for name, table in results.diagnostics.items():
         if {"variant", "d_pr"} <= set(table):
             _print_ablation(console, name, table)
-            console.print(
-                Text(
-                    "A large change means that a few long tokens or large features make the number.",
-                    style="dim",
-                )
-            )
-    if not results.router.empty:
-        _print(console, "Routers", results.router, ROUTER)
-        _explain(
-            console, results.router, {"router_entropy_norm": "1 if all experts are used alike, 0 if one is"}
-        )
+    _print(console, "Routers", results.router, ROUTER)
 
 
 def headline(results: AnalysisResults, unit: str = "tokens") -> Text:
@@ -86,12 +64,6 @@ def headline(results: AnalysisResults, unit: str = "tokens") -> Text:
     if data.get("stopped") == "max_rows":
         facts.append("budget reached")
     return Text.assemble((str(label), "bold"), ": " if facts else "", ", ".join(facts))
-
-
-def _explain(console: Console, table: pd.DataFrame, notes: Mapping[str, str]) -> None:
-    said = [f"{name}: {note}." for name, note in notes.items() if name in table]
-    if said:
-        console.print(Text(" ".join(said), style="dim"))
 
 
 def _label(table: pd.DataFrame) -> tuple[str, list[str]]:
@@ -110,6 +82,8 @@ def _label(table: pd.DataFrame) -> tuple[str, list[str]]:
 
 
 def _print(console: Console, title: str, table: pd.DataFrame, wanted: Sequence[str]) -> None:
+    if table.empty:
+        return
     own = [name for name in table.select_dtypes(["number", "bool"]) if name not in IDENTITY]
     columns = [name for name in wanted if name in table] or own
     name, labels = _label(table)
@@ -137,6 +111,11 @@ def _print(console: Console, title: str, table: pd.DataFrame, wanted: Sequence[s
         bar = drawn.columns[2]
         bar.justify, bar.style, bar.min_width = "left", "cyan", width
     titled(console, title, drawn)
+    known: list[float] = table["hidden_dim"].dropna().tolist() if "hidden_dim" in table else []
+    features = int(max(known)) if known else "the width"
+    notes = [f"{name}: {note.format(width=features)}." for name, note in NOTES.items() if name in table]
+    if notes:
+        console.print(Text(" ".join(notes), style="dim"))
 
 
 def _print_ablation(console: Console, name: str, table: pd.DataFrame) -> None:
@@ -146,3 +125,5 @@ def _print_ablation(console: Console, name: str, table: pd.DataFrame) -> None:
     by_variant = [[cells.get((variant, row), "-") for row in rows] for variant in variants]
     drawn = columns_table([heading, *map(broken, variants)], [rows, *by_variant])
     titled(console, f"{name.replace('_', ' ').capitalize()}: d_pr", drawn)
+    note = "A large change means that a few long tokens or large features make the number."
+    console.print(Text(note, style="dim"))

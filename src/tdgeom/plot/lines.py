@@ -62,23 +62,20 @@ def profile(
     for index, (value, rows) in enumerate(groups):
         places = rows[x].map(ticks) if words else rows[x]
         order = np.argsort(places.to_numpy(), kind="stable")
+        colour, marker, dashes = (looks[index % len(looks)] for looks in (COLOURS, MARKERS, DASHES))
         look = {
-            "color": COLOURS[index % len(COLOURS)],
-            "marker": MARKERS[index % len(MARKERS)],
+            "color": colour,
+            "marker": marker,
             "markersize": 4.5,
+            "linestyle": dashes,
+            "linewidth": 1.5,
+            "capsize": 2.5,
         }
-        look["linestyle"] = DASHES[index % len(DASHES)]
         ax.errorbar(
             places.to_numpy()[order],
             rows[y].to_numpy(dtype=np.float64)[order],
             yerr=None if yerr is None else rows["_error"].to_numpy(dtype=np.float64)[order],
-            **{
-                **look,
-                "linewidth": 1.5,
-                "capsize": 2.5,
-                "label": None if value is None else str(value),
-                **style,
-            },
+            **{**look, "label": None if value is None else str(value), **style},
         )
     ax.set(xlabel=axis_name(x), ylabel=fill(axis_name(y), 28))
     tidy(ax)

@@ -97,12 +97,6 @@ def _write_cells(ax: Any, image: Any, grid: np.ndarray) -> None:
         if np.isfinite(value):
             red, green, blue, _ = image.cmap(image.norm(value))
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-            ax.text(
-                column,
-                row,
-                f"{value:.2f}" if shares else f"{value:.3g}",
-                ha="center",
-                va="center",
-                fontsize="x-small",
-                color="white" if dark else "black",
-            )
+            said = f"{value:.2f}" if shares else f"{value:.3g}"
+            colour = "white" if dark else "black"
+            ax.text(column, row, said, ha="center", va="center", fontsize="x-small", color=colour)
