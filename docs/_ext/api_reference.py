@@ -153,7 +153,8 @@ def members(cls: type, name: str) -> Iterator[str]:
         if one.__module__.startswith("tdgeom.") and one.__name__ not in tdgeom.__all__
     ]
     bases = [cls] if issubclass(cls, torch.nn.Module) else [cls, *inner]
-    for key, value in [entry for base in bases for entry in vars(base).items()]:
+    nearest = {key: value for base in reversed(bases) for key, value in vars(base).items()}
+    for key, value in nearest.items():
         raw = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
         docstring = safe_getattr(raw, "__doc__", None)
         if key.startswith("_") or not docstring or key == "forward":
