@@ -25,6 +25,8 @@ SCHEMA_VERSION = "1.0"
 METADATA = "metadata.json"
 ARRAYS = ("eigenvalues", "neighbors")
 _LARGEST_JSON = 64 * 2**20
+# what a damaged archive raises; RuntimeError: an encrypted member, or one packed by a method that zipfile does not know
+_DAMAGED = (ValueError, OSError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _LEAST_ARRAYS, _MOST_PACKED = 16 * 2**20, 100  # measured numbers pack to a half, repeated ones to a tenth
 
 
@@ -174,14 +176,5 @@ def _read_arrays(file: Path) -> dict[str, np.ndarray]:
             )
         with np.load(file, allow_pickle=False) as stored:
             return {key: stored[key] for key in stored.files}
-    except (
-        ValueError,
-        OSError,
-        EOFError,
-        MemoryError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        # RuntimeError: an encrypted member, or one packed by a method that zipfile does not know
+    except _DAMAGED as error:
         raise ValueError(f"{file} is no archive of arrays ({error}): the bundle is damaged.") from error

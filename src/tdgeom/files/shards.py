@@ -53,7 +53,6 @@ MOST_DIMENSIONS = 16
 MOST_VALUES = 1 << 48  # of one tensor, its empty dimensions counted as 1
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 _BITS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
-_LARGEST_STEP = 1 << 30  # one read() moves 2 GiB at most
 
 
 @dataclass(frozen=True)
@@ -118,18 +117,14 @@ class Shard:
         return self._mapped()[one.offset : one.end].view(bits_of(one.dtype)).reshape(one.shape)
 
     def _copy(self, one: Placed, offset: int, shape: tuple[int, ...]) -> Tensor:
-        data = np.empty(math.prod(shape) * one.dtype.itemsize, dtype=np.int8)
-        rest = data.data
+        count = math.prod(shape) * one.dtype.itemsize
         try:
             with open_regular(self.path) as handle:
-                handle.seek(offset)
-                while rest.nbytes:
-                    step = handle.readinto(rest[:_LARGEST_STEP])
-                    if not step:
-                        raise StoreError(f"{self.path} ends early: it was cut short while open.")
-                    rest = rest[step:]
+                data = np.fromfile(handle, dtype=np.int8, count=count, offset=offset)
         except OSError as error:
             raise explain(error, f"reading {self.path}") from error
+        if len(data) != count:
+            raise StoreError(f"{self.path} ends early: it was cut short while open.")
         return from_bits(data.view(bits_of(one.dtype)).reshape(shape), one.dtype)
 
     def unmap(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from tdgeom.files.errors import StoreError
-from tdgeom.store.catalogue import Catalogue
 from tdgeom.store.row_source import RowSource
 from tdgeom.store.run_description import RunDescription
 from tdgeom.store.run_writer import RunLock, RunWriter
@@ -16,21 +15,13 @@ __all__ = ["open_writer", "refuse_other_rows"]
 _ID_ROWS = 1 << 20
 
 
-def open_writer(
-    catalogue: Catalogue,
-    run: str,
-    about: RunDescription,
-    layout: ShardLayout,
-    *,
-    rank: int,
-    shard_bytes: int,
-) -> RunWriter:
-    """A writer for the run, which passes over rows that it has; enters it if the catalogue does not have it.
+def open_writer(lock: RunLock, about: RunDescription, layout: ShardLayout, shard_bytes: int) -> RunWriter:
+    """A writer for the lock's run, which passes over rows that it has; enters it if the catalogue does not have it.
 
     Raises:
-        StoreBusyError: another process writes it. StoreError: it is complete, or holds other rows than these.
+        StoreError: it is complete, or holds other rows than these.
     """
-    lock = RunLock(catalogue, run, rank)
+    catalogue, run = lock.catalogue, lock.run
     try:
         catalogue.add_run(run, "activations", about, layout)
         state = catalogue.record(run).state

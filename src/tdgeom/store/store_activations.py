@@ -18,7 +18,7 @@ from tdgeom.store.resume import open_writer, refuse_other_rows
 from tdgeom.store.run_description import DETAILS, describe_run
 from tdgeom.store.run_ids import id_of, new_id, number_of
 from tdgeom.store.run_records import relative_errors
-from tdgeom.store.run_writer import RunWriter
+from tdgeom.store.run_writer import RunLock, RunWriter
 from tdgeom.store.shard_layout import ShardLayout, entries_of
 from tdgeom.store.stored_dtypes import named_dtype
 
@@ -132,15 +132,8 @@ class StoreActivations(StreamingStage):
                 raise StoreError(
                     "StoreActivations counts several merged runs: reset() it before it writes another."
                 )
-            rank = rank_and_world()[0]
-            self._writer = open_writer(
-                self.store.catalogue,
-                self.run_id,
-                self._about,
-                layout,
-                rank=rank,
-                shard_bytes=self.shard_bytes,
-            )
+            lock = RunLock(self.store.catalogue, self.run_id, rank_and_world()[0])
+            self._writer = open_writer(lock, self._about, layout, self.shard_bytes)
             self._layout = layout
         if layout != self._layout:
             refuse_other_rows(self.run_id, self._layout, layout)
