@@ -317,7 +317,7 @@ def test_state_loads_into_a_stage_of_another_width_and_back():
     narrow.update(TensorDict(tokens=torch.randn(9, 6)))
     assert int(narrow.count) == 18 and int(wide.count) == 9
     with pytest.raises(RuntimeError, match="Missing key"):
-        narrow.load_state_dict({"mean": torch.zeros(6)})
+        narrow.load_state_dict({"mean": torch.zeros(6, dtype=torch.float64)})
 
 
 def test_rows_of_integers_are_finite():

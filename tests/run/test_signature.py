@@ -17,8 +17,9 @@ from torch import nn
 
 import models
 import tdgeom as tg
+from tdgeom.core.configured import differences
 from tdgeom.run.plan import make_plan
-from tdgeom.run.signature import differences, fingerprint, pipeline_signature, weights_signature
+from tdgeom.run.signature import fingerprint, pipeline_signature, weights_signature
 
 TESTS = Path(__file__).parent.parent
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from functools import cache
+from functools import cache, partial, wraps
 from os import PathLike, fspath
+from types import CodeType
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-__all__ = ["Configured", "plain_setting"]
+__all__ = ["Configured", "differences", "plain_setting"]
 
 _SMALL = 1024  # values of a tensor that are written out; of a larger one the hash
 _Self = TypeVar("_Self", bound="Configured")
@@ -53,6 +54,8 @@ class Configured:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         Configured._kinds[cls.__name__] = cls
+        if "__init__" in cls.__dict__:
+            setattr(cls, "__init__", _noting(cls.__dict__["__init__"]))  # noqa: B010  # mypy knows no other way
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Take the arguments down; unpickling and copies, which call this without any, bring their own."""
@@ -75,19 +78,24 @@ class Configured:
         return {name: plain_setting(v) if isinstance(v, Tensor) else v for name, v in self._current().items()}
 
     def _current(self) -> dict[str, Any]:
-        """What was given, or what the attribute of that name has been set to since."""
-        current = {}
-        for name, value in self._given.items():
-            now = self.__dict__.get(name, value)
-            plain = now if now is value or isinstance(now, Tensor) else plain_setting(now)
-            current[name] = value if isinstance(plain, dict) and "object" in plain else plain
-        return current
+        """What was given, or what the attribute of that name has been set to since ``__init__``."""
+        held, made = self.__dict__, self.__dict__.get("_made", {})
+        now = {name: _kept(held[name]) for name in self._given if name in held}
+        changed = {
+            name: value for name, value in now.items() if name not in made or not _alike(value, made[name])
+        }
+        return self._given | changed
 
     def all_settings(self) -> dict[str, Any]:
         """``settings()``, and the defaults of what ``**keys`` would have passed on: spelt out or not, they are the same."""
         usual = _parameters(cast(Any, type(self))).values()
         told = {p.name: plain_setting(p.default) for p in usual if p.default is not inspect.Parameter.empty}
         return told | self.settings()
+
+    def effective_settings(self) -> dict[str, Any]:
+        """``all_settings()`` as the attributes of their names have them: one form of what can be said in two."""
+        held = {n: plain_setting(self.__dict__[n]) for n in self._given if n in self.__dict__}
+        return self.all_settings() | held
 
     @classmethod
     def from_settings(cls: type[_Self], settings: Mapping[str, Any], **live: Any) -> _Self:
@@ -113,7 +121,29 @@ class Configured:
         return cls(*positional, **made)
 
     def __repr__(self) -> str:
-        return _call_shown(type(self).__name__, self._current())
+        return _call_shown(type(self).__name__, self._current(), type(self))
+
+
+def _noting(init: Callable[..., None]) -> Callable[..., None]:
+    """``__init__`` that notes how it left the attributes of its arguments' names: ``self.scale = log(scale)`` is no change."""
+
+    @wraps(init)
+    def __init__(self: Configured, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if type(self).__init__ is __init__:  # of the class made, not of one above it
+            held = self.__dict__
+            held["_made"] = {name: _kept(held[name]) for name in self._given if name in held}
+
+    return __init__
+
+
+def _kept(value: Any) -> Any:
+    """A tensor itself, of anything else its plain form."""
+    return value if isinstance(value, Tensor) else plain_setting(value)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b
 
 
 def plain_setting(value: Any) -> Any:
@@ -169,9 +199,29 @@ def _named(value: Any) -> dict[str, Any]:
         return {"made": type(value).__name__, "settings": held}
     if isinstance(value, nn.Module):
         return {"model": type(value).__name__}
+    if isinstance(value, partial):
+        return {"partial": [plain_setting(part) for part in (value.func, value.args, value.keywords)]}
     if callable(value) and hasattr(value, "__qualname__"):
-        return {"function": f"{value.__module__}.{value.__qualname__}"}
-    return {"object": type(value).__name__}
+        return _function(value)
+    parameters = getattr(value, "get_params", None)  # scikit-learn's estimators
+    told = {} if parameters is None else {"parameters": plain_setting(parameters(deep=False))}
+    return {"object": type(value).__name__, **told}
+
+
+def _function(value: Any) -> dict[str, Any]:
+    """A function by its name; one that shares its name with others (a lambda, a function inside one) by its code too."""
+    named = {"function": f"{value.__module__}.{value.__qualname__}"}
+    if "<" not in value.__qualname__ or not hasattr(value, "__code__"):
+        return named
+    around = [cell.cell_contents for cell in value.__closure__ or ()]
+    around = [part.__qualname__ if hasattr(part, "__qualname__") else plain_setting(part) for part in around]
+    text = repr((_code(value.__code__), plain_setting(value.__defaults__), around))
+    return {**named, "code": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def _code(code: CodeType) -> tuple[object, ...]:
+    constants = [_code(one) if isinstance(one, CodeType) else plain_setting(one) for one in code.co_consts]
+    return code.co_code, code.co_names, constants
 
 
 _TAGS = {
@@ -187,7 +237,7 @@ _TAGS = {
     "tensor_sha256",
     "made",
 }
-_TAGS |= {"model", "function", "object"}
+_TAGS |= {"model", "function", "partial", "object"}
 
 
 def _made_again(value: Any, where: str) -> Any:
@@ -210,7 +260,8 @@ def _made_again(value: Any, where: str) -> Any:
     if tag == "device":
         return torch.device(held)
     if tag == "tensor":
-        flat = torch.tensor([_made_again(one, where) for one in held], dtype=getattr(torch, value["dtype"]))
+        values, dtype = [_made_again(one, where) for one in held], getattr(torch, value["dtype"])
+        flat = torch.tensor(values, dtype=dtype, device="cpu")
         return flat.reshape(value["shape"])
     if tag == "dtype" and isinstance(getattr(torch, str(held), None), torch.dtype):
         return getattr(torch, held)
@@ -222,9 +273,8 @@ def _made_again(value: Any, where: str) -> Any:
     )
 
 
-def _call_shown(name: str, settings: Mapping[str, Any]) -> str:
+def _call_shown(name: str, settings: Mapping[str, Any], kind: Any) -> str:
     """A class called with those settings that are not its defaults."""
-    kind: Any = Configured._kinds.get(name)
     usual = {} if kind is None else _parameters(kind)
     told = [
         f"{argument}={_shown(value)}"
@@ -258,8 +308,32 @@ def _shown(value: Any) -> str:
     if tag in ("tensor", "tensor_sha256"):
         return f"tensor of shape {tuple(value['shape'])}"
     if tag == "made":
-        return _call_shown(held, value["settings"])
+        return _call_shown(held, value["settings"], Configured._kinds.get(held))
+    if tag == "partial":
+        return f"partial({', '.join(map(_shown, held))})"
     return held.rpartition(".")[2] if tag == "function" else str(held)
+
+
+def differences(found: Any, wanted: Any, where: str = "") -> list[str]:
+    """Where two records of plain data differ, a line each.
+
+    >>> differences({"a": [1, 2]}, {"a": [1, 3]})
+    ['a[1] is 2 there and 3 here']
+    """
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        names = sorted(set(found) | set(wanted))
+        return [
+            one for name in names for one in differences(found.get(name), wanted.get(name), f"{where}.{name}")
+        ]
+    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        return [
+            one
+            for number, pair in enumerate(zip(found, wanted))
+            for one in differences(*pair, f"{where}[{number}]")
+        ]
+    if found == wanted:
+        return []
+    return [f"{where.lstrip('.')} is {str(found)[:120]} there and {str(wanted)[:120]} here"]
 
 
 # ------------------------------------------------------------------------------------------------ what was given
@@ -303,4 +377,4 @@ def _bound(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[
                 list(value) if parameter.kind is inspect.Parameter.VAR_POSITIONAL else value
             )
     # Never a model, nor a list that may change later: all but tensors is made plain now.
-    return {name: one if isinstance(one, Tensor) else plain_setting(one) for name, one in given.items()}
+    return {name: _kept(one) for name, one in given.items()}

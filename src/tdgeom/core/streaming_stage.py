@@ -12,6 +12,7 @@ from tensordict.nn import dispatch, set_skip_existing
 from torch import Tensor
 
 from tdgeom.core.ambient import steady
+from tdgeom.core.configured import differences
 from tdgeom.core.process_groups import gather_states, rank_and_world
 from tdgeom.core.stage import Outputs, Stage
 
@@ -62,7 +63,7 @@ class StreamingStage(Stage):
 
         It is held in ``dtype``, whatever ``start`` returns; None takes the dtype that ``start`` gives it (that of the rows).
         """
-        self.register_buffer(name, torch.zeros(0, dtype=dtype or torch.float32))
+        self.register_buffer(name, torch.zeros(0, dtype=dtype or torch.float32, device="cpu"))
         self.__dict__.setdefault("_state_dtypes", {})[name] = dtype
 
     def state(self) -> dict[str, Tensor]:
@@ -101,7 +102,7 @@ class StreamingStage(Stage):
     def merging_settings(self) -> dict[str, Any]:
         """What two stages must share to be merged, or a state to be loaded: all settings but keys and ``publishing``."""
         apart = {"in_keys", "out_keys", *self.publishing}
-        return {name: value for name, value in self.all_settings().items() if name not in apart}
+        return {name: value for name, value in self.effective_settings().items() if name not in apart}
 
     @property
     def is_empty(self) -> bool:
@@ -177,25 +178,29 @@ class StreamingStage(Stage):
         with torch.inference_mode(False), torch.no_grad(), steady(self.home):
             return self.write(tensordict, self.result())
 
-    def merge_(self, other: StreamingStage) -> StreamingStage:
-        """Add the state of ``other``, which saw other rows; ``other`` keeps its own."""
+    def refuse_unlike(self, other: Any) -> None:
+        """An error where ``merge_`` would not add up the same stage on the same features."""
         if type(other) is not type(self) or other.merging_settings() != self.merging_settings():
             raise ValueError(
                 f"{self!r} cannot merge {other!r}: both must be the same stage with the same settings"
                 f"{self._apart(other.merging_settings()) if isinstance(other, StreamingStage) else ''}."
             )
+        for name, value in () if self.is_empty or other.is_empty else other.state().items():
+            if not self.fits(name, value):
+                raise ValueError(
+                    f"{type(self).__name__} holds {name} of shape {tuple(self.state()[name].shape)}, the stage to "
+                    f"merge {tuple(value.shape)}: they saw rows of different width."
+                )
+
+    def merge_(self, other: StreamingStage) -> StreamingStage:
+        """Add the state of ``other``, which saw other rows; ``other`` keeps its own."""
+        self.refuse_unlike(other)
         if other.is_empty:
             return self
         with torch.inference_mode(False), torch.no_grad(), steady(other.home):
             if self.is_empty:
                 self.set_state({name: value.clone() for name, value in other.state().items()})
             else:
-                for name, value in other.state().items():
-                    if not self.fits(name, value):
-                        raise ValueError(
-                            f"{type(self).__name__} holds {name} of shape {tuple(self.state()[name].shape)}, the stage to "
-                            f"merge {tuple(value.shape)}: they saw rows of different width."
-                        )
                 self.combine(other)
         return self
 
@@ -204,14 +209,9 @@ class StreamingStage(Stage):
         return value.shape == self.state()[name].shape
 
     def _apart(self, theirs: Mapping[str, Any]) -> str:
-        """ ", which differ in ..." for messages."""
-        own = json.loads(json.dumps(self.merging_settings()))
-        theirs = json.loads(json.dumps(theirs))
-        names = sorted(n for n in own.keys() | theirs.keys() if own.get(n) != theirs.get(n))
-        told = [
-            f"{name} ({str(own.get(name))[:40]} here, {str(theirs.get(name))[:40]} there)" for name in names
-        ]
-        return f", which differ in {', '.join(told)}" if told else ""
+        """ ": where they differ" for messages."""
+        found = differences(json.loads(json.dumps(theirs)), json.loads(json.dumps(self.merging_settings())))
+        return f": {'; '.join(found[:4])}{'; ...' if len(found) > 4 else ''}" if found else ""
 
     def reset(self) -> None:
         """Forget every row."""
@@ -281,10 +281,19 @@ class StreamingStage(Stage):
             if refused:
                 errors.append(f"{prefix.rstrip('.') or 'the state'}: {refused}")
                 return
-        for name, buffer in self.state().items():
-            value = state_dict.get(prefix + name)
-            if isinstance(value, Tensor):
-                self._buffers[name] = torch.zeros(value.shape, dtype=value.dtype, device=buffer.device)
+        saved = {name: state_dict.get(prefix + name) for name in self.state()}
+        given = {name: value for name, value in saved.items() if isinstance(value, Tensor)}
+        for name, value in given.items():
+            if self.__dict__["_state_dtypes"][name] not in (None, value.dtype):
+                errors.append(
+                    f"{prefix}{name} is {value.dtype}, {type(self).__name__} declares it as {self.state()[name].dtype} "
+                    f"(add_state): a state that was cast has lost rows. Save it as state_dict() gives it."
+                )
+                return
+        for name, value in given.items():
+            self._buffers[name] = torch.zeros(
+                value.shape, dtype=value.dtype, device=self.state()[name].device
+            )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def _refusal(self, about: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdgeom.core.configured import differences
 from tdgeom.core.keys import key_tuple
 from tdgeom.core.renamed import stage_of
 from tdgeom.core.streaming_stage import StreamingStage
@@ -25,7 +26,7 @@ from tdgeom.files.shard_writing import bytes_of, write_shard
 from tdgeom.files.shards import Shard
 from tdgeom.run.batch_rows import selections
 from tdgeom.run.plan import Plan
-from tdgeom.run.signature import differences, pipeline_signature
+from tdgeom.run.signature import pipeline_signature
 
 __all__ = ["Checkpoint"]
 

@@ -18,7 +18,7 @@ from tdgeom.files.shard_writing import bytes_of
 from tdgeom.model.loading import config_summary
 from tdgeom.run.plan import Plan
 
-__all__ = ["differences", "fingerprint", "pipeline_signature", "weights_signature"]
+__all__ = ["fingerprint", "pipeline_signature", "weights_signature"]
 
 _HASHED = 1 << 20  # bytes of each tensor of a batch that are compared
 _SAMPLED = 1024  # values of each tensor of a model that are compared
@@ -121,25 +121,3 @@ def _computes_with(unit: TensorDictModuleBase, models: dict[int, dict[str, Any]]
             models[id(model)] = {**about, "weights": weights_signature(model)}
         found["model"] = models[id(model)]
     return found
-
-
-def differences(found: Any, wanted: Any, where: str = "") -> list[str]:
-    """Where two signatures differ, a line each.
-
-    >>> differences({"a": [1, 2]}, {"a": [1, 3]})
-    ['a[1] is 2 there and 3 here']
-    """
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        names = sorted(set(found) | set(wanted))
-        return [
-            one for name in names for one in differences(found.get(name), wanted.get(name), f"{where}.{name}")
-        ]
-    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
-        return [
-            one
-            for number, pair in enumerate(zip(found, wanted))
-            for one in differences(*pair, f"{where}[{number}]")
-        ]
-    if found == wanted:
-        return []
-    return [f"{where.lstrip('.')} is {str(found)[:120]} there and {str(wanted)[:120]} here"]
