@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing, skip_existing
 from torch import nn
 
 from tdgeom.core.ambient import steady
@@ -24,7 +24,7 @@ from tdgeom.core.for_each import (
 from tdgeom.core.keys import Key, as_key, key_tuple
 from tdgeom.core.pair_stage import PairStage
 from tdgeom.core.renamed import Renamed, is_streaming
-from tdgeom.core.stage import Stage, device_of
+from tdgeom.core.stage import device_of
 
 __all__ = ["ForEachPair", "pair_list"]
 
@@ -126,12 +126,9 @@ class ForEachPair(Configured, TensorDictModuleBase):
             raise ValueError(f"ForEachPair: pairs= names a pair twice: {self.pairs}.")
         keep = shared_by(stage, tuple(shared))
         check_shared_outputs(stage, keep, "ForEachPair")
-        self.splits = _splits(stage)
-        one = copied(stage, "ForEachPair")
+        self.one = copied(stage, "ForEachPair") if _splits(stage) else None
         self.units = nn.ModuleList(
-            Renamed(
-                one if self.splits else copied(stage, "ForEachPair"), _renamer(a, b, parts, keep), f"{a}->{b}"
-            )
+            Renamed(self.one or copied(stage, "ForEachPair"), _renamer(a, b, parts, keep), f"{a}->{b}")
             for a, b in self.pairs
         )
         self.in_keys = list(dict.fromkeys(key for unit in self.units for key in unit.in_keys))
@@ -140,20 +137,22 @@ class ForEachPair(Configured, TensorDictModuleBase):
         self.out_keys = [key for unit in self.units for key in unit.out_keys]
 
     @dispatch(auto_batch_size=False)
+    @set_skip_existing(None)
     def forward(
         self, tensordict: TensorDictBase, tensordict_out: TensorDictBase | None = None
     ) -> TensorDictBase:
         """Prepare each site once, compare each pair, write ``out_keys``."""
         out = tensordict if tensordict_out is None else tensordict_out
-        if self.splits:
-            self._prepare_and_compare(tensordict, out)
+        # asked at every call: a hook may have come since
+        alike = all(unit.module is self.one and not _hooked(unit) for unit in self.units)
+        if self.one is not None and alike and _splits(self.one) and not skip_existing():
+            self._prepare_and_compare(self.one, tensordict, out)
         else:
             for unit in self.units:
-                unit.outward(unit.inner(tensordict), out)
+                unit(tensordict, tensordict_out=out)
         return out
 
-    def _prepare_and_compare(self, tensordict: TensorDictBase, out: TensorDictBase) -> None:
-        stage: Any = self.units[0].module
+    def _prepare_and_compare(self, stage: Any, tensordict: TensorDictBase, out: TensorDictBase) -> None:
         side_a, side_b, rest = stage.sides()
         last_use = {site: index for index, pair in enumerate(self.pairs) for site in pair}
         # Both sides usually read the same keys, and then one preparation serves a site on either side.
@@ -189,12 +188,25 @@ def _splits(stage: TensorDictModuleBase) -> bool:
     """Whether ``prepare`` and ``compare`` by themselves are all that calling the stage does."""
     if not isinstance(stage, PairStage):
         return False
-    kind = type(stage)
-    own = (kind.forward, kind.read, kind.write, kind.computed, kind.listed, kind.compute)
-    whole = (Stage.forward, Stage.read, Stage.write, Stage.computed, Stage.listed, PairStage.compute)
-    selects = [hook for hook in stage._forward_hooks.values() if not hasattr(hook, "out_keys")]
+    names = ("__call__", "forward", "with_named", "read", "computed", "compute", "listed", "write")
+    own = any(
+        name in stage.__dict__ or getattr(type(stage), name) is not getattr(PairStage, name) for name in names
+    )
     holds = any(True for _ in (*stage.buffers(), *stage.parameters()))
-    return own == whole and not selects and not stage._forward_pre_hooks and not holds
+    side_a, side_b, _ = stage.sides()
+    keys = [
+        (key_tuple(stage.in_roles[i]), key_tuple(stage.in_keys[i]))
+        for i in (*side_a, *side_b)
+        if i < len(stage.in_keys)
+    ]
+    swapped = any(role[1:2] != key[1:2] for role, key in keys)
+    return not (own or holds or swapped or _hooked(stage))
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether hooks act around a call; what ``select_out_keys`` hooks in is honoured without one."""
+    own = [hook for hook in module._forward_hooks.values() if not hasattr(hook, "out_keys")]
+    return bool(own or module._forward_pre_hooks)
 
 
 def _check_sides(stage: TensorDictModuleBase) -> None:
