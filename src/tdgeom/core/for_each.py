@@ -44,6 +44,8 @@ class ForEach(Configured, Pipeline):
         [('tokens', 'x'), ('tokens', 'y')]
     """
 
+    cut_into = Pipeline  # what a part of it is
+
     def __init__(
         self,
         stage: TensorDictModuleBase,

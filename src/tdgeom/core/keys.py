@@ -64,7 +64,13 @@ def optional_in_keys(module: nn.Module) -> list[Key]:
     if type(module).__dict__.get("optional_in_keys") is None and isinstance(module, TensorDictSequential):
         held: Any = module.module
         parts: Any = held.values() if isinstance(held, nn.ModuleDict) else held
-        needed = {key for part in parts for key in part.in_keys if key not in optional_in_keys(part)}
+        needed: set[Key] = set()
+        written: set[Key] = set()
+        for part in parts:
+            needed |= {
+                key for key in part.in_keys if key not in written and key not in optional_in_keys(part)
+            }
+            written |= set(part.out_keys)
         return [key for key in module.in_keys if key not in needed]
     return list(getattr(module, "optional_in_keys", ()))
 

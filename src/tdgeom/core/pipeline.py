@@ -16,6 +16,7 @@ from torch import nn
 
 from tdgeom.core.keys import Key, key_tuple, optional_in_keys, touches
 from tdgeom.core.renamed import describe, is_streaming
+from tdgeom.core.stage import Stage
 
 __all__ = ["Pipeline", "merge_", "opened", "parts_of", "reset", "streams_of", "sync_", "why_closed"]
 
@@ -33,7 +34,7 @@ def why_closed(sequence: TensorDictSequential, *, but_selection: bool = False) -
     """
     kind = type(sequence)
     for name in ("forward", "__call__", "_run_module"):
-        if getattr(kind, name) is not getattr(TensorDictSequential, name):
+        if name in sequence.__dict__ or getattr(kind, name) is not getattr(TensorDictSequential, name):
             return f"it overrides {name}()"
     if sequence._forward_hooks or sequence._forward_pre_hooks:
         return "it has forward hooks"
@@ -75,6 +76,8 @@ def merge_(pipeline: nn.Module, other: nn.Module) -> nn.Module:
             f"merge_ adds up the same pipeline: this one has {len(own)} streaming stages, the other {len(theirs)}."
         )
     for mine, another in zip(own, theirs):
+        mine.refuse_unlike(another)  # all before any: what is refused has changed nothing
+    for mine, another in zip(own, theirs):
         mine.merge_(another)
     return pipeline
 
@@ -83,7 +86,7 @@ def reset(pipeline: nn.Module) -> None:
     """Forget every row, and count sequences from 0 again."""
     for part in pipeline.modules():
         forget: Any = getattr(part, "reset", None)
-        if part is not pipeline and isinstance(part, TensorDictModuleBase) and forget is not None:
+        if isinstance(part, Stage) and forget is not None:
             forget()
 
 
@@ -146,7 +149,7 @@ def _select(sequence: Any, given: list[Key] | None, wanted: list[Key] | None) ->
         kept = needed[::-1]
     if not kept:
         return None
-    kind = type(sequence) if type(sequence) in (TensorDictSequential, Pipeline) else Pipeline
+    kind = getattr(sequence, "cut_into", type(sequence))
     made = (
         kind(OrderedDict((names[n], part) for n, part in kept))
         if names
@@ -156,8 +159,9 @@ def _select(sequence: Any, given: list[Key] | None, wanted: list[Key] | None) ->
     return made
 
 
-def _transparent(part: nn.Module) -> bool:
-    return type(part) is TensorDictSequential or (isinstance(part, Pipeline) and why_closed(part) is None)
+def _transparent(part: Any) -> bool:
+    cut = type(part) is TensorDictSequential or isinstance(part, Pipeline)
+    return cut and why_closed(part) is None
 
 
 def _among(key: Key, keys: Iterable[Key]) -> bool:

@@ -65,7 +65,7 @@ class Repeats:
                     if source == rank:
                         new.append(one)
         finished = all(announced is None for announced in every)
-        return (None if ids is None else torch.tensor(new, dtype=torch.int64)), finished
+        return (None if ids is None else torch.tensor(new, dtype=torch.int64, device="cpu")), finished
 
     @staticmethod
     def _exchange(ids: list[int], out_of_batches: bool) -> list[list[int] | None]:
@@ -130,7 +130,7 @@ def gather_states(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def _header(value: Tensor) -> Tensor:
-    header = torch.zeros(2 + _MAX_DIMS, dtype=torch.int64)
+    header = torch.zeros(2 + _MAX_DIMS, dtype=torch.int64, device="cpu")
     header[0], header[1] = _DTYPES.index(value.dtype), value.ndim
-    header[2 : 2 + value.ndim] = torch.tensor(value.shape, dtype=torch.int64)
+    header[2 : 2 + value.ndim] = torch.tensor(value.shape, dtype=torch.int64, device="cpu")
     return header

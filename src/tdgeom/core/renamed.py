@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing
 from torch import Tensor, nn
 
 from tdgeom.core.keys import NOT_WRITTEN, Key, optional_in_keys
@@ -64,6 +64,7 @@ class Renamed(TensorDictModuleBase):
         self.out_keys = cast(Any, [outer for _, outer in self.written_as])
 
     @dispatch(auto_batch_size=False)
+    @set_skip_existing(None)
     def forward(
         self, tensordict: TensorDictBase, tensordict_out: TensorDictBase | None = None
     ) -> TensorDictBase:
@@ -103,7 +104,7 @@ class Renamed(TensorDictModuleBase):
                 f"ForEach, or on the ForEach."
             )
         for own, outer in self.written_as:
-            if own != NOT_WRITTEN:
+            if own != NOT_WRITTEN and outer in self.out_keys:  # what select_out_keys has left
                 tensordict.set(outer, inner.get(own))
         return tensordict
 
@@ -122,12 +123,17 @@ class RenamedStream(Renamed):
         inner = TensorDict({}, batch_size=tensordict.batch_size)
         return self.outward(self.located(self.module.publish, inner), tensordict)
 
-    def merge_(self, other: RenamedStream) -> RenamedStream:
-        """Add the state of the same stage at the same site elsewhere."""
+    def refuse_unlike(self, other: Any) -> None:
+        """An error where ``merge_`` would not add up the same stage at the same site."""
         if not isinstance(other, RenamedStream) or other.where != self.where:
             raise ValueError(
                 f"{describe(self)} cannot merge {describe(other)}: both must be of the same site."
             )
+        self.located(self.module.refuse_unlike, other.module)
+
+    def merge_(self, other: RenamedStream) -> RenamedStream:
+        """Add the state of the same stage at the same site elsewhere."""
+        self.refuse_unlike(other)
         self.located(self.module.merge_, other.module)
         return self
 

@@ -83,7 +83,7 @@ def _put(td: TensorDict, key: Key, value: Any) -> None:
     else:
         array = np.asarray(value) if not isinstance(value, str) else None
         if array is not None and array.dtype.kind in "biuf":
-            td.set(key, torch.as_tensor(array))
+            td.set(key, torch.as_tensor(array, device="cpu"))
         else:
             td.set_non_tensor(key, list(value) if isinstance(value, list) else value)
 
@@ -91,9 +91,9 @@ def _put(td: TensorDict, key: Key, value: Any) -> None:
 def _padded(td: TensorDict, key: Key, value: Tensor) -> Tensor:
     """Sequences of different lengths (B, *, ...) as (B, T, ...), zeros behind, and the mask that says so where there is none."""
     parts = value.unbind()
-    lengths = torch.tensor([part.shape[0] for part in parts])
+    lengths = torch.tensor([part.shape[0] for part in parts], device="cpu")
     longest = int(lengths.max())
-    mask = torch.arange(longest) < lengths[:, None]
+    mask = torch.arange(longest, device="cpu") < lengths[:, None]
     if key != "attention_mask" and "attention_mask" not in td.keys():
         td.set("attention_mask", mask.long().to(value.device))
     return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)

@@ -165,9 +165,19 @@ class SelectTokens(Stage):
         self.skip_special = skip_special or bool(special_ids)
         self.special_ids = tuple(int(i) for i in special_ids)
         self.pad_id = pad_id
+        self.models_pad_id: int | None = None  # run says it anew every time
         self.mask_key = self.in_keys[self._places[1]]
         self.sequences: Tensor
-        self.register_buffer("sequences", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("sequences", torch.zeros((), dtype=torch.int64, device="cpu"))
+
+    def read(self, tensordict: TensorDictBase) -> list[Any]:
+        """The inputs; a batch size is refused, since rows would be taken for it where there are as many as sequences."""
+        if tensordict.batch_dims:
+            raise ValueError(
+                f"SelectTokens makes rows of positions, got a TensorDict of batch size {list(tensordict.batch_size)}, which "
+                f"rows do not have. Give it a TensorDict with batch_size=[] (td.auto_batch_size_(0))."
+            )
+        return super().read(tensordict)
 
     def compute(self, *inputs: Any) -> list[Tensor]:
         """Select the rows of one batch."""
@@ -367,9 +377,10 @@ class SelectTokens(Stage):
 
     def _warn_about_padding(self, batch: _Batch) -> None:
         ids = batch.input_ids
-        if self.pad_id is not None and ids is not None and bool((ids == self.pad_id).any()):
+        pad_id = self.models_pad_id if self.pad_id is None else self.pad_id
+        if pad_id is not None and ids is not None and bool((ids == pad_id).any()):
             warnings.warn(
-                f"the batch has no {self.mask_key!r} but its input_ids hold the padding id {self.pad_id}: every position "
+                f"the batch has no {self.mask_key!r} but its input_ids hold the padding id {pad_id}: every position "
                 f"counts as a row. Pass the tokenizer's attention mask.",
                 stacklevel=2,
             )

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, skip_existing
 from torch import Tensor
 
 from tdgeom.core.keys import Key, key_tuple, optional_in_keys, touches
 from tdgeom.core.process_groups import rank_and_world
+from tdgeom.core.renamed import describe
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.rows.batches import as_batch, batch_length
 from tdgeom.run.finish import call, give
@@ -43,7 +44,7 @@ class BatchRows:
         self.plan, self.inputs = plan, inputs
         self.selects = selections(plan)
         for select in self.selects:
-            select.pad_id = _pad_id(plan) if select.pad_id is None else select.pad_id
+            select.models_pad_id = _pad_id(plan)
         places = [place for unit in plan.batch if (place := _device_of(unit)) is not None]
         self.device = torch.device(device) if device is not None else places[0] if places else None
         self.keys = keys_by_selection(plan)
@@ -64,7 +65,7 @@ class BatchRows:
         """Give a batch that brings no ``sequence_id`` the next ones in stream order."""
         if td.get("sequence_id", None) is None:
             length = batch_length(td)
-            td.set("sequence_id", torch.arange(self.sequences, self.sequences + length))
+            td.set("sequence_id", torch.arange(self.sequences, self.sequences + length, device="cpu"))
             self.sequences += length
 
     @property
@@ -74,6 +75,8 @@ class BatchRows:
 
     def rows(self, td: TensorDict) -> tuple[dict[Key, dict[Key, Tensor]], int]:
         """Run the per-batch stages on ``td``; (the rows that the streaming stages read, by selection; how many of the main)."""
+        if not self._by_shape:
+            self._refuse_results(td)
         shapes = _shapes(td)
         from_mask = self._rows_by_mask(td) if self._counts_ahead else None
         for unit in self.plan.batch:
@@ -120,6 +123,24 @@ class BatchRows:
     def _give_inputs(self, unit: TensorDictModuleBase, td: TensorDict) -> None:
         if self.inputs is not None:
             give(unit, self.inputs, td)
+
+    def _refuse_results(self, td: TensorDict) -> None:
+        """A call of the pipeline would take these from the batch, where a run's end stages see results alone."""
+        later = (*self.plan.stream, *self.plan.end)
+        skipped = [u for u in later if all(td.get(key, None) is not None for key in u.out_keys)]
+        if skip_existing() and skipped:
+            raise ValueError(
+                f"{describe(skipped[0])} would be skipped (set_skip_existing), since the batches hold all that it writes: "
+                f"{list(skipped[0].out_keys)[:4]}. Leave that out of the batches, or the stage out of the pipeline."
+            )
+        made = [key_tuple(key) for unit in (*self.plan.batch, *later) for key in unit.out_keys]
+        for unit in self.plan.end:
+            for key in optional_in_keys(unit):
+                if td.get(key, None) is not None and not any(touches(key_tuple(key), own) for own in made):
+                    raise ValueError(
+                        f"{describe(unit)} runs once at the end and would read {key!r}, which batches hold and no stage writes. "
+                        f"Leave it out of the batches, or name another key with in_keys=."
+                    )
 
     def _number_rows(self, td: TensorDict) -> None:
         """Ids for rows that no selection numbered: one a sequence, or counted on from the first sequence."""

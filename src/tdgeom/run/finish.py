@@ -115,7 +115,7 @@ class _Keys:
 def _may_share(unit: TensorDictModuleBase) -> bool:
     stage = stage_of(unit)
     pure = isinstance(unit, Renamed) and isinstance(stage, Stage) and stage.one_thread_a_site
-    return pure and not unit._forward_hooks
+    return pure and not (unit._forward_hooks or unit._forward_pre_hooks)
 
 
 def _in_turn(group: Sequence[Renamed]) -> list[Renamed]:

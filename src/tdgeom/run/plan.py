@@ -12,7 +12,7 @@ from torch import nn
 
 from tdgeom.core.keys import NOT_WRITTEN, Key, as_key, key_tuple, optional_in_keys, touches
 from tdgeom.core.pipeline import parts_of, why_closed
-from tdgeom.core.renamed import Renamed, describe, is_streaming, stage_of
+from tdgeom.core.renamed import Renamed, RenamedStream, describe, is_streaming, stage_of
 from tdgeom.core.streaming_stage import StreamingStage
 
 __all__ = ["Plan", "make_plan", "stages"]
@@ -102,13 +102,13 @@ def _refuse_unreached(module: nn.Module) -> None:
         )
     if reached is None:
         return
-    own = type(reached).forward
-    if own is not StreamingStage.forward and not own.__module__.startswith("tdgeom."):
+    layers = [part for part in module.modules() if part is reached or isinstance(part, Renamed)]
+    own = [f"{name}()" for part in layers for name in ("forward", "__call__") if _overrides(part, name)]
+    if own:
         raise TypeError(
-            f"{describe(module)} overrides forward(), which run does not call: it calls update() for every block of rows and "
+            f"{describe(module)} overrides {own[0]}, which run does not call: it calls update() for every block of rows and "
             f"publish() once. Override accumulate() or result() instead."
         )
-    layers = [part for part in module.modules() if part is reached or isinstance(part, Renamed)]
     hooks = [
         hook for part in layers for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
     ]
@@ -119,6 +119,11 @@ def _refuse_unreached(module: nn.Module) -> None:
             f"{describe(module)} has forward hooks, which run would not call: it calls update() for every block of rows and "
             f"publish() once. Override accumulate() or result(), or put a stage of your own behind it."
         )
+
+
+def _overrides(part: nn.Module, name: str) -> bool:
+    usual = RenamedStream if isinstance(part, Renamed) else StreamingStage
+    return name in part.__dict__ or getattr(type(part), name) is not getattr(usual, name)
 
 
 class _Writers:

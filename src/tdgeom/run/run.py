@@ -159,9 +159,9 @@ def _result(
             if kept and td.get(as_key(key), None) is not None:
                 result.set(as_key(key), td.get(as_key(key)))
     for name, count in one_pass.counts.items():
-        result.set(("run", name), torch.tensor(count))
+        result.set(("run", name), torch.tensor(count, device="cpu"))
     for name, seconds in one_pass.seconds.items():
-        result.set(("run", "seconds", name), torch.tensor(seconds, dtype=torch.float64))
+        result.set(("run", "seconds", name), torch.tensor(seconds, dtype=torch.float64, device="cpu"))
     result.set_non_tensor(("run", "stopped"), one_pass.stopped)
     return result
 
