@@ -16,16 +16,16 @@ from tdgeom.core.streaming_stage import StreamingStage
 
 # Not stages with keys of their own; each is tested where the reason says.
 NOT_STAGES = {
-    "Stage": "base class, tests/test_stage.py",
-    "PairStage": "base class, tests/test_stage.py",
-    "StreamingStage": "base class, tests/test_stage.py",
+    "Stage": "base class, tests/core/test_stage.py",
+    "PairStage": "base class, tests/core/test_stage.py",
+    "StreamingStage": "base class, tests/core/test_stage.py",
     "Probe": "base class of the probes, tests/probing",
     "Pipeline": "a TensorDictSequential, tests/core/test_pipeline.py",
     "ForEach": "takes its keys from the stage it repeats, tests/core/test_for_each.py",
-    "ForEachPair": "takes its keys from the stage it repeats, tests/test_compose.py",
-    "Intervene": "runs a model under edits, tests/hooks/test_intervene.py",
+    "ForEachPair": "takes its keys from the stage it repeats, tests/core/test_for_each.py",
+    "Intervene": "runs a model under edits, tests/model/test_intervene.py",
     **{
-        name: "an edit of one activation inside a model's forward pass, tests/hooks/test_intervene.py"
+        name: "an edit of one activation inside a model's forward pass, tests/model/test_intervene.py"
         for name in (
             "Edit",
             "Steer",
@@ -38,9 +38,9 @@ NOT_STAGES = {
             "BlockAttention",
         )
     },
-    "LogitLens": "reads activations out through a model, tests/test_lens.py",
-    "TunedLens": "reads activations out through a model, tests/test_lens.py",
-    "Capture": "runs a model and names its outputs after sites, tests/hooks/test_capture.py",
+    "LogitLens": "reads activations out through a model, tests/model/test_lens.py",
+    "TunedLens": "reads activations out through a model, tests/model/test_lens.py",
+    "Capture": "runs a model and names its outputs after sites, tests/model/test_capture.py",
 }
 
 N, D = 60, 5
@@ -177,6 +177,74 @@ def labelled(make: Callable[..., torch.nn.Module], first: Callable[[], torch.Ten
     )  # fmt: skip
 
 
+# ------------------------------------------------------------------------------------------ stages as users write them
+
+
+class ShareAbove(tg.Stage):
+    """A stage of one's own, with a threshold."""
+
+    reads = {"sample": "N D"}
+    writes = [("sample_metrics", "share_above")]
+
+    def __init__(self, threshold: float = 0.5, **keys: object) -> None:
+        super().__init__(**keys)
+        self.threshold = threshold
+
+    def compute(self, sample: torch.Tensor) -> torch.Tensor:
+        """The share of entries above it."""
+        return (sample > self.threshold).double().mean((-2, -1))
+
+
+class CountAbove(tg.StreamingStage):
+    """A streaming stage of one's own, with a threshold and state of two dtypes."""
+
+    reads = {"tokens": "N D"}
+    writes = [("above", "count"), ("above", "largest")]
+
+    def __init__(self, threshold: float = 0.5, **keys: object) -> None:
+        super().__init__(**keys)
+        self.threshold = threshold
+        self.add_state("count", torch.int64)
+        self.add_state("largest", torch.float32)
+
+    def start(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Nothing counted."""
+        return {"count": torch.zeros(()), "largest": tokens.new_full(tokens.shape[-1:], -torch.inf)}
+
+    def accumulate(self, tokens: torch.Tensor) -> None:
+        """Count rows whose first feature is above."""
+        self.count = self.count + (tokens[:, 0] > self.threshold).sum()
+        self.largest = torch.maximum(self.largest, tokens.float().amax(0))
+
+    def combine(self, other: CountAbove) -> None:
+        """Add another's count."""
+        self.count = self.count + other.count
+        self.largest = torch.maximum(self.largest, other.largest)
+
+    def result(self) -> list[torch.Tensor]:
+        """Copies."""
+        return [self.count.clone(), self.largest.clone()]
+
+
+class TwiceTheGap(tg.PairStage):
+    """A pair stage of one's own that overrides ``compute``."""
+
+    reads = {("sample", "a"): "N D", ("sample", "b"): "M D"}
+    writes = [("between", "gap")]
+
+    def prepare(self, sample: torch.Tensor) -> torch.Tensor:
+        """The mean row."""
+        return sample.mean(-2)
+
+    def compare(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """The distance of the means."""
+        return (a - b).norm(dim=-1)
+
+    def compute(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Twice that."""
+        return 2 * super().compute(*inputs)
+
+
 def linear_head(features: int, outputs: int) -> torch.nn.Module:
     """A probe's own module."""
     return torch.nn.Linear(features, outputs)
@@ -278,7 +346,8 @@ EXAMPLES: dict[str, Example] = {
         tg.RankMe,
         lambda: [moments(rows())[name] for name in ("count", "mean", "covariance")],
         batched=(1, 2),
-        exempt={"scale": "two of its inputs scale differently, tests/test_spectrum.py", "offset": "uncentred by definition",
+        exempt={"scale": "two of its inputs scale differently, tests/measures/test_spectrum.py",
+                "offset": "uncentred by definition",
                 "shapes": "its count has no dimension"},
     ),
     "SampleMetrics": Example(
@@ -339,6 +408,39 @@ EXAMPLES: dict[str, Example] = {
         },
     ),
 }  # fmt: skip
+
+# As users write them: held to everything that the public stages are held to.
+EXAMPLES |= {
+    "ShareAbove": Example(ShareAbove, lambda: [rows()], batched=(0,), exempt=UNITS),
+    "CountAbove": streaming(CountAbove, rows),
+    "TwiceTheGap": Example(
+        TwiceTheGap, lambda: [rows(0), rows(1)], batched=(0, 1),
+        exempt={"scale": "in the units of its input", "offset": "both sides together only"},
+    ),
+}  # fmt: skip
+
+
+def optional_inputs() -> dict[object, torch.Tensor]:
+    """A value for every optional input of a public stage, by its default key."""
+    product = tg.SampleSpectrum()
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0]])
+    return {
+        "attention_mask": mask,
+        "src_key_padding_mask": mask == 0,
+        "tgt": rows(2, 12).reshape(3, 4, D),
+        "sequence_id": 5 + torch.arange(3),
+        "input_ids": torch.arange(12).reshape(3, 4),
+        "special_tokens_mask": (torch.arange(12).reshape(3, 4) % 4 == 3).long(),
+        "row_id": ids(),
+        "sample_row_id": ids(),
+        ("moments", "count"): torch.tensor(N),
+        **dict(zip(product.out_keys, product(sample=rows()))),
+    }
+
+
+def kind_of(name: str) -> type:
+    """The class of that name."""
+    return getattr(tg, name, None) or globals()[name]
 
 
 def is_streaming(stage: torch.nn.Module) -> bool:

@@ -3,30 +3,56 @@
 from __future__ import annotations
 
 import inspect
+import io
+import json
 import pickle
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 
 import pytest
 import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from sklearn.linear_model import LogisticRegression
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 
 import tdgeom as tg
-from stage_examples import EXAMPLES, NOT_STAGES, ids, is_streaming, rows
+from stage_examples import (
+    EXAMPLES,
+    NOT_STAGES,
+    ids,
+    is_streaming,
+    kind_of,
+    linear_head,
+    optional_inputs,
+    rows,
+)
+from tdgeom.core.configured import plain_setting
+from tdgeom.core.streaming_stage import tensor_text, text_tensor
 
 PUBLIC = sorted(
     name
     for name in tg.__all__
     if inspect.isclass(getattr(tg, name)) and issubclass(getattr(tg, name), TensorDictModuleBase)
 )
-STAGES = [name for name in PUBLIC if name in EXAMPLES]
+USERS = [name for name in EXAMPLES if name not in PUBLIC]
+STAGES = [name for name in PUBLIC if name in EXAMPLES] + USERS
 
 
 def stages(check=None):
     """The stages a check has a meaning for; the others say in the table why not."""
     return pytest.mark.parametrize(
         "name", [name for name in STAGES if check is None or check not in EXAMPLES[name].exempt]
+    )
+
+
+def streams():
+    return pytest.mark.parametrize(
+        "name", [name for name in STAGES if issubclass(kind_of(name), tg.StreamingStage)]
     )
 
 
@@ -48,6 +74,13 @@ def parts(key):
 
 def test_every_public_stage_has_an_example():
     assert [name for name in PUBLIC if name not in EXAMPLES and name not in NOT_STAGES] == []
+
+
+def test_stages_of_users_are_held_to_it_too():
+    bases = [
+        next(base for base in kind_of(name).__mro__ if base.__module__.startswith("tdgeom")) for name in USERS
+    ]
+    assert bases == [tg.Stage, tg.StreamingStage, tg.PairStage]
 
 
 def test_every_exemption_says_why():
@@ -75,6 +108,87 @@ def test_the_keys_list_every_leaf(name):
     # what it did not declare it does not read
     extra = td.copy().set("unrelated", torch.full((3,), torch.nan))
     assert_equal(outputs(example.make(), extra), [out.get(key) for key in stage.out_keys], rtol=0, atol=0)
+
+
+class Watched(TensorDict):
+    """Notes which entries are asked for."""
+
+    asked: set
+
+    def get(self, key, *args, **kwargs):
+        self.asked.add(key if isinstance(key, str) else key[0] if len(key) == 1 else tuple(key))
+        return super().get(key, *args, **kwargs)
+
+    def __getitem__(self, index):
+        if isinstance(index, str | tuple):
+            self.asked.add(index)
+        return super().__getitem__(index)
+
+    def items(self, *args, **kwargs):
+        self.asked.add("every entry")
+        return super().items(*args, **kwargs)
+
+    values = items
+
+
+def whole(name, stage=None):
+    """The inputs of an example, the optional ones too, under the stage's keys."""
+    example = EXAMPLES[name]
+    stage = example.make() if stage is None else stage
+    td, further = example.td(stage), optional_inputs()
+    for role, key in zip(stage.in_roles, stage.in_keys):
+        if key in stage.optional_in_keys and key not in td.keys(True):
+            td.set(key, further[role])
+    return td
+
+
+# what batches commonly hold, each of a shape that would be refused or change a number if it were read
+DECOYS = (
+    "attention_mask", "position_ids", "sequence_id", "document_id", "special_tokens_mask", "input_ids", "row_id", "label",
+    "labels", "sample_row_id", "token_type_ids", "sample_eigenvalues", "tokens", "sample", "eigenvalues",
+)  # fmt: skip
+
+
+@stages()
+def test_no_key_is_read_that_is_not_declared(name):
+    stage = EXAMPLES[name].make()
+    td = whole(name, stage)
+    expected = outputs(EXAMPLES[name].make(), td.copy())
+    watched = Watched({})
+    watched.asked = set()
+    for key in td.keys(True, True):
+        watched.set(key, td.get(key))
+    decoys = [
+        key for key in DECOYS if not any(key in (own, own[0]) for own in (*stage.in_keys, *stage.out_keys))
+    ]
+    for key in decoys:
+        watched.set(key, torch.full((17, 2), torch.nan))
+    watched.asked.clear()
+    out = stage(watched)
+    assert watched.asked <= {*stage.in_keys, *stage.out_keys}
+    assert_equal([out.get(key) for key in stage.out_keys], expected, rtol=0, atol=0)
+    if is_streaming(stage):
+        stage.reset()
+        watched.asked.clear()
+        stage.update(watched)
+        assert watched.asked == set(stage.in_keys)
+        assert_equal(published(stage), expected, rtol=0, atol=0)
+
+
+@stages()
+def test_optional_inputs_may_be_absent_and_required_ones_may_not(name):
+    make = EXAMPLES[name].make
+    stage = make()
+    td = whole(name, stage)
+    assert set(stage.optional_in_keys) <= set(stage.in_keys) <= set(td.keys(True))
+    for absent in ([], *([key] for key in stage.optional_in_keys), stage.optional_in_keys):
+        assert all(isinstance(value, torch.Tensor) for value in outputs(make(), td.exclude(*absent)))
+    for key in stage.in_keys:
+        if key not in stage.optional_in_keys:
+            with pytest.raises(
+                KeyError, match=r"reads .* but the TensorDict has .*Put the stage that writes it before"
+            ):
+                make()(td.exclude(key))
 
 
 @stages()
@@ -196,6 +310,16 @@ def test_a_batch_size_that_covers_rows_is_refused_with_the_remedy(name):
         stage(td)
 
 
+@streams()
+@pytest.mark.parametrize("batch", [(60,), (3, 20)])
+def test_rows_have_no_batch_size(name, batch):
+    stage = EXAMPLES[name].make()
+    td = whole(name, stage).apply(lambda x: x.reshape(*batch, *x.shape[1:]), batch_size=list(batch))
+    with pytest.raises(ValueError, match=r"batch size \[.*\(td\.auto_batch_size_\(0\)\)"):
+        stage.update(td)
+    assert stage.is_empty
+
+
 # ------------------------------------------------------------------------------------------ copies and state
 
 
@@ -222,12 +346,6 @@ def published(stage):
     return [out.get(key) for key in stage.out_keys]
 
 
-def streams():
-    return pytest.mark.parametrize(
-        "name", [name for name in STAGES if issubclass(getattr(tg, name), tg.StreamingStage)]
-    )
-
-
 @stages()
 def test_state_dict_round_trip(name):
     example = EXAMPLES[name]
@@ -245,6 +363,97 @@ def test_state_dict_round_trip(name):
         fresh.load_state_dict(empty)
         assert fresh.is_empty
         assert_equal(outputs(fresh, example.td(fresh)), published(stage), rtol=0, atol=0)
+
+
+def kept(state):
+    """A state that was written to files in both formats and read back."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    yield torch.load(file, weights_only=True)
+    yield load_safetensors(save_safetensors({key: value.contiguous() for key, value in state.items()}))
+
+
+@streams()
+def test_state_knows_what_it_is(name):
+    make = EXAMPLES[name].make
+    stage = make()
+    stage(whole(name, stage))
+    state = stage.state_dict()
+    about = json.loads(tensor_text(state["_extra_state"]))
+    assert about["version"] == 1 and about["stage"] == type(stage).__name__
+    for back in kept(state):
+        twin = make()
+        twin.load_state_dict(back)
+        assert_equal(published(twin), published(stage), rtol=0, atol=0)
+
+    def refused(match, changed=None, **others):
+        twin = make()
+        text = text_tensor(json.dumps({**about, **others}))
+        with pytest.raises(RuntimeError, match=match):
+            twin.load_state_dict({**(changed or state), "_extra_state": text})
+        assert twin.is_empty
+
+    refused(r"a state of .* \(version 2\) does not go into", version=2)
+    refused("a state of Another .* does not go into", stage="Another")
+    for setting in about["settings"]:
+        refused(
+            rf"the state of another {about['stage']}: {setting}\b.* is changed there and .* here\. Make the stage as it was",
+            settings={**about["settings"], setting: "changed"},
+        )
+    declared = {key for key, value in make().state().items() if value.dtype == torch.float64}
+    if declared:
+        narrow = {key: value.half() if key in declared else value for key, value in state.items()}
+        refused(r"is torch.float16, .* declares it as torch.float64 \(add_state\)", narrow)
+
+
+@streams()
+def test_declared_dtypes_of_state_hold(name):
+    stage = EXAMPLES[name].make()
+    declared = {key: value.dtype for key, value in stage.state().items()}
+    td = whole(name, stage).apply(lambda x: x.float() if x.is_floating_point() else x, batch_size=[])
+    first, second = (td.apply(lambda x, s=s: x[s], batch_size=[]) for s in (slice(0, 25), slice(25, None)))
+    stage.update(first)
+    started = {key: value.dtype for key, value in stage.state().items()}
+    stage.update(second)
+    other = EXAMPLES[name].make()
+    other.update(first)
+    other.merge_(stage)
+    for key, dtype in started.items():
+        assert stage.state()[key].dtype == other.state()[key].dtype == dtype, key
+        assert declared[key] in (dtype, torch.float32), key  # declared, or that of the rows
+
+
+# what plain data cannot hold
+LIVE = {
+    "SklearnProbe": {"estimator": LogisticRegression()},
+    "TorchProbe": {"module": linear_head},
+}
+
+
+@stages()
+def test_settings_are_plain_data_that_make_the_stage_again(name):
+    stage = EXAMPLES[name].make()
+    text = json.dumps(stage.settings())
+    if name in LIVE:
+        with pytest.raises(
+            TypeError, match=r"which plain data cannot hold\. Give it again: from_settings\(settings, \w+="
+        ):
+            type(stage).from_settings(json.loads(text))
+    twin = type(stage).from_settings(json.loads(text), **LIVE.get(name, {}))
+    assert json.dumps(twin.settings()) == text and repr(twin) == repr(stage)
+    assert_equal(outputs(twin, whole(name, twin)), outputs(stage, whole(name, stage)), rtol=0, atol=0)
+    moved = type(stage).from_settings(json.loads(text), **LIVE.get(name, {}), out_keys=("else", "where"))
+    assert [parts(key)[-1] for key in moved.out_keys] != [] and moved.out_keys != stage.out_keys
+
+
+@stages()
+def test_a_repr_shows_what_differs_from_the_defaults(name):
+    kind, stage = kind_of(name), EXAMPLES[name].make(out_keys="here")
+    usual = inspect.signature(kind).parameters
+    given = {n for n, value in stage.settings().items() if value != plain_setting(usual[n].default)}
+    shown = re.findall(r"(?:^\w+\(|, )(\w+)=", repr(stage))
+    assert set(shown) == given and "out_keys" in given
 
 
 @stages()
@@ -312,6 +521,40 @@ def test_rows_that_are_not_finite_are_refused_in_a_direct_call(name):
     assert stage.is_empty
 
 
+# ------------------------------------------------------------------------------------------ loaders that refill their tensors
+
+
+def refilled(td, size, kind):
+    """Batches that lie in the same memory, which is filled anew, and with anything after the last."""
+    room = {key: torch.empty_like(value[:size]) for key, value in td.items(True, True)}
+    for start in range(0, 60, size):
+        count = min(size, 60 - start)
+        for key, value in room.items():
+            value[:count].copy_(td.get(key)[start : start + count])
+        batch = TensorDict({key: value[:count] for key, value in room.items()})
+        yield batch.to_dict() if kind is dict else batch
+    for value in room.values():
+        value.fill_(77)
+
+
+@streams()
+@pytest.mark.parametrize("size", [7, 40], ids=["batches smaller than a block", "larger"])
+def test_nothing_of_a_batch_is_kept_by_reference(name, size):
+    make = EXAMPLES[name].make
+    td = whole(name)
+    batches = [td.apply(lambda x, s=s: x[s : s + size].clone(), batch_size=[]) for s in range(0, 60, size)]
+    expected = tg.run(make(), batches, block_rows=16, progress=False)
+    for kind in (dict, TensorDict):
+        found = tg.run(make(), refilled(td, size, kind), block_rows=16, progress=False)
+        keys = make().out_keys
+        assert_equal([found[key] for key in keys], [expected[key] for key in keys], rtol=0, atol=0)
+    # and called batch by batch, without a run
+    stage, plain = make(), make()
+    for batch, fresh in zip(refilled(td, size, TensorDict), batches):
+        stage.update(batch), plain.update(fresh)
+    assert_equal(published(stage), published(plain), rtol=0, atol=0)
+
+
 # ------------------------------------------------------------------------------------------ where it runs
 
 
@@ -334,23 +577,57 @@ def test_inference_mode_and_then_outside(name):
         assert_equal(published(half), expected, rtol=1e-8, atol=1e-9)
 
 
+@contextmanager
+def changed(get, put, value) -> Iterator[None]:
+    before = get()
+    put(value)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+AROUND = {
+    "default float64": lambda: changed(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+    "default bfloat16": lambda: changed(torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16),
+    "default device": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "matmul precision": lambda: changed(
+        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"
+    ),
+    "no gradients": torch.no_grad,
+    "gradients": torch.enable_grad,
+    "inference mode": torch.inference_mode,
+    "one thread": lambda: changed(torch.get_num_threads, torch.set_num_threads, 1),
+    "two threads": lambda: changed(torch.get_num_threads, torch.set_num_threads, 2),
+}
+MIXED = {"FisherBasis", "LEACE"}  # read moments, which are float64 whatever the rows were
+
+
 @stages()
-def test_autocast_changes_nothing_of_a_stream(name):
+def test_what_is_set_around_a_stage_changes_no_number(name):
+    """The stage is made there, called, its state saved and loaded; float32 is what autocast and precision act on."""
     example = EXAMPLES[name]
-    stage = example.make()
-    expected = outputs(stage, example.td(stage))
-    under = example.make()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = outputs(under, example.td(under))
-    # float64 input is not autocast; float32 rows are, and a stream must not let them be
-    assert_equal(found, expected, rtol=1e-9)
-    if is_streaming(stage):
-        single, cast = example.make(), example.make()
-        narrow = example.td(single).apply(lambda x: x.float() if x.is_floating_point() else x, batch_size=[])
-        single.update(narrow)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            cast.update(narrow)
-        assert_equal(published(cast), published(single), rtol=0, atol=0)
+    td = whole(name)
+    if name not in MIXED:
+        td = td.apply(lambda x: x.float() if x.is_floating_point() else x, batch_size=[])
+    expected = outputs(example.make(), td.copy())
+    for around, context in AROUND.items():
+        with context():
+            stage = example.make()
+            found = outputs(stage, td.copy())
+            if is_streaming(stage):
+                twin = example.make()
+                twin.load_state_dict(stage.state_dict())
+                again = published(twin)
+                twin.merge_(stage)
+        assert [value.dtype for value in found] == [value.dtype for value in expected], around
+        assert not any(value.is_meta or value.requires_grad for value in found), around
+        rtol = 1e-5 if around == "two threads" else 1e-12  # float32 sums in another order
+        assert_equal(found, expected, rtol=rtol, atol=1e-8 if around == "two threads" else 0)
+        if is_streaming(stage):
+            assert_equal(again, found, rtol=0, atol=0)
+            assert not any(value.is_meta or value.is_inference() for value in twin.state().values()), around
 
 
 @stages("requires_grad")

@@ -290,10 +290,10 @@ class StreamingStage(Stage):
                     f"(add_state): a state that was cast has lost rows. Save it as state_dict() gives it."
                 )
                 return
-        for name, value in given.items():
-            self._buffers[name] = torch.zeros(
-                value.shape, dtype=value.dtype, device=self.state()[name].device
-            )
+        with torch.inference_mode(False):  # state made there could never be added to
+            for name, value in given.items():
+                home = self.state()[name].device
+                self._buffers[name] = torch.zeros(value.shape, dtype=value.dtype, device=home)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def _refusal(self, about: Mapping[str, Any]) -> str:
