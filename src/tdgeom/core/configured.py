@@ -65,11 +65,12 @@ class Configured:
         return self
 
     def settings(self) -> dict[str, Any]:
-        """The arguments of ``__init__`` by name, as plain data; an attribute of an argument's name stands for it.
+        """The arguments of ``__init__`` by name, as plain data; one whose attribute was set to something else since, as set.
 
         Numbers, strings, None and lists are themselves; a tuple is ``{"tuple": [...]}``, a slice ``{"slice": [...]}``, a dtype
-        ``{"dtype": name}``, a function ``{"function": qualified name}``, a stage ``{"made": class, "settings": {...}}``, a
-        model ``{"model": class}``, a tensor its values or, above 1,024 of them, its SHA-256.
+        ``{"dtype": name}``, a function ``{"function": qualified name}`` (a lambda also a hash of its code), a stage
+        ``{"made": class, "settings": {...}}``, a model ``{"model": class}``, a tensor its values or, above 1,024 of them, its
+        SHA-256.
 
             >>> import tdgeom as tg
             >>> tg.TwoNN(discard=0.2).settings()["discard"]
