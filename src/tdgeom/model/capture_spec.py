@@ -10,16 +10,17 @@ from typing import Any
 from tensordict.nn import TensorDictSequential
 from torch import Tensor, nn
 
+from tdgeom.core.configured import Configured
 from tdgeom.model.aggregate import AggregateActs, GroupAttention, over_first
 from tdgeom.model.capture import Capture
-from tdgeom.model.positions import Positions, check_positions, from_json, to_json
+from tdgeom.model.positions import Positions, check_positions
 from tdgeom.model.sites import PATTERN_KINDS
 
 __all__ = ["CaptureSpec"]
 
 
 @dataclass(frozen=True)
-class CaptureSpec:
+class CaptureSpec(Configured):
     """What to capture and how to reduce it on the way out; plain data, so that it can be stored with results.
 
     Args:
@@ -45,23 +46,19 @@ class CaptureSpec:
     model_outputs: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        set_ = lambda name, value: object.__setattr__(self, name, value)
-        set_("sites", (self.sites,) if isinstance(self.sites, str) else tuple(self.sites))
+        layers, heads = self.layers, self.heads
+        tidy = {
+            "sites": _listed(self.sites),
+            "layers": layers if isinstance(layers, str | int | slice) else tuple(layers),
+            "heads": None if heads is None else _listed(heads),
+            "model_outputs": _listed(self.model_outputs),
+        }
+        for name, value in tidy.items():
+            object.__setattr__(self, name, value)
         if not all(isinstance(site, str) for site in self.sites):
             raise ValueError(
                 f"CaptureSpec: sites are strings (globs, not compiled expressions), got {self.sites!r}."
             )
-        set_("layers", self.layers if isinstance(self.layers, str | int | slice) else tuple(self.layers))
-        set_(
-            "heads",
-            None
-            if self.heads is None
-            else tuple([self.heads] if isinstance(self.heads, int) else self.heads),
-        )
-        set_(
-            "model_outputs",
-            (self.model_outputs,) if isinstance(self.model_outputs, str) else tuple(self.model_outputs),
-        )
         for positions in (self.positions, *self.row_groups.values(), *self.column_groups.values()):
             check_positions(positions)
         for name in ("reduce", "over_examples"):
@@ -117,12 +114,8 @@ class CaptureSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: strings, numbers, lists and mappings."""
-        data = {f.name: getattr(self, f.name) for f in fields(self)}
-        data["layers"] = to_json(self.layers) if isinstance(self.layers, slice) else self.layers
-        data["positions"] = to_json(self.positions)
-        for name in ("row_groups", "column_groups"):
-            data[name] = {key: to_json(value) for key, value in getattr(self, name).items()}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
+        told = self.settings()
+        return {k: v["tuple"] if isinstance(v, dict) and "tuple" in v else v for k, v in told.items()}
 
     def to_json(self, **settings: Any) -> str:
         """The spec as JSON text; settings go to ``json.dumps``."""
@@ -136,15 +129,7 @@ class CaptureSpec:
             raise ValueError(f"CaptureSpec is made from a mapping, got {type(data).__name__}.")
         if set(data) - known:
             raise ValueError(f"CaptureSpec has no {sorted(set(data) - known)}; it has {sorted(known)}.")
-        values = dict(data)
-        if isinstance(values.get("layers"), dict):
-            values["layers"] = from_json(values["layers"])
-        if "positions" in values:
-            values["positions"] = from_json(values["positions"])
-        for name in ("row_groups", "column_groups"):
-            if name in values:
-                values[name] = {key: from_json(value) for key, value in values[name].items()}
-        return cls(**values)
+        return cls.from_settings(data)
 
     @classmethod
     def from_json(cls, text: str) -> CaptureSpec:
@@ -153,6 +138,10 @@ class CaptureSpec:
             return cls.from_dict(json.loads(text))
         except (TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"CaptureSpec: this text describes no spec ({error}): {text[:80]!r}.") from error
+
+
+def _listed(value: Any) -> tuple:
+    return (value,) if isinstance(value, str | int) else tuple(value)
 
 
 class _OverExamples(AggregateActs):

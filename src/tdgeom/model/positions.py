@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdgeom.core.configured import Configured
 from tdgeom.model.sites import is_pattern
 from tdgeom.numerics.hashing import hash_ids
 
@@ -28,7 +29,7 @@ _WORDS = re.compile(r"all|first|cls|last(-\d+)?|patches|special|random-\d+")
 
 
 @dataclass(frozen=True)
-class Between:
+class Between(Configured):
     """The tokens between two pivots: after the first ``start`` and before the next ``stop``.
 
     A pivot is a token id, a list of ids, or text (with a ``tokenizer``); ``None`` is the beginning or the end.
@@ -54,6 +55,7 @@ class Between:
         object.__setattr__(self, "start", _pivot(start, tokenizer))
         object.__setattr__(self, "stop", _pivot(stop, tokenizer))
         object.__setattr__(self, "inclusive", inclusive)
+        object.__setattr__(self, "tokenizer", None)  # texts are ids from here on, in the settings too
 
 
 def partition(pivots: Sequence[int | str | Sequence[int]], *, tokenizer: Any = None) -> list[Between]:
@@ -67,14 +69,14 @@ def partition(pivots: Sequence[int | str | Sequence[int]], *, tokenizer: Any = N
 
 
 @dataclass(frozen=True)
-class SpecialTokens:
+class SpecialTokens(Configured):
     """Special tokens, by their ids; without ids, what ``special_tokens_mask`` in the batch says."""
 
     ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
-class RandomPositions:
+class RandomPositions(Configured):
     """``n`` attended positions drawn without replacement: the same for sequences of one length and one seed."""
 
     n: int
@@ -307,44 +309,3 @@ def _pivot(value: Any, tokenizer: Any) -> tuple[int, ...] | None:
             raise ValueError(f"Between: the text pivot {value!r} needs tokenizer=.")
         return tuple(tokenizer.encode(value, add_special_tokens=False))
     return tuple(int(v) for v in value)
-
-
-def to_json(positions: Positions) -> Any:
-    """Positions as plain data.
-
-    >>> to_json(Between(3, None)), to_json(slice(1, None))
-    ({'between': [[3], None], 'inclusive': False}, {'slice': [1, None, None]})
-    """
-    if isinstance(positions, Between):
-        ends = [None if end is None else list(end) for end in (positions.start, positions.stop)]
-        return {"between": ends, "inclusive": positions.inclusive}
-    if isinstance(positions, SpecialTokens):
-        return {"special": list(positions.ids)}
-    if isinstance(positions, RandomPositions):
-        return {"random": positions.n, "seed": positions.seed}
-    if isinstance(positions, slice):
-        return {"slice": [positions.start, positions.stop, positions.step]}
-    if isinstance(positions, range):
-        return {"range": [positions.start, positions.stop, positions.step]}
-    if isinstance(positions, Tensor):
-        return {"mask": positions.tolist()}
-    return list(positions) if isinstance(positions, tuple) else positions
-
-
-def from_json(value: Any) -> Positions:
-    """The inverse of :func:`to_json`."""
-    if not isinstance(value, dict):
-        return check_positions(value)
-    if "between" in value:
-        return Between(*value["between"], inclusive=value["inclusive"])
-    if "special" in value:
-        return SpecialTokens(tuple(value["special"]))
-    if "random" in value:
-        return RandomPositions(value["random"], value["seed"])
-    if "slice" in value:
-        return slice(*value["slice"])
-    if "range" in value:
-        return range(*value["range"])
-    if "mask" in value:
-        return torch.tensor(value["mask"], dtype=torch.bool)
-    raise ValueError(f"positions {value!r} are not understood: use {VOCABULARY}.")
