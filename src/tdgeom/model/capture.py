@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
@@ -117,7 +118,6 @@ class Capture(HookingContext):
         )
         self.direction, self.target, self.callback, self.heads = direction, target, callback, heads
         self.nested, self.cache, self.prefix, self.clone = nested, cache, prefix, clone
-        self._calls_open: list[TensorDictBase] | None = None
         self.sites = [entry.site for entry in self._bound.sites]
         root: Key = "acts" if direction == "forward" else "grads"
         self._leaves = self._name_leaves(root if out_keys is None else out_keys)
@@ -144,12 +144,8 @@ class Capture(HookingContext):
     def _parts(self, site: Site) -> tuple[str, ...]:
         if not self.nested or site.path is None:
             return (str(site),)
-        head = site.prefix.rstrip("/")
-        return (
-            *([head] if head else []),
-            *site.path.split("."),
-            *(["input"] if site.kind == "module_input" else []),
-        )
+        head, side = site.prefix.rstrip("/"), "input" if site.kind == "module_input" else ""
+        return tuple(part for part in (head, *site.path.split("."), side) if part)
 
     @property
     def resolved(self) -> tuple[ResolvedSite, ...]:
@@ -185,8 +181,7 @@ class Capture(HookingContext):
         session = self._session = self._reading(stop)
         try:
             session.open()
-            grad = differentiable(model) if backward else self._grad_mode()
-            with eval_mode(modules), grad:
+            with eval_mode(modules), differentiable(model) if backward else self._grad_mode():
                 session.begin()
                 output = self._called(model, args, kwargs)
                 done = session.end()
@@ -255,38 +250,33 @@ class Capture(HookingContext):
         self._refuse_entered()
         self._bound.refuse_compiled(self)
         session = self._reading(stop=False)
-        calls: list[TensorDictBase] = []
 
         def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self._last.secure()
             session.begin()
 
-        def end(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            self._record(session, calls, args, kwargs, output)
-
         session.open()
         try:
             # around the sites' own hooks: first in, last out
             session.before(model, begin, prepend=True)
-            session.after(model, end, with_kwargs=True)
+            session.after(model, partial(self._record, session), with_kwargs=True)
         except BaseException:
             session.close()
             raise
-        self._session, self._calls_open = session, calls
-        return calls
+        self._session = session
+        return session.calls
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        session, calls = self._session, self._calls_open
-        self._session = self._calls_open = None
+        session, self._session = self._session, None
         if not isinstance(session, Reading):
             return
         early = session.early
         session.close()
         if kind is not None:
             return
-        if calls and self.direction == "forward":
+        if session.calls and self.direction == "forward":
             self._bound.watched = True
-            read = {key for call in calls for key in call.keys(True)}
+            read = {key for call in session.calls for key in call.keys(True)}
             self._refuse_missing(site for site, key in zip(self.sites, self._leaves) if key in read)
         elif early is not None and early.acts:
             raise RuntimeError(
@@ -309,9 +299,7 @@ class Capture(HookingContext):
         finally:
             session.disabled = before
 
-    def _record(
-        self, session: Reading, calls: list[TensorDictBase], args: tuple, kwargs: dict, output: Any
-    ) -> None:
+    def _record(self, session: Reading, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         done = session.end()
         if session.disabled:
             return
@@ -328,7 +316,7 @@ class Capture(HookingContext):
         write_entries(td, values, "Capture")
         self._last.keep(td)
         self._fill_cache(values)
-        calls.append(td)
+        session.calls.append(td)
 
     def _refuse_missing(self, fired: Iterable[str]) -> None:
         have = set(fired)
@@ -343,4 +331,4 @@ class Capture(HookingContext):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_calls_open": None, "_last": LastRecord(self._leaves)}
+        return {**super().__getstate__(), "_last": LastRecord(self._leaves)}

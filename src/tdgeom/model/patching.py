@@ -119,12 +119,12 @@ def activation_patching(
     base, other = ("corrupted", "clean") if direction == "denoise" else ("clean", "corrupted")
     capture = Capture(model, sites, layers=layers, model_outputs="logits", clone=True)
     read = {name: capture(batch.copy()) for name, batch in runs.items()}
-    examples = read[base]["logits"].shape[0]
-    if read[other]["logits"].shape[0] != examples:
+    counts = [len(td["logits"]) for td in read.values()]
+    if counts[0] != counts[1]:
         raise ValueError(
-            f"clean and corrupted are paired example by example, got {read['clean']['logits'].shape[0]} and "
-            f"{read['corrupted']['logits'].shape[0]} examples."
+            f"clean and corrupted are paired example by example, got {counts[0]} and {counts[1]} examples."
         )
+    examples = counts[0]
     decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     ends = {name: _mask(td, decodes) for name, td in read.items()}
     final = {name: _last(td["logits"], ends[name]) for name, td in read.items()}
@@ -139,21 +139,17 @@ def activation_patching(
         both = torch.minimum(masks["clean"].sum(1), masks["corrupted"].sum(1))
         cells = _heads(capture, own[0]) if along == "head" else _columns(masks[base], positions)
         aligned = _align(read[other], own, masks[base], masks[other], both)
-        present = masks[base] & (masks[base].cumsum(1) <= both[:, None])
         todo = [(str(site), cell) for site in own for cell in cells]
         bar.total += len(todo)
         bar.refresh()
-        edit = _Cells(aligned, present, along)
-        per = max(1, rows // examples)
-        values = torch.full((len(todo), examples), torch.nan, dtype=torch.float64, device="cpu")
+        edit = _Cells(aligned, masks[base] & (masks[base].cumsum(1) <= both[:, None]), along)
+        per, parts = max(1, rows // examples), [torch.zeros(0, examples, dtype=torch.float64, device="cpu")]
         with Intervene(model, {str(site): edit for site in own}):
             for start in range(0, len(todo), per):
                 part = todo[start : start + per]
-                values[start : start + len(part)] = _patched(
-                    model, capture, runs[base], ends[base], edit, part, measure
-                )
+                parts.append(_patched(capture, runs[base], ends[base], edit, part, measure))
                 bar.update(len(part))
-        grid = values.reshape(len(own), len(cells), examples)
+        grid = torch.cat(parts).reshape(len(own), len(cells), examples)
         if along == "position":
             absent = torch.tensor(cells, device="cpu")[:, None] >= both.cpu()[None, :]
             grid = grid.masked_fill(absent[None], torch.nan)
@@ -163,7 +159,6 @@ def activation_patching(
 
 
 def _patched(
-    model: nn.Module,
     capture: Capture,
     batch: TensorDictBase,
     mask: Tensor,
@@ -172,17 +167,16 @@ def _patched(
     measure: Metric,
 ) -> Tensor:
     """The metric of every cell, (cells, B), from one call on the batch repeated once a cell."""
-    examples = mask.shape[0]
-    example = torch.arange(examples, device=mask.device).repeat(len(cells))
+    examples, times = mask.shape[0], len(cells)
+    example = torch.arange(examples, device=mask.device).repeat(times)
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     repeated = TensorDict(
-        {k: v.repeat(len(cells), *[1] * (v.ndim - 1)) for k, v in batch.items() if isinstance(v, Tensor)},
-        batch_size=[],
+        {k: v.repeat(times, *[1] * (v.ndim - 1)) for k, v in tensors.items()}, batch_size=[]
     )
     edit.set_rows(example, cells, examples)
-    with torch.no_grad(), eval_mode(list(model.modules())):
+    with torch.no_grad(), eval_mode(list(capture.model.modules())):
         logits = capture.call_model(repeated)
-    values = measure(_last(logits, mask.repeat(len(cells), 1)), example)
-    return values.double().reshape(len(cells), examples).cpu()
+    return measure(_last(logits, mask.repeat(times, 1)), example).double().reshape(times, examples).cpu()
 
 
 def _store(

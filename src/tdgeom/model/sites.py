@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from functools import partial
 
 # In the order in which a block meets them; a block that runs attention and MLP side by side keeps this order
 # too.
@@ -116,11 +117,8 @@ class Site(str):
         return Site.of(self.kind, self.layer, stack=self.stack, path=self.path, prefix=prefix)
 
     def __reduce__(self) -> tuple:
-        return _rebuild, (self.kind, self.layer, self.stack, self.path, self.prefix)
-
-
-def _rebuild(kind: str, layer: int | None, stack: str | None, path: str | None, prefix: str) -> Site:
-    return Site.of(kind, layer, stack=stack, path=path, prefix=prefix)
+        made = partial(Site.of, self.kind, self.layer, stack=self.stack, path=self.path, prefix=self.prefix)
+        return made, ()
 
 
 def unknown_kind(name: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
+from typing import Any
 
 from torch import nn
 
@@ -58,60 +60,49 @@ class Bound(HeldModel):
         self.sites = self.places.sites
         self.watched = False
         refuse_compiled(model, self.places.modules)
-        self._chain = _chain(model, self.places.modules)
+        self._steps = [step for _, *step in _steps(model, self.places.modules)]
 
     def refuse_compiled(self, owner: object) -> None:
         """``refuse_compiled`` of the model as it is now; one look at each module while nothing has been replaced."""
         model = self.require(owner)
-        if model._compiled_call_impl is None and all(
+        if model._compiled_call_impl is not None or not all(
             parent._modules.get(name) is child and child._compiled_call_impl is None
-            for parent, name, child in self._chain
+            for parent, name, child in self._steps
         ):
-            return
-        refuse_compiled(model, self.places.modules)
+            refuse_compiled(model, self.places.modules)
 
 
-def _chain(model: nn.Module, paths: Iterable[str]) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Every step from the model down to the modules at ``paths``: (parent, name, child)."""
-    steps: dict[str, tuple[nn.Module, str, nn.Module]] = {}
+def _steps(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, Any, str, nn.Module]]:
+    """Every step from the model down to the modules at ``paths``, once: (path, parent, name, child)."""
+    seen: set[str] = set()
     for path in paths:
         parent, walked = model, ""
         for name in path.split(".") if path else []:
             walked, child = join(walked, name), parent.get_submodule(name)
-            steps[walked] = (parent, name, child)
+            if walked not in seen:
+                yield walked, parent, name, child
+            seen.add(walked)
             parent = child
-    return list(steps.values())
 
 
 def refuse_compiled(model: nn.Module, paths: Iterable[str]) -> None:
     """Raise if a hook on one of ``paths`` would never fire because something around it is compiled."""
-    seen: set[str] = set()
-    for path in sorted({"", *paths}):
-        parts = path.split(".") if path else []
-        for depth in range(len(parts) + 1):
-            owner = ".".join(parts[:depth])
-            if owner in seen:
-                continue
-            seen.add(owner)
-            module = model.get_submodule(owner)
-            # a compiled module runs its traced graph: hooks added to what is inside are silently skipped
-            if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
-                where = f"its submodule {owner!r}" if owner else "it"
-                raise RuntimeError(
-                    f"expected a model whose hooks fire, got a {type(model).__name__} of which {where} is "
-                    "compiled: hooks inside would silently never fire. Remedy: give the model before "
-                    "torch.compile (`compiled._orig_mod` is it) and call that."
-                )
+    for owner, _, _, module in chain([("", None, "", model)], _steps(model, paths)):
+        # a compiled module runs its traced graph: hooks added to what is inside are silently skipped
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            where = f"its submodule {owner!r}" if owner else "it"
+            raise RuntimeError(
+                f"expected a model whose hooks fire, got a {type(model).__name__} of which {where} is "
+                "compiled: hooks inside would silently never fire. Remedy: give the model before "
+                "torch.compile (`compiled._orig_mod` is it) and call that."
+            )
 
 
 def may_stop(modules: Sequence[nn.Module]) -> bool:
     """Whether a forward pass may end early: not under offloading or sharding hooks, which must finish."""
-    sharded = {"FSDPModule", "FullyShardedDataParallel"}
-    if any(
-        base.__name__ in sharded for kind in {type(module) for module in modules} for base in kind.__mro__
-    ):
-        return False
-    return not any("_hf_hook" in module.__dict__ for module in modules)
+    bases = {base.__name__ for kind in {type(module) for module in modules} for base in kind.__mro__}
+    sharded = bases & {"FSDPModule", "FullyShardedDataParallel"}
+    return not sharded and not any("_hf_hook" in module.__dict__ for module in modules)
 
 
 @contextmanager

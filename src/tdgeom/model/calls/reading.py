@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdgeom.model.calls.site_hooks import Place, Places, SiteHooks
@@ -65,6 +66,7 @@ class Reading(SiteHooks):
         self.current: Pass | None = None
         self.early: Pass | None = None
         self.doubts: list[BlockReads] = []
+        self.calls: list[TensorDictBase] = []  # what a context has recorded so far
 
     def around(self) -> None:
         """Hooks of the check, before those that may stop the pass, and behind norms whose gradients are wanted."""

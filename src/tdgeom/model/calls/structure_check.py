@@ -96,7 +96,7 @@ def followers(places: Places) -> Iterator[tuple[ResolvedSite, str, nn.Module]]:
         watched.add(key)
         leave, block = entry.module_path, entry.block_path or ""
         for name, module in places.modules[block].named_modules():
-            path = join(block, name) if block else name
+            path = join(block, name)
             related = path.startswith(leave + ".") or leave.startswith(path + ".") or path == leave
             if name and not related and not is_neutral(module):
                 yield entry, path, module

@@ -287,5 +287,5 @@ def has_weights(module: nn.Module) -> bool:
 
 
 def join(path: str, name: str) -> str:
-    """A child's path."""
-    return f"{path}.{name}" if path else name
+    """The path of what lies at ``name`` inside ``path``; either may be empty."""
+    return f"{path}.{name}" if path and name else path or name

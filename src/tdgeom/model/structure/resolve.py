@@ -25,7 +25,7 @@ from tdgeom.model.sites import (
 )
 from tdgeom.model.structure import readers
 from tdgeom.model.structure.blocks import Stack, find_final_norm, find_stacks
-from tdgeom.model.structure.parts import Part, find_parts
+from tdgeom.model.structure.parts import Part, find_parts, join
 from tdgeom.model.structure.views import HeadOutput, View, take_heads
 
 # Which of the two outputs in a block the residual stream receives: what else transforms them is worth an
@@ -178,44 +178,27 @@ def resolve_sites(
     ordered = sorted(unique.values(), key=_execution_order(model, found))
     if heads is not None:
         ordered = _with_heads(ordered, [heads] if isinstance(heads, int) else list(heads))
-    return [_with_prefix(entry, prefix) for entry in ordered]
+    return [replace(e, site=e.site.with_prefix(prefix)) for e in ordered] if prefix else ordered
 
 
 def _stack_sites(model: nn.Module, stack: Stack) -> list[ResolvedSite]:
-    first = stack.blocks[0]
-    entries = [
-        ResolvedSite(Site.of("embed", stack=stack.name), first.path, "input", 1.0, 0, first.calls, first.path)
-    ]
-    known: dict[int, dict[str, Part]] = {}
+    first, norm = stack.blocks[0], find_final_norm(model, stack)
+    embed = Site.of("embed", stack=stack.name)
+    entries = [ResolvedSite(embed, first.path, "input", calls=first.calls, block_path=first.path)]
+    known: dict[nn.Module, dict[str, Part]] = {}
     for layer, block in enumerate(stack.blocks):
-        if id(block.module) not in known:
-            known[id(block.module)] = find_parts(block.module)
+        if block.module not in known:
+            known[block.module] = find_parts(block.module)
         parts = {
             "residual_input": Part("", "input"),
-            **known[id(block.module)],
+            **known[block.module],
             "residual_output": Part("", "output"),
         }
         for kind in BLOCK_KINDS:
-            if kind not in parts:
-                continue
-            place = parts[kind]
-            path = ".".join(p for p in (block.path, place.path) if p)
-            site = Site.of(kind, layer, stack=stack.name)
-            entries.append(
-                ResolvedSite(
-                    site,
-                    path,
-                    place.side,
-                    place.scale,
-                    block.call,
-                    block.calls,
-                    block.path,
-                    place.view,
-                    groups=place.groups,
-                    bypass=place.bypass,
-                )
-            )
-    norm = find_final_norm(model, stack)
+            if (part := parts.get(kind)) is not None:
+                site, path = Site.of(kind, layer, stack=stack.name), join(block.path, part.path)
+                where = ResolvedSite(site, path, part.side, part.scale, block.call, block.calls, block.path)
+                entries.append(replace(where, view=part.view, groups=part.groups, bypass=part.bypass))
     if norm is not None:
         entries.append(ResolvedSite(Site.of("final_norm", stack=stack.name), norm, "output"))
     return entries
@@ -379,12 +362,6 @@ def _execution_order(
         return (max(before, default=-1.0), 2.0 + moment + len(start), tie)
 
     return key
-
-
-def _with_prefix(entry: ResolvedSite, prefix: str) -> ResolvedSite:
-    if not prefix:
-        return entry
-    return replace(entry, site=entry.site.with_prefix(prefix))
 
 
 def _some(paths: Iterable[str], most: int = 12) -> str:
