@@ -10,6 +10,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import dispatch, set_skip_existing
 from torch import nn
 
+from tdgeom.core.configured import plain_setting
 from tdgeom.core.keys import Key
 from tdgeom.model.calls.bound_model import Bound, eval_mode
 from tdgeom.model.calls.hooking_context import HookingContext
@@ -102,6 +103,11 @@ class Intervene(HookingContext):
         super()._take(bound)
         self._plan: EditPlan | None = None
         self._captures: dict[tuple[str, ...], Capture] = {}
+
+    def _current(self) -> dict[str, Any]:
+        """The settings, with the edits as they are now: a coefficient may have been set since."""
+        edits = {name: es[0] if len(es) == 1 else es for name, es in self._asked.items()}
+        return {**super()._current(), "edits": plain_setting(edits)}
 
     @property
     def plan(self) -> list[tuple[ResolvedSite, list[Any]]]:
