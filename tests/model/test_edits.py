@@ -194,3 +194,49 @@ def test_an_edit_in_place_is_an_error_and_ours_are_not(llama):
         out = edit(activation=given)
         assert torch.equal(given, copy)
         assert not torch.equal(out, copy)
+
+
+class Negate(tg.Edit):
+    """As the guide has it: ``edit`` alone."""
+
+    def edit(self, value):
+        return -value
+
+
+class Recount(tg.Edit):
+    """One that asks what call it is in."""
+
+    def replace(self, value, call):
+        assert call.site == "z.1" and call.groups == 1 and call.mask.shape == (3, 7)
+        return value * (1 + call.rank(value))[..., None, None]
+
+
+class Halved(Negate):
+    """One that overrides what its base does with keys."""
+
+    def forward(self, tensordict):
+        return super().forward(tensordict).update({"activation": tensordict["activation"] / 2})
+
+
+def test_edits_of_one_s_own(llama):
+    batch = models.text_batch()
+    layer = llama.model.layers[1]
+    hooked = Negate(positions="all")
+    hooked.register_forward_hook(lambda module, args, td: td.set("activation", td["activation"] * 3))
+    seen = []
+    watched = tg.Scale(2.0)
+    watched.register_forward_pre_hook(lambda module, args: seen.append(sorted(args[0].keys())))
+    cases = {-1.0: Negate(), -0.5: Halved(), -3.0: hooked, 2.0: watched}
+    for factor, edit in cases.items():
+        with plain_hook(layer, lambda x, factor=factor: factor * x):
+            expected = logits(llama, batch)
+        with Intervene(llama, {"residual_output.1": edit}):
+            torch.testing.assert_close(logits(llama, batch), expected, rtol=0, atol=0)
+    assert seen == [["activation", "attention_mask", "groups", "input_ids", "site"]]
+    with Intervene(llama, {"z.1": Recount()}), Capture(llama, "z.1") as calls:
+        llama(**batch)
+    before = Capture(llama, "z.1")(TensorDict(batch))["acts", "z.1"]
+    expected = before * torch.arange(1, 8)[:, None, None]
+    torch.testing.assert_close(calls[0]["acts", "z.1"], expected)
+    td = TensorDict({"activation": before, "site": "z.1", "attention_mask": batch["attention_mask"]})
+    torch.testing.assert_close(Recount()(td)["activation"], expected)
