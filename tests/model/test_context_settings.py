@@ -20,7 +20,7 @@ SHOWN = {
     "Steer(vector=tensor of shape (16,), coefficient=2.0, positions='last')": lambda: tg.Steer(
         VECTOR, coefficient=2.0, positions="last"
     ),
-    "Scale(factor=0.5, heads=[1], features=slice(0, 3, None))": lambda: tg.Scale(
+    "Scale(factor=0.5, heads=1, features=slice(0, 3, None))": lambda: tg.Scale(
         0.5, heads=1, features=slice(0, 3)
     ),
     "Ablate()": tg.Ablate,
@@ -63,7 +63,7 @@ def test_contexts_show_and_store_theirs():
     model, batch = models.gpt2(), TensorDict(models.text_batch())
     capture = Capture(model, "residual_output", layers=[0, -1], prefix="b/")
     assert repr(capture) == (
-        "Capture(model=GPT2LMHeadModel, sites=['b/residual_output.0', 'b/residual_output.2'], layers=[0, -1], prefix='b/')"
+        "Capture(model=GPT2LMHeadModel, sites='residual_output', layers=[0, -1], prefix='b/')"
     )
     again = Capture.from_settings(json.loads(json.dumps(capture.settings())), model=model)
     assert again.sites == capture.sites and again.out_keys == capture.out_keys
@@ -84,9 +84,7 @@ def test_lenses_show_theirs():
     model = models.llama()
     assert repr(tg.LogitLens(model, top=3)) == "LogitLens(model=LlamaForCausalLM, top=3)"
     lens = tg.TunedLens(model, ["residual_output.0"], outputs=["entropy"])
-    assert (
-        repr(lens) == "TunedLens(model=LlamaForCausalLM, sites=['residual_output.0'], outputs=('entropy',))"
-    )
+    assert repr(lens) == "TunedLens(model=LlamaForCausalLM, sites=['residual_output.0'], outputs=['entropy'])"
     assert json.dumps(lens.settings())
 
 

@@ -114,7 +114,7 @@ class CaptureSpec(Configured):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: strings, numbers, lists and mappings."""
-        told = self.settings()
+        told = self.effective_settings()
         return {k: v["tuple"] if isinstance(v, dict) and "tuple" in v else v for k, v in told.items()}
 
     def to_json(self, **settings: Any) -> str:

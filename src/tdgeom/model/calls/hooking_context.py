@@ -65,10 +65,6 @@ class HookingContext(Configured, TensorDictModuleBase):
         inputs = ModelInputs(model, self, self._asked_in_keys, self.withhold)
         return Bound(model, entries, inputs)
 
-    def _current(self) -> dict[str, Any]:
-        """The settings: ``model_outputs`` as they were given, not as the list that they have become."""
-        return {**super()._current(), "model_outputs": self._given["model_outputs"]}
-
     def bind(self, model: nn.Module) -> Any:
         """Give an unpickled context its model again, or another one with the same sites. Returns itself."""
         self._refuse_entered()
