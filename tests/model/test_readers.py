@@ -8,7 +8,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from tdgeom.model.sites import Site
 from tdgeom.model.structure.readers import read_input, read_output, write_input, write_output
-from tdgeom.model.structure.resolve import ResolvedSite
+from tdgeom.model.structure.resolved_site import ResolvedSite
 
 X, Y = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
 

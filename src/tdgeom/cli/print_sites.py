@@ -9,7 +9,7 @@ from rich.text import Text
 from torch import nn
 
 from tdgeom.cli.terminal_tables import plain_table
-from tdgeom.model.structure.resolve import ResolvedSite
+from tdgeom.model.structure.resolved_site import ResolvedSite
 
 __all__ = ["print_sites"]
 

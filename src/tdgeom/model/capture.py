@@ -20,7 +20,8 @@ from tdgeom.model.calls.reading import Pass, Reading, StopForward, read_named_ou
 from tdgeom.model.calls.recorded_calls import LastRecord, held_elsewhere, write_entries
 from tdgeom.model.gradients import await_gradients, differentiable, replace_by_gradients
 from tdgeom.model.sites import LayerSpec, Site
-from tdgeom.model.structure.resolve import ResolvedSite, resolve_sites
+from tdgeom.model.structure.resolve import resolve_sites
+from tdgeom.model.structure.resolved_site import ResolvedSite
 
 
 class Capture(HookingContext):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tdgeom.core.keys import Key
 from tdgeom.model.calls.reading import Pass
 from tdgeom.model.sites import Site
-from tdgeom.model.structure.resolve import ResolvedSite
+from tdgeom.model.structure.resolved_site import ResolvedSite
 
 __all__ = ["await_gradients", "differentiable", "replace_by_gradients"]
 

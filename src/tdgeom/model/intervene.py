@@ -21,7 +21,8 @@ from tdgeom.model.capture import Capture
 from tdgeom.model.edits.edit import Edit
 from tdgeom.model.edits.writing import Editing, EditPlan
 from tdgeom.model.sites import LayerSpec
-from tdgeom.model.structure.resolve import ResolvedSite, resolve_sites
+from tdgeom.model.structure.resolve import resolve_sites
+from tdgeom.model.structure.resolved_site import ResolvedSite
 
 EditLike = nn.Module | Callable[[torch.Tensor], torch.Tensor]
 _SPECIAL = "special_tokens_mask"

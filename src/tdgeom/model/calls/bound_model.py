@@ -12,7 +12,7 @@ from torch import nn
 from tdgeom.model.calls.model_inputs import ModelInputs
 from tdgeom.model.calls.site_hooks import Places
 from tdgeom.model.structure.parts import join
-from tdgeom.model.structure.resolve import ResolvedSite
+from tdgeom.model.structure.resolved_site import ResolvedSite
 
 
 class HeldModel:

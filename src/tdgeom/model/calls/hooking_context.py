@@ -18,7 +18,7 @@ from tdgeom.model.calls.model_inputs import InKeys, ModelInputs
 from tdgeom.model.calls.site_hooks import SiteHooks
 from tdgeom.model.calls.structure_check import check_structure
 from tdgeom.model.sites import Site
-from tdgeom.model.structure.resolve import ResolvedSite
+from tdgeom.model.structure.resolved_site import ResolvedSite
 
 
 class HookingContext(Configured, TensorDictModuleBase):

@@ -14,7 +14,7 @@ from tdgeom.model.calls.site_hooks import Place, Places, SiteHooks
 from tdgeom.model.calls.structure_check import BlockReads, followers, unverified
 from tdgeom.model.sites import Site
 from tdgeom.model.structure.readers import read_input, write_input
-from tdgeom.model.structure.resolve import ADDED_KINDS, ResolvedSite
+from tdgeom.model.structure.resolved_site import ADDED_KINDS, ResolvedSite
 
 
 class StopForward(Exception):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tdgeom.model.calls.attention_kernel import eager_attention, padding_cutters, watch_softmax, whole_batches
 from tdgeom.model.structure.readers import read_input
-from tdgeom.model.structure.resolve import ResolvedSite
+from tdgeom.model.structure.resolved_site import ResolvedSite
 
 Place = tuple[str, str]  # a module's path, and the side of it
 

@@ -16,7 +16,8 @@ from tdgeom.model.calls.model_inputs import made_up_inputs, read_signature
 from tdgeom.model.calls.quiet import replaced_forwards, without_hooks
 from tdgeom.model.calls.site_hooks import Place, Places, SiteHooks, only_reads
 from tdgeom.model.structure.parts import has_cross_attention, is_neutral, join
-from tdgeom.model.structure.resolve import ADDED_KINDS, ResolvedSite, available_sites
+from tdgeom.model.structure.resolve import available_sites
+from tdgeom.model.structure.resolved_site import ADDED_KINDS, ResolvedSite
 from tdgeom.model.structure.views import HeadOutput, HeadSlice
 
 CHECKED = ("q", "k", "v", "head_output", "residual_mid", *ADDED_KINDS)

@@ -18,7 +18,7 @@ from tdgeom.model.calls.site_hooks import Place, Places, SiteHooks
 from tdgeom.model.edits.edit import Edit
 from tdgeom.model.positions import positions_second
 from tdgeom.model.structure.readers import read_output, write_output
-from tdgeom.model.structure.resolve import ResolvedSite
+from tdgeom.model.structure.resolved_site import ResolvedSite
 
 
 @dataclass(frozen=True)

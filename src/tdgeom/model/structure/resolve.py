@@ -4,119 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tdgeom.model.sites import (
     BLOCK_KINDS,
     HEAD_KINDS,
     KINDS,
     MODULE_KINDS,
-    PATTERN_KINDS,
     STACK_KINDS,
     LayerSpec,
     Site,
     select_layers,
-    unknown_kind,
 )
-from tdgeom.model.structure import readers
 from tdgeom.model.structure.blocks import Stack, find_final_norm, find_stacks
 from tdgeom.model.structure.parts import Part, find_parts, join
-from tdgeom.model.structure.views import HeadOutput, View, take_heads
-
-# Which of the two outputs in a block the residual stream receives: what else transforms them is worth an
-# error.
-ADDED_KINDS = ("attn_output", "mlp_output")
-
-
-@dataclass(frozen=True, repr=False)
-class ResolvedSite:
-    """A site of one model: the module, the side of it, and which of the module's calls in a pass is meant.
-
-    ``side`` is ``"input"`` or ``"output"``, or ``"scores"`` or ``"pattern"`` for the softmax inside an attention
-    module; ``block_path`` is the path of the block that holds the site (``None`` outside of blocks). ``view`` says how
-    heads lie in the module's tensor, ``heads`` which of them are read. What is read is multiplied by ``scale`` (a
-    residual multiplier); ``bypass`` says that the stream also goes around the module.
-    ``write`` divides by the scale, so that ``write(read(x))`` changes nothing.
-    """
-
-    site: Site
-    module_path: str
-    side: str
-    scale: float = 1.0
-    call: int = 0
-    calls: int = 1
-    block_path: str | None = None
-    view: View | None = None
-    heads: tuple[int, ...] | None = None
-    groups: int = 1
-    bypass: bool = False
-
-    def __repr__(self) -> str:
-        return f"<{self.site}: {self.side} of {self.module_path or 'the model'}>"
-
-    @property
-    def behind(self) -> nn.Module | None:
-        """The norm or scale between a projection and the sum that its heads' shares add up to, where there is one."""
-        return self.view.behind if isinstance(self.view, HeadOutput) else None
-
-    @property
-    def in_softmax(self) -> bool:
-        """Whether the site lies inside an attention module's forward, before or after its softmax."""
-        return self.side in ("scores", "pattern")
-
-    @property
-    def head_count(self) -> int:
-        """How many query heads there are; 0 where a site has no heads."""
-        return 0 if self.view is None else self.view.heads * self.groups
-
-    @property
-    def head_axis(self) -> int | None:
-        """The axis of heads in what ``read`` gives; ``None`` where there is none."""
-        if self.view is None:
-            return None
-        return 1 if self.site.kind in PATTERN_KINDS else -2
-
-    def raw(self, args: tuple, kwargs: dict, output: object = None) -> Tensor | None:
-        """The module's own tensor that holds the site, before scale and heads."""
-        if self.in_softmax:
-            return output if isinstance(output, Tensor) else None
-        reader = readers.read_input if self.side == "input" else readers.read_output
-        return reader(args, kwargs, output)
-
-    def read(self, args: tuple, kwargs: dict, output: object = None) -> Tensor | None:
-        """The site's tensor, from what a hook on the module sees; ``None`` if there is no tensor."""
-        value = self.raw(args, kwargs, output)
-        if value is None:
-            return None
-        if self.view is not None:
-            value = take_heads(self.view.read(value, args, kwargs), self.heads, self.head_axis or 0)
-        return value if self.scale == 1.0 else value * self.scale
-
-    def gradient(self, raw: Tensor) -> Tensor:
-        """The gradient of the site's tensor, from the gradient of the module's own."""
-        value = raw if self.view is None else self.view.gradient(raw)
-        value = take_heads(value, self.heads, self.head_axis or 0)
-        return value if self.scale == 1.0 else value / self.scale
-
-    def write(self, args: tuple, kwargs: dict, output: object, value: Tensor) -> object:
-        """What the hook returns to put ``value`` at the site: ``(args, kwargs)`` or an output."""
-        value = value if self.scale == 1.0 else value / self.scale
-        raw = self.raw(args, kwargs, output)
-        if self.view is not None and raw is not None:
-            if self.heads is not None:
-                whole = self.view.read(raw, args, kwargs)
-                index = torch.tensor(self.heads, device=value.device)
-                value = whole.index_copy(self.head_axis or 0, index, value)
-            value = self.view.write(raw, value)
-        if self.in_softmax:
-            return value
-        writer = readers.write_input if self.side == "input" else readers.write_output
-        return writer(args, kwargs, output, value)
+from tdgeom.model.structure.resolved_site import ResolvedSite
 
 
 def available_sites(model: nn.Module) -> list[ResolvedSite]:
@@ -166,7 +72,7 @@ def resolve_sites(
         site = Site(name.removeprefix(prefix) if prefix else name)
         if site.prefix:
             raise ValueError(
-                f"the site {name!r} has the prefix {site.prefix!r}; this Capture has prefix={prefix!r}."
+                f"the site {name!r} has the prefix {site.prefix!r}, where prefix={prefix!r} was given."
             )
         if site.kind in MODULE_KINDS:
             chosen += _module_sites(
@@ -369,4 +275,4 @@ def _some(paths: Iterable[str], most: int = 12) -> str:
     return ", ".join(listed[:most]) + (f", ... ({len(listed)} in all)" if len(listed) > most else "")
 
 
-__all__ = ["ResolvedSite", "available_sites", "match_path", "resolve_sites", "unknown_kind"]
+__all__ = ["available_sites", "match_path", "resolve_sites"]
