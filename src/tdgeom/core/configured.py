@@ -90,7 +90,7 @@ class Configured:
     def all_settings(self) -> dict[str, Any]:
         """``settings()``, and the defaults of what ``**keys`` would have passed on: spelt out or not, they are the same."""
         usual = _parameters(cast(Any, type(self))).values()
-        told = {p.name: plain_setting(p.default) for p in usual if p.default is not inspect.Parameter.empty}
+        told = {p.name: _default(p) for p in usual if p.default is not inspect.Parameter.empty}
         return told | self.settings()
 
     def effective_settings(self) -> dict[str, Any]:
@@ -115,10 +115,11 @@ class Configured:
         """
         values = {name: value for name, value in settings.items() if name not in live}
         made = {name: _made_again(value, f"{cls.__name__}.{name}") for name, value in values.items()} | live
-        listed = [
-            p.name for p in _parameters(cast(Any, cls)).values() if p.kind is inspect.Parameter.VAR_POSITIONAL
-        ]
-        positional = [value for name in listed for value in made.pop(name, [])]
+        parameters = list(_parameters(cast(Any, cls)).values())
+        listed = [n for n, p in enumerate(parameters) if p.kind is p.VAR_POSITIONAL]
+        before = parameters[: listed[0]] if listed else []  # what stands before *args goes by position too
+        positional = [made.pop(p.name) for p in before if p.name in made]
+        positional += [value for n in listed for value in made.pop(parameters[n].name, [])]
         return cls(*positional, **made)
 
     def __repr__(self) -> str:
@@ -280,11 +281,13 @@ def _call_shown(name: str, settings: Mapping[str, Any], kind: Any) -> str:
     told = [
         f"{argument}={_shown(value)}"
         for argument, value in settings.items()
-        if argument not in usual
-        or isinstance(value, Tensor)
-        or value != plain_setting(usual[argument].default)
+        if argument not in usual or isinstance(value, Tensor) or value != _default(usual[argument])
     ]
     return f"{name}({', '.join(told)})"
+
+
+def _default(parameter: inspect.Parameter) -> Any:
+    return [] if parameter.kind is parameter.VAR_POSITIONAL else plain_setting(parameter.default)
 
 
 def _shown(value: Any) -> str:
