@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def parts_of(td: TensorDict, sizes: list[int]) -> list[TensorDict]:
     edges = [0]
     while edges[-1] < N:
         edges.append(min(N, edges[-1] + sizes[len(edges) % len(sizes)]))
-    return [td.apply(lambda x, a=a, b=b: x[a:b], batch_size=[]) for a, b in zip(edges, edges[1:])]
+    return [td.apply(lambda x, a=a, b=b: x[a:b], batch_size=[]) for a, b in pairwise(edges)]
 
 
 def same(found: TensorDict, expected: TensorDict, keys) -> None:
