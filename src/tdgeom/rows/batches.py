@@ -17,19 +17,20 @@ from tensordict import (
 )
 from torch import Tensor
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Key, key_tuple
 
 __all__ = ["as_batch", "batch_length", "iterate"]
 
 
 def as_batch(batch: object, in_keys: Sequence[Key] | None, device: torch.device | None) -> TensorDict:
     """A shallow TensorDict of batch size []: the batch itself is never altered."""
+    ragged: dict[str, Tensor] = {}
     if is_tensor_collection(batch):
-        td = _copy(batch)
+        td = _copy(batch, ragged)
     elif isinstance(batch, Mapping):
         td = TensorDict({}, batch_size=[])
         for key, value in batch.items():
-            _put(td, key, value)
+            _put(td, key, value, ragged)
     else:
         values = (
             [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, list | tuple) else None
@@ -51,34 +52,39 @@ def as_batch(batch: object, in_keys: Sequence[Key] | None, device: torch.device 
             )
         td = TensorDict({}, batch_size=[])
         for key, value in zip(in_keys, values):
-            _put(td, key, value)
+            _put(td, key, value, ragged)
+    if ragged:
+        _mask_ends(td, ragged)
     return td.to(device, non_blocking=True) if device is not None else td
 
 
-def _copy(td: Any) -> TensorDict:
+def _copy(td: Any, lengths: dict[str, Tensor]) -> TensorDict:
     """A TensorDict's or TensorClass's entries, without its batch size."""
     copy = TensorDict({}, batch_size=[])
     for key in td.keys():
         ragged = isinstance(td, LazyStackedTensorDict) and td.get_item_shape(key).count(-1) > 0
-        _put(copy, key, td.get(key, as_nested_tensor=True, layout=torch.jagged) if ragged else td.get(key))
+        value = td.get(key, as_nested_tensor=True, layout=torch.jagged) if ragged else td.get(key)
+        _put(copy, key, value, lengths)
     return copy
 
 
-def _put(td: TensorDict, key: Key, value: Any) -> None:
+def _put(td: TensorDict, key: Key, value: Any, lengths: dict[str, Tensor]) -> None:
     if value is None:
         return
     if is_non_tensor(value):
         value = value.tolist() if isinstance(value, NonTensorStack) else value.data
     if isinstance(value, Tensor) and value.is_nested:
-        td.set(key, _padded(td, key, value))
+        parts = value.unbind()
+        lengths[key_tuple(key)[-1]] = torch.tensor([part.shape[0] for part in parts], device="cpu")
+        td.set(key, torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True))
     elif isinstance(value, Tensor):
         td.set(key, value)
     elif is_tensor_collection(value):
-        td.set(key, _copy(value))
+        td.set(key, _copy(value, lengths))
     elif isinstance(value, Mapping):
         inner = TensorDict({}, batch_size=[])
         for name, part in value.items():
-            _put(inner, name, part)
+            _put(inner, name, part, lengths)
         td.set(key, inner)
     else:
         array = np.asarray(value) if not isinstance(value, str) else None
@@ -88,15 +94,20 @@ def _put(td: TensorDict, key: Key, value: Any) -> None:
             td.set_non_tensor(key, list(value) if isinstance(value, list) else value)
 
 
-def _padded(td: TensorDict, key: Key, value: Tensor) -> Tensor:
-    """Sequences of different lengths (B, *, ...) as (B, T, ...), zeros behind, and the mask that says so where there is none."""
-    parts = value.unbind()
-    lengths = torch.tensor([part.shape[0] for part in parts], device="cpu")
-    longest = int(lengths.max())
-    mask = torch.arange(longest, device="cpu") < lengths[:, None]
-    if key != "attention_mask" and "attention_mask" not in td.keys():
-        td.set("attention_mask", mask.long().to(value.device))
-    return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
+def _mask_ends(td: TensorDict, lengths: dict[str, Tensor]) -> None:
+    """The mask of sequences of different lengths, (B, *, ...), which now lie as (B, T, ...) with zeros behind."""
+    ids = td.get("input_ids", None)
+    if "attention_mask" in td.keys() or (ids is not None and "input_ids" not in lengths):
+        return
+    named = lengths.get("input_ids", next(iter(lengths.values())))
+    if "input_ids" not in lengths and not all(torch.equal(named, other) for other in lengths.values()):
+        told = {name: value.tolist()[:6] for name, value in lengths.items()}
+        raise ValueError(
+            f"a batch holds sequences of different lengths, {told}, and nothing says which of them are the positions. Put an "
+            f"'attention_mask' (B, T) into the batch."
+        )
+    mask = torch.arange(int(named.max()), device="cpu") < named[:, None]
+    td.set("attention_mask", mask.long())
 
 
 def batch_length(td: TensorDictBase) -> int:
