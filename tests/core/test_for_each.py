@@ -330,3 +330,295 @@ def test_pair_errors_name_the_pair():
     rows = {"x.0": torch.randn(5, 3), "x.1": torch.randn(6, 3)}
     with pytest.raises(ValueError, match=r"same N, got 5 and 6.*\[at x.0->x.1\]"):
         tg.ForEachPair(tg.LinearCKA(), ["x.0", "x.1"])(TensorDict({"sample": rows}))
+
+
+# ------------------------------------------------------------------------------------------ each site is the stage alone
+
+
+class Counting(tg.Stage):
+    """Keeps Python state."""
+
+    reads, writes = ["sample"], ["calls"]
+
+    def __init__(self, **keys):
+        super().__init__(**keys)
+        self.calls = []
+
+    def compute(self, sample):
+        self.calls.append(float(sample.sum()))
+        return torch.tensor(len(self.calls))
+
+
+class OwnForward(tg.SampleMetrics):
+    def forward(self, tensordict, tensordict_out=None, **named):
+        out = super().forward(tensordict, tensordict_out, **named)
+        return out.set(self.out_keys[0], -out[self.out_keys[0]])
+
+
+class OwnCall(tg.SampleMetrics):
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs).set(self.out_keys[0], torch.tensor(7.0))
+
+
+def hooked(module, *, pre=False):
+    if pre:
+        module.register_forward_pre_hook(lambda _, args: (args[0].apply(lambda x: 2 * x + 1),))
+    else:
+        module.register_forward_hook(lambda m, _, out: out.set(m.out_keys[0], 3 * out[m.out_keys[0]]))
+    return module
+
+
+def patched(module):
+    plain = module.forward
+    module.forward = lambda *args, **kwargs: plain(*args, **kwargs).set(module.out_keys[0], torch.tensor(5.0))
+    return module
+
+
+class Tripled(TensorDictSequential):
+    def forward(self, tensordict, tensordict_out=None, **kwargs):
+        out = super().forward(tensordict, tensordict_out, **kwargs)
+        return out.set(self.out_keys[0], 3 * out[self.out_keys[0]])
+
+
+def metrics(kind=TensorDictSequential, **options):
+    return kind(tg.SampleSpectrum(), tg.SampleMetrics(), **options)
+
+
+ALONE = {
+    "a stage": lambda: tg.SampleMetrics(),
+    "own forward": lambda: OwnForward(),
+    "own __call__": lambda: OwnCall(),
+
+
+    "a hook": lambda: hooked(tg.SampleMetrics()),
+    "a hook before": lambda: hooked(tg.SampleMetrics(), pre=True),
+    "selected": lambda: tg.SampleMetrics().select_out_keys(("sample_metrics", "sv_stable_rank")),
+    "selected and reset": lambda: tg.SampleMetrics().select_out_keys(("sample_metrics", "sv_stable_rank")).reset_out_keys(),
+    "a sequence": metrics,
+    "named stages": lambda: TensorDictSequential({"first": tg.SampleSpectrum(), "second": tg.SampleMetrics()}),
+    "a subclass": lambda: metrics(Tripled),
+    "a hooked sequence": lambda: hooked(metrics()),
+    "a sequence hooked before": lambda: hooked(metrics(), pre=True),
+    "a selected sequence": lambda: metrics().select_out_keys("sample_eigenvalues"),
+    "a tolerant sequence": lambda: TensorDictSequential(
+        tg.SampleMetrics(), tg.SampleSpectrum(in_keys="nowhere"), partial_tolerant=True
+    ).select_out_keys(("sample_metrics", "sv_stable_rank")),
+    "a sequence that writes elsewhere": lambda: metrics(inplace=False),
+    "a stream": lambda: tg.StreamingCovariance(in_keys="sample"),
+    "a stream of one's own update": lambda: StreamOfSquares(in_keys="sample"),
+    "a hooked stream": lambda: hooked(tg.StreamingMean(in_keys="sample")),
+    "not written": lambda: tg.StreamingMean(in_keys="sample", out_keys=["_", "middle", "_"]),
+    "a function": lambda: TensorDictModule(torch.std, ["sample"], ["std"]),
+    "a module that reads what may be absent": lambda: tg.NormalizationAblation(),
+}  # fmt: skip
+
+
+class StreamOfSquares(tg.StreamingMean):
+    def update(self, tensordict):
+        super().update(tensordict.apply(torch.square))
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_each_site_gives_what_the_stage_alone_gives(name):
+    rows = samples(n=30)
+
+    units = tg.ForEach(ALONE[name](), SITES)
+    found = units(TensorDict({"sample": rows}))
+
+    for site in SITES:
+        alone = ALONE[name]()
+        expected = alone(TensorDict({"sample": rows[site]}))
+
+        written = [key for key in expected.keys(True, True) if key in alone.out_keys]
+        assert written
+        for key in written:
+            first, *rest = (key,) if isinstance(key, str) else key
+            torch.testing.assert_close(
+                found[(first, site, *rest)], expected[key], equal_nan=True, rtol=0, atol=0
+            )
+    assert not any("_" in ((key,) if isinstance(key, str) else key) for key in found.keys(True, True))
+
+
+def test_a_stage_that_keeps_python_state_is_copied_a_site():
+    stage = Counting()
+    units = tg.ForEach(stage, SITES)
+    rows = samples()
+    for _ in range(2):
+        td = units(TensorDict({"sample": rows}))
+    assert stage.calls == [] and [int(td["calls", site]) for site in SITES] == [2, 2, 2]
+    assert units[1].module.calls == 2 * [float(rows["x.1"].sum())]
+
+
+class Uncopied(TensorDictModuleBase):
+    in_keys, out_keys = ["sample"], ["out"]
+
+    def __deepcopy__(self, memo):
+        raise RuntimeError("it holds a file")
+
+
+def test_a_stage_that_cannot_be_copied_says_so():
+    for each, stage in ((tg.ForEach, tg.SampleMetrics()), (tg.ForEachPair, tg.LayerCosine())):
+        with pytest.raises(
+            TypeError,
+            match=r"a forward of this one object, which its copies would still call. Override forward",
+        ):
+            each(patched(stage), SITES)
+    with pytest.raises(
+        TypeError,
+        match=r"Uncopied cannot be copied: RuntimeError\('it holds a file'\).*in_keys= and out_keys=",
+    ):
+        tg.ForEach(Uncopied(), SITES)
+
+
+SITES_OF_EVERY_KIND = {
+    "ints": lambda: [0, 1, 2],
+    "a range": lambda: range(3),
+    "a generator": lambda: (f"layer {i}" for i in range(3)),
+    "tuples": lambda: [("m", 0), ("m", 1), ("n", 0)],
+    "sites": lambda: (tg.Site(f"embed.{i}") for i in range(3)),
+    "a dict's keys": lambda: dict.fromkeys(["a.0", "b/1", "c->d"]).keys(),
+}
+
+
+@pytest.mark.parametrize("name", SITES_OF_EVERY_KIND)
+def test_sites_of_every_kind(name):
+    sites = SITES_OF_EVERY_KIND[name]
+    keys = [tuple(map(str, site if isinstance(site, tuple) else (site,))) for site in sites()]
+    td = TensorDict({"row_id": torch.arange(20) << 20})
+    for i, key in enumerate(keys):
+        td.set(("tokens", *key), samples(sites=["x"])["x"] + i)
+    stages = (
+        tg.ForEach(tg.StreamingMean(), sites()),
+        tg.RowSample(sites(), size=20),
+        tg.ForEach(tg.SampleMetrics(), sites()),
+        tg.StreamingCrossMoments(sites(), pairs="all"),
+        tg.ForEachPair(tg.LinearCKA(), sites(), pairs="all"),
+        tg.ForEachPair(tg.LinearCKA(source="moments", out_keys="again"), sites(), pairs="all"),
+        tg.Collect(sites()),
+    )
+    assert stages[0].in_keys == [("tokens", *key) for key in keys]
+    pipeline = TensorDictSequential(*stages)
+    whole = deepcopy(pipeline)(td.copy())
+    parts = [td.apply(lambda x, s=s: x[s : s + 7], batch_size=[]) for s in range(0, 20, 7)]
+    found = tg.run(pipeline, parts, progress=False)
+    for key in keys:
+        torch.testing.assert_close(found[("mean", *key, "mean")], td[("tokens", *key)].mean(0))
+        assert torch.equal(found[("collected", *key)], td[("tokens", *key)])
+    for key in pipeline.out_keys:
+        torch.testing.assert_close(found[key], whole[key], rtol=1e-9, atol=1e-11, equal_nan=True)
+
+
+def test_of_for_each_is_models_by_sites_for_streams_too():
+    inner = tg.ForEach(TensorDictSequential(tg.StreamingCovariance(), tg.EigenSpectrum(k=2)), ["x", "y"])
+    units = tg.ForEach(inner, ["a", "b"])
+    td = TensorDict({"tokens": {model: samples(sites=["x", "y"]) for model in "ab"}})
+    assert ("moments", "b", "y", "mean") in units.out_keys
+    found = units(td.copy())
+    result = tg.run(deepcopy(units), [td], progress=False)
+    for model in "ab":
+        for site in "xy":
+            covariance = torch.cov(td["tokens", model, site].T)
+            torch.testing.assert_close(found["moments", model, site, "covariance"], covariance)
+            torch.testing.assert_close(
+                result["eigenvalues", model, site], torch.linalg.eigvalsh(covariance).flip(0)
+            )
+    state = deepcopy(units.state_dict())
+    twin = tg.ForEach(
+        tg.ForEach(TensorDictSequential(tg.StreamingCovariance(), tg.EigenSpectrum(k=2)), ["x", "y"]),
+        ["a", "b"],
+    )
+    twin.load_state_dict(state)
+    twin.merge_(units)
+    assert int(twin[0].module.module.count) == 2 * int(units[0].module.module.count)
+    other = tg.ForEach(tg.ForEach(tg.StreamingCovariance(), ["x", "y"]), ["b", "a"])
+    with pytest.raises(RuntimeError, match=r"the state of site 'a' does not go to 'b'"):
+        other.load_state_dict(
+            tg.ForEach(tg.ForEach(tg.StreamingCovariance(), ["x", "y"]), ["a", "b"]).state_dict()
+        )
+
+
+# ------------------------------------------------------------------------------------------ each pair is the stage alone
+
+
+class HalfCKA(tg.LinearCKA):
+    def compute(self, *inputs):
+        return {name: value / 2 for name, value in zip(self.out_names, self.listed(super().compute(*inputs)))}
+
+
+class OwnCompare(tg.LayerCosine):
+    def compare(self, *sides):
+        return -super().compare(*sides)
+
+
+class OwnPrepare(tg.LayerCosine):
+    def prepare(self, sample):
+        return super().prepare(sample + 1)
+
+
+class PairForward(tg.LayerCosine):
+    def forward(self, tensordict, tensordict_out=None, **named):
+        out = super().forward(tensordict, tensordict_out, **named)
+        return out.set(self.out_keys[0], -out[self.out_keys[0]])
+
+
+class Weighted(tg.LayerCosine):
+    """Holds a buffer that a call changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def compare(self, *sides):
+        self.calls += 1
+        return super().compare(*sides) * self.calls
+
+
+def swapped(kind):
+    return kind(in_keys=[("sample", "b"), ("sample", "a")])
+
+
+PAIRED = {
+    "a stage": lambda: tg.CCA(),
+    "own compute": lambda: HalfCKA(),
+    "own compare": lambda: OwnCompare(),
+    "own prepare": lambda: OwnPrepare(),
+    "own forward": lambda: PairForward(),
+
+
+    "a hook": lambda: hooked(tg.LayerCosine()),
+    "a hook before": lambda: hooked(tg.LayerCosine(), pre=True),
+    "sides swapped": lambda: swapped(tg.LinearR2),
+    "one side's rows elsewhere": lambda: tg.LinearR2(in_keys=[("sample", "a"), ("other", "b")]),
+    "selected": lambda: tg.CCA().select_out_keys(("between", "cca_r2")),
+    "state of its own": lambda: Weighted(),
+    "a function": lambda: TensorDictModule(lambda x, y: (x - y).norm(), [("sample", "a"), ("sample", "b")], [("between", "gap")]),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::tdgeom.UndefinedMeasureWarning")
+@pytest.mark.parametrize("name", PAIRED)
+def test_each_pair_gives_what_the_stage_alone_gives(name):
+    rows, other = samples(), samples()
+    pairs = tg.ForEachPair(
+        PAIRED[name](), SITES, pairs=[("x.0", "x.1"), ("x.1", "x.2"), ("x.0", "x.2"), ("x.2", "x.0")]
+    )
+    found = pairs(TensorDict({"sample": rows, "other": other}))
+    for a, b in pairs.pairs:
+        alone = PAIRED[name]()
+        expected = alone(TensorDict({"sample": {"a": rows[a], "b": rows[b]}, "other": {"b": other[b]}}))
+        for root, leaf in alone.out_keys:
+            torch.testing.assert_close(
+                found[root, f"{a}->{b}", leaf], expected[root, leaf], rtol=1e-12, atol=0
+            )
+    assert set(found["between"].keys()) == {f"{a}->{b}" for a, b in pairs.pairs}
+
+
+def test_hooks_that_come_later_act_on_pairs_too():
+    pairs = tg.ForEachPair(tg.LayerCosine(), SITES)
+    td = TensorDict({"sample": samples()})
+    before = pairs(td.copy())["between", "x.0->x.1", "layer_cosine_sim"]
+    hooked(pairs.units[0])
+    after = pairs(td.copy())
+    torch.testing.assert_close(after["between", "x.0->x.1", "layer_cosine_sim"], 3 * before)
+    hooked(pairs.units[1].module)
+    torch.testing.assert_close(pairs(td.copy())["between", "x.0->x.1", "layer_cosine_sim"], 9 * before)

@@ -109,6 +109,11 @@ def shared_by(stage: object, shared: Iterable[Key]) -> frozenset[tuple[str, ...]
 
 def copied(stage: TensorDictModuleBase, owner: str) -> TensorDictModuleBase:
     """A copy for one site, whatever state it keeps: in buffers or in plain attributes."""
+    if "forward" in stage.__dict__:
+        raise TypeError(
+            f"{owner} copies the stage for every site, and {type(stage).__name__} was given a forward of this one object, which "
+            f"its copies would still call. Override forward() in a subclass."
+        )
     try:
         return deepcopy(stage)
     except Exception as error:
