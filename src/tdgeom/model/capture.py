@@ -28,7 +28,7 @@ class Capture(HookingContext):
     """Reads named places of a model: a TensorDict module, and a context manager around the user's own calls.
 
     **Module form**, ``capture(td)``: runs the model in eval mode without gradients and without a cache, on every
-    entry of ``td`` that its forward names (labels and row identities excepted), with ``position_ids`` counted
+    tensor of ``td`` that its forward takes (labels and row identities excepted), with ``position_ids`` counted
     over the attention mask, and stops right after the last site. Writes ``("acts", site)``, shape (B, T, D), or
     (B, D) where the model gives that; everything else in ``td`` stays.
 
@@ -56,10 +56,12 @@ class Capture(HookingContext):
         model_outputs: names of the model's outputs to keep, under ``prefix + name``; the pass then runs to its end.
         prefix: put before each site's name, ``"b/"``, to keep two models apart.
         keep_graph: keep the autograd graph (and the ambient grad mode) instead of detaching.
-        clone: copy what is read, for models that modify it in place afterwards.
+        clone: copy what is read, for models that modify it in place later in the pass. (What a model writes again at its next
+            call, a static buffer say, is seen and copied without.)
         withhold: further entries that the model is never called with.
         in_keys: what the module form demands: a list of keys, or a mapping of forward names to keys. Default: the
-            model's main input, or every parameter of forward without a default.
+            model's main input, or every parameter of forward without a default. The attribute ``in_keys`` goes on with the
+            other tensors that forward takes, which are passed where the batch has them (``optional_in_keys``).
         out_keys: the root of the activations' keys (default ``"acts"``; ``"grads"`` for gradients), or a list naming every
             leaf.
 

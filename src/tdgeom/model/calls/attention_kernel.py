@@ -117,11 +117,10 @@ class _Softmax(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _SOFTMAX:
             scores = args[0] if args else kwargs["input"]
+            rest = {name: value for name, value in kwargs.items() if name != "input"}
             if scores.ndim == 4:
-                rest = {k: v for k, v in kwargs.items() if k != "input"}
                 return self.softmax(scores, lambda x: func(x, *args[1:], **rest))
             if scores.ndim == 3 and self.heads and scores.shape[0] % self.heads == 0:
-                rest = {k: v for k, v in kwargs.items() if k != "input"}
                 split = scores.unflatten(0, (-1, self.heads))
                 return self.softmax(
                     split, lambda x: func(x.flatten(0, 1), *args[1:], **rest).unflatten(0, split.shape[:2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -111,8 +112,7 @@ class Edit(Stage):
 
     def where(self, value: Tensor, call: EditCall) -> Tensor | None:
         """True at what is edited, broadcast over the activation; ``None`` for everything."""
-        keep = call.keep
-        where = None if keep is None else keep.reshape(*keep.shape, *[1] * (value.ndim - 2))
+        parts = [] if call.keep is None else [call.keep.reshape(*call.keep.shape, *[1] * (value.ndim - 2))]
         if self.heads is not None:
             if value.ndim != 4:
                 raise ValueError(
@@ -126,14 +126,10 @@ class Edit(Stage):
                 raise IndexError(
                     f"heads={self.heads} is out of range: {call.site!r} has {total} query heads."
                 )
-            chosen = torch.zeros(count, 1, dtype=torch.bool, device=value.device)
-            chosen[own] = True
-            where = chosen if where is None else where & chosen
+            parts.append(_chosen(count, own, value).unsqueeze(-1))
         if self.features is not None:
-            chosen = torch.zeros(value.shape[-1], dtype=torch.bool, device=value.device)
-            chosen[self.features] = True
-            where = chosen if where is None else where & chosen
-        return where
+            parts.append(_chosen(value.shape[-1], self.features, value))
+        return reduce(torch.logical_and, parts) if parts else None
 
     # -------------------------------------------------------------------- activations of other runs
 
@@ -143,6 +139,13 @@ class Edit(Stage):
 
     def receive(self, name: str, site: str, acts: TensorDictBase | None) -> None:
         """Take the activations of a run (a TensorDict of Capture), or forget them (``None``)."""
+
+
+def _chosen(size: int, which: Any, value: Tensor) -> Tensor:
+    """(size,), true at ``which``."""
+    chosen = torch.zeros(size, dtype=torch.bool, device=value.device)
+    chosen[which] = True
+    return chosen
 
 
 class Steer(Edit):
