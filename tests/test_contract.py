@@ -31,7 +31,7 @@ from stage_examples import (
     optional_inputs,
     rows,
 )
-from tdgeom.core.configured import plain_setting
+from tdgeom.core.stage_settings import plain_setting
 from tdgeom.core.streaming_stage import tensor_text, text_tensor
 
 PUBLIC = sorted(

@@ -3,12 +3,12 @@
 import sys
 
 from tdgeom import functional, plot
+from tdgeom.analysis.analysis_settings import AnalysisSettings
 from tdgeom.analysis.analyze_model import analyze_model
 from tdgeom.analysis.compare import compare
 from tdgeom.analysis.comparison import Comparison
 from tdgeom.analysis.default_pipeline import analysis_pipeline
 from tdgeom.analysis.results import AnalysisResults
-from tdgeom.analysis.settings import AnalysisSettings
 from tdgeom.cli import demo
 from tdgeom.concepts.bases import ConceptBasis, FisherBasis
 from tdgeom.concepts.coordinates import Interpolate, Project, Reconstruct
@@ -45,7 +45,7 @@ from tdgeom.measures.similarity.matching import SoftMatching
 from tdgeom.measures.similarity.procrustes import Procrustes
 from tdgeom.measures.similarity.rsa import RSA
 from tdgeom.measures.similarity.subspace import LayerCosine, SubspaceNovelty
-from tdgeom.measures.spectrum import RankMe, SpectrumMetrics
+from tdgeom.measures.spectrum_metrics import RankMe, SpectrumMetrics
 from tdgeom.model.aggregate import AggregateActs, GroupAttention
 from tdgeom.model.capture import Capture
 from tdgeom.model.capture_spec import CaptureSpec

@@ -33,7 +33,7 @@ from tdgeom.measures.similarity.matching import soft_matching
 from tdgeom.measures.similarity.procrustes import angular_shape, procrustes
 from tdgeom.measures.similarity.rsa import rdm, rsa
 from tdgeom.measures.similarity.subspace import feature_subspace_novelty, layer_cosine_sim
-from tdgeom.measures.spectrum import (
+from tdgeom.measures.spectrum_metrics import (
     alpha_req,
     entropy_dimension,
     log_spectrum_slope,

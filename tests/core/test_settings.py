@@ -18,7 +18,7 @@ from torch import nn
 
 import tdgeom as tg
 from stage_examples import CountAbove
-from tdgeom.core.configured import differences, plain_setting
+from tdgeom.core.stage_settings import differences, plain_setting
 
 
 class Given(tg.Stage):

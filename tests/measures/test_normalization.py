@@ -14,7 +14,7 @@ import tdgeom as tg
 from tdgeom import functional as F
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.measures.normalization import VARIANTS
-from tdgeom.measures.spectrum import SPECTRUM_METRICS
+from tdgeom.measures.spectrum_metrics import SPECTRUM_METRICS
 
 
 def rows(n=80, d=10, dtype=torch.float64):

@@ -13,7 +13,7 @@ from tensordict import TensorDict
 
 import tdgeom as tg
 from tdgeom import functional as F
-from tdgeom.measures.spectrum import SPECTRUM_METRICS
+from tdgeom.measures.spectrum_metrics import SPECTRUM_METRICS
 
 
 def decaying(d, seed=0):

@@ -13,7 +13,7 @@ from tensordict.nn import TensorDictSequential
 
 import tdgeom as tg
 from tdgeom import functional as F
-from tdgeom.measures.spectrum import SPECTRUM_METRICS
+from tdgeom.measures.spectrum_metrics import SPECTRUM_METRICS
 
 OF_D_PR = ("d_pr", "d_pr_norm", "isoscore")
 OF_THE_LEADING = ("stable_rank", "top1_share", "top10_share", "top32_share")

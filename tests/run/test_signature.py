@@ -17,7 +17,7 @@ from torch import nn
 
 import models
 import tdgeom as tg
-from tdgeom.core.configured import differences
+from tdgeom.core.stage_settings import differences
 from tdgeom.run.plan import make_plan
 from tdgeom.run.signature import fingerprint, pipeline_signature, weights_signature
 

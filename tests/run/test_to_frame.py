@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
 
 import tdgeom as tg
-from tdgeom.measures.spectrum import SPECTRUM_METRICS
+from tdgeom.measures.spectrum_metrics import SPECTRUM_METRICS
 
 SITES = ["residual_input.0", "residual_input.1", "mlp_output.0"]
 

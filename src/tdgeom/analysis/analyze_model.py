@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from tdgeom.analysis.analysis_settings import MAX_ROWS, AnalysisSettings, Metrics
 from tdgeom.analysis.baseline import with_baseline
 from tdgeom.analysis.one_model import analyzed
 from tdgeom.analysis.results import AnalysisResults, default_folder
 from tdgeom.analysis.seed_names import also_called
-from tdgeom.analysis.settings import MAX_ROWS, AnalysisSettings, Metrics
 from tdgeom.core.keys import Key
 from tdgeom.files.bundle import check_target
 from tdgeom.model.loading import load_model

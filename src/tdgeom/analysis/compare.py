@@ -12,9 +12,9 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import nn
 
+from tdgeom.analysis.analysis_settings import MAX_ROWS, ComparisonSettings
 from tdgeom.analysis.comparison import Comparison
 from tdgeom.analysis.metadata import model_record, run_record
-from tdgeom.analysis.settings import MAX_ROWS, ComparisonSettings
 from tdgeom.core.for_each import ForEach
 from tdgeom.core.for_each_pair import ForEachPair
 from tdgeom.core.keys import key_tuple

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 
-from tdgeom.analysis.settings import AnalysisSettings
+from tdgeom.analysis.analysis_settings import AnalysisSettings
 from tdgeom.core.for_each import ForEach
 from tdgeom.core.for_each_pair import ForEachPair, pair_list
 from tdgeom.core.keys import key_tuple
@@ -19,7 +19,7 @@ from tdgeom.measures.router import RouterLoad
 from tdgeom.measures.sample_metrics import PRODUCTS, SampleMetrics, SampleSpectrum
 from tdgeom.measures.similarity.cka import LinearCKA
 from tdgeom.measures.similarity.subspace import LayerCosine, SubspaceNovelty
-from tdgeom.measures.spectrum import SpectrumMetrics
+from tdgeom.measures.spectrum_metrics import SpectrumMetrics
 from tdgeom.model.capture import Capture
 from tdgeom.rows.select_tokens import SelectTokens
 from tdgeom.stream.covariance import StreamingCovariance

@@ -8,7 +8,7 @@ from typing import Any
 from tensordict import TensorDict
 from torch import nn
 
-from tdgeom.analysis.settings import AnalysisSettings, Settings
+from tdgeom.analysis.analysis_settings import AnalysisSettings, Settings
 from tdgeom.files.bundle import SCHEMA_VERSION
 from tdgeom.model.capture import Capture
 from tdgeom.model.capture_spec import CaptureSpec

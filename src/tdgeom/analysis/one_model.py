@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
 from torch import nn
 
+from tdgeom.analysis.analysis_settings import AnalysisSettings
 from tdgeom.analysis.default_pipeline import HELD, analysis_pipeline
 from tdgeom.analysis.metadata import analysis_metadata
 from tdgeom.analysis.result_tables import (
@@ -23,7 +24,6 @@ from tdgeom.analysis.result_tables import (
     table,
 )
 from tdgeom.analysis.results import AnalysisResults
-from tdgeom.analysis.settings import AnalysisSettings
 from tdgeom.core.keys import key_tuple
 from tdgeom.core.renamed import RenamedStream
 from tdgeom.model.capture import Capture

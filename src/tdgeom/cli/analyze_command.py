@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from tdgeom.analysis.analysis_settings import MAX_ROWS
 from tdgeom.analysis.analyze_model import analyze_model
-from tdgeom.analysis.settings import MAX_ROWS
 from tdgeom.cli.demo import demo_model_path, run_demo
 from tdgeom.cli.options import (
     Layers,

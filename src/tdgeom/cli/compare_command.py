@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from tdgeom.analysis.analysis_settings import MAX_ROWS
 from tdgeom.analysis.compare import compare as compared
-from tdgeom.analysis.settings import MAX_ROWS
 from tdgeom.cli.options import (
     Layers,
     Sites,

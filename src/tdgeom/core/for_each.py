@@ -9,11 +9,11 @@ from typing import Any
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import nn
 
-from tdgeom.core.configured import Configured
 from tdgeom.core.keys import NOT_WRITTEN, Key, as_key, key_tuple, site_key
 from tdgeom.core.pair_stage import PairStage
 from tdgeom.core.pipeline import Pipeline, opened, why_closed
 from tdgeom.core.renamed import Renamed, RenamedStream, is_streaming
+from tdgeom.core.stage_settings import Configured
 
 __all__ = ["SHARED", "ForEach", "check_module", "check_shared_outputs", "copied", "named_sites", "shared_by"]
 

@@ -10,8 +10,6 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing, skip_existing
 from torch import nn
 
-from tdgeom.core.ambient import steady
-from tdgeom.core.configured import Configured
 from tdgeom.core.for_each import (
     SHARED,
     check_module,
@@ -25,6 +23,8 @@ from tdgeom.core.keys import Key, as_key, key_tuple
 from tdgeom.core.pair_stage import PairStage
 from tdgeom.core.renamed import Renamed, is_streaming
 from tdgeom.core.stage import device_of
+from tdgeom.core.stage_settings import Configured
+from tdgeom.core.surroundings import steady
 
 __all__ = ["ForEachPair", "pair_list"]
 

@@ -10,9 +10,9 @@ from tensordict import TensorDictBase, is_non_tensor
 from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing
 from torch import Tensor
 
-from tdgeom.core.ambient import steady
-from tdgeom.core.configured import Configured
 from tdgeom.core.keys import NOT_WRITTEN, Key, key_tuple, resolve_keys
+from tdgeom.core.stage_settings import Configured
+from tdgeom.core.surroundings import steady
 
 __all__ = ["Outputs", "Stage", "device_of"]
 

@@ -11,10 +11,10 @@ from tensordict import TensorDictBase
 from tensordict.nn import dispatch, set_skip_existing
 from torch import Tensor
 
-from tdgeom.core.ambient import steady
-from tdgeom.core.configured import differences
 from tdgeom.core.process_groups import gather_states, rank_and_world
 from tdgeom.core.stage import Outputs, Stage
+from tdgeom.core.stage_settings import differences
+from tdgeom.core.surroundings import steady
 
 __all__ = ["StreamingStage", "rows_finite", "tensor_text", "text_tensor"]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from tdgeom.core.configured import Configured, plain_setting
+from tdgeom.core.stage_settings import Configured, plain_setting
 from tdgeom.files.atomic import read_whole
 from tdgeom.files.errors import StoreError
 

@@ -21,7 +21,7 @@ from tdgeom.measures.sample_metrics import (
     unit_rows,
     working,
 )
-from tdgeom.measures.spectrum import SpectrumMetrics
+from tdgeom.measures.spectrum_metrics import SpectrumMetrics
 
 __all__ = ["VARIANTS", "NormalizationAblation", "Variant", "normalized"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tdgeom.core.keys import Key
 from tdgeom.core.stage import Stage
 from tdgeom.measures.eigen_spectrum import covariance_eigenvalues
-from tdgeom.measures.spectrum import entropy_dimension
+from tdgeom.measures.spectrum_metrics import entropy_dimension
 from tdgeom.numerics.centring import holds, real_rows, warn_undefined
 from tdgeom.numerics.hashing import fingerprint
 from tdgeom.numerics.products import gram, in_own_precision

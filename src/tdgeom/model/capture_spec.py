@@ -10,7 +10,7 @@ from typing import Any
 from tensordict.nn import TensorDictSequential
 from torch import Tensor, nn
 
-from tdgeom.core.configured import Configured
+from tdgeom.core.stage_settings import Configured
 from tdgeom.model.aggregate import AggregateActs, GroupAttention, over_first
 from tdgeom.model.capture import Capture
 from tdgeom.model.positions import Positions, check_positions

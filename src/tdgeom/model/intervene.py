@@ -10,16 +10,16 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import dispatch, set_skip_existing
 from torch import nn
 
-from tdgeom.core.configured import plain_setting
 from tdgeom.core.keys import Key
+from tdgeom.core.stage_settings import plain_setting
 from tdgeom.model.calls.bound_model import Bound, eval_mode
 from tdgeom.model.calls.hooking_context import HookingContext
 from tdgeom.model.calls.model_inputs import InKeys
 from tdgeom.model.calls.reading import read_named_outputs
 from tdgeom.model.calls.recorded_calls import write_entries
 from tdgeom.model.capture import Capture
+from tdgeom.model.edits.apply_edits import Editing, EditPlan
 from tdgeom.model.edits.edit import Edit
-from tdgeom.model.edits.writing import Editing, EditPlan
 from tdgeom.model.sites import LayerSpec
 from tdgeom.model.structure.resolve import resolve_sites
 from tdgeom.model.structure.resolved_site import ResolvedSite

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdgeom.core.configured import Configured
+from tdgeom.core.stage_settings import Configured
 from tdgeom.model.sites import is_pattern
 from tdgeom.numerics.hashing import hash_ids
 

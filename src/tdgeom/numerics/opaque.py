@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
-from tdgeom.core.ambient import steady
+from tdgeom.core.surroundings import steady
 
 __all__ = ["opaque"]
 

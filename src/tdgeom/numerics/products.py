@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from tdgeom.core.ambient import steady
 from tdgeom.core.stage import device_of
+from tdgeom.core.surroundings import steady
 
 __all__ = ["gram", "in_own_precision"]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdgeom.core.ambient import steady
 from tdgeom.core.keys import Key
 from tdgeom.core.stage import Stage
+from tdgeom.core.surroundings import steady
 from tdgeom.probing import rules
 from tdgeom.probing.control_task import type_buckets
 from tdgeom.probing.labelled_rows import labelled_keys, one_hot, plain_rows, row_labels

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tdgeom.core.ambient import steady
 from tdgeom.core.keys import Key
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.core.surroundings import steady
 from tdgeom.numerics.hashing import EMPTY, hash_ids
 from tdgeom.probing import rules
 from tdgeom.probing.control_task import BUCKETS, control_map, type_buckets

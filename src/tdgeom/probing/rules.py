@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tdgeom.core.ambient import steady
+from tdgeom.core.surroundings import steady
 from tdgeom.probing.control_task import control_map
 from tdgeom.probing.labelled_rows import plain_rows, row_labels
 from tdgeom.probing.scores import SCORES, complete, probe_scores

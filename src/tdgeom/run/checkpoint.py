@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdgeom.core.configured import differences
 from tdgeom.core.keys import key_tuple
 from tdgeom.core.renamed import stage_of
+from tdgeom.core.stage_settings import differences
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.files.errors import StoreError
 from tdgeom.files.json_text import canonical_json, plain, read_json

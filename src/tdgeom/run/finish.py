@@ -12,10 +12,10 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from threadpoolctl import threadpool_limits
 
-from tdgeom.core.ambient import steady
 from tdgeom.core.keys import NOT_WRITTEN, Key, key_tuple, touches
 from tdgeom.core.renamed import Renamed, describe, stage_of
 from tdgeom.core.stage import Stage
+from tdgeom.core.surroundings import steady
 
 __all__ = ["call", "give", "run_end"]
 

@@ -10,9 +10,9 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from tdgeom.core.configured import Configured
 from tdgeom.core.keys import key_tuple
 from tdgeom.core.renamed import describe
+from tdgeom.core.stage_settings import Configured
 from tdgeom.files.json_text import canonical_json, plain
 from tdgeom.files.shard_writing import bytes_of
 from tdgeom.model.loading import config_summary

@@ -11,8 +11,8 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from tdgeom.core.configured import Configured
 from tdgeom.core.keys import Key
+from tdgeom.core.stage_settings import Configured
 from tdgeom.model.calls.bound_model import Bound, refuse_compiled
 from tdgeom.model.calls.model_inputs import InKeys, ModelInputs
 from tdgeom.model.calls.site_hooks import SiteHooks

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tdgeom.core.ambient import steady
+from tdgeom.core.surroundings import steady
 from tdgeom.model.calls.bound_model import eval_mode, may_stop
 from tdgeom.model.calls.model_inputs import made_up_inputs, read_signature
 from tdgeom.model.calls.quiet import replaced_forwards, without_hooks

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdgeom.core.ambient import steady
+from tdgeom.core.surroundings import steady
 from tdgeom.model.calls.bound_model import HeldModel, eval_mode, refuse_compiled
 from tdgeom.model.calls.model_inputs import made_up_inputs, read_signature
 from tdgeom.model.calls.quiet import replaced_forwards, without_hooks

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdgeom.core.ambient import steady
+from tdgeom.core.surroundings import steady
 from tdgeom.model.structure.readers import read_input
 
 

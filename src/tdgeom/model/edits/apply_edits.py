@@ -1,4 +1,4 @@
-"""Hooks that write: they hand each site's tensor to its edits and put the result back."""
+"""Edits applied while the model runs: hooks hand each site's tensor to its edits and put the result back."""
 
 from __future__ import annotations
 

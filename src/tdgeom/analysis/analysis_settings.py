@@ -9,8 +9,8 @@ from typing import Any
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
-from tdgeom.core.configured import Configured, plain_setting
 from tdgeom.core.pair_stage import PairStage
+from tdgeom.core.stage_settings import Configured, plain_setting
 from tdgeom.measures.normalization import NormalizationAblation
 from tdgeom.model.sites import LayerSpec
 

@@ -1,4 +1,4 @@
-"""What a module was made with, as plain data: for its ``repr``, for metadata, and to make it again."""
+"""A stage's settings: what it was made with, as plain data, for its ``repr``, for metadata, and to make it again."""
 
 from __future__ import annotations
 
