@@ -37,9 +37,9 @@ from tdgeom.measures.normalization import NormalizationAblation
 from tdgeom.measures.router import RouterLoad
 from tdgeom.measures.sample_metrics import SampleMetrics, SampleSpectrum
 from tdgeom.measures.similarity.cca import CCA, PWCCA, SVCCA
-from tdgeom.measures.similarity.cka import RV, LinearCKA
 from tdgeom.measures.similarity.cknna import CKNNA
 from tdgeom.measures.similarity.kernel_alignment import RBFCKA, DistanceCorrelation
+from tdgeom.measures.similarity.linear_cka import RV, LinearCKA
 from tdgeom.measures.similarity.linear_r2 import LinearR2
 from tdgeom.measures.similarity.matching import SoftMatching
 from tdgeom.measures.similarity.procrustes import Procrustes

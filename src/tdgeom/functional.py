@@ -25,9 +25,9 @@ from tdgeom.measures.normalization import normalized
 from tdgeom.measures.router import router_load
 from tdgeom.measures.sample_metrics import cosine_similarity, sample_eigenvalues, sample_metrics
 from tdgeom.measures.similarity.cca import cca_mean, cca_r2, pwcca_ab, pwcca_ba, svcca
-from tdgeom.measures.similarity.cka import linear_cka, linear_cka_debiased, rv_coefficient
 from tdgeom.measures.similarity.cknna import cknna
 from tdgeom.measures.similarity.kernel_alignment import distance_correlation, rbf_cka
+from tdgeom.measures.similarity.linear_cka import linear_cka, linear_cka_debiased, rv_coefficient
 from tdgeom.measures.similarity.linear_r2 import linear_r2_ab, linear_r2_ba
 from tdgeom.measures.similarity.matching import soft_matching
 from tdgeom.measures.similarity.procrustes import angular_shape, procrustes

@@ -61,7 +61,7 @@ def _streamed(rows: Rows, batch: int, **kwargs: Any) -> list[float]:
     from tensordict import TensorDict
 
     from tdgeom import ForEachPair
-    from tdgeom.measures.similarity.cka import LinearCKA
+    from tdgeom.measures.similarity.linear_cka import LinearCKA
     from tdgeom.stream.cross_moments import StreamingCrossMoments
 
     stage = StreamingCrossMoments(NAMES, pairs="all", **kwargs)
@@ -118,7 +118,7 @@ def tdgeom_sample(rows: Rows, batch: int) -> list[float]:
     from tensordict import TensorDict
 
     from tdgeom import ForEachPair
-    from tdgeom.measures.similarity.cka import LinearCKA
+    from tdgeom.measures.similarity.linear_cka import LinearCKA
 
     td = TensorDict({"sample": dict(zip(NAMES, rows))})
     between = ForEachPair(LinearCKA(), NAMES, pairs="all")(td)["between"]

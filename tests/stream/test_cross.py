@@ -11,7 +11,7 @@ from tensordict import TensorDict
 
 from tdgeom.core.for_each_pair import ForEachPair
 from tdgeom.measures.similarity.cca import CCA, PWCCA, SVCCA
-from tdgeom.measures.similarity.cka import LinearCKA, linear_cka_debiased
+from tdgeom.measures.similarity.linear_cka import LinearCKA, linear_cka_debiased
 from tdgeom.measures.similarity.linear_r2 import LinearR2
 from tdgeom.measures.similarity.procrustes import Procrustes
 from tdgeom.stream.cross_moments import StreamingCrossMoments

@@ -17,7 +17,7 @@ from tdgeom.measures.neighbors.nearest_neighbors import NearestNeighbors
 from tdgeom.measures.normalization import NormalizationAblation
 from tdgeom.measures.router import RouterLoad
 from tdgeom.measures.sample_metrics import PRODUCTS, SampleMetrics, SampleSpectrum
-from tdgeom.measures.similarity.cka import LinearCKA
+from tdgeom.measures.similarity.linear_cka import LinearCKA
 from tdgeom.measures.similarity.subspace import LayerCosine, SubspaceNovelty
 from tdgeom.measures.spectrum_metrics import SpectrumMetrics
 from tdgeom.model.capture import Capture

@@ -10,9 +10,9 @@ from tdgeom.core.pair_stage import PairStage
 from tdgeom.measures.neighbors.information_imbalance import InformationImbalance
 from tdgeom.measures.neighbors.neighborhood_overlap import JaccardKNN, NeighborhoodOverlap
 from tdgeom.measures.similarity.cca import CCA, PWCCA, SVCCA
-from tdgeom.measures.similarity.cka import LinearCKA
 from tdgeom.measures.similarity.cknna import CKNNA
 from tdgeom.measures.similarity.kernel_alignment import RBFCKA, DistanceCorrelation
+from tdgeom.measures.similarity.linear_cka import LinearCKA
 from tdgeom.measures.similarity.linear_r2 import LinearR2
 from tdgeom.measures.similarity.matching import SoftMatching
 from tdgeom.measures.similarity.procrustes import Procrustes

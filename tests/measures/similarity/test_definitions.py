@@ -16,9 +16,9 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 
 from tdgeom.measures.similarity.cca import cca_mean, cca_r2, pwcca_ab, pwcca_ba, svcca
-from tdgeom.measures.similarity.cka import linear_cka, linear_cka_debiased
 from tdgeom.measures.similarity.cknna import CKNNA, cknna
 from tdgeom.measures.similarity.kernel_alignment import distance_correlation, rbf_cka
+from tdgeom.measures.similarity.linear_cka import linear_cka, linear_cka_debiased
 from tdgeom.measures.similarity.linear_r2 import linear_r2_ab, linear_r2_ba
 from tdgeom.measures.similarity.matching import soft_matching
 from tdgeom.measures.similarity.rsa import rdm, rsa

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tdgeom.measures.similarity.cca import CCA, cca_r2
-from tdgeom.measures.similarity.cka import LinearCKA, linear_cka, rv_coefficient
 from tdgeom.measures.similarity.kernel_alignment import RBFCKA
+from tdgeom.measures.similarity.linear_cka import LinearCKA, linear_cka, rv_coefficient
 from tdgeom.measures.similarity.linear_r2 import LinearR2
 from tdgeom.measures.similarity.procrustes import Procrustes
 from tdgeom.measures.similarity.rsa import RSA
