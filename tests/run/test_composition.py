@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
 import types
 
 import pytest
 import torch
+from hypothesis import assume, event, given, settings
+from hypothesis import strategies as st
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential, set_skip_existing
 
 import tdgeom as tg
 from stage_examples import CountAbove, ShareAbove, TwiceTheGap
+from tdgeom.core.keys import optional_in_keys
+from tdgeom.core.pipeline import streams_of
 from tdgeom.run.plan import make_plan
 
 SITES = ["x", "y"]
@@ -466,3 +471,211 @@ def test_two_writers_of_a_parent_and_its_leaf_are_refused():
     for parts in ((tg.SpectrumMetrics(), whole_root), (whole_root, tg.SpectrumMetrics())):
         with pytest.raises(ValueError, match="both write .*'spectrum'.*Give one of them another root"):
             make_plan(TensorDictSequential(*front(), *parts))
+
+
+# ------------------------------------------------------------------------------------------ any stages in any order
+
+
+class Twice(torch.nn.Module):
+    """x -> x, by a module that can be pickled."""
+
+    def forward(self, x):
+        return 2 * x
+
+
+class Total(torch.nn.Module):
+    """Of all that is under a parent key."""
+
+    def forward(self, values):
+        return total(values)
+
+
+BOTH = [("m", "x"), ("n", "x")]  # models by sites
+
+
+def nested(stage):
+    return tg.ForEach(tg.ForEach(stage, ["x"]), ["m", "n"])
+
+
+def flat(stage):
+    return tg.ForEach(stage, BOTH)
+
+
+def across(stage):
+    return tg.ForEachPair(stage, BOTH, pairs="all")
+
+
+def renamed(module, reads, writes):
+    return TensorDictModule(module(), in_keys=[reads], out_keys=[writes])
+
+
+AT_SITES = {
+    "covariance": tg.StreamingCovariance,
+    "mean": tg.StreamingMean,
+    "sketch": lambda: tg.StreamingSketch(k=2, size=3),
+    "count above": lambda: CountAbove(0.5),
+    "label moments": lambda: tg.StreamingLabelMoments(n_classes=2),
+    "squares": lambda: renamed(Twice, "tokens", "squares"),
+    "mean of squares": lambda: tg.StreamingMean(in_keys="squares", out_keys="mean_square"),
+    "eigenvalues": lambda: tg.EigenSpectrum(k=2),
+    "spectrum": tg.SpectrumMetrics,
+    "spectrum of the sketch": lambda: tg.SpectrumMetrics(source="sketch", out_keys="sketched"),
+    "rankme": tg.RankMe,
+    "sample spectrum": tg.SampleSpectrum,
+    "sample metrics": tg.SampleMetrics,
+    "ablation": lambda: tg.NormalizationAblation(variants=["raw", "token_l2"]),
+    "neighbors": lambda: tg.NearestNeighbors(4),
+    "dimension": tg.TwoNN,
+    "dimension of a table": lambda: tg.TwoNN(source="neighbors", out_keys=("dimension", "again")),
+    "share above": lambda: ShareAbove(0.5),
+    "eraser": tg.LEACE,
+}
+STAGES = {
+    **{
+        f"{name}, {container.__name__}": lambda make=make, container=container: container(make())
+        for name, make in AT_SITES.items() for container in (flat, nested)
+    },
+    "sample": lambda: tg.RowSample(BOTH, size=20),
+    "collected": lambda: tg.Collect(BOTH),
+    "cross moments": lambda: tg.StreamingCrossMoments(BOTH, pairs="all"),
+    "cka": lambda: across(tg.LinearCKA()),
+    "cka of moments": lambda: across(tg.LinearCKA(source="moments", out_keys="again")),
+    "gap": lambda: across(TwiceTheGap()),
+    "novelty": lambda: across(tg.SubspaceNovelty(k=2)),
+    "r2, swapped": lambda: across(tg.LinearR2(in_keys=[("sample", "b"), ("sample", "a")])),
+    "twice one site's rows": lambda: renamed(Twice, ("tokens", "m", "x"), ("tokens", "m", "x")),
+    "twice one site's eigenvalues": lambda: renamed(Twice, ("eigenvalues", "n", "x"), ("eigenvalues", "n", "x")),
+    "total": lambda: renamed(Total, "eigenvalues", "total"),
+}  # fmt: skip
+SHAPES = {
+    "plain": TensorDictSequential,
+    "pipeline": tg.Pipeline,
+    "named": lambda *parts: TensorDictSequential({f"stage {n}": part for n, part in enumerate(parts)}),
+    "nested": lambda *parts: TensorDictSequential(tg.Pipeline(*parts[:1]), TensorDictSequential(*parts[1:])),
+}
+
+
+# who writes what others read, in an order that works
+WRITERS = {
+    "tokens": "twice one site's rows",
+    "squares": "squares",
+    "moments": "covariance",
+    "sample": "sample",
+    "sketch": "sketch",
+    "cross_moments": "cross moments",
+    "label_moments": "label moments",
+    "eigenvalues": "eigenvalues",
+    "sample_eigenvalues": "sample spectrum",
+    "neighbors": "neighbors",
+}
+FIRST = [*WRITERS.values(), "twice one site's eigenvalues"]
+
+
+def place(name):
+    name = name.split(",")[0]
+    return FIRST.index(name) if name in FIRST else len(FIRST)
+
+
+def completed(names):
+    """With the writers of what they read."""
+    roots = {key[0] if isinstance(key, tuple) else key for name in names for key in STAGES[name]().in_keys}
+    have = {name.split(",")[0] for name in names}
+    missing = [
+        WRITERS[root] for root in sorted(roots & set(WRITERS) - {"tokens"}) if WRITERS[root] not in have
+    ]
+    if not missing:
+        return names
+    return completed([*names, *(name if name in STAGES else f"{name}, {flat.__name__}" for name in missing)])
+
+
+@st.composite
+def pipelines(draw):
+    """A function that makes one pipeline, the same each time; most are in an order that works, some are not."""
+    one = st.sampled_from(sorted(STAGES))
+    names = draw(st.lists(one, min_size=1, max_size=5, unique_by=lambda name: name.split(",")[0]))
+    if draw(st.integers(0, 4)):
+        names = sorted(completed(names), key=place)
+    chosen = draw(st.one_of(st.none(), st.integers(0, len(names) - 1)))
+    part = draw(st.integers(0, 6))
+    shape = SHAPES[draw(st.sampled_from(sorted(SHAPES)))]
+
+    def make():
+        stages = [STAGES[name]() for name in names]
+        if chosen is not None:
+            keys = stages[chosen].out_keys
+            stages[chosen].select_out_keys(*keys[part % len(keys) :][:3])
+        return shape(*stages)
+
+    return make
+
+
+def attempt(call):
+    """What a call gives, or the words in which it is refused; other errors are faults."""
+    try:
+        return call()
+    except (ValueError, TypeError, KeyError) as error:
+        assert len(str(error)) > 40, error
+        return str(error)
+
+
+def agree(found, expected, keys):
+    for key in keys:
+        a, b = found[key].double(), expected[key].double()
+        if "eigenvectors" in key:
+            a, b = a.abs(), b.abs()  # a sign is nobody's
+        torch.testing.assert_close(
+            a, b, rtol=1e-6, atol=1e-9, equal_nan=True, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+@pytest.mark.filterwarnings("ignore::tdgeom.UndefinedMeasureWarning")
+@settings(max_examples=50)
+@given(pipelines(), st.integers(3, 20), st.sampled_from([1, 16, 2048]), st.integers(0, 1000))
+def test_equal_or_refused(make, size, block_rows, number):
+    tokens = {model: {"x": rows(i, 40)} for i, model in enumerate("mn")}
+    td = TensorDict(
+        {
+            "tokens": tokens,
+            "row_id": torch.arange(N) << 20,
+            "carried": {"label": (torch.arange(N) % 3 == 0).long()},
+        }
+    )
+    expected = attempt(lambda: make()(td.copy()))
+    found = attempt(lambda: tg.run(make(), split(td, size), block_rows=block_rows, progress=False))
+    event(
+        f"call: {'refused' if isinstance(expected, str) else 'works'}, run: {'refused' if isinstance(found, str) else 'works'}"
+    )
+    if isinstance(expected, str):
+        assert isinstance(found, str), expected
+        return
+    written = set(expected.keys(True, True)) & set(make().out_keys) - set(td.keys(True, True))
+    assume(written)
+    if not isinstance(found, str):
+        per_batch = {key for unit in make_plan(make()).batch for key in unit.out_keys}
+        keys = {key for key in found.keys(True, True) if key[0] != "run"}
+        assert keys == written - per_batch
+        agree(found, expected, keys)
+    assert torch.equal(td["tokens", "m", "x"], rows(0, 40)), "the batch is not altered"
+
+    agree(pickle.loads(pickle.dumps(make()))(td.copy()), expected, written)
+
+    streamed = [key for stream in streams_of(make()) for key in stream.out_keys]
+    if streamed:
+        shards = [make() for _ in split(td, size)]
+        for shard, part in zip(shards, split(td, size)):
+            shard.select_subsequence(out_keys=streamed)(part.copy())
+        for other in reversed(shards[1:]):
+            tg.merge_(shards[0], other)
+        merged = TensorDict({})
+        for stream in streams_of(shards[0]):
+            stream.publish(merged)
+        agree(merged, expected, set(merged.keys(True, True)) & written)
+
+    key = sorted(written, key=str)[number % len(written)]
+    part = make().select_subsequence(out_keys=[key])
+    found = attempt(lambda: part(td.copy()))
+    needed = set(make().in_keys) - set(optional_in_keys(make()))
+    if needed <= set(td.keys(True, True)):  # else a selection hides what a later stage reads
+        agree(found, expected, [key])
+    else:
+        assert isinstance(found, str) or torch.equal(found[key].nan_to_num(), expected[key].nan_to_num())
