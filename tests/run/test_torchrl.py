@@ -63,3 +63,39 @@ def test_a_collector_that_refills_its_batch_is_read_right():
     assert int(result["run", "rows"]) == 60 and int(result["run", "batches"]) == 6
     assert torch.equal(result["collected"], steps[:, None].expand(60, 3))
     torch.testing.assert_close(result["mean", "mean"], torch.full((3,), 59.0, dtype=torch.float64))
+
+
+def test_rows_of_a_policys_hidden_layer():
+    """By a Capture of its network, over batches of batch size [T] whose memory is the same; and by the entry that it writes."""
+    from torchrl.collectors import Collector
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    hidden = TensorDictModule(network[:2], in_keys=["observation"], out_keys=["hidden"])
+    policy = TensorDictSequential(
+        hidden, TensorDictModule(network[2], in_keys=["hidden"], out_keys=["action"])
+    )
+    collector = Collector(counting_env(), policy, frames_per_batch=10, total_frames=60, return_same_td=True)
+    capture = tg.Capture(network, "module_output:1", in_keys=["observation"])
+    site = capture.sites[0]
+    places = set()
+
+    def batches():
+        for batch in collector:
+            places.add(batch["hidden"].data_ptr())
+            yield batch
+
+    pipeline = TensorDictSequential(
+        capture,
+        tg.SelectTokens([site]),
+        tg.Collect([site]),
+        tg.StreamingCovariance(in_keys="hidden"),
+        tg.EigenSpectrum(),
+    )
+    result = tg.run(pipeline, batches(), block_rows=16, progress=False)
+    collector.shutdown()
+    with torch.no_grad():
+        expected = network[:2](torch.arange(60.0)[:, None].expand(60, 3))
+    assert len(places) == 1 and int(result["run", "rows"]) == 60
+    torch.testing.assert_close(result["collected", site], expected)
+    torch.testing.assert_close(result["moments", "covariance"], torch.cov(expected.double().T))
