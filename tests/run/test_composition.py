@@ -679,3 +679,82 @@ def test_equal_or_refused(make, size, block_rows, number):
         agree(found, expected, [key])
     else:
         assert isinstance(found, str) or torch.equal(found[key].nan_to_num(), expected[key].nan_to_num())
+
+
+# ------------------------------------------------------------------------------------------ two selections, complex rows
+
+
+def activations():
+    acts = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1], [0, 1, 1, 1]])
+    return TensorDict({"acts": {"x": acts}, "attention_mask": mask, "label": torch.arange(6)})
+
+
+def two_selections():
+    last = [("last", "x"), ("last", "label"), "last_row_id"]
+    return TensorDictSequential(
+        tg.SelectTokens(["x"]),
+        tg.SelectTokens(["x"], positions="last", also=["label"], out_keys=last),
+        each_x(tg.StreamingMean()),
+        tg.Collect(["x"], in_keys=[("last", "x"), "last_row_id"], out_keys=["ends", "ends_row_id"]),
+        tg.StreamingMean(in_keys=[("last", "label")], out_keys="label_mean"),
+        tg.RowSample(["x"], size=50),
+    )
+
+
+def each_x(stage):
+    return tg.ForEach(stage, ["x"])
+
+
+@pytest.mark.parametrize("block_rows", [1, 4, 2048])
+@pytest.mark.parametrize("size", [1, 4, 6])
+def test_two_row_selections_in_one_run(size, block_rows):
+    td = activations()
+    expected = two_selections()(td.copy())
+    batches = [td.apply(lambda x, s=s: x[s : s + size], batch_size=[]) for s in range(0, 6, size)]
+    found = tg.run(two_selections(), batches, block_rows=block_rows, progress=False)
+    assert int(found["run", "rows"]) == int(td["attention_mask"].sum()) == len(found["sample_row_id"])
+    assert torch.equal(found["ends"], td["acts", "x"][:, -1]) and float(found["label_mean", "mean"]) == 2.5
+    for key in (
+        "ends",
+        "ends_row_id",
+        ("mean", "x", "mean"),
+        ("sample", "x"),
+        "sample_row_id",
+        ("label_mean", "variance"),
+    ):
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-12, atol=0)
+
+
+def test_one_stage_reads_rows_of_one_selection():
+    mixed = two_selections()
+    mixed[3] = tg.Collect(["x"], in_keys=[("last", "x"), "row_id"], out_keys=["ends", "ends_row_id"])
+    with pytest.raises(
+        ValueError, match=r"Collect reads .* rows of two selections \(\['last_row_id', 'row_id'\]\)"
+    ):
+        tg.run(mixed, [activations()], progress=False)
+    with pytest.raises(ValueError, match="max_rows and sharded count the rows of one selection"):
+        tg.run(two_selections(), [activations()], max_rows=3, progress=False)
+
+
+STREAMS = {
+    "mean": tg.StreamingMean, "covariance": tg.StreamingCovariance, "sketch": lambda: tg.StreamingSketch(k=2, size=3),
+    "own": lambda: CountAbove(), "at a site": lambda: tg.ForEach(tg.StreamingMean(), ["x"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_complex_rows_are_kept_as_they_are_or_refused(name):
+    z = torch.randn(12, 3, dtype=torch.complex128)
+    tokens = {"x": z} if name == "at a site" else z
+    batch = {"tokens": tokens, "row_id": torch.arange(12)}
+    with pytest.raises(
+        TypeError, match=r"expects real numbers at .*, got torch.complex128 of shape .*torch.view_as_real"
+    ):
+        tg.run(STREAMS[name](), [batch], progress=False)
+    held = tg.run(
+        TensorDictSequential(tg.RowSample(size=12), tg.Collect()),
+        [{"tokens": z, "row_id": torch.arange(12)}],
+        progress=False,
+    )
+    assert torch.equal(held["collected"], z) and held["sample"].dtype == z.dtype
