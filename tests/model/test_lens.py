@@ -216,7 +216,7 @@ def test_tuned_lens():
             td["lens", site, "logits"], plain["lens", site, "logits"], rtol=1e-4, atol=1e-5
         )
     before = copy.deepcopy(model.state_dict())
-    losses = lens.fit(batches, steps=60, lr=5e-3)
+    losses = lens.fit(batches, steps=60, learning_rate=5e-3)
     assert len(losses) == 60
     assert losses[-1] < 0.5 * losses[0]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

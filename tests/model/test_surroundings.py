@@ -128,10 +128,11 @@ def test_a_model_under_autocast_is_read_and_edited_as_by_a_plain_hook(name):
 
 
 def test_structure_is_checked_alike_under_autocast():
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        for name in ("gpt2", "gpt_neox_sequential", "gemma2", "bert"):
-            model = models.TEXT_MODELS[name]()
-            Capture(model, sites_of(model))
+    for name in ("gpt2", "gpt_neox_sequential", "gemma2", "bert"):
+        model = models.TEXT_MODELS[name]()
+        plain = Capture(models.TEXT_MODELS[name](), sites_of(model)).sites
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert Capture(model, sites_of(model)).sites == plain and plain
 
 
 def test_a_lens_under_autocast_is_the_lens():

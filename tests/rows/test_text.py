@@ -52,6 +52,14 @@ def test_long_documents_are_split_and_keep_their_document(words):
     ]  # fmt: skip
 
 
+def test_batches_lie_on_the_cpu_whatever_the_default_device(words):
+    loader = TextBatches([text(0), text(0, 1)], words, labels=[1, 0])
+    with torch.device("meta"):
+        (batch,) = loader
+    assert {value.device.type for value in batch.values()} == {"cpu"}
+    assert batch["attention_mask"].tolist() == [[1, 0], [1, 1]] and batch["label"].tolist() == [1, 0]
+
+
 def test_batches_are_padded_within_the_batch_with_the_end_token(words):
     first, second = TextBatches([text(0), text(0, 1, 2), text(5)], words, batch_size=2, max_length=8)
     assert first["input_ids"].tolist() == [[2, 1, 1], [2, 3, 4]]

@@ -39,6 +39,15 @@ def test_tokens_that_end_together_have_read_the_same_text(byte_tokenizer) -> Non
             assert spans[0][i][1] == spans[1][j][1] > 0
 
 
+def test_pairs_lie_on_the_cpu_whatever_the_default_device(byte_tokenizer) -> None:
+    loader = PairedTexts(["one two", "three"], byte_tokenizer, byte_tokenizer)
+    (plain,) = loader
+    with torch.device("meta"):
+        (batch,) = loader
+    assert torch.equal(batch["aligned"]["a"], plain["aligned"]["a"])
+    assert torch.equal(batch["document_id"], plain["document_id"])
+
+
 def test_slow_tokenizers_are_told_apart_by_what_they_cut(slow_tokenizers):
     folder, bert, ctrl = slow_tokenizers
     assert not any(t.is_fast for t in (*bert.values(), *ctrl.values()))

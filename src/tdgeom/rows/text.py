@@ -170,15 +170,16 @@ def padded(fields: Mapping[str, list[list[int]]], tokenizer: Any) -> dict[str, T
     """A tokenizer's fields as (B, T) int64 tensors, padded on the right, with the attention mask that says what is padding."""
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     fill = {"input_ids": next(token for token in pads if token is not None), "special_tokens_mask": 1}
-    lengths = torch.tensor([len(row) for row in fields["input_ids"]])
+    cpu = torch.device("cpu")  # where loaders make batches, whatever the default device is
+    lengths = torch.tensor([len(row) for row in fields["input_ids"]], device=cpu)
     longest = int(lengths.max())
     batch = {
         name: torch.tensor(
-            [row + [fill.get(name, 0)] * (longest - len(row)) for row in rows], dtype=torch.int64
+            [row + [fill.get(name, 0)] * (longest - len(row)) for row in rows], dtype=torch.int64, device=cpu
         )
         for name, rows in fields.items()
     }
-    return {**batch, "attention_mask": (torch.arange(longest) < lengths[:, None]).long()}
+    return {**batch, "attention_mask": (torch.arange(longest, device=cpu) < lengths[:, None]).long()}
 
 
 class TextBatches:
@@ -302,7 +303,7 @@ class TextBatches:
         fields = {name: [sequence[name] for _, sequence in chunk] for name in chunk[0][1]}
         batch = padded(fields, self.tokenizer)
         documents = [document for document, _ in chunk]
-        batch["document_id"] = torch.tensor(documents)
+        batch["document_id"] = torch.tensor(documents, device="cpu")
         if self.labels is not None:
-            batch["label"] = torch.as_tensor([self.labels[document] for document in documents])
+            batch["label"] = torch.as_tensor([self.labels[document] for document in documents], device="cpu")
         return batch

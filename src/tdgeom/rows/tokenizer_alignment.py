@@ -132,14 +132,15 @@ class PairedTexts:
         if self.align == "characters":
             matched = [matched_ends(a, b) for a, b in zip(*(spans for _, _, spans in sides))]
             longest = max(map(len, matched), default=0)
-            places = torch.full((2, len(texts), longest), -1)
+            places = torch.full((2, len(texts), longest), -1, device="cpu")
             for row, pairs in enumerate(matched):
-                places[:, row, : len(pairs)] = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T
+                matches = torch.tensor(pairs, dtype=torch.int64, device="cpu").reshape(-1, 2)
+                places[:, row, : len(pairs)] = matches.T
             aligned = {"a": places[0], "b": places[1]}
         else:
             aligned = {side: words for side, (_, words, _) in zip("ab", sides)}
         batch = {side: inputs for side, (inputs, _, _) in zip("ab", sides)}
-        return {**batch, "aligned": aligned, "document_id": torch.tensor(numbers)}
+        return {**batch, "aligned": aligned, "document_id": torch.tensor(numbers, device="cpu")}
 
     def _tokenized(
         self, tokenizer: Any, texts: list[str]

@@ -81,7 +81,7 @@ class TunedLens(Lens):
         batches: Iterable[Mapping[str, Tensor] | TensorDictBase],
         *,
         steps: int = 250,
-        lr: float = 1e-3,
+        learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
     ) -> list[float]:
         """Train the translators on model inputs with Adam; the loss of every step. The model's parameters stay as they are.
@@ -90,7 +90,7 @@ class TunedLens(Lens):
         """
         model = self._tail.require(self)
         capture = Capture(model, self.sites, model_outputs="logits")
-        optimizer = torch.optim.Adam(self.parameters(), lr=lr, weight_decay=weight_decay)
+        optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate, weight_decay=weight_decay)
         trained = [p for p in model.parameters() if p.requires_grad]
         losses: list[float] = []
         try:
