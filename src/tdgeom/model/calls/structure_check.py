@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from tdgeom.model.calls.bound_model import eval_mode, may_stop
 from tdgeom.model.calls.model_inputs import made_up_inputs, read_signature
 from tdgeom.model.calls.quiet import replaced_forwards, without_hooks
 from tdgeom.model.calls.site_hooks import Place, Places, SiteHooks, only_reads
+from tdgeom.model.calls.verified import verified
 from tdgeom.model.structure.parts import has_cross_attention, is_neutral, join
 from tdgeom.model.structure.resolve import available_sites
 from tdgeom.model.structure.resolved_site import ADDED_KINDS, ResolvedSite
@@ -30,7 +30,6 @@ _SHOWN = (
     "mlp_output",
     "residual_output",
 )
-_DONE: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 
 
@@ -43,7 +42,7 @@ def check_structure(model: nn.Module, entries: Sequence[ResolvedSite]) -> None:
     with parameters of its own does not scale by them what it adds. Models whose inputs cannot be made up are checked in
     the first call that is read (:func:`unverified`).
     """
-    done = _DONE.setdefault(model, set())
+    done: set[tuple] = verified(model).setdefault("structure", set())
     wanted = {
         (e.site.stack, e.site.kind) for e in entries if e.site.kind in CHECKED and _in_doubt(model, e)
     } - done
@@ -77,7 +76,9 @@ def check_structure(model: nn.Module, entries: Sequence[ResolvedSite]) -> None:
 def unverified(model: nn.Module, entries: Sequence[ResolvedSite]) -> list[BlockReads]:
     """What ``check_structure`` could not check, for want of inputs, and a call of the user's can: readers for that call."""
     kinds = ("head_output", "residual_mid")
-    wanted = {(e.site.stack, e.site.kind) for e in entries if e.site.kind in kinds} - _DONE.get(model, set())
+    wanted = {(e.site.stack, e.site.kind) for e in entries if e.site.kind in kinds} - verified(model).get(
+        "structure", set()
+    )
     if not wanted:
         return []
     known = available_sites(model)
@@ -161,7 +162,7 @@ class BlockReads(SiteHooks):
             for kind in self.kinds:
                 self.check(kind)
                 if {kind, "attn_output"} <= self.values.keys():
-                    _DONE.setdefault(self.model, set()).add((self.stack, kind))
+                    verified(self.model).setdefault("structure", set()).add((self.stack, kind))
 
     def check(self, kind: str) -> None:
         """Raise if the numbers contradict the structure; silent where they cannot tell."""
