@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from torch import nn
 
 import models
-from tdgeom.model.calls.structure_check import _DONE
+from tdgeom.model.calls.verified import verified
 from tdgeom.model.capture import Capture
 from tdgeom.model.intervene import Intervene
 
@@ -154,7 +154,7 @@ def test_a_model_of_unknown_inputs_is_checked_in_the_first_call(form):
     for _ in range(2):
         acts = call(good, capture)["acts"]
         torch.testing.assert_close(acts["residual_mid.1"], acts["residual_input.1"] + acts["attn_output.1"])
-    assert _DONE[good] == {(None, "residual_mid")}
+    assert verified(good)["structure"] == {(None, "residual_mid")}
     expected = wrong(x)
     with pytest.raises(
         RuntimeError, match=r"not where.*'module_input:blocks\.0\.norm1' where that norm stands"
@@ -172,7 +172,7 @@ def test_edits_are_not_mistaken_for_structure():
         with Intervene(model, {kind: shift}), Capture(model, "residual_mid") as calls:
             model(torch.randn(2, 3, 8))
         assert len(calls) == 1
-        assert model not in _DONE or not _DONE[model]
+        assert not verified(model).get("structure")
 
 
 def test_it_is_done_once_and_leaves_nothing_behind():
@@ -192,4 +192,6 @@ def test_it_is_done_once_and_leaves_nothing_behind():
     assert model.training
     assert "forward" not in model.transformer.h[0].attn.__dict__
     assert sum(len(m._forward_hooks) for m in model.modules()) == 1
-    assert ("v" in {kind for _, kind in _DONE[model]}) and len(_DONE[model]) == 1
+    assert ("v" in {kind for _, kind in verified(model)["structure"]}) and len(
+        verified(model)["structure"]
+    ) == 1
