@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import re
 from collections.abc import Mapping
@@ -30,6 +31,17 @@ CONFIG_FIELDS = (
     "num_experts_per_tok",
     "vocab_size",
 )
+# which checkpoint is meant: its configuration is looked up where its weights are
+_WHERE = (
+    "cache_dir",
+    "revision",
+    "code_revision",
+    "subfolder",
+    "token",
+    "local_files_only",
+    "force_download",
+    "proxies",
+)
 
 
 def load_model(
@@ -38,14 +50,16 @@ def load_model(
     """A Hugging Face model by id or local directory, in eval mode, with the head its configuration names.
 
     The class is the one listed under ``architectures`` when transformers has it, else ``AutoModel``. Code that comes with
-    a checkpoint runs only under ``trust_remote_code=True``.
+    a checkpoint runs only under ``trust_remote_code=True``. ``model_kwargs`` are what ``from_pretrained`` takes; those that say
+    where a checkpoint is (``revision``, ``subfolder``, ``cache_dir``, ``token``, ``config``, ...) hold for its configuration too.
+    A folder of a PEFT adapter is its base model with the adapter in it.
 
     Raises:
         ValueError: no such model (the message repeats what transformers said in one line).
     """
     options = {"trust_remote_code": trust_remote_code, **dict(model_kwargs or {})}
     try:
-        _, loader = _configured(name, trust_remote_code)
+        _, loader = _configured(name, options)
         return loader.from_pretrained(name, **options).eval()
     except (OSError, ValueError) as error:
         raise _unreadable("load the model", name, error, "config.json and weights") from error
@@ -58,7 +72,7 @@ def model_structure(name: str, *, trust_remote_code: bool = False) -> nn.Module:
         ValueError: no such configuration.
     """
     try:
-        config, kind = _configured(name, trust_remote_code)
+        config, kind = _configured(name, {"trust_remote_code": trust_remote_code})
     except (OSError, ValueError) as error:
         raise _unreadable("read the configuration of", name, error, "config.json") from error
 
@@ -74,15 +88,35 @@ def model_structure(name: str, *, trust_remote_code: bool = False) -> nn.Module:
         return build()
 
 
-def _configured(name: str, trust_remote_code: bool) -> tuple[Any, Any]:
+def _configured(name: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
     """A configuration, and the class that it names (``AutoModel`` where transformers has none of that name)."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    trusted = options["trust_remote_code"]
+    config = options.get("config") or name
+    if isinstance(config, str | Path):
+        where = {key: options[key] for key in _WHERE if key in options}
+        if base := _adapted(name, where):
+            return _configured(base, {"trust_remote_code": trusted})
+        config = transformers.AutoConfig.from_pretrained(config, trust_remote_code=trusted, **where)
     named = [getattr(transformers, one, None) for one in config.architectures or []]
     native = next((one for one in named if one is not None), None)
-    has_own_code = bool(getattr(config, "auto_map", None)) and trust_remote_code
+    has_own_code = bool(getattr(config, "auto_map", None)) and trusted
     return config, transformers.AutoModel if native is None or has_own_code else native
+
+
+def _adapted(name: str, where: Mapping[str, Any]) -> str | None:
+    """The base model that an adapter's folder names; None for a model of its own."""
+    from transformers.utils import cached_file
+
+    lenient = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    if cached_file(name, "config.json", **where, **lenient) is not None:
+        return None
+    found = cached_file(name, "adapter_config.json", **where, **lenient)
+    return None if found is None else json.loads(Path(found).read_text())["base_model_name_or_path"]
 
 
 def _unreadable(doing: str, name: str, error: Exception, files: str) -> ValueError:

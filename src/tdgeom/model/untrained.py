@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +14,8 @@ __all__ = ["untrained_copy"]
 def untrained_copy(model: nn.Module, *, seed: int = 0) -> nn.Module:
     """The same architecture with freshly initialised weights; the model given is left as it is.
 
-    A Hugging Face model is built anew from its configuration, so its weights follow its own initialisation. Of any other
-    module a copy is made and every submodule's ``reset_parameters`` called.
+    A Hugging Face model is built anew from its configuration, so its weights follow its own initialisation; a PEFT model gets
+    fresh adapters too. Of any other module a copy is made and every submodule's ``reset_parameters`` called.
 
     Args:
         model: the trained model.
@@ -34,11 +35,28 @@ def untrained_copy(model: nn.Module, *, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = getattr(model, "config", None)
-        fresh = _reset(model) if config is None else type(model)(copy.deepcopy(config))
+        fresh = _reset(model) if config is None else _built(model, config)
     first = next(model.parameters(), None)
     if first is not None:
         fresh = fresh.to(device=first.device, dtype=first.dtype)
     return fresh.train(model.training)
+
+
+def _built(model: nn.Module, config: Any) -> nn.Module:
+    """A model of its class from its configuration; a PEFT model's base so, with fresh adapters of the same kinds."""
+    adapters = getattr(model, "peft_config", None)
+    base = getattr(model, "get_base_model", None)
+    if adapters is None or base is None:
+        return type(model)(copy.deepcopy(config))
+    inner = base()
+    fresh: Any = None
+    for name, adapter in adapters.items():
+        if fresh is None:
+            fresh = type(model)(_built(inner, inner.config), copy.deepcopy(adapter), adapter_name=name)
+        else:
+            fresh.add_adapter(name, copy.deepcopy(adapter))
+    fresh.set_adapter(model.active_adapter)
+    return fresh
 
 
 def _reset(model: nn.Module) -> nn.Module:
