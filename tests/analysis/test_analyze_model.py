@@ -180,7 +180,8 @@ def test_a_saved_model_directory(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"metrics": ["spectra"]}, ValueError, "unknown metric families \\['spectra'\\]"),
+        ({"metrics": ["spectra"]}, ValueError, "metrics: 'spectra' is none. Did you mean 'spectrum'\\?"),
+        ({"metrics": ["TwoNN"]}, ValueError, "Did you mean 'twonn'\\?"),
         ({"metrics": [print]}, TypeError, "takes family names and TensorDict modules"),
         ({"diagnostics": ["nope"]}, ValueError, "unknown diagnostics \\['nope'\\]"),
         ({"dataloader": None}, ValueError, "needs a dataloader"),

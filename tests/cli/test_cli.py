@@ -92,7 +92,9 @@ def test_errors_of_the_library_are_one_line(command, folder, text, tmp_path):
     start = ("analyze", folder, "--text", text, "--max-rows", 100)
     assert refused(command(*start, "--layers", 9), "layer 9 is out of range")
     assert refused(command(*start, "--sites", "residual_inptu"), "Did you mean 'residual_input'?")
-    assert refused(command(*start, "--metrics", "spectra"), "unknown metric families ['spectra']")
+    assert refused(
+        command(*start, "--metrics", "spectra"), "metrics: 'spectra' is none. Did you mean 'spectrum'?"
+    )
     assert refused(command(*start, "--diagnostics", "x"), "unknown diagnostics ['x']")
     no_folder = f"there is no folder {tmp_path / 'nowhere'}, and as an id:"
     assert refused(command("analyze", tmp_path / "nowhere", "--text", text), no_folder, "--tokenizer")

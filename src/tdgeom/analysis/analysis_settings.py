@@ -12,6 +12,7 @@ from torch import nn
 from tdgeom.core.pair_stage import PairStage
 from tdgeom.core.stage_settings import Configured, plain_setting
 from tdgeom.measures.normalization import NormalizationAblation
+from tdgeom.measures.registry import named_stages
 from tdgeom.model.sites import LayerSpec
 
 __all__ = ["DIAGNOSTICS", "FAMILIES", "AnalysisSettings", "ComparisonSettings", "stage_record"]
@@ -48,13 +49,13 @@ class AnalysisSettings(Settings):
     """What an analysis is asked, checked once and frozen; ``analyze_model`` makes it of its arguments of the same names.
 
     Args:
-        metrics, diagnostics: which measures. sites, layers, output_router_logits: where.
+        metrics, diagnostics: which measures: families, names of measures, stages. sites, layers, output_router_logits: where.
         max_rows, sample_size, select, seed: of which rows. novelty_k, neighbors: how many directions and neighbours.
 
-    Attributes: ``families``, the families among the metrics; ``stages``, the stages of one's own among them.
+    Attributes: ``families``, the families among the metrics; ``stages``, the named measures and the stages of one's own.
 
     Raises:
-        ValueError: an unknown family or diagnostic. TypeError: a metric that is neither a name nor a TensorDict module.
+        ValueError: an unknown family, measure or diagnostic. TypeError: a metric that is neither a name nor a TensorDict module.
 
         >>> AnalysisSettings(metrics=["sample", "spectrum"]).families
         ('spectrum', 'sample')
@@ -71,12 +72,10 @@ class AnalysisSettings(Settings):
 
     def __post_init__(self) -> None:
         given = [self.metrics] if isinstance(self.metrics, str | nn.Module) else list(self.metrics or [])
-        names = [one for one in given if isinstance(one, str)]
-        if unknown := [name for name in names if name not in (*FAMILIES, "default")]:
-            raise ValueError(
-                f"analyze_model: unknown metric families {unknown}; there is 'default' or any of {list(FAMILIES)}, and any "
-                f"TensorDict module of your own (a tg.Stage reading 'sample', 'eigenvalues' or ('moments', ...))."
-            )
+        families = ("default", *FAMILIES)
+        names = [one for one in given if isinstance(one, str) and one in families]
+        measures = [one for one in given if isinstance(one, str) and one not in families]
+        named = named_stages(measures, also=families)
         everything = not given or "default" in names
         diagnostics = (
             (self.diagnostics,) if isinstance(self.diagnostics, str) else tuple(self.diagnostics or ())
@@ -85,7 +84,7 @@ class AnalysisSettings(Settings):
             raise ValueError(f"analyze_model: unknown diagnostics {unknown}; there is {list(DIAGNOSTICS)}.")
         found = {
             "families": tuple(name for name in FAMILIES if everything or name in names),
-            "stages": tuple(_module(one) for one in given if not isinstance(one, str)),
+            "stages": (*named, *(_module(one) for one in given if not isinstance(one, str))),
             "diagnostics": diagnostics,
             "neighbors": 100 if self.neighbors is True else (self.neighbors or None),
         }

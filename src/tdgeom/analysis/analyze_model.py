@@ -66,8 +66,9 @@ def analyze_model(
         dataloader: an iterable of batches, see ``run``.
         model: a loaded module; takes precedence, ``model_name`` then only labels it.
         max_rows: rows to measure; reaching it is recorded in the metadata. ``max_tokens`` is the seed's name of it.
-        metrics: "default" or None for all families ("spectrum", "sample", "novelty", "router"), or a list of families
-            and of stages of one's own: any TensorDict module whose inputs the pipeline has becomes columns.
+        metrics: "default" or None for all families ("spectrum", "sample", "novelty", "router"), or a list of families, of
+            measures by name (those of the pure functions: "twonn", "gride", "rankme", "linear_cka_debiased", ...; an unknown
+            one lists them) and of stages of one's own: any TensorDict module whose inputs the pipeline has becomes columns.
         diagnostics: ["normalization_ablation"] or None.
         layers: "all", a list (negative counts from the end), a slice or "0,3,7".
         hook_point: the kind of site, when ``sites`` is not given.
@@ -98,8 +99,8 @@ def analyze_model(
         of the model's stack. In a process group the results are on rank 0, None elsewhere.
 
     Raises:
-        ValueError: an unknown family or diagnostic, no model or loader, an empty loader. TypeError: an argument given under
-            both of its names. FileExistsError: ``save_dir`` is there already (said before the model runs).
+        ValueError: an unknown family, measure or diagnostic, no model or loader, an empty loader. TypeError: an argument given
+            under both of its names. FileExistsError: ``save_dir`` is there already (said before the model runs).
     """
     if dataloader is None:
         raise ValueError(

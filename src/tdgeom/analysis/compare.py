@@ -157,7 +157,9 @@ def _stages(metrics: str | PairStage | Sequence[str | PairStage], sketch: int | 
             f"compare: metrics are names such as 'linear_cka_debiased' or pair stages such as tg.LinearCKA(), got "
             f"{wrong or 'none'}."
         )
-    named = named_stages([one for one in given if isinstance(one, str)], sketch=sketch is not None)
+    named = named_stages(
+        [one for one in given if isinstance(one, str)], between=True, sketch=sketch is not None
+    )
     stages = [*named, *(one for one in given if isinstance(one, PairStage))]
     exact = [str(type(stage).__name__) for stage in stages if getattr(stage, "source", None) == "moments"]
     if sketch is not None and exact:

@@ -23,11 +23,20 @@ from tdgeom.measures.spectrum_metrics import SpectrumMetrics
 from tdgeom.model.capture import Capture
 from tdgeom.rows.select_tokens import SelectTokens
 from tdgeom.stream.covariance import StreamingCovariance
+from tdgeom.stream.cross_moments import StreamingCrossMoments
 from tdgeom.stream.row_sample import RowSample
 
 __all__ = ["HELD", "analysis_pipeline"]
 
-HELD = ("moments", "eigenvectors", "sample", "sample_carried", "sample_row_id", *map(str, PRODUCTS))
+HELD = (
+    "moments",
+    "eigenvectors",
+    "sample",
+    "sample_carried",
+    "sample_row_id",
+    "cross_moments",
+    *map(str, PRODUCTS),
+)
 
 
 def analysis_pipeline(
@@ -69,8 +78,9 @@ def analysis_pipeline(
     if settings.diagnostics:
         ends.append(ForEach(NormalizationAblation(), sites))
     if "novelty" in settings.families and pairs:
+        asked = {key for stage in settings.stages if isinstance(stage, PairStage) for key in stage.out_keys}
         changes = (SubspaceNovelty(k=settings.novelty_k), LinearCKA(), LayerCosine())
-        ends += [ForEachPair(stage, sites) for stage in changes]
+        ends += [ForEachPair(stage, sites) for stage in changes if not asked & set(stage.out_keys)]
     streams: list[TensorDictModuleBase] = []
     for stage in settings.stages:
         if isinstance(stage, ForEachPair):
@@ -87,6 +97,8 @@ def analysis_pipeline(
         decompose.append(ForEach(SampleSpectrum(), sites))  # both read it
     if needed & {"moments", "eigenvalues", "eigenvectors"}:
         streams.append(ForEach(StreamingCovariance(), sites))
+    if "cross_moments" in needed:
+        streams.append(StreamingCrossMoments(sites, pairs=pairs))
     if "sample" in needed:
         streams.append(RowSample(sites, size=settings.sample_size, seed=settings.seed, also=also))
     if routers and "router" in settings.families:

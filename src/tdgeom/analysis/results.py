@@ -64,6 +64,11 @@ class AnalysisResults:
         own = {f"diagnostics/{safe_name(name)}": table for name, table in self.diagnostics.items()}
         return {"metrics": self.metrics, "novelty": self.novelty, "router": self.router, **own}
 
+    @property
+    def pairs(self) -> pd.DataFrame:
+        """Every measure between two sites, one row a pair: the table ``novelty``, which keeps the seed's name."""
+        return self.novelty
+
     def _repr_html_(self) -> str:
         return self.metrics.to_html(max_rows=60, index=False)
 

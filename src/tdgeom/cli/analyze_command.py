@@ -37,7 +37,11 @@ def analyze(
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Another name of --max-rows.")] = None,
     metrics: Annotated[
-        str, typer.Option(help="default, or any of spectrum,sample,novelty,router.", metavar="FAMILIES")
+        str,
+        typer.Option(
+            help="default, any of spectrum,sample,novelty,router, and measures such as twonn,gride,rankme.",
+            metavar="NAMES",
+        ),
     ] = "default",
     diagnostics: Annotated[str | None, typer.Option(help="normalization_ablation", metavar="NAMES")] = None,
     save_mode: Annotated[str, typer.Option(help="bundle or csv (tables as CSV), or json.")] = "bundle",

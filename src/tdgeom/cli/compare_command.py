@@ -52,7 +52,7 @@ def compare(
 ) -> None:
     """Compare every layer of two models, or of two checkpoints, on one text."""
     try:
-        stages = named_stages(listed(metrics), sketch=sketch is not None)
+        stages = named_stages(listed(metrics), between=True, sketch=sketch is not None)
     except ValueError as error:
         raise typer.BadParameter(f"--{error}") from error
     documents, named = options.documents()

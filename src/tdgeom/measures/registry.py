@@ -1,13 +1,25 @@
-"""The measures that ``compare`` and the command line know by name, and the stage of each."""
+"""The measures that analyses, comparisons and the command line know by name, and the stage of each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import cache, partial
+from importlib.metadata import entry_points
+from typing import Any, Literal, NamedTuple
 
-from tdgeom.core.pair_stage import PairStage
+from tensordict.nn import TensorDictModuleBase
+
+from tdgeom.measures.dimension.ca_pca import CAPCA
+from tdgeom.measures.dimension.decimation import Decimation
+from tdgeom.measures.dimension.gride import Gride
+from tdgeom.measures.dimension.likelihood import MOM, LevinaBickel
+from tdgeom.measures.dimension.local import LocalKNN, LocalPCA
+from tdgeom.measures.dimension.pca import GlobalPCA, ParticipationRatio
+from tdgeom.measures.dimension.tle import TLE
+from tdgeom.measures.dimension.twonn import TwoNN
 from tdgeom.measures.neighbors.information_imbalance import InformationImbalance
+from tdgeom.measures.neighbors.label_overlap import LabelOverlap
 from tdgeom.measures.neighbors.neighborhood_overlap import JaccardKNN, NeighborhoodOverlap
 from tdgeom.measures.similarity.cca import CCA, PWCCA, SVCCA
 from tdgeom.measures.similarity.cknna import CKNNA
@@ -17,19 +29,31 @@ from tdgeom.measures.similarity.linear_r2 import LinearR2
 from tdgeom.measures.similarity.matching import SoftMatching
 from tdgeom.measures.similarity.procrustes import Procrustes
 from tdgeom.measures.similarity.rsa import RSA
+from tdgeom.measures.similarity.subspace import LayerCosine, SubspaceNovelty
+from tdgeom.measures.spectrum_metrics import RankMe
 
-__all__ = ["ALIASES", "DEFAULT_MEASURES", "MEASURES", "NamedMeasure", "named_stages"]
+__all__ = [
+    "ALIASES",
+    "DEFAULT_MEASURES",
+    "MEASURES",
+    "SITE_MEASURES",
+    "NamedMeasure",
+    "known_measures",
+    "named_stages",
+]
+
+GROUP = "tdgeom.measures"
 
 
 class NamedMeasure(NamedTuple):
     """One line that says what it is; its stage, made with ``source=`` where ``rows`` is "all" or "sketch".
 
-    ``rows``: a "sample" of the rows, "all" of them by exact moments, or "sketch": all, by moments or by a sketch of them.
-    Names with the same ``stage`` are outputs of one stage.
+    ``rows``: a "sample" of the rows, "all" of them by exact moments, or "sketch": all, by moments or by a sketch of them; where
+    the stage itself says what it reads, leave it "sample". Names with the same ``stage`` are outputs of one stage.
     """
 
     says: str
-    stage: Callable[..., PairStage]
+    stage: Callable[..., TensorDictModuleBase]
     rows: Literal["sample", "all", "sketch"] = "sample"
 
 
@@ -57,9 +81,37 @@ MEASURES = {
     "information_imbalance_ab": NamedMeasure("information imbalance from the first", InformationImbalance),
     "information_imbalance_ba": NamedMeasure("information imbalance from the second", InformationImbalance),
 }
-"""By name. A stage of two outputs (Procrustes, CCA, ...) writes both, whichever is asked for."""
+"""Between two sites. A stage of two outputs (Procrustes, CCA, ...) writes both, whichever is asked for."""
+
+SITE_MEASURES = {
+    "twonn": NamedMeasure("TwoNN dimension", TwoNN),
+    "gride": NamedMeasure("Gride dimension at every scale", Gride),
+    "levina_bickel": NamedMeasure("Levina and Bickel's dimension", LevinaBickel),
+    "mom": NamedMeasure("method of moments dimension", MOM),
+    "tle": NamedMeasure("tight local dimension", TLE),
+    "local_knn": NamedMeasure("local dimension by neighbour counts", LocalKNN),
+    "local_pca": NamedMeasure("local PCA dimension", LocalPCA),
+    "ca_pca": NamedMeasure("curvature-adjusted local PCA dimension", CAPCA),
+    "global_pca": NamedMeasure("PCA dimension", GlobalPCA),
+    "participation_ratio": NamedMeasure("participation ratio over all rows", ParticipationRatio),
+    "decimation": NamedMeasure("TwoNN dimension of smaller and smaller shares of the rows", Decimation),
+    "rankme": NamedMeasure("RankMe over all rows", RankMe),
+    "label_overlap": NamedMeasure("how often neighbours share a label", LabelOverlap),
+}
+"""Of one site, and of its sample or moments, as the stage says."""
+
+_STEPS = {
+    "feature_subspace_novelty": NamedMeasure(
+        "share of the leading subspace that the next site does not have", SubspaceNovelty
+    ),
+    "layer_cosine_sim": NamedMeasure("mean cosine of a row with itself at the next site", LayerCosine),
+}  # of consecutive sites of one model: they need one space
 
 ALIASES = {
+    "2nn": "twonn",
+    "subspace_novelty": "feature_subspace_novelty",
+    "layer_cosine": "layer_cosine_sim",
+    "lpca": "local_pca",
     "cka": "linear_cka_debiased",
     "rv_coefficient": "linear_cka",
     "mutual_knn": "neighborhood_overlap",
@@ -70,25 +122,68 @@ ALIASES = {
 DEFAULT_MEASURES = ("linear_cka_debiased", "neighborhood_overlap")
 
 
-def named_stages(names: Sequence[str], *, sketch: bool = False) -> list[PairStage]:
+@cache
+def known_measures() -> Mapping[str, NamedMeasure]:
+    """Every measure by name: those above, and those of installed packages.
+
+    A package adds its own by entry points of the group ``tdgeom.measures``: the name, and a stage class, a function that makes a
+    stage, or a ``NamedMeasure``. Names above cannot be taken.
+
+        >>> known_measures()["twonn"].says
+        'TwoNN dimension'
+    """
+    own = {**MEASURES, **SITE_MEASURES, **_STEPS}
+    others = {point.name: point.load() for point in entry_points(group=GROUP) if point.name not in own}
+    return own | {name: _named(name, made) for name, made in others.items()}
+
+
+def _named(name: str, made: Any) -> NamedMeasure:
+    if isinstance(made, NamedMeasure):
+        return made
+    if not callable(made):
+        raise TypeError(
+            f"the entry point {name!r} of {GROUP!r} should be a stage class, a function that makes a stage, or a "
+            f"NamedMeasure, got {type(made).__name__}."
+        )
+    return NamedMeasure(" ".join((made.__doc__ or name).strip().partition("\n")[0].split()), made)
+
+
+def named_stages(
+    names: Sequence[str], *, between: bool = False, sketch: bool = False, also: Sequence[str] = ()
+) -> list[Any]:
     """The stages that compute measures by name, each once, in the order of the names.
 
-    Raises:
-        ValueError: a name that is none, or with ``sketch`` a measure that needs exact moments.
+    Args:
+        names: of measures, see ``known_measures``, or their ``ALIASES``.
+        between: only measures between two models will do.
+        sketch: all rows by a sketch in place of exact moments.
+        also: further names that were possible, for the message.
 
-        >>> [type(stage).__name__ for stage in named_stages(["cka", "procrustes", "angular_shape"])]
-        ['LinearCKA', 'Procrustes']
+    Raises:
+        ValueError: a name that is none, one of a single site with ``between``, or with ``sketch`` a measure that needs exact
+            moments.
+
+        >>> [type(stage).__name__ for stage in named_stages(["cka", "procrustes", "angular_shape", "twonn"])]
+        ['LinearCKA', 'Procrustes', 'TwoNN']
     """
+    known = known_measures()
     full = [ALIASES.get(name, name) for name in names]
-    if unknown := [name for name in full if name not in MEASURES]:
-        others = ", ".join(f"{alias} for {name}" for alias, name in ALIASES.items())
-        raise ValueError(f"metrics takes any of {', '.join(MEASURES)} ({others}), got {', '.join(unknown)}.")
-    if sketch and (exact := [name for name in full if MEASURES[name].rows == "all"]):
+    possible = [n for n in known if not between or n not in (*SITE_MEASURES, *_STEPS)]
+    if unknown := [name for name in full if name not in possible]:
+        short = {alias: name for alias, name in ALIASES.items() if name in possible}
+        near = get_close_matches(unknown[0].lower(), [*possible, *also, *short], n=1, cutoff=0.5)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        others = ", ".join(f"{alias} for {name}" for alias, name in short.items())
+        raise ValueError(
+            f"metrics: {', '.join(map(repr, unknown))} is none.{meant} There are {', '.join([*also, *possible])}; {others}; and "
+            f"stages of your own such as tg.{'LinearCKA' if between else 'TwoNN'}()."
+        )
+    if sketch and (exact := [name for name in full if known[name].rows == "all"]):
         raise ValueError(f"metrics {', '.join(exact)} need exact moments: leave them out, or sketch.")
     sources = {"all": "moments", "sketch": "sketch" if sketch else "moments"}
-    stages: dict[object, PairStage] = {}
+    stages: dict[object, TensorDictModuleBase] = {}
     for name in full:
-        _, stage, rows = MEASURES[name]
+        _, stage, rows = known[name]
         if stage not in stages:
             stages[stage] = stage() if rows == "sample" else stage(source=sources[rows])
     return list(stages.values())
