@@ -89,9 +89,9 @@ def _linear_part(estimator: Any, task: Task, like: Tensor) -> Fitted:
 class TorchProbe(Probe):
     """A torch module as a probe, trained on a uniform sample of ``train_rows`` training rows.
 
-    Cross-entropy for classes, mean squared error for numbers; AdamW over shuffled batches, on rows centred and scaled to
-    unit mean variance. The module given stays untouched: each fit trains a fresh copy under its own seed and leaves the
-    global random state as it was.
+    Cross-entropy for classes, mean squared error for numbers; AdamW over shuffled batches, on rows whose features (and
+    numbers to predict, unless ``loss`` is given) are centred and scaled to unit variance. The module given stays untouched:
+    each fit trains a fresh copy under its own seed and leaves the global random state as it was.
 
     Args:
         module: a module (N, D) -> (N, K), or a function (features, outputs) -> module. A module given as it is keeps the
@@ -134,7 +134,9 @@ class TorchProbe(Probe):
         """Train a fresh copy."""
         x = inputs[0].float()
         mean = x.mean(0)
-        scale = (x - mean).square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        scale = (x - mean).square().mean(0).sqrt()
+        # one massive feature must not set the step of the others; a constant one stays as it is
+        scale = torch.where(scale > torch.finfo(torch.float32).eps * x.abs().amax(0), scale, 1.0)
         template = self._template[0]
         on = [x.device] if x.is_cuda else []
         with torch.random.fork_rng(devices=on):
@@ -151,13 +153,18 @@ class TorchProbe(Probe):
                     f"TorchProbe: the module must turn rows (N, {x.shape[1]}) into (N, {task.classes}) here, got {shape}. "
                     f"Give a function (features, outputs) -> module to have it made to measure."
                 )
+            shift, unit = torch.zeros_like(mean[:1]), torch.ones_like(mean[:1])
+            if task.regression and self.loss is None:  # a loss of one's own sees the labels as they are
+                shift, unit = label.mean(0), (label - label.mean(0)).square().mean(0).sqrt()
+                label = (label - shift) / unit
             train_module(self, module, (x - mean) / scale, label, task)
-        return {"module": module, "mean": mean, "scale": scale}
+        return {"module": module, "mean": mean, "scale": scale, "shift": shift, "unit": unit}
 
     def decide(self, fitted: Fitted, inputs: tuple[Tensor, ...]) -> Tensor:
         """The module's outputs."""
         with torch.no_grad():
-            return fitted["module"]((inputs[0].float() - fitted["mean"]) / fitted["scale"]).double()
+            out = fitted["module"]((inputs[0].float() - fitted["mean"]) / fitted["scale"]).double()
+        return fitted["shift"] + fitted["unit"] * out
 
 
 def train_module(probe: TorchProbe, module: nn.Module, x: Tensor, label: Tensor, task: Task) -> None:
