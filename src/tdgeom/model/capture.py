@@ -19,9 +19,10 @@ from tdgeom.model.calls.model_inputs import InKeys, bound_tensors, ids_beyond_vo
 from tdgeom.model.calls.reading import Pass, Reading, StopForward, read_named_outputs
 from tdgeom.model.calls.recorded_calls import LastRecord, held_elsewhere, write_entries
 from tdgeom.model.gradients import await_gradients, differentiable, replace_by_gradients
-from tdgeom.model.sites import LayerSpec, Site
+from tdgeom.model.sites import LayerSpec, Site, split_element
 from tdgeom.model.structure.resolve import resolve_sites
 from tdgeom.model.structure.resolved_site import ResolvedSite
+from tdgeom.model.structure.select_heads import HeadSpec
 
 
 class Capture(HookingContext):
@@ -41,16 +42,18 @@ class Capture(HookingContext):
     Args:
         model: any ``nn.Module`` that is not compiled. It stays the user's: neither registered, moved nor saved.
         sites: kinds, concrete names (``"residual_output.-1"``), ``"module_output:<glob>"``, compiled regular expressions
-            (they match a whole module path and stand for its output), or a list of them.
-        layers: ``"all"``, an int, a list (negative counts from the end), a slice or ``"0,3,7"``; applies to kinds.
-        heads: query heads to read at sites with heads, (B, T, heads, Dh) or (B, heads, Tq, Tk); where queries share
-            key/value heads, ``k`` and ``v`` give the one that each of these heads uses.
+            (they match a whole module path and stand for its output), or a list of them. ``[1]`` or ``['name']`` behind a path
+            is that tensor of a tuple, mapping or dataclass; ``"module_output:<root>"`` is what the model itself gives.
+        layers: ``"all"``, an int, a list (negative counts from the end), a slice or ``"0,3,7"``; applies to kinds, and to
+            globs and expressions, of which those in the blocks of these layers are kept.
+        heads: query heads to read at sites with heads, (B, T, heads, Dh) or (B, heads, Tq, Tk), or a mapping from layers to
+            heads; where queries share key/value heads, ``k`` and ``v`` give the one that each of these heads uses.
         direction: ``"forward"``, or ``"backward"`` for gradients, ``("grads", site)``: in module form of ``target``, in
             context form of what the user calls ``backward`` on inside the ``with`` block. The gradient of what a module
             receives is the one through that module alone.
         target: output of the model -> scalar, what the module form takes gradients of (needed for ``"backward"``).
         callback: called with the site and its tensor as it is read; what it returns (unless None) is kept instead.
-        classes, skip_classes: module classes to take or leave among those that globs and expressions match.
+        classes, skip_classes: classes of modules to take or leave among those that ``sites`` stands for.
         nested: put module sites under their path's parts, ``("acts", "h", "0", "mlp")``.
         cache: a TensorDict that every call's activations are also written to, the last call winning.
         model_outputs: names of the model's outputs to keep, under ``prefix + name``; the pass then runs to its end.
@@ -90,7 +93,7 @@ class Capture(HookingContext):
         sites: str | re.Pattern | Iterable[str | re.Pattern] = "residual_input",
         *,
         layers: LayerSpec = "all",
-        heads: int | Sequence[int] | None = None,
+        heads: HeadSpec = None,
         direction: str = "forward",
         target: Callable[[Any], Tensor] | None = None,
         callback: Callable[[Site, Tensor], Tensor | None] | None = None,
@@ -148,7 +151,8 @@ class Capture(HookingContext):
         if not self.nested or site.path is None:
             return (str(site),)
         head, side = site.prefix.rstrip("/"), "input" if site.kind == "module_input" else ""
-        return tuple(part for part in (head, *site.path.split("."), side) if part)
+        path, element = split_element(site.path)
+        return tuple(part for part in (head, *path.split("."), *map(str, element or ()), side) if part)
 
     @property
     def resolved(self) -> tuple[ResolvedSite, ...]:

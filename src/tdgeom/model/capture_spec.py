@@ -15,6 +15,7 @@ from tdgeom.model.aggregate import AggregateActs, GroupAttention, over_first
 from tdgeom.model.capture import Capture
 from tdgeom.model.positions import Positions, check_positions
 from tdgeom.model.sites import PATTERN_KINDS
+from tdgeom.model.structure.select_heads import HeadSpec, listed_heads
 
 __all__ = ["CaptureSpec"]
 
@@ -37,7 +38,7 @@ class CaptureSpec(Configured):
 
     sites: Sequence[str] = ("residual_input",)
     layers: Any = "all"
-    heads: Sequence[int] | None = None
+    heads: HeadSpec = None
     positions: Positions = "all"
     reduce: str | None = None
     over_examples: str | None = None
@@ -50,7 +51,7 @@ class CaptureSpec(Configured):
         tidy = {
             "sites": _listed(self.sites),
             "layers": layers if isinstance(layers, str | int | slice) else tuple(layers),
-            "heads": None if heads is None else _listed(heads),
+            "heads": _tidy_heads(heads),
             "model_outputs": _listed(self.model_outputs),
         }
         for name, value in tidy.items():
@@ -75,10 +76,9 @@ class CaptureSpec(Configured):
         >>> CaptureSpec.of(capture).sites
         ('residual_output.0', 'residual_output.1')
         """
-        heads = capture.heads
         return cls(
             sites=[str(site).removeprefix(site.prefix or "") for site in capture.sites],
-            heads=[heads] if isinstance(heads, int) else heads,
+            heads=capture.heads,
             positions=positions,
             reduce=reduce,
             model_outputs=capture.model_outputs,
@@ -138,6 +138,12 @@ class CaptureSpec(Configured):
             return cls.from_dict(json.loads(text))
         except (TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"CaptureSpec: this text describes no spec ({error}): {text[:80]!r}.") from error
+
+
+def _tidy_heads(heads: Any) -> Any:
+    if isinstance(heads, Mapping):  # as text its layers were words
+        return listed_heads({int(layer): own for layer, own in heads.items()})
+    return None if heads is None else _listed(heads)
 
 
 def _listed(value: Any) -> tuple:

@@ -21,7 +21,7 @@ from tdgeom.model.capture import Capture
 from tdgeom.model.edits.apply_edits import Editing, EditPlan
 from tdgeom.model.edits.edit import Edit
 from tdgeom.model.sites import LayerSpec
-from tdgeom.model.structure.resolve import resolve_sites
+from tdgeom.model.structure.resolve import resolve_sites, takes_layers
 from tdgeom.model.structure.resolved_site import ResolvedSite
 
 EditLike = nn.Module | Callable[[torch.Tensor], torch.Tensor]
@@ -96,7 +96,9 @@ class Intervene(HookingContext):
 
     def resolve(self, model: nn.Module) -> list[ResolvedSite]:
         """The places of the edits, in the order of the mapping."""
-        found = {name: resolve_sites(model, name, layers=self._layers) for name in self._asked}
+        applied = any(map(takes_layers, self._asked))  # a concrete name beside kinds has its own layer
+        chosen = {name: self._layers if takes_layers(name) or not applied else "all" for name in self._asked}
+        found = {name: resolve_sites(model, name, layers=layers) for name, layers in chosen.items()}
         self._listed = [self._asked[name] for name, entries in found.items() for _ in entries]
         return [entry for entries in found.values() for entry in entries]
 

@@ -41,7 +41,10 @@ _NAME = re.compile(
     r"(?P<prefix>.*/)?(?:(?P<stack>[^/:]+)\.)?"
     r"(?P<kind>" + "|".join((*BLOCK_KINDS, *STACK_KINDS, *ALIASES)) + r")(?:\.(?P<layer>-?\d+))?"
 )
-_MODULE_NAME = re.compile(r"(?P<prefix>.*/)?(?P<kind>module_input|module_output):(?P<path>[^/:]+)")
+_MODULE_NAME = re.compile(r"(?P<prefix>.*/)?(?P<kind>module_input|module_output):(?P<path>[^/:]*)")
+ROOT = "<root>"  # the path of the model itself
+# "attn[1]", "block['hidden']": a bracket that begins a component ("h.[0-3]") is a glob's
+_ELEMENT = re.compile(r"(?<=[^.])(?:\[(?:-?\d+|'[^'\]]+')\])+$")
 
 LayerSpec = str | int | slice | Sequence[int]
 
@@ -51,7 +54,8 @@ class Site(str):
 
     ``Site("encoder.residual_output.3")`` parses a name; the parts are ``prefix`` (text up to the last ``/``,
     or ``""``), ``stack`` (``None`` if the model has one stack), ``kind``, ``layer`` (``int`` or ``None``) and
-    ``path`` (the module's path for ``module_input:`` and ``module_output:``, else ``None``). TransformerLens'
+    ``path`` (the module's path for ``module_input:`` and ``module_output:``, ``"<root>"`` for the model itself, else
+    ``None``; ``[1]`` or ``['name']`` behind it is the tensor meant in a container). TransformerLens'
     words ``resid_pre``, ``resid_mid`` and ``resid_post`` become ``residual_input``, ``_mid`` and ``_output``.
 
     Raises ``ValueError`` for a name whose kind does not exist.
@@ -75,7 +79,7 @@ class Site(str):
             return name
         match = _MODULE_NAME.fullmatch(name)
         if match:
-            return cls.of(match["kind"], path=match["path"], prefix=match["prefix"] or "")
+            return cls.of(match["kind"], path=match["path"] or ROOT, prefix=match["prefix"] or "")
         match = _NAME.fullmatch(name)
         if match is None:
             raise ValueError(unknown_kind(name))
@@ -119,6 +123,19 @@ class Site(str):
     def __reduce__(self) -> tuple:
         made = partial(Site.of, self.kind, self.layer, stack=self.stack, path=self.path, prefix=self.prefix)
         return made, ()
+
+
+def split_element(path: str) -> tuple[str, tuple[int | str, ...] | None]:
+    """The module's path and the way to the tensor in what it receives or gives; ``None`` where no way is given.
+
+    >>> split_element("h.0.attn[1]"), split_element("out['pair'][0]"), split_element("h.[0-3]")
+    (('h.0.attn', (1,)), ('out', ('pair', 0)), ('h.[0-3]', None))
+    """
+    match = _ELEMENT.search(path)
+    if match is None:
+        return path, None
+    keys = re.findall(r"\[(?:(-?\d+)|'([^']+)')\]", match[0])
+    return path[: match.start()], tuple(int(number) if number else name for number, name in keys)
 
 
 def unknown_kind(name: str) -> str:

@@ -45,6 +45,10 @@ class Ablate(Edit):
             raise ValueError(f"Ablate: how= expects 'zero', 'mean' or 'resample', got {how!r}.")
         if how == "mean" and reference is None:
             raise ValueError("Ablate('mean') needs reference=, activations to take the mean of.")
+        if how == "zero" and reference is not None:
+            raise ValueError(
+                "Ablate('zero') takes no reference=: zeros come from nowhere. Remedy: how='mean'."
+            )
         self.how, self.reference, self.seed = how, reference, seed
 
     def replace(self, value: Tensor, call: EditCall) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,17 +18,19 @@ __all__ = ["BlockAttention"]
 class BlockAttention(Edit):
     """Cut or scale what some positions attend to: rows, columns or blocks of the attention pattern (Geva et al. 2023).
 
-    At ``attn_scores`` the block gets the lowest finite score, so the softmax shares its weight among the other keys. At
-    ``attn_pattern`` the block is multiplied by ``factor`` and, with ``renormalise``, the row made to sum to 1 again.
+    At ``attn_pattern`` the block is multiplied by ``factor`` and, with ``renormalise``, the row made to sum to 1 again. At
+    ``attn_scores`` the block's weight before normalising is multiplied by ``factor`` (its log is added to the scores; 0 gives
+    the lowest finite score), and the softmax shares what is left among all keys: rows sum to 1 with or without
+    ``renormalise``.
 
     Args:
         queries: the rows, positions that attend (default all of them).
         keys: the columns, positions that are attended to (default all of them).
         heads: query heads.
-        factor: for ``attn_pattern``: what the block is multiplied by.
-        renormalise: for ``attn_pattern``: divide each edited row by its sum.
+        factor: what the block's weight is multiplied by; at ``attn_scores`` not negative.
+        renormalise: divide each edited row by its sum, which the softmax behind ``attn_scores`` does anyway.
 
-    Raises ``ValueError`` at ``attn_scores`` if a row would be left without a key.
+    Raises ``ValueError`` at ``attn_scores`` if a row would be left without a key, or for a negative factor.
 
     >>> pattern = torch.full((1, 2, 1, 2), 0.5)  # (B, Tq, H, Tk)
     >>> BlockAttention(queries="last", keys=0)(activation=pattern)[:, :, 0]
@@ -64,8 +67,14 @@ class BlockAttention(Edit):
         if not call.is_scores:
             new = torch.where(columns, value * self.factor, value)
             return new / new.sum(-1, keepdim=True).clamp(min=1e-30) if self.renormalise else new
+        if self.factor < 0:
+            raise ValueError(
+                f"BlockAttention at {call.site!r} takes a factor of 0 or more, got {self.factor}: weights before a softmax are "
+                "positive. Remedy: edit 'attn_pattern'."
+            )
         lowest = torch.finfo(value.dtype).min
-        new = value.masked_fill(columns, lowest)
+        cut = value + math.log(self.factor) if self.factor else torch.full_like(value, lowest)
+        new = torch.where(columns, cut, value)
         edited = self.where(value, call)
         empty = (new <= lowest / 2).all(-1, keepdim=True) & ~(value <= lowest / 2).all(-1, keepdim=True)
         empty = empty if edited is None else empty & edited.any(-1, keepdim=True)

@@ -15,6 +15,8 @@ from tdgeom.core.keys import Key
 from tdgeom.core.stage import Stage
 from tdgeom.model.edits.edit_call import EditCall
 from tdgeom.model.positions import Positions, attended_tokens, check_positions
+from tdgeom.model.sites import Site
+from tdgeom.model.structure.select_heads import HeadSpec, listed_heads
 
 __all__ = ["Edit", "ProjectOnto", "ProjectOut", "Scale", "Steer"]
 
@@ -33,7 +35,8 @@ class Edit(Stage):
     Args:
         positions: where to edit, in the vocabulary of :mod:`tdgeom.model.positions`; a boolean mask of a prompt selects
             nothing in later, cached steps.
-        heads: query heads to edit; where queries share key/value heads, ``k`` and ``v`` of a head belong to its group.
+        heads: query heads to edit, or a mapping from layers to heads (other layers are left as they are); where queries share
+            key/value heads, ``k`` and ``v`` of a head belong to its group.
         features: features to edit: an int, a list of ints or a slice.
 
     A subclass defines ``edit``, or ``replace(value, call)`` where it has to know its :class:`EditCall`:
@@ -55,14 +58,14 @@ class Edit(Stage):
         self,
         *,
         positions: Positions = "all",
-        heads: int | Sequence[int] | None = None,
+        heads: HeadSpec = None,
         features: int | Sequence[int] | slice | None = None,
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:
         super().__init__(in_keys=in_keys, out_keys=out_keys)
         self.positions = check_positions(positions)
-        self.heads = None if heads is None else [heads] if isinstance(heads, int) else list(heads)
+        self.heads = listed_heads(heads)
         self.features = [features] if isinstance(features, int) else features
 
     def edit(self, value: Tensor) -> Tensor:
@@ -114,6 +117,7 @@ class Edit(Stage):
         """True at what is edited, broadcast over the activation; ``None`` for everything."""
         parts = [] if call.keep is None else [call.keep.reshape(*call.keep.shape, *[1] * (value.ndim - 2))]
         if self.heads is not None:
+            heads = self._heads_here(call)
             if value.ndim != 4:
                 raise ValueError(
                     f"heads={self.heads} needs a site with heads, (B, T, H, Dh), got {tuple(value.shape)} at {call.site!r}. "
@@ -121,7 +125,7 @@ class Edit(Stage):
                 )
             count = value.shape[2]
             total = count * call.groups
-            own = [(head if head >= 0 else head + total) // call.groups for head in self.heads]
+            own = [(head if head >= 0 else head + total) // call.groups for head in heads]
             if any(not 0 <= head < count for head in own):
                 raise IndexError(
                     f"heads={self.heads} is out of range: {call.site!r} has {total} query heads."
@@ -130,6 +134,17 @@ class Edit(Stage):
         if self.features is not None:
             parts.append(_chosen(value.shape[-1], self.features, value))
         return reduce(torch.logical_and, parts) if parts else None
+
+    def _heads_here(self, call: EditCall) -> list[int]:
+        if not isinstance(self.heads, dict):
+            return self.heads or []
+        layer = None if call.site is None else Site(call.site).layer
+        if layer is None or min(self.heads) < 0:
+            raise ValueError(
+                f"{type(self).__name__}(heads={self.heads}) needs a site of one layer and layers counted from 0, got "
+                f"{call.site!r}. Remedy: a list of heads."
+            )
+        return self.heads.get(layer, [])
 
     # -------------------------------------------------------------------- activations of other runs
 

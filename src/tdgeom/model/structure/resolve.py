@@ -12,17 +12,20 @@ from torch import nn
 
 from tdgeom.model.sites import (
     BLOCK_KINDS,
-    HEAD_KINDS,
     KINDS,
     MODULE_KINDS,
+    ROOT,
     STACK_KINDS,
     LayerSpec,
     Site,
     select_layers,
+    split_element,
 )
 from tdgeom.model.structure.blocks import Stack, find_final_norm, find_stacks
 from tdgeom.model.structure.parts import Part, find_parts, join
+from tdgeom.model.structure.readers import spelled
 from tdgeom.model.structure.resolved_site import ResolvedSite
+from tdgeom.model.structure.select_heads import HeadSpec, with_heads
 
 
 def available_sites(model: nn.Module) -> list[ResolvedSite]:
@@ -44,18 +47,20 @@ def resolve_sites(
     *,
     layers: LayerSpec = "all",
     prefix: str = "",
-    heads: int | Sequence[int] | None = None,
+    heads: HeadSpec = None,
     classes: Sequence[type[nn.Module]] = (),
     skip_classes: Sequence[type[nn.Module]] = (),
 ) -> list[ResolvedSite]:
     """The sites that ``sites`` and ``layers`` name in ``model``, each once, in execution order.
 
-    ``sites`` holds kinds (``layers`` applies to them), kinds of one stack (``"encoder.residual_input"``),
-    concrete names (``"residual_output.-1"``), or globs of module paths (``"module_output:h.*.mlp"``; ``*``
-    stays within one component, ``**`` takes any number of them), or compiled regular expressions, which must match a
-    whole module path and stand for its output. ``classes`` and ``skip_classes`` take or leave modules that globs and
-    expressions match. ``heads`` picks query heads; where queries share key/value heads, the keys and values of these
-    heads. Raises ``ValueError`` for what a model does not have and ``IndexError`` for a layer or head out of range.
+    ``sites`` holds kinds, kinds of one stack (``"encoder.residual_input"``), concrete names (``"residual_output.-1"``), globs
+    of module paths (``"module_output:h.*.mlp"``; ``*`` stays within one component, ``**`` takes any number of them;
+    ``"module_output:<root>"`` is the model itself; ``[1]`` or ``['name']`` behind a path is that tensor of a container), or
+    compiled regular expressions, which must match a whole module path and stand for its output. ``layers`` applies to
+    kinds, globs and expressions (which keep what lies in the blocks of these layers); beside concrete names alone it must not
+    exclude them. ``classes`` and ``skip_classes`` take or leave sites by the class of their module. ``heads`` picks query
+    heads, for all layers or as a mapping from layers; where queries share key/value heads, the keys and values of these heads.
+    Raises ``ValueError`` for what a model does not have and ``IndexError`` for a layer or head out of range.
     """
     wanted = [sites] if isinstance(sites, str | re.Pattern) else list(sites)
     if not wanted:
@@ -63,28 +68,50 @@ def resolve_sites(
     stacks = find_stacks(model)
     found = [entry for stack in stacks for entry in _stack_sites(model, stack)]
     chosen: list[ResolvedSite] = []
+    applied = any(map(takes_layers, wanted))
     for name in wanted:
         if isinstance(name, re.Pattern):
-            chosen += _module_sites(model, name, "output", classes, skip_classes)
-            continue
-        if not isinstance(name, str):
+            own = _in_layers(_module_sites(model, name, "output"), stacks, layers, name.pattern)
+        elif not isinstance(name, str):
             raise ValueError(f"a site is a string such as 'residual_input.0', got {name!r}.")
-        site = Site(name.removeprefix(prefix) if prefix else name)
-        if site.prefix:
-            raise ValueError(
-                f"the site {name!r} has the prefix {site.prefix!r}, where prefix={prefix!r} was given."
-            )
-        if site.kind in MODULE_KINDS:
-            chosen += _module_sites(
-                model, site.path or "", site.kind.removeprefix("module_"), classes, skip_classes
-            )
         else:
-            chosen += _select(model, stacks, found, site, layers)
+            site = Site(name.removeprefix(prefix) if prefix else name)
+            if site.prefix:
+                raise ValueError(
+                    f"the site {name!r} has the prefix {site.prefix!r}, where prefix={prefix!r} was given."
+                )
+            if site.kind in MODULE_KINDS:
+                own = _module_sites(model, site.path or ROOT, site.kind.removeprefix("module_"))
+                own = _in_layers(own, stacks, layers, name)
+            else:
+                own = _select(
+                    model, stacks, found, site, layers if takes_layers(name) or not applied else "all"
+                )
+        chosen += _of_classes(model, own, classes, skip_classes)
+    if not _is_all(layers) and not applied and all(entry.site.kind in STACK_KINDS for entry in chosen):
+        names = ", ".join(sorted({repr(entry.site.kind) for entry in chosen}))
+        raise ValueError(f"layers={layers!r} was given, and {names} has no layers. Remedy: leave it out.")
     unique = {entry.site: entry for entry in chosen}
     ordered = sorted(unique.values(), key=_execution_order(model, found))
     if heads is not None:
-        ordered = _with_heads(ordered, [heads] if isinstance(heads, int) else list(heads))
+        ordered = with_heads(ordered, heads)
     return [replace(e, site=e.site.with_prefix(prefix)) for e in ordered] if prefix else ordered
+
+
+def takes_layers(name: object) -> bool:
+    """Whether ``layers=`` chooses among what a name stands for: kinds, globs and expressions, not a concrete site.
+
+    >>> takes_layers("residual_output"), takes_layers("residual_output.0"), takes_layers("final_norm")
+    (True, False, False)
+    """
+    if not isinstance(name, str):
+        return True
+    site = Site(name)
+    return site.layer is None and site.kind not in STACK_KINDS
+
+
+def _is_all(layers: LayerSpec) -> bool:
+    return isinstance(layers, str) and layers.strip() == "all"
 
 
 def _stack_sites(model: nn.Module, stack: Stack) -> list[ResolvedSite]:
@@ -154,6 +181,10 @@ def _select_in(stack: Stack, found: list[ResolvedSite], site: Site, layers: Laye
     where = f"the stack {stack.name!r}" if stack.name else f"the stack at {stack.path or 'the root'!r}"
     asked = layers if site.layer is None else site.layer
     chosen = select_layers(asked, len(stack.blocks), where)
+    if site.layer is not None and not set(chosen) <= set(select_layers(layers, len(stack.blocks), where)):
+        raise ValueError(
+            f"{site!r} and layers={layers!r} exclude each other. Remedy: name sites of these layers, or give kinds."
+        )
     by_layer = {entry.site.layer: entry for entry in own if entry.site.layer is not None}
     missing = [layer for layer in chosen if layer not in by_layer]
     # "all" means all layers that have one: hybrid models mix blocks with and without attention
@@ -165,53 +196,84 @@ def _select_in(stack: Stack, found: list[ResolvedSite], site: Site, layers: Laye
     return [by_layer[layer] for layer in chosen if layer in by_layer]
 
 
-def _module_sites(
-    model: nn.Module,
-    pattern: str | re.Pattern,
-    side: str,
-    classes: Sequence[type[nn.Module]],
-    skip_classes: Sequence[type[nn.Module]],
-) -> list[ResolvedSite]:
+def _module_sites(model: nn.Module, pattern: str | re.Pattern, side: str) -> list[ResolvedSite]:
     modules = {path: module for path, module in model.named_modules() if path}
-    if isinstance(pattern, str):
-        matched = [path for path in modules if match_path(path, pattern)]
-    else:
+    text, element = split_element(pattern) if isinstance(pattern, str) else (pattern.pattern, None)
+    if not isinstance(pattern, str):
         matched = [path for path in modules if pattern.fullmatch(path)]
+    elif text == ROOT:
+        matched = [""]
+    else:
+        matched = [path for path in modules if match_path(path, text)]
     if not matched:
-        text = pattern if isinstance(pattern, str) else pattern.pattern
         close = get_close_matches(text, list(modules), n=5, cutoff=0.4) or list(modules)[:5]
         raise ValueError(
             f"no module of {type(model).__name__} matches {text!r} (the whole path has to match). "
-            f"Nearest: {', '.join(close)}."
+            f"Nearest: {', '.join(close)}. The model itself is {ROOT!r}."
         )
-    kept = [path for path in matched if not classes or isinstance(modules[path], tuple(classes))]
-    kept = [path for path in kept if not isinstance(modules[path], tuple(skip_classes))]
+    behind = "" if element is None else spelled(element)
+    sites = [Site.of(f"module_{side}", path=(path or ROOT) + behind) for path in matched]
+    return [
+        ResolvedSite(site, path, side, element=element) for site, path in zip(sites, matched, strict=True)
+    ]
+
+
+def _in_layers(
+    entries: list[ResolvedSite], stacks: Sequence[Stack], layers: LayerSpec, name: str
+) -> list[ResolvedSite]:
+    """Modules in the blocks of the chosen layers; those outside of blocks belong to none."""
+    if _is_all(layers):
+        return entries
+    if not stacks:
+        raise ValueError(
+            f"layers={layers!r} needs repeated blocks, and none were found. Remedy: leave it out, and name the "
+            f"modules in sites= alone, instead of {name!r}."
+        )
+    kept: set[str] = set()
+    inside = 0
+    for stack in stacks:
+        numbers: dict[str, set[int]] = {}
+        for number, block in enumerate(stack.blocks):
+            numbers.setdefault(block.path, set()).add(number)
+        own = {
+            e.module_path: n for e in entries for path, n in numbers.items() if _is_in(e.module_path, path)
+        }
+        if own:
+            inside += len(own)
+            where = (
+                f"the stack {stack.name!r}" if stack.name else f"the stack at {stack.path or 'the root'!r}"
+            )
+            chosen = set(select_layers(layers, len(stack.blocks), where))
+            kept |= {path for path, layer in own.items() if layer & chosen}
     if not kept:
-        kinds = sorted({type(modules[path]).__name__ for path in matched})
         raise ValueError(
-            f"classes= and skip_classes= leave none of the modules matched, which are {', '.join(kinds)}."
+            f"layers={layers!r} leaves nothing of {name!r}: {inside} of the {len(entries)} modules matched lie in blocks, "
+            "none of them in these layers. Remedy: other layers, or leave layers= out."
         )
-    return [ResolvedSite(Site.of(f"module_{side}", path=path), path, side) for path in kept]
+    return [entry for entry in entries if entry.module_path in kept]
 
 
-def _with_heads(entries: list[ResolvedSite], heads: Sequence[int]) -> list[ResolvedSite]:
-    chosen = []
-    for entry in entries:
-        if entry.view is None:
-            chosen.append(entry)
-            continue
-        count = entry.head_count
-        for head in heads:
-            if isinstance(head, bool) or not isinstance(head, int) or not -count <= head < count:
-                raise IndexError(
-                    f"head {head!r} is out of range: {str(entry.site)!r} has {count} query heads."
-                )
-        chosen.append(replace(entry, heads=tuple(head % count // entry.groups for head in heads)))
-    if not any(entry.site.kind in HEAD_KINDS for entry in chosen):
+def _is_in(path: str, block: str) -> bool:
+    return path == block or path.startswith(block + ".")
+
+
+def _of_classes(
+    model: nn.Module,
+    entries: list[ResolvedSite],
+    classes: Sequence[type[nn.Module]],
+    skip_classes: Sequence[type[nn.Module]],
+) -> list[ResolvedSite]:
+    if not classes and not skip_classes:
+        return entries
+    kinds = {entry.module_path: model.get_submodule(entry.module_path) for entry in entries}
+    kept = [e for e in entries if not classes or isinstance(kinds[e.module_path], tuple(classes))]
+    kept = [e for e in kept if not isinstance(kinds[e.module_path], tuple(skip_classes))]
+    if not kept:
+        names = sorted({type(module).__name__ for module in kinds.values()})
         raise ValueError(
-            f"heads= needs a site with heads ({', '.join(HEAD_KINDS)}), got {[e.site for e in entries]}."
+            f"classes= and skip_classes= leave none of the modules matched, which are {', '.join(names)}."
         )
-    return chosen
+    return kept
 
 
 def match_path(path: str, pattern: str) -> bool:

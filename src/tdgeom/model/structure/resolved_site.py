@@ -23,7 +23,8 @@ class ResolvedSite:
     ``side`` is ``"input"`` or ``"output"``, or ``"scores"`` or ``"pattern"`` for the softmax inside an attention
     module; ``block_path`` is the path of the block that holds the site (``None`` outside of blocks). ``view`` says how
     heads lie in the module's tensor, ``heads`` which of them are read. What is read is multiplied by ``scale`` (a
-    residual multiplier); ``bypass`` says that the stream also goes around the module.
+    residual multiplier); ``bypass`` says that the stream also goes around the module. ``element`` is the way to the tensor
+    where the module receives or gives a container; ``None`` is its first one.
     ``write`` divides by the scale, so that ``write(read(x))`` changes nothing.
     """
 
@@ -38,6 +39,7 @@ class ResolvedSite:
     heads: tuple[int, ...] | None = None
     groups: int = 1
     bypass: bool = False
+    element: readers.Element | None = None
 
     def __repr__(self) -> str:
         return f"<{self.site}: {self.side} of {self.module_path or 'the model'}>"
@@ -69,7 +71,7 @@ class ResolvedSite:
         if self.in_softmax:
             return output if isinstance(output, Tensor) else None
         reader = readers.read_input if self.side == "input" else readers.read_output
-        return reader(args, kwargs, output)
+        return reader(args, kwargs, output, self.element)
 
     def read(self, args: tuple, kwargs: dict, output: object = None) -> Tensor | None:
         """The site's tensor, from what a hook on the module sees; ``None`` if there is no tensor."""
@@ -99,4 +101,4 @@ class ResolvedSite:
         if self.in_softmax:
             return value
         writer = readers.write_input if self.side == "input" else readers.write_output
-        return writer(args, kwargs, output, value)
+        return writer(args, kwargs, output, value, self.element)
