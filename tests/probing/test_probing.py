@@ -225,3 +225,23 @@ def test_topics_of_sentences_rise_with_depth_above_their_control():
     means = tables["means"].set_index("site")
     assert means["accuracy"][sites[1]] > means["accuracy"][sites[0]] + 0.07
     assert means["selectivity"][sites[1]] > 0.25
+
+
+def test_gradients_are_probed_over_loaders_and_refused_around_calls():
+    """The gradient of |h|²/2 by a hidden layer is the layer itself, so that both probes are one."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Identity())
+    x = torch.randn(300, 6)
+    loader = [{"input": x, "label": (x[:, 0] > 0).long(), "sequence_id": torch.arange(300)}]
+    backward = {"direction": "backward", "target": lambda out: out.square().sum() / 2}
+    tables = [
+        tg.Probing(model, "module_output:0", tg.LinearProbe(), capture=capture).run(loader)
+        for capture in (backward, {})
+    ]
+    assert tables[0]["accuracy"][0] == tables[1]["accuracy"][0] > 0.9
+    probing = tg.Probing(model, "module_output:0", tg.LinearProbe(), capture=backward)
+    with (
+        pytest.raises(ValueError, match=r"before there are gradients. Remedy: probing.run\(loader\)"),
+        probing.fit(),
+    ):
+        model(x)

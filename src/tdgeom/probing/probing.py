@@ -104,7 +104,8 @@ class Probing:
             TensorDict with the model's inputs) that returns them.
         pairs: "consecutive", "all" or a list of (a, b), for bilinear probes.
         select: further settings of ``SelectTokens``, such as ``dict(positions="last")`` or ``dict(pool="mean")``.
-        capture: further settings of ``Capture``, such as ``dict(layers=[0, 5])``.
+        capture: further settings of ``Capture``, such as ``dict(layers=[0, 5])``; over loaders also gradients, ``dict(
+            direction="backward", target=...)``.
 
     Attributes: ``sites``; ``probes``, the fitted probe of each site (or ``"a->b"``); ``settings``, what can change a number
     (seed, split, probe); ``result``, a TensorDict with ``("probe", site, score)`` and, for linear probes,
@@ -138,7 +139,8 @@ class Probing:
                 f"Probing takes a probe (LinearProbe(), SklearnProbe(estimator), ...), got {type(probe).__name__}. Wrap a "
                 f"scikit-learn estimator in SklearnProbe, a torch module in TorchProbe."
             )
-        self.capture = Capture(model, sites, **(capture or {}))
+        # gradients too lie where rows are selected
+        self.capture = Capture(model, sites, **{"out_keys": "acts", **(capture or {})})
         self.sites = self.capture.sites
         self.probe, self.labels, self.select = probe, labels, dict(select or {})
         # Not at the top of the batch, where the model may have an entry of the same name.
@@ -194,6 +196,11 @@ class Probing:
 
     @contextmanager
     def _phase(self, kind: str) -> Iterator[Phase]:
+        if self.capture.direction == "backward":
+            raise ValueError(
+                f"Probing.{kind}() uses a call's rows when the call ends, before there are gradients. Remedy: probing.run(loader) "
+                f"with capture=dict(direction='backward', target=...)."
+            )
         units = self._fit_units(0.0) if kind == "fit" else self._score_units()
         before = [labelled(self.labels, self.label_key)] if callable(self.labels) else []
         pass_ = Pushed(TensorDictSequential(*before, *units))
