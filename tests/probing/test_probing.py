@@ -241,7 +241,7 @@ def test_gradients_are_probed_over_loaders_and_refused_around_calls():
     assert tables[0]["accuracy"][0] == tables[1]["accuracy"][0] > 0.9
     probing = tg.Probing(model, "module_output:0", tg.LinearProbe(), capture=backward)
     with (
-        pytest.raises(ValueError, match=r"before there are gradients. Remedy: probing.run\(loader\)"),
+        pytest.raises(ValueError, match=r"before there are any. Remedy: probing.run\(loader\)"),
         probing.fit(),
     ):
         model(x)

@@ -198,7 +198,7 @@ class Probing:
     def _phase(self, kind: str) -> Iterator[Phase]:
         if self.capture.direction == "backward":
             raise ValueError(
-                f"Probing.{kind}() uses a call's rows when the call ends, before there are gradients. Remedy: probing.run(loader) "
+                f"Probing.{kind}() uses a call's rows when the call ends, before there are any. Remedy: probing.run(loader) "
                 f"with capture=dict(direction='backward', target=...)."
             )
         units = self._fit_units(0.0) if kind == "fit" else self._score_units()
