@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from copy import deepcopy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -622,3 +623,42 @@ def test_hooks_that_come_later_act_on_pairs_too():
     torch.testing.assert_close(after["between", "x.0->x.1", "layer_cosine_sim"], 3 * before)
     hooked(pairs.units[1].module)
     torch.testing.assert_close(pairs(td.copy())["between", "x.0->x.1", "layer_cosine_sim"], 9 * before)
+
+
+def test_no_step_between_hidden_states_is_left_out():
+    steps = pair_list(["embed", "residual_output.0", "residual_output.1", "final_norm"])
+    assert steps == [
+        ("embed", "residual_output.0"),
+        ("residual_output.0", "residual_output.1"),
+        ("residual_output.1", "final_norm"),
+    ]
+    two_stacks = [
+        f"{stack}.{site}"
+        for stack in ("encoder", "decoder")
+        for site in ("attn_input.0", "attn_input.1", "residual_output.1")
+    ]
+    assert pair_list(two_stacks) == [(a, b) for a, b in pairwise(two_stacks) if a[:2] == b[:2]]
+    assert pair_list([tg.Site(site) for site in two_stacks]) == pair_list(two_stacks)
+    both = [
+        "embed",
+        "residual_input.0",
+        "residual_output.0",
+        "residual_input.1",
+        "residual_output.1",
+        "final_norm",
+    ]
+    assert pair_list(both) == [
+        ("embed", "residual_input.0"),
+        ("residual_input.0", "residual_input.1"),
+        ("residual_output.0", "residual_output.1"),
+        ("residual_output.1", "final_norm"),
+    ]
+    assert pair_list(["embed", "final_norm"]) == [("embed", "final_norm")]
+
+
+def test_a_site_in_no_pair_is_named():
+    sites = ["residual_input.0", "residual_input.1", "mlp_output.1"]
+    with pytest.warns(UserWarning, match=r"leaves out \['mlp_output.1'\].*pairs=\[\(a, b\)") as caught:
+        pairs = pair_list(sites)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert pairs == [("residual_input.0", "residual_input.1")]

@@ -26,7 +26,7 @@ def result():
         tg.ForEach(tg.RankMe(), SITES),
         tg.ForEach(tg.NormalizationAblation(variants=["raw", "token_l2"]), SITES),
         tg.ForEachPair(tg.LinearCKA(), SITES, pairs="all"),
-        tg.ForEachPair(tg.SubspaceNovelty(k=2), SITES),
+        tg.ForEachPair(tg.SubspaceNovelty(k=2), SITES, pairs=[(SITES[0], SITES[1])]),
     )
     return tg.run(pipeline, [{"tokens": rows}], progress=False)
 

@@ -66,7 +66,10 @@ def analysis_pipeline(
         ['residual_input.0', 'residual_input.1']
     """
     settings = settings or AnalysisSettings()
-    pairs = pair_list(sites)
+    paired = "novelty" in settings.families or any(
+        isinstance(stage, PairStage | ForEachPair) for stage in settings.stages
+    )
+    pairs = pair_list(sites) if paired else []
     also = [str(name) for name in settings.select.get("also", ())]
     ends: list[TensorDictModuleBase] = []
     if settings.neighbors:
@@ -80,13 +83,15 @@ def analysis_pipeline(
     if "novelty" in settings.families and pairs:
         asked = {key for stage in settings.stages if isinstance(stage, PairStage) for key in stage.out_keys}
         changes = (SubspaceNovelty(k=settings.novelty_k), LinearCKA(), LayerCosine())
-        ends += [ForEachPair(stage, sites) for stage in changes if not asked & set(stage.out_keys)]
+        ends += [
+            ForEachPair(stage, sites, pairs=pairs) for stage in changes if not asked & set(stage.out_keys)
+        ]
     streams: list[TensorDictModuleBase] = []
     for stage in settings.stages:
         if isinstance(stage, ForEachPair):
             ends.append(stage)
         elif isinstance(stage, PairStage):
-            ends.append(ForEachPair(stage, sites))
+            ends.append(ForEachPair(stage, sites, pairs=pairs))
         else:
             (streams if isinstance(stage, StreamingStage) else ends).append(ForEach(stage, sites))
     needed = {key_tuple(key)[0] for end in ends for key in end.in_keys}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from tdgeom.core.renamed import Renamed, is_streaming
 from tdgeom.core.stage import device_of
 from tdgeom.core.stage_settings import Configured
 from tdgeom.core.surroundings import steady
+from tdgeom.core.warnings import tell
 
 __all__ = ["ForEachPair", "pair_list"]
 
@@ -34,24 +36,21 @@ def pair_list(
 ) -> list[tuple[str, str]]:
     """The pairs that ``pairs=`` means, as (a, b) tuples of site names.
 
-    ``"consecutive"`` joins neighbours in the order given, within one kind and one stack; ``"all"`` every two sites
+    ``"consecutive"`` joins neighbours in the order given, within one kind and one stack. A hidden state that is alone of its
+    kind there (``embed``, ``final_norm``, a last ``residual_output``) is joined to the hidden state before it, the first of
+    all to the one behind; any other site that is left without a pair is named in a warning. ``"all"`` joins every two sites
     once; a list is taken as it is and must name given sites.
 
         >>> pair_list(["mlp_output.0", "residual_output.0", "mlp_output.1", "residual_output.1"])
         [('mlp_output.0', 'mlp_output.1'), ('residual_output.0', 'residual_output.1')]
+        >>> pair_list(["attn_input.0", "attn_input.1", "final_norm"])
+        [('attn_input.0', 'attn_input.1'), ('attn_input.1', 'final_norm')]
     """
     names = [str(site) for site in sites]
     if pairs == "all":
         return [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
     if pairs == "consecutive":
-        last: dict[object, str] = {}
-        found = []
-        for site, name in zip(sites, names):
-            family = _family(site)
-            if family in last:
-                found.append((last[family], name))
-            last[family] = name
-        return found
+        return _consecutive(sites, names)
     if isinstance(pairs, str):
         raise ValueError(f"pairs= takes 'consecutive', 'all' or a list of (a, b), got {pairs!r}.")
     found = [(str(a), str(b)) for a, b in pairs]
@@ -61,12 +60,49 @@ def pair_list(
     return found
 
 
+def _consecutive(sites: Sequence[str], names: Sequence[str]) -> list[tuple[str, str]]:
+    members = Counter(_family(site) for site in sites)
+    last: dict[object, str] = {}
+    last_state: dict[
+        str, tuple[str, bool]
+    ] = {}  # of a stack: its latest hidden state, and whether it awaits the next
+    found: dict[tuple[str, str], None] = {}
+    for site, name in zip(sites, names):
+        family, state = _family(site), _STATE.fullmatch(name)
+        if family in last:
+            found[last[family], name] = None
+        last[family] = name
+        if state:
+            alone, before = members[family] == 1, last_state.get(state["stack"])
+            if before is not None and (alone or before[1]):
+                found[before[0], name] = None
+            last_state[state["stack"]] = (name, alone and before is None)
+    joined = {name for pair in found for name in pair}
+    left_out = [name for name in names if name not in joined]
+    if left_out and found:
+        tell(
+            f"pairs='consecutive' joins neighbours of one kind and one stack, which leaves out {left_out}: in no pair. "
+            f"Name the pairs that are meant, pairs=[(a, b), ...], or pairs='all'.",
+            UserWarning,
+        )
+    return list(found)
+
+
+# what a block hands on, as such or normalised: sites of these kinds are steps of one chain
+_STATE = re.compile(
+    r"(?P<stack>(?:.*/)?(?:[^/:]+\.)?)"
+    r"(?:embed|residual_input|residual_mid|residual_output|attn_input|final_norm)(?:\.-?\d+)?"
+)
+
+
 def _family(site: str) -> object:
     """What consecutive sites share: a Site's prefix, stack and kind; of a plain name all but its last number."""
     if hasattr(site, "kind"):
         return (getattr(site, "prefix", None), getattr(site, "stack", None), site.kind)
     match = re.fullmatch(r"(.*)\.\d+", str(site))
-    return match.group(1) if match else None
+    if match is None:  # a hidden state outside of the blocks is of its own kind
+        return str(site) if _STATE.fullmatch(str(site)) else None
+    return match.group(1)
 
 
 def at_pair(key: Key, a: tuple[str, ...], b: tuple[str, ...], pair: str) -> Key:
@@ -89,7 +125,7 @@ class ForEachPair(Configured, TensorDictModuleBase):
             overrides ``compute`` or ``forward``, has hooks or holds state), or any TensorDict module whose in_keys carry "a" or
             "b" second (called once a pair). It is copied.
         sites: names, such as ``capture.sites``.
-        pairs: "consecutive" (within one kind and one stack), "all", or a list of (a, b).
+        pairs: "consecutive" (within one kind and one stack, see ``pair_list``), "all", or a list of (a, b).
         shared: keys, or roots of keys, that all pairs read as they are.
 
     Raises:

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from tdgeom.core.keys import key_tuple
 from tdgeom.core.stage import Outputs, Stage
 
-__all__ = ["PairStage"]
+__all__ = ["PairStage", "check_spread"]
+
+
+def check_spread(
+    x: Tensor, y: Tensor, what: str, x_events: int = 2, y_events: int = 2, names: str = "both sides"
+) -> None:
+    """Raise unless two sides' leading dimensions are broadcast, before their event dimensions, and they share a device."""
+    leads = x.shape[: x.ndim - x_events], y.shape[: y.ndim - y_events]
+    if any(a != b and 1 not in (a, b) for a, b in zip(reversed(leads[0]), reversed(leads[1]))):
+        raise ValueError(
+            f"{what} expects {names} of equal leading (batch) dimensions, or of size 1 where they differ, got "
+            f"{tuple(x.shape)} and {tuple(y.shape)}. Give the same number of data sets on both sides, or one (size 1) that is "
+            f"compared with each of the other's."
+        )
+    if x.device != y.device:
+        raise ValueError(
+            f"{what} expects {names} on one device, got {x.device} and {y.device} (shapes {tuple(x.shape)} and "
+            f"{tuple(y.shape)}). Move one of them: y.to(x.device)."
+        )
 
 
 class PairStage(Stage):
@@ -28,6 +51,17 @@ class PairStage(Stage):
         >>> MeanDistance()(sample_a=torch.zeros(3, 4), sample_b=torch.ones(5, 4))
         tensor(2.)
     """
+
+    def _check_shapes(self, values: Sequence[Tensor | None], batch_size: torch.Size) -> None:
+        """Also: leading dimensions that spread over one another (of size 1 or equal, as everywhere in torch), one device."""
+        super()._check_shapes(values, batch_size)
+        known = [
+            (key, value, len(shape.split()))
+            for key, value, shape in zip(self.in_keys, values, self.shapes)
+            if shape is not None and value is not None
+        ]
+        for (first, x, m), (key, y, n) in combinations(known, 2):
+            check_spread(x, y, type(self).__name__, m, n, f"{first!r} and {key!r}")
 
     def prepare(self, *inputs: Any, **options: Any) -> Any:
         """What one side contributes, from its inputs in the order of ``reads``. Default: the inputs themselves."""

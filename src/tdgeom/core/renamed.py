@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tdgeom.core.keys import NOT_WRITTEN, Key, optional_in_keys
 from tdgeom.core.streaming_stage import StreamingStage, tensor_text, text_tensor
+from tdgeom.core.warnings import at_site
 
 __all__ = ["Renamed", "RenamedStream", "describe", "is_streaming", "stage_of"]
 
@@ -76,9 +77,10 @@ class Renamed(TensorDictModuleBase):
         return self.located(self.module, self.inward(tensordict))
 
     def located(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call, with the site named in an error."""
+        """Call, with the site named in an error or a warning."""
         try:
-            return function(*args)
+            with at_site(self.where):
+                return function(*args)
         except (ValueError, TypeError, RuntimeError, KeyError) as error:
             if error.args and isinstance(error.args[0], str):
                 error.args = (f"{error.args[0]} [at {self.where}]", *error.args[1:])

@@ -1,7 +1,90 @@
-"""Warnings of the package."""
+"""Warnings of the package: said at the user's line, naming the site at which a stage was called."""
 
-__all__ = ["UndefinedMeasureWarning"]
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from types import FrameType
+from typing import Any, NamedTuple
+
+import tensordict
+import torch
+
+__all__ = ["UndefinedMeasureWarning", "at_site", "from_line", "tell", "users_line"]
+
+_INSIDE = tuple(
+    os.path.dirname(str(file)) + os.sep
+    for file in (os.path.dirname(__file__), torch.__file__, tensordict.__file__)
+)
+_site: ContextVar[str | None] = ContextVar("site", default=None)
+_started: ContextVar[Line | None] = ContextVar("started", default=None)
 
 
 class UndefinedMeasureWarning(UserWarning):
     """A measure is not defined on its input (no variance, too few rows); its value is NaN."""
+
+
+def tell(message: str, category: type[Warning] = UndefinedMeasureWarning) -> None:
+    """Warn at the user's line, naming the site, if any."""
+    where, line = _site.get(), users_line()
+    text = message if where is None else f"{message} [at {where}]"
+    registry = line.space.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(text, category, line.file, line.number, line.space.get("__name__"), registry)
+
+
+class Line(NamedTuple):
+    """A line of code: its file and number, and the globals of its module."""
+
+    file: str
+    number: int
+    space: dict[str, Any]
+
+
+def users_line() -> Line:
+    """The nearest line on the stack outside of this package and those that call it (torch, tensordict, Python's own)."""
+    frame: FrameType = sys._getframe(1)
+    while _inside(frame):
+        if frame.f_back is None:
+            return _started.get() or Line(frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
+        frame = frame.f_back
+    return Line(frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
+
+
+def _inside(frame: FrameType) -> bool:
+    package = str(frame.f_globals.get("__name__")).partition(".")[0]
+    return frame.f_code.co_filename.startswith(_INSIDE) or package in sys.stdlib_module_names
+
+
+@contextmanager
+def from_line(line: Line) -> Iterator[None]:
+    """In a thread of our own: what is told is told at ``line``, from which the thread was started."""
+    token = _started.set(line)
+    try:
+        yield
+    finally:
+        _started.reset(token)
+
+
+def at_site(where: str) -> AbstractContextManager[None]:
+    """What is told inside names the site (or pair of sites) ``where``.
+
+    >>> with warnings.catch_warnings(record=True) as told, at_site("residual_output.3"):
+    ...     warnings.simplefilter("always")
+    ...     tell("twonn is undefined.")
+    >>> str(told[0].message)
+    'twonn is undefined. [at residual_output.3]'
+    """
+    return nullcontext() if torch.compiler.is_compiling() else _at_site(where)
+
+
+@contextmanager
+def _at_site(where: str) -> Iterator[None]:
+    token = _site.set(where)
+    try:
+        yield
+    finally:
+        _site.reset(token)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
+import threading
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tdgeom.core.warnings import UndefinedMeasureWarning
+from tdgeom.core.pair_stage import check_spread
+from tdgeom.core.warnings import tell
+from tdgeom.numerics.opaque import opaque
 
 __all__ = [
     "Centred",
     "as_rows",
     "centre",
     "check_matched",
+    "finite_rows",
     "holds",
+    "occurs",
     "real_rows",
     "refuse_nonfinite",
     "upcast",
@@ -50,10 +54,34 @@ def holds(condition: Tensor) -> bool:
         return False
 
 
+def occurs(condition: Tensor) -> bool:
+    """Whether a condition on values is true anywhere, of any item that vmap maps over; False in a graph being traced."""
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        return bool(condition.any())
+    except RuntimeError:
+        _looked.at = False
+        _look(condition)
+        return bool(_looked.at)
+
+
+_looked = threading.local()
+
+
+@opaque(lambda condition: condition.new_empty(condition.shape))
+def _look(condition: Tensor) -> Tensor:
+    """What ``vmap`` maps over arrives whole here, and has values."""
+    _looked.at = bool(condition.any())
+    return condition.clone()
+
+
 def refuse_nonfinite(x: Tensor, measure: str) -> Tensor:
     """The largest magnitude () among the values of ``x``; an error where any is NaN or Inf."""
+    if not x.numel():
+        return x.new_zeros(())
     ends = torch.stack(torch.aminmax(x.detach()))  # one pass; NaN wins in both
-    if holds(~torch.isfinite(ends).all()):
+    if occurs(~torch.isfinite(ends)):
         raise ValueError(
             f"{measure}: the rows (shape {tuple(x.shape)}) hold NaN or Inf. Drop such rows first; "
             f"run(..., nonfinite='drop') does it at all sites and counts them."
@@ -71,14 +99,22 @@ def as_rows(x: Tensor, measure: str) -> Tensor:
     return upcast(real_rows(x, measure))
 
 
+def finite_rows(x: Tensor, measure: str) -> Tensor:
+    """``as_rows``, refusing NaN and Inf, which no measure should take for rows without variance."""
+    x = as_rows(x, measure)
+    refuse_nonfinite(x, measure)
+    return x
+
+
 def check_matched(x: Tensor, y: Tensor, measure: str, *, same_width: bool = False) -> None:
-    """Raise unless both sides have the same rows (and, if asked, features)."""
+    """Raise unless both sides have the same rows (and, if asked, features), and leading dimensions that spread."""
     if x.ndim < 2 or y.ndim < 2 or x.shape[-2] != y.shape[-2]:
         raise ValueError(
             f"{measure} compares matched rows: expected x (..., N, D) and y (..., N, E) with one N, got "
             f"{tuple(x.shape)} and {tuple(y.shape)}. Select the same rows on both sides (RowSample does, "
             "by row_id)."
         )
+    check_spread(x, y, measure)
     if same_width and x.shape[-1] != y.shape[-1]:
         raise ValueError(
             f"{measure} compares features one to one: expected equal D, got {x.shape[-1]} and {y.shape[-1]}. "
@@ -109,6 +145,6 @@ def centre(x: Tensor) -> Centred:
 
 def warn_undefined(value: Tensor, measure: str, reason: str) -> Tensor:
     """``value`` as it is; one UndefinedMeasureWarning if any of it is NaN."""
-    if holds(torch.isnan(value.detach()).any()):
-        warnings.warn(f"{measure} is undefined, NaN: {reason}", UndefinedMeasureWarning, stacklevel=3)
+    if occurs(torch.isnan(value.detach())):
+        tell(f"{measure} is undefined, NaN: {reason}")
     return value

@@ -16,6 +16,7 @@ from tdgeom.core.keys import NOT_WRITTEN, Key, key_tuple, touches
 from tdgeom.core.renamed import Renamed, describe, stage_of
 from tdgeom.core.stage import Stage
 from tdgeom.core.surroundings import steady
+from tdgeom.core.warnings import from_line, users_line
 
 __all__ = ["call", "give", "run_end"]
 
@@ -139,10 +140,10 @@ def _side_by_side(group: Sequence[Any], td: TensorDict) -> None:
         for unit in group:
             call(unit, td)
         return
-    grad = torch.is_grad_enabled()
+    grad, line = torch.is_grad_enabled(), users_line()
 
     def one(unit: Renamed) -> TensorDictBase:
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad), from_line(line):
             return unit.inner(td)
 
     try:

@@ -20,7 +20,7 @@ from tdgeom.measures.neighbors.distance_blocks import (
 from tdgeom.measures.neighbors.nearest_neighbors import nearest_neighbors
 from tdgeom.measures.neighbors.neighbor_table import check_rows, minkowski, searchable
 from tdgeom.measures.neighbors.search import search_distinct
-from tdgeom.numerics.centring import warn_undefined
+from tdgeom.numerics.centring import check_matched, warn_undefined
 from tdgeom.numerics.copies import all_alike, first_copies
 from tdgeom.numerics.opaque import opaque
 
@@ -64,14 +64,16 @@ def information_imbalance(
     >>> bool(full_to_part < part_to_full)
     True
     """
-    if x.shape[:-1] != y.shape[:-1]:
-        raise ValueError(
-            f"information_imbalance compares matched rows, got {tuple(x.shape)} and {tuple(y.shape)}. Select the same "
-            f"rows on both sides (RowSample does, by row_id)."
-        )
+    check_matched(x, y, "information_imbalance")
+    x, y = _spread(x, y)
     p, cosine = minkowski(metric)
     ab, ba = both_imbalances(check_rows(x, k).detach(), check_rows(y, k).detach(), k, p, cosine, memory)
     return _defined(ab, ba, all_alike(x) | all_alike(y))
+
+
+def _spread(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    return x.expand(*lead, *x.shape[-2:]), y.expand(*lead, *y.shape[-2:])
 
 
 def _defined(ab: Tensor, ba: Tensor, alike: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,6 +91,8 @@ def both_imbalances(
 ) -> tuple[Tensor, Tensor]:
     """Δ(x→y) and Δ(y→x) of float32 or float64 rows (*B, N, D) and (*B, N, E)."""
     a, b, n = searchable(x, cosine), searchable(y, cosine), x.shape[-2]
+    if not len(a):
+        return _empty(x)
     step = max(1, budget(memory) // (8 * n * n))
     pairs = [_both_directions(a[s : s + step], b[s : s + step], k, p, memory) for s in range(0, len(a), step)]
     ab, ba = (torch.cat(side).view(x.shape[:-2]) for side in zip(*pairs))
@@ -261,7 +265,9 @@ class InformationImbalance(PairStage):
     def compare(self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Both directions."""
         n = a[0].shape[-2]
-        to_b = conditional_ranks(b[0], a[1], metric=self.metric, memory=self.memory)
-        to_a = conditional_ranks(a[0], b[1], metric=self.metric, memory=self.memory)
+        rows_a, near_b = _spread(a[0], b[1])
+        rows_b, near_a = _spread(b[0], a[1])
+        to_b = conditional_ranks(rows_b, near_a, metric=self.metric, memory=self.memory)
+        to_a = conditional_ranks(rows_a, near_b, metric=self.metric, memory=self.memory)
         ab, ba = (2 / n * ranks.mean((-1, -2)) for ranks in (to_b, to_a))
         return _defined(ab, ba, all_alike(a[0]) | all_alike(b[0]))

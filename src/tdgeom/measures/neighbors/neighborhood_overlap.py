@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Key, Keys
-from tdgeom.core.pair_stage import PairStage
+from tdgeom.core.pair_stage import PairStage, check_spread
 from tdgeom.measures.neighbors.nearest_neighbors import nearest_neighbors
 from tdgeom.numerics.copies import all_alike, undefined_where_alike
 
@@ -23,11 +23,13 @@ def common_neighbors(index_a: Tensor, index_b: Tensor) -> Tensor:
     >>> common_neighbors(torch.tensor([[1, 2, 3]]), torch.tensor([[3, 4, 1]])).tolist()
     [2]
     """
-    if index_a.shape != index_b.shape:
+    if index_a.shape[-2:] != index_b.shape[-2:]:
         raise ValueError(
             f"overlaps compare tables of the same rows and the same k, got {tuple(index_a.shape)} and "
             f"{tuple(index_b.shape)}. Select the same rows on both sides (RowSample does, by row_id)."
         )
+    check_spread(index_a, index_b, "overlaps")
+    index_a, index_b = torch.broadcast_tensors(index_a, index_b)
     # Either side names a row at most once, so in the sorted union an equal pair is a shared neighbour.
     both = torch.cat((index_a, index_b), -1).sort(-1).values
     return (both[..., 1:] == both[..., :-1]).sum(-1)

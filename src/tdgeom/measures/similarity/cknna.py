@@ -11,7 +11,7 @@ from tdgeom.core.keys import Keys
 from tdgeom.core.pair_stage import PairStage
 from tdgeom.measures.similarity.hsic import alignment, hsic1
 from tdgeom.measures.similarity.pair_sources import MATCHED_ROWS
-from tdgeom.numerics.centring import as_rows, check_matched, warn_undefined
+from tdgeom.numerics.centring import check_matched, finite_rows, warn_undefined
 
 __all__ = ["CKNNA", "cknna"]
 
@@ -30,7 +30,7 @@ class _Neighbours(NamedTuple):
 
 
 def _neighbours(x: Tensor, k: int, measure: str) -> _Neighbours:
-    rows = as_rows(x, measure).double()
+    rows = finite_rows(x, measure).double()
     n = rows.shape[-2]
     if not 2 <= k < n:
         raise ValueError(f"{measure}: k counts neighbours, expected 2 <= k < N = {n}, got {k}.")

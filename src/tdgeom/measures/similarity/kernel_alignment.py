@@ -17,7 +17,7 @@ from tdgeom.measures.similarity.row_distances import (
     median_distance,
     squared_distances,
 )
-from tdgeom.numerics.centring import as_rows, centre, check_matched, warn_undefined
+from tdgeom.numerics.centring import centre, check_matched, finite_rows, warn_undefined
 
 __all__ = ["RBFCKA", "DistanceCorrelation", "distance_correlation", "rbf_cka"]
 
@@ -25,7 +25,7 @@ _REASON = "one side has no variance over the rows (or, for the RBF kernel, a med
 
 
 def _rows(x: Tensor, measure: str) -> tuple[Tensor, torch.dtype]:
-    x = as_rows(x, measure)
+    x = finite_rows(x, measure)
     return centre(x.double()).rows, x.dtype
 
 

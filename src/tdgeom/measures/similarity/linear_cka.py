@@ -11,12 +11,12 @@ from tdgeom.core.keys import Keys
 from tdgeom.measures.similarity.hsic import alignment, hsic1
 from tdgeom.measures.similarity.pair_sources import MomentPairStage, Source, refuse_sketch
 from tdgeom.measures.similarity.projected_cka import block_squares, group_traces, ratio_over_groups
-from tdgeom.numerics.centring import as_rows, centre, check_matched, warn_undefined
+from tdgeom.numerics.centring import centre, check_matched, finite_rows, warn_undefined
 from tdgeom.numerics.products import gram, in_own_precision
 
 __all__ = ["RV", "LinearCKA", "linear_cka", "linear_cka_debiased", "rv_coefficient"]
 
-_REASON = "one side has no variance over the rows (or values that are not finite)."
+_REASON = "one side has no variance over the rows."
 _REASON_DEBIASED = (
     "it needs 4 rows or more, and on each side an unbiased HSIC with itself above 0 (a side without "
     "variance, or too few rows for it, has none)."
@@ -37,7 +37,7 @@ class _Side(NamedTuple):
 
 
 def _prepare(x: Tensor, measure: str) -> _Side:
-    x = as_rows(x, measure)
+    x = finite_rows(x, measure)
     few = x.shape[-2] < x.shape[-1]
     rows = centre(x.double() if few else x).rows  # the fewer the rows, the more a massive one weighs
     norm2 = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).square()

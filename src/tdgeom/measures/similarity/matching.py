@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tdgeom.core.pair_stage import PairStage
 from tdgeom.measures.similarity.pair_sources import MATCHED_ROWS
-from tdgeom.numerics.centring import as_rows, centre, check_matched, warn_undefined
+from tdgeom.numerics.centring import centre, check_matched, finite_rows, warn_undefined
 from tdgeom.numerics.opaque import opaque
 
 __all__ = ["SoftMatching", "soft_matching"]
@@ -21,7 +21,7 @@ _ASSIGNMENT_LIMIT = 4096
 
 def _unit_features(x: Tensor, measure: str) -> Tensor:
     """Centred features of unit norm; constant ones zero."""
-    rows = centre(as_rows(x, measure).double()).rows
+    rows = centre(finite_rows(x, measure).double()).rows
     norms = torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
     return rows / torch.where(norms == 0, 1, norms)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tdgeom.measures.similarity.pair_sources import MomentPairStage, refuse_sketch
-from tdgeom.numerics.centring import as_rows, centre
+from tdgeom.numerics.centring import centre, finite_rows
 
 __all__ = ["Factor", "LinearPairStage", "factor_moments", "factor_rows", "overlap"]
 
@@ -31,7 +31,7 @@ def factor_rows(x: Tensor, measure: str, *, standardise: bool, share: float | No
     of the given values are then left out: features that depend on each other have many in float32 or half precision,
     as good as any other to such a measure. Where none is longer nothing tells them apart, and all of them count.
     """
-    wide = as_rows(x, measure).double()
+    wide = finite_rows(x, measure).double()
     rows, scale = centre(wide)
     norms = torch.linalg.vector_norm(rows, dim=-2)
     norms = norms if standardise else torch.ones_like(norms)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tdgeom.measures.similarity.pair_sources import MomentPairStage, refuse_sketch
-from tdgeom.numerics.centring import as_rows, centre, check_matched, warn_undefined
+from tdgeom.numerics.centring import centre, check_matched, finite_rows, warn_undefined
 
 __all__ = ["Procrustes", "angular_shape", "procrustes"]
 
@@ -15,7 +15,7 @@ _REASON = "one side has no variance over the rows."
 
 def _shape(x: Tensor, measure: str) -> Tensor:
     """Centred rows of unit Frobenius norm, at most N columns wide (a rotation, which changes no shape)."""
-    rows = centre(as_rows(x, measure).double()).rows
+    rows = centre(finite_rows(x, measure).double()).rows
     rows = rows / torch.linalg.vector_norm(rows, dim=(-2, -1), keepdim=True)
     if rows.shape[-2] < rows.shape[-1]:
         rows = torch.linalg.qr(rows.mT, mode="r")[1].mT

@@ -10,7 +10,7 @@ from torch import Tensor
 from tdgeom.core.pair_stage import PairStage
 from tdgeom.measures.similarity.pair_sources import MATCHED_ROWS
 from tdgeom.measures.similarity.row_distances import condensed, distances, squared_distances
-from tdgeom.numerics.centring import as_rows, centre, check_matched, warn_undefined
+from tdgeom.numerics.centring import centre, check_matched, finite_rows, warn_undefined
 from tdgeom.numerics.opaque import opaque
 
 __all__ = ["RSA", "rdm", "rsa"]
@@ -30,7 +30,7 @@ def rdm(x: Tensor, kind: Kind = "correlation") -> Tensor:
         tensor([5.], dtype=torch.float64)
     """
     _check(kind, get_args(Kind), "rdm: kind")
-    x = as_rows(x, "rdm").double()
+    x = finite_rows(x, "rdm").double()
     if kind == "euclidean":
         rows, scale = centre(x)
         found = distances(condensed(squared_distances(rows))) * scale[..., None]

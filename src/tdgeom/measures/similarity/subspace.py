@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Keys
-from tdgeom.core.pair_stage import PairStage
+from tdgeom.core.pair_stage import PairStage, check_spread
 from tdgeom.numerics.centring import as_rows, check_matched, warn_undefined
 
 __all__ = ["LayerCosine", "SubspaceNovelty", "feature_subspace_novelty", "layer_cosine_sim"]
@@ -46,6 +46,7 @@ def feature_subspace_novelty(u: Tensor, v: Tensor) -> Tensor:
             f"feature_subspace_novelty expects as many columns on both sides, got {u.shape[-1]} and "
             f"{v.shape[-1]}. Keep the first k = {min(u.shape[-1], v.shape[-1])} of each."
         )
+    check_spread(u, v, "feature_subspace_novelty")
     u, v = as_rows(u, "feature_subspace_novelty").double(), as_rows(v, "feature_subspace_novelty").double()
     outside = v - u @ (u.mT @ v)
     # LAPACK raises on NaN: such a pair goes in as zeros and comes out as NaN.
