@@ -61,7 +61,7 @@ class PairStage(Stage):
             if shape is not None and value is not None
         ]
         for (first, x, m), (key, y, n) in combinations(known, 2):
-            check_spread(x, y, type(self).__name__, m, n, f"{first!r} and {key!r}")
+            check_spread(x, y, type(self).__qualname__, m, n, f"{first!r} and {key!r}")
 
     def prepare(self, *inputs: Any, **options: Any) -> Any:
         """What one side contributes, from its inputs in the order of ``reads``. Default: the inputs themselves."""
