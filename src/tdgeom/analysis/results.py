@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 
 from tdgeom.files.bundle import Bundle, read_bundle, safe_name, write_bundle
 from tdgeom.files.json_text import plain
@@ -34,9 +35,9 @@ class AnalysisResults:
         artifact_dir: where the bundle is, once saved or loaded.
         neighbors: neighbour tables of the sample's rows (with ``neighbors=True``): a TensorDict with ``("neighbors", site,
             leaf)``, ``"sample_row_id"`` and the labels that the sample carried, for stages with ``source="neighbors"``.
-        result: the TensorDict that the tables were made from (None after ``load``).
-        baseline: the analysis of the untrained model (with ``untrained=True``; None after ``load``, its rows are in the
-            tables).
+        result: the TensorDict that the tables were made from, which profiles read; by stack where a model has several. A
+            bundle keeps its tensors.
+        baseline: the analysis of the untrained model (with ``untrained=True``), whose rows are in the tables too.
     """
 
     metrics: pd.DataFrame
@@ -90,7 +91,12 @@ class AnalysisResults:
             name: table for name, table in self._tables().items() if name != "router" or not table.empty
         }
         metadata = {**self.metadata, "save_mode": save_mode}
-        arrays = {"eigenvalues": self.eigenvalues, "neighbors": _packed(self.neighbors)}
+        arrays = {
+            "eigenvalues": self.eigenvalues,
+            "neighbors": _packed(self.neighbors),
+            "result": _packed(self.result),
+            "baseline": {} if self.baseline is None else _packed(self.baseline.result),
+        }
         self.artifact_dir = write_bundle(Path(save_dir), tables, arrays, metadata, save_mode, overwrite)
         self.metadata = metadata
         return self.artifact_dir
@@ -107,6 +113,8 @@ class AnalysisResults:
         diagnostics = {
             name.split("/", 1)[1]: table for name, table in tables.items() if name.startswith("diagnostics/")
         }
+        baseline = _unpacked(found.arrays["baseline"])
+        own = None if baseline is None else {name: _untrained(table) for name, table in tables.items()}
         return cls(
             metrics=tables["metrics"],
             novelty=tables["novelty"],
@@ -114,6 +122,8 @@ class AnalysisResults:
             diagnostics=diagnostics,
             eigenvalues=dict(found.arrays["eigenvalues"]),
             neighbors=_unpacked(found.arrays["neighbors"]),
+            result=_unpacked(found.arrays["result"]),
+            baseline=None if own is None else cls(own["metrics"], own["novelty"], result=baseline),
             metadata=dict(found.metadata),
             artifact_dir=found.folder,
         )
@@ -159,14 +169,25 @@ def default_folder(run_name: str | None) -> Path:
     return Path(safe_name(run_name or "tdgeom_run"))
 
 
+def _untrained(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the baseline in a table that holds both."""
+    if "weights" not in table:
+        return table
+    return table[table["weights"] == "untrained"].drop(columns="weights").reset_index(drop=True)
+
+
 def _packed(tables: TensorDictBase | None) -> dict[str, np.ndarray]:
     """A TensorDict as arrays by key; a key is a JSON list, for site names may hold any character."""
     if tables is None:
         return {}
     packed = {}
     for key in tables.keys(True, True):
-        value = tables.get(key).detach().cpu()
-        # row numbers of a sample fit 32 bits, half the room
+        value = tables.get(key)
+        if not isinstance(value, Tensor):
+            continue  # words stand in the metadata
+        value = value.detach().cpu()
+        # row numbers of a sample fit 32 bits, half the room; NumPy has no half precision with a wide exponent
+        value = value.float() if value.dtype is torch.bfloat16 else value
         packed[json.dumps(key)] = (value.int() if key[-1] == "index" else value).numpy()
     return packed
 
@@ -181,7 +202,7 @@ def _unpacked(arrays: Mapping[str, np.ndarray]) -> TensorDictBase | None:
             tables.set(tuple(key) if isinstance(key, list) else key, torch.from_numpy(values))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
-                f"AnalysisResults.load: the neighbour tables hold an entry {name[:80]!r} that is no key: {error}"
+                f"AnalysisResults.load: an archive holds an entry {name[:80]!r} that is no key: {error}"
             ) from error
         if key[-1] == "index":
             tables.set(tuple(key), tables.get(tuple(key)).long())

@@ -23,7 +23,7 @@ __all__ = ["METADATA", "SCHEMA_VERSION", "Bundle", "check_target", "read_bundle"
 
 SCHEMA_VERSION = "1.0"
 METADATA = "metadata.json"
-ARRAYS = ("eigenvalues", "neighbors")
+ARRAYS = ("eigenvalues", "neighbors", "result", "baseline")
 _LARGEST_JSON = 64 * 2**20
 # what a damaged archive raises; RuntimeError: an encrypted member, or one packed by a method that zipfile does not know
 _DAMAGED = (ValueError, OSError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
@@ -36,7 +36,7 @@ class Bundle:
 
     Attributes:
         tables: frames by name, such as "metrics", "novelty" and "diagnostics/normalization_ablation".
-        arrays: by archive ("eigenvalues", "neighbors"), then by name.
+        arrays: by archive ("eigenvalues", "neighbors", "result", "baseline"), then by name.
         metadata: model, data, settings, versions; ``"files"`` holds every file's hash.
         folder: where it lies.
     """

@@ -36,10 +36,10 @@ def intrinsic_dimension_profile(result: Any) -> pd.DataFrame:
     norm stands one layer after the last block's input).
 
     Args:
-        result: what ``run`` returned, or ``AnalysisResults`` that still holds it.
+        result: what ``run`` returned, or ``AnalysisResults``, fresh or loaded.
 
     Raises:
-        KeyError: no estimates in it. ValueError: results loaded from a bundle, which keeps tables only.
+        KeyError: no estimates in it. ValueError: a bundle of an earlier version, which kept tables only.
 
         >>> import torch, tdgeom as tg
         >>> from tensordict import TensorDict
@@ -63,10 +63,10 @@ def overlap_profile(result: Any) -> pd.DataFrame:
     ``other_relative_depth`` of the second, ``value``; with a baseline also ``weights``.
 
     Args:
-        result: what ``run`` returned, or ``AnalysisResults`` that still holds it.
+        result: what ``run`` returned, or ``AnalysisResults``, fresh or loaded.
 
     Raises:
-        KeyError: no overlaps in it. ValueError: results loaded from a bundle, which keeps tables only.
+        KeyError: no overlaps in it. ValueError: a bundle of an earlier version, which kept tables only.
 
         >>> import torch, tdgeom as tg
         >>> from tensordict import TensorDict
@@ -138,11 +138,17 @@ def _results(caller: str, result: Any) -> list[tuple[str | None, TensorDictBase]
     own, baseline = getattr(result, "result", None), getattr(result, "baseline", None)
     if own is None:
         raise ValueError(
-            f"{caller} takes what run() returned, or AnalysisResults fresh from analyze_model; got "
-            f"{type(result).__name__} without a result. A loaded bundle has its tables in .metrics and, saved with "
-            f"neighbors=True, its neighbour tables in .neighbors: run the estimators on those with source='neighbors'."
+            f"{caller} takes what run() returned, or AnalysisResults that hold it in .result; got {type(result).__name__} "
+            f"without a result. A bundle of an earlier version has its tables in .metrics and, saved with neighbors=True, "
+            f"neighbour tables in .neighbors: run the estimators on those with source='neighbors'."
         )
-    return [(None, own)] if baseline is None else [("trained", own), ("untrained", baseline.result)]
+    both = [(None, own)] if baseline is None else [("trained", own), ("untrained", baseline.result)]
+    return [(weights, stack) for weights, one in both for stack in _by_stack(one)]
+
+
+def _by_stack(result: TensorDictBase) -> list[TensorDictBase]:
+    """A model with several stacks has a pass, and so a result, for each."""
+    return [result] if "run" in result.keys() else [result.get(stack) for stack in result.keys()]
 
 
 def _dimension_rows(result: TensorDictBase) -> Iterator[dict[str, Any]]:
