@@ -14,6 +14,7 @@ from tdgeom.analysis.baseline import with_baseline
 from tdgeom.analysis.one_model import analyzed
 from tdgeom.analysis.results import AnalysisResults, default_folder
 from tdgeom.analysis.seed_names import also_called
+from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import Key
 from tdgeom.files.bundle import check_target
 from tdgeom.model.loading import load_model
@@ -24,6 +25,7 @@ __all__ = ["analyze_model"]
 
 
 @also_called(max_tokens="max_rows", sample_limit="sample_size")
+@answer_guesses
 def analyze_model(
     model_name: str | nn.Module | None = None,
     dataloader: Iterable[Any] | None = None,

@@ -17,6 +17,7 @@ from tdgeom.analysis.comparison import Comparison
 from tdgeom.analysis.metadata import model_record, run_record
 from tdgeom.core.for_each import ForEach
 from tdgeom.core.for_each_pair import ForEachPair
+from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import key_tuple
 from tdgeom.core.pair_stage import PairStage
 from tdgeom.measures.neighbors.nearest_neighbors import NearestNeighbors
@@ -39,6 +40,7 @@ __all__ = ["compare"]
 ALIGNMENTS = ("rows", "characters", "document")
 
 
+@answer_guesses
 def compare(
     model_a: nn.Module | str,
     model_b: nn.Module | str,

@@ -9,6 +9,7 @@ from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from tdgeom.analysis.analysis_settings import AnalysisSettings
 from tdgeom.core.for_each import ForEach
 from tdgeom.core.for_each_pair import ForEachPair, pair_list
+from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import key_tuple
 from tdgeom.core.pair_stage import PairStage
 from tdgeom.core.streaming_stage import StreamingStage
@@ -39,6 +40,7 @@ HELD = (
 )
 
 
+@answer_guesses
 def analysis_pipeline(
     capture: Capture,
     sites: Sequence[str],

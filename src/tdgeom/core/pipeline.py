@@ -14,6 +14,7 @@ from tensordict import LazyStackedTensorDict, TensorDictBase, unravel_key_list
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import nn
 
+from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import Key, key_tuple, optional_in_keys, touches
 from tdgeom.core.renamed import describe, is_streaming
 from tdgeom.core.stage import Stage
@@ -61,6 +62,7 @@ def streams_of(module: nn.Module) -> list[Any]:
     return [stream for child in module.children() for stream in streams_of(child)]
 
 
+@answer_guesses
 def merge_(pipeline: nn.Module, other: nn.Module) -> nn.Module:
     """Add the streaming state of another pipeline of the same stages, which saw other rows.
 
@@ -82,6 +84,7 @@ def merge_(pipeline: nn.Module, other: nn.Module) -> nn.Module:
     return pipeline
 
 
+@answer_guesses
 def reset(pipeline: nn.Module) -> None:
     """Forget every row, and count sequences from 0 again."""
     for part in pipeline.modules():
@@ -90,6 +93,7 @@ def reset(pipeline: nn.Module) -> None:
             forget()
 
 
+@answer_guesses
 def sync_(pipeline: nn.Module) -> None:
     """Merge the states of all ranks into rank 0; the others become empty. Collective."""
     for stream in streams_of(pipeline):

@@ -17,6 +17,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from tdgeom.core.guessed_names import is_about, refuse_unknown
+
 __all__ = ["Configured", "differences", "plain_setting"]
 
 _SMALL = 1024  # values of a tensor that are written out; of a larger one the hash
@@ -29,7 +31,9 @@ class _ConstructorSignature:
     def __get__(self, instance: object, owner: Any) -> inspect.Signature:
         if instance is not None:
             raise AttributeError("__signature__")  # an instance is called with tensors, not with settings
-        own = _signature(owner).parameters
+        own = set(_signature(owner).parameters)
+        if "__init__" not in owner.__dict__:
+            own -= _FOR_SUBCLASSES
         parameters = [
             p for name, p in _parameters(owner).items() if name in own or name not in _FOR_SUBCLASSES
         ]
@@ -59,6 +63,8 @@ class Configured:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Take the arguments down; unpickling and copies, which call this without any, bring their own."""
+        if is_dataclass(cls):  # whose __init__ is written after the class was noted
+            refuse_unknown(cls.__name__, kwargs, _parameters(cls))
         make = super().__new__
         self = make(cls) if make is object.__new__ else make(cls, *args, **kwargs)
         self.__dict__["_given"] = _bound(cls, args, kwargs)
@@ -131,8 +137,16 @@ def _noting(init: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(init)
     def __init__(self: Configured, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        if type(self).__init__ is __init__:  # of the class made, not of one above it
+        outermost = type(self).__init__ is __init__  # of the class made, not of one above it
+        try:
+            init(self, *args, **kwargs)
+        except TypeError as error:
+            known = inspect.signature(type(self)).parameters
+            unknown = [name for name in kwargs if name not in known]
+            if outermost and unknown and is_about(error, unknown[0]):
+                refuse_unknown(type(self).__name__, unknown, known)
+            raise
+        if outermost:
             held = self.__dict__
             held["_made"] = {name: _kept(held[name]) for name in self._given if name in held}
 

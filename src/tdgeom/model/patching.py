@@ -10,6 +10,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.warnings import UndefinedMeasureWarning
 from tdgeom.model.calls.bound_model import eval_mode
 from tdgeom.model.capture import Capture
@@ -66,6 +67,7 @@ class _Cells(Edit):
         return torch.where(chosen, other[example], value)
 
 
+@answer_guesses
 def activation_patching(
     model: nn.Module,
     clean: Mapping[str, Tensor] | TensorDictBase,

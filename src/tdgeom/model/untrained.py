@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from tdgeom.core.guessed_names import answer_guesses
+
 __all__ = ["untrained_copy"]
 
 
+@answer_guesses
 def untrained_copy(model: nn.Module, *, seed: int = 0) -> nn.Module:
     """The same architecture with freshly initialised weights; the model given is left as it is.
 

@@ -7,6 +7,8 @@ from html import escape
 
 from torch import Tensor
 
+from tdgeom.core.guessed_names import answer_guesses
+
 __all__ = ["AttentionView", "attention_view"]
 
 _STYLE = (
@@ -31,6 +33,7 @@ class AttentionView:
         return self.html
 
 
+@answer_guesses
 def attention_view(
     pattern: Tensor,
     tokens: Sequence[str],

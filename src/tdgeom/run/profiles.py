@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from tensordict import TensorDictBase, is_tensor_collection
 
+from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import Key
 from tdgeom.measures.dimension.estimate import DimensionEstimate
 from tdgeom.run.to_frame import SiteParts, cell, site_parts, whole_numbers
@@ -23,6 +24,7 @@ OVERLAPS = (
 )
 
 
+@answer_guesses
 def intrinsic_dimension_profile(result: Any) -> pd.DataFrame:
     """Every estimate of intrinsic dimension in a result, one row for each site, estimator and scale.
 
@@ -54,6 +56,7 @@ def intrinsic_dimension_profile(result: Any) -> pd.DataFrame:
     )
 
 
+@answer_guesses
 def overlap_profile(result: Any) -> pd.DataFrame:
     """Every neighbourhood measure in a result, one row for each site or pair of sites.
 

@@ -13,6 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from tqdm import tqdm
 
+from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import Key, as_key, key_tuple
 from tdgeom.core.process_groups import sum_over_ranks
 from tdgeom.core.renamed import stage_of
@@ -26,6 +27,7 @@ from tdgeom.run.signature import fingerprint
 __all__ = ["end_of", "run"]
 
 
+@answer_guesses
 def run(
     pipeline: TensorDictModuleBase,
     dataloader: Iterable[Any],

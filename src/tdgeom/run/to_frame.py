@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDictBase, is_tensor_collection
 from torch import Tensor
 
+from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.model.sites import Site
 
 __all__ = ["to_frame"]
@@ -18,6 +19,7 @@ __all__ = ["to_frame"]
 LEVELS = {"ablation": "variant", "dimension": "estimator"}
 
 
+@answer_guesses
 def to_frame(result: TensorDictBase, root: str) -> pd.DataFrame:
     """The results under one root as a DataFrame: one row a site, one column a metric.
 

@@ -13,6 +13,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import Key, as_key
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.numerics.hashing import EMPTY
@@ -157,6 +158,7 @@ class MaxActivating(StreamingStage):
         self.text = text.gather(0, order.unsqueeze(-1).expand(-1, -1, text.shape[-1]))
 
 
+@answer_guesses
 def describe_exemplars(
     exemplars: TensorDictBase, tokenizer: Any, unit: int, *, before: int = 10, most: int = 10
 ) -> list[str]:

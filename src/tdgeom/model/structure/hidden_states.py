@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
+from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.model.structure.resolve import available_sites
 
 __all__ = ["hidden_state_sites"]
 
 
+@answer_guesses
 def hidden_state_sites(model: nn.Module) -> list[str]:
     """The normalised input of every block and what the last block hands on: one site more than there are blocks.
 

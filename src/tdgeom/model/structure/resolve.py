@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.model.sites import (
     BLOCK_KINDS,
     KINDS,
@@ -28,6 +29,7 @@ from tdgeom.model.structure.resolved_site import ResolvedSite
 from tdgeom.model.structure.select_heads import HeadSpec, with_heads
 
 
+@answer_guesses
 def available_sites(model: nn.Module) -> list[ResolvedSite]:
     """All sites of a model that have a kind of their own, in execution order, with their module paths.
 
