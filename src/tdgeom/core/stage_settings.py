@@ -394,5 +394,6 @@ def _bound(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[
             given[parameter.name] = (
                 list(value) if parameter.kind is inspect.Parameter.VAR_POSITIONAL else value
             )
+    unsaid = () if "__init__" in cls.__dict__ else _FOR_SUBCLASSES  # what such a class never meant to take
     # Never a model, nor a list that may change later: all but tensors is made plain now.
-    return {name: _kept(one) for name, one in given.items()}
+    return {name: _kept(one) for name, one in given.items() if one is not None or name not in unsaid}
