@@ -29,8 +29,10 @@ class Capture(HookingContext):
     """Reads named places of a model: a TensorDict module, and a context manager around the user's own calls.
 
     **Module form**, ``capture(td)``: runs the model in eval mode without gradients and without a cache, on every
-    tensor of ``td`` that its forward takes (labels and row identities excepted), with ``position_ids`` counted
-    over the attention mask, and stops right after the last site. Writes ``("acts", site)``, shape (B, T, D), or
+    tensor of ``td`` that its forward takes (labels and row identities excepted), and stops right after the last site. Nothing
+    is made up for a batch without padding; a padded one gets ``position_ids`` only in a numbering with which a sequence gives
+    what it gives alone: checked once a model and padding side on one of its sequences, and refused with the remedy where
+    there is none. Writes ``("acts", site)``, shape (B, T, D), or
     (B, D) where the model gives that; everything else in ``td`` stays.
 
     **Context form**, ``with capture as calls:``: changes nothing about the calls the user makes; ``calls`` gets
@@ -61,7 +63,8 @@ class Capture(HookingContext):
         keep_graph: keep the autograd graph (and the ambient grad mode) instead of detaching.
         clone: copy what is read, for models that modify it in place later in the pass. (What a model writes again at its next
             call, a static buffer say, is seen and copied without.)
-        withhold: further entries that the model is never called with.
+        withhold: further entries that the model is never called with; ``["position_ids"]`` also leaves padded batches
+            unchecked.
         in_keys: what the module form demands: a list of keys, or a mapping of forward names to keys. Default: the
             model's main input, or every parameter of forward without a default. The attribute ``in_keys`` goes on with the
             other tensors that forward takes, which are passed where the batch has them (``optional_in_keys``).

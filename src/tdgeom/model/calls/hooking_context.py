@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tdgeom.core.keys import Key
 from tdgeom.core.stage_settings import Configured
 from tdgeom.model.calls.bound_model import Bound, refuse_compiled
-from tdgeom.model.calls.model_inputs import InKeys, ModelInputs
+from tdgeom.model.calls.model_inputs import InKeys, ModelInputs, on_one_device
+from tdgeom.model.calls.position_numbering import SIDES, number_padded
 from tdgeom.model.calls.site_hooks import SiteHooks
 from tdgeom.model.calls.structure_check import check_structure
 from tdgeom.model.sites import Site
@@ -92,10 +93,21 @@ class HookingContext(Configured, TensorDictModuleBase):
     @property
     def pad_token_id(self) -> int | None:
         """The padding id that the model's configuration names."""
-        return getattr(getattr(self.model, "config", None), "pad_token_id", None)
+        return getattr(getattr(self._bound.inputs.called, "config", None), "pad_token_id", None)
 
     def _arguments(self, tensordict: TensorDictBase) -> tuple[list[Any], dict[str, Any]]:
-        return self._bound.inputs.arguments(self.model, tensordict)
+        model, inputs = self.model, self._bound.inputs
+        given: Mapping[str, Any] = inputs.given(tensordict)
+        if "position_ids" not in self.withhold:
+
+            def call(entries: Mapping[str, Any]) -> Any:
+                args, kwargs = inputs.arguments(entries, tensordict)
+                return on_one_device(model)(*args, **kwargs)
+
+            told = {name: given[name] if name in given else tensordict.get(name, None) for name in SIDES}
+            told = {name: mask for name, mask in told.items() if name not in self.withhold}
+            given = number_padded(model, given, told, call, inputs.position_names, inputs.owner)
+        return inputs.arguments(given, tensordict)
 
     def _grad_mode(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.keep_graph else torch.no_grad()

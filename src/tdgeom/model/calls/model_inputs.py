@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from tdgeom.core.keys import Key
+from tdgeom.core.keys import Key, optional_in_keys
 
 # Row identities that pipelines carry beside a batch; a model never gets them.
 CARRIED = ("sequence_id", "document_id", "row_id", "sample_row_id")
@@ -35,14 +36,17 @@ class Signature:
 def read_signature(model: nn.Module) -> Signature:
     """The signature of ``model.forward``, through wrappers that take ``*args, **kwargs`` around another model.
 
+    A TensorDict module names the keys that it reads.
+
     >>> read_signature(nn.Sequential(nn.Linear(2, 2))).required
     ('input',)
     """
+    model = unwrapped(model)
+    if isinstance(model, TensorDictModuleBase):
+        keys = tuple(key for key in model.in_keys if isinstance(key, str))
+        return Signature(keys, tuple(k for k in keys if k not in optional_in_keys(model)), (), keys)
     parameters = inspect.signature(model.forward).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    inner = getattr(model, "get_base_model", None)
-    if not named and callable(inner):
-        return read_signature(inner())
     required = tuple(p.name for p in named if p.default is p.empty)
     return Signature(
         tuple(p.name for p in named),
@@ -50,6 +54,54 @@ def read_signature(model: nn.Module) -> Signature:
         tuple(p.name for p in named if p.kind is p.POSITIONAL_ONLY),
         tuple(p.name for p in named if p.name in required or _may_hold_tensor(p)),
     )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers whose forward names nothing, such as those for several devices or with adapters.
+
+    >>> unwrapped(nn.DataParallel(layer := nn.Linear(2, 2))) is layer
+    True
+    """
+    bare = on_one_device(model)
+    if bare is not model:
+        return unwrapped(bare)
+    kinds = {p.kind for p in inspect.signature(model.forward).parameters.values()}
+    inner = getattr(model, "get_base_model", None)
+    if kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} and callable(inner):
+        return unwrapped(inner())
+    return model
+
+
+def on_one_device(model: nn.Module) -> nn.Module:
+    """The model inside torch's own wrappers for several devices or processes."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
+
+
+def takes_features(model: nn.Module) -> bool:
+    """Whether a model is called with one mapping of names to tensors, as sentence encoders are.
+
+    >>> class Encoder(nn.Module):
+    ...     def forward(self, features: dict[str, Tensor]):
+    ...         return features["x"]
+    >>> takes_features(Encoder())
+    True
+    """
+    needed = [p for p in inspect.signature(model.forward).parameters.values() if p.default is p.empty]
+    needed = [p for p in needed if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    said = "" if not needed else str(needed[0].annotation)
+    return len(needed) == 1 and bool(
+        re.match(r"(<class ')?(typing\.|collections\.abc\.)?([Dd]ict|Mapping)\b", said)
+    )
+
+
+def reads_tokens(model: nn.Module) -> nn.Module | None:
+    """The outermost module whose forward names token ids or a mask, the model itself first; None where there is none."""
+    for module in model.modules():
+        if {"input_ids", "attention_mask"} & set(read_signature(module).names):
+            return module
+    return None
 
 
 def _may_hold_tensor(parameter: inspect.Parameter) -> bool:
@@ -69,6 +121,9 @@ class ModelInputs:
     parameter of forward without a default, or the first one; optional is every other one that may hold a tensor, except labels,
     row identities and ``withhold``. Of ``in_keys``, a list gives demanded keys: those that forward names go there, the others
     fill the demanded parameters in order. A mapping gives forward name -> key.
+
+    A model that is itself a TensorDict module gets a copy of the TensorDict; a model that takes one mapping of features gets
+    one, with what the first model inside that names token ids takes.
     """
 
     def __init__(
@@ -78,15 +133,20 @@ class ModelInputs:
         in_keys: InKeys | None = None,
         withhold: Iterable[str] = (),
     ) -> None:
-        self.owner, self.signature = type(owner).__name__, read_signature(model)
-        self.number_positions = not numbers_from_padding(model)
-        self.demanded = self._demanded(model, in_keys)
+        self.owner, self.withhold = type(owner).__name__, tuple(withhold)
+        bare = unwrapped(model)
+        self.is_policy = isinstance(bare, TensorDictModuleBase)
+        inner = reads_tokens(bare) if not self.is_policy and takes_features(bare) else None
+        self.features = None if inner is None else next(iter(inspect.signature(bare.forward).parameters))
+        self.called = bare if inner is None else inner
+        self.signature = read_signature(self.called)
+        self.demanded = self._demanded(self.called, in_keys)
         apart = {*CARRIED, *withhold, *self.demanded, *self.demanded.values()}
         names = [name for name in self.signature.tensors if name not in apart and not is_target(name)]
         self.optional: dict[str, Key] = {name: name for name in names}
         # a decoder's ids are made from the labels where they are missing
         self.from_labels = "decoder_input_ids" in self.optional and hasattr(
-            model, "prepare_decoder_input_ids_from_labels"
+            self.called, "prepare_decoder_input_ids_from_labels"
         )
 
     @property
@@ -94,7 +154,23 @@ class ModelInputs:
         """Every key that is read where it is present."""
         return [*self.optional.values(), *(["labels"] if self.from_labels else [])]
 
+    @property
+    def position_names(self) -> list[str]:
+        """The position arguments that the model may be given."""
+        names = ("position_ids", "decoder_position_ids")
+        return [n for n in names if n in self.signature.names and n not in self.withhold]
+
     def _demanded(self, model: nn.Module, in_keys: InKeys | None) -> dict[str, Key]:
+        if isinstance(in_keys, Mapping):
+            return dict(in_keys)
+        if isinstance(model, TensorDictModuleBase):
+            own = [key for key in model.in_keys if key not in optional_in_keys(model)]
+            listed = (
+                own if in_keys is None else [in_keys] if isinstance(in_keys, str | tuple) else list(in_keys)
+            )
+            if len(listed) != len(own):
+                raise ValueError(f"in_keys={listed} expected a key for each of {own}.")
+            return dict(zip(own, listed))
         signature, main = self.signature, getattr(model, "main_input_name", None)
         default = signature.required or signature.names[:1]
         if isinstance(main, str) and (main in signature.names or not signature.names):
@@ -106,8 +182,6 @@ class ModelInputs:
                     f"Remedy: {self.owner}(..., in_keys={{'<forward name>': '<key>'}})."
                 )
             return {name: name for name in default}
-        if isinstance(in_keys, Mapping):
-            return dict(in_keys)
         keys: list[Key] = [in_keys] if isinstance(in_keys, str | tuple) else list(in_keys)
         result: dict[str, Key] = {key: key for key in keys if isinstance(key, str) and key in signature.names}
         free = iter([n for n in (*default, *signature.names) if n not in result])
@@ -121,8 +195,8 @@ class ModelInputs:
                 result[name] = key
         return result
 
-    def arguments(self, model: nn.Module, tensordict: TensorDictBase) -> tuple[list[Any], dict[str, Any]]:
-        """Positional and keyword arguments of one call of the model."""
+    def given(self, tensordict: TensorDictBase) -> dict[str, Any]:
+        """What the model is given of a batch: forward name -> value."""
         given: dict[str, Any] = {}
         for name, key in self.demanded.items():
             value = tensordict.get(key, None)
@@ -136,33 +210,34 @@ class ModelInputs:
             value = tensordict.get(key, None)
             if isinstance(value, Tensor):
                 given[name] = value
-        if self.number_positions and "position_ids" in self.optional and "position_ids" not in given:
-            mask = given.get("attention_mask")
-            if mask is not None and mask.ndim == 2:
-                given["position_ids"] = position_ids(mask)
-        _refuse_too_long(model, given)
+        _refuse_too_long(self.called, given)
         if "use_cache" in self.signature.names:
             given.setdefault("use_cache", False)
         if self.from_labels and needs_decoder_ids(self.signature, given):
             labels = tensordict.get("labels", None)
             if labels is not None:
-                make: Any = model.prepare_decoder_input_ids_from_labels
+                make: Any = self.called.prepare_decoder_input_ids_from_labels
                 given["decoder_input_ids"] = make(labels)
-        return [given.pop(name) for name in self.signature.positional_only if name in given], given
+        return given
 
-
-def numbers_from_padding(model: nn.Module) -> bool:
-    """Whether a model counts positions itself, from a padding index or in several dimensions."""
-    for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.Embedding)
-            and "position" in name.rpartition(".")[2]
-            and module.padding_idx is not None
-        ):
-            return True
-    config = getattr(model, "config", None)
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    return isinstance(rope, Mapping) and "mrope_section" in rope
+    def arguments(
+        self, given: Mapping[str, Any], tensordict: TensorDictBase
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Positional and keyword arguments of one call of the model with what it is ``given`` of a batch."""
+        if self.is_policy:
+            whole = tensordict.copy()
+            withheld = (*CARRIED, *self.withhold)
+            whole = whole.exclude(*(key for key in withheld if key in whole.keys() and key not in given))
+            if any(given[name] is not whole.get(name, None) for name in given):
+                entries = TensorDict({}, batch_size=whole.batch_size)
+                for name, value in (*whole.items(), *given.items()):
+                    entries.set(name, value)
+                whole = entries
+            return [whole], {}
+        if self.features is not None:
+            return [dict(given)], {}
+        kwargs = dict(given)
+        return [kwargs.pop(name) for name in self.signature.positional_only if name in kwargs], kwargs
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -182,8 +257,10 @@ def _refuse_too_long(model: nn.Module, given: Mapping[str, Any]) -> None:
     known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
     if not known or not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] <= max(known):
         return  # so that nothing is looked for or waited for in the usual case
-    numbered = given.get("position_ids")
+    numbered, mask = given.get("position_ids"), given.get("attention_mask")
     needed = ids.shape[1] if numbered is None else int(numbered.max()) + 1
+    if numbered is None and isinstance(mask, Tensor) and mask.ndim == 2:
+        needed = int(mask.bool().sum(-1).max())  # padding needs no position of its own
     learned = (
         module.num_embeddings
         for name, module in model.named_modules()
