@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,12 +64,6 @@ def table(seed: int) -> Tensor:
 
 def groups() -> Tensor:
     return torch.arange(N) // 4
-
-
-def fitted(seed: int) -> Mapping[str, Tensor]:
-    """Label moments of the rows: what the probes in closed form are fitted from."""
-    label = torch.nn.functional.one_hot(labels(seed), 2).double()
-    return F.pool_folds(F.label_moments(rows(seed)[None], label[None]))
 
 
 one = lambda seed: (rows(seed),)
@@ -150,7 +144,7 @@ CALLS: dict[str, Call] = {
     "concept_basis": Call(lambda c, m: F.concept_basis(c, m, 2), lambda seed: (covariance(seed), rows(seed).mean(0))),
     "erase": Call(F.erase, lambda seed: (rows(seed), basis(seed, 1), basis(seed, 1), rows(seed).mean(0))),
     "interpolate": Call(lambda a, b: F.interpolate(a, b, 0.3, spherical=True), lambda seed: tuple(rows(seed)[:2])),
-    "label_moments": Call(F.label_moments, lambda seed: (rows(seed)[None], labels(seed).double()[None, :, None])),
+    "label_moments": Call(F.label_moments, lambda seed: (rows(seed), labels(seed).double()[:, None])),
     "linear_decision": Call(F.linear_decision, lambda seed: (rows(seed), rows(seed)[:2], rows(seed)[0, :2])),
     "logistic_probe": Call(lambda x, y: F.logistic_probe(x, y, 2), lambda seed: (rows(seed), labels(seed))),
     "project": Call(F.project, lambda seed: (rows(seed), basis(seed), rows(seed).mean(0))),

@@ -1,4 +1,8 @@
-"""The pure functions behind the stages: tensors in, tensors out, batched over leading dimensions."""
+"""The pure functions behind the stages: tensors in, tensors out, batched over leading dimensions.
+
+NumPy arrays, pandas tables, lists of numbers and whatever else ``numpy.asarray`` makes an array of are taken in place of a
+tensor, as stages take them; tensors come out (``float(value)``, ``value.numpy()``).
+"""
 
 from tdgeom.concepts.bases import concept_basis, fisher_basis
 from tdgeom.concepts.coordinates import interpolate, project, reconstruct
@@ -43,6 +47,7 @@ from tdgeom.measures.spectrum_metrics import (
 from tdgeom.model.aggregate import aggregate_positions, group_attention
 from tdgeom.model.lens.logit_lens import lens_measures
 from tdgeom.model.positions import position_mask
+from tdgeom.numerics.array_arguments import taking_arrays
 from tdgeom.numerics.hashing import hash_ids
 from tdgeom.probing.bilinear import bilinear_ridge
 from tdgeom.probing.closed_form import (
@@ -163,3 +168,7 @@ __all__ = [
     "twonn_from_distances",
     "within_scatter",
 ]
+
+_taking = {function: taking_arrays(function, __name__) for function in {globals()[name] for name in __all__}}
+for _name in __all__:
+    globals()[_name] = _taking[globals()[_name]]

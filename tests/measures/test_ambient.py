@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,7 +20,7 @@ from tdgeom.numerics.moments import block_moments
 from tdgeom.numerics.products import gram
 
 HERE = ("tdgeom.measures", "tdgeom.numerics")
-NAMES = [name for name in CALLS if getattr(F, name).__module__.startswith(HERE)]
+NAMES = [name for name in CALLS if inspect.unwrap(getattr(F, name)).__module__.startswith(HERE)]
 NUMERICS = {
     "as_rows": Call(lambda x: as_rows(x, "a test"), one),
     "block_moments": Call(block_moments, one),

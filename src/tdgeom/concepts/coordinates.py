@@ -9,30 +9,33 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key
 from tdgeom.core.stage import Stage
+from tdgeom.numerics.centring import in_one_type, occurs
 
 __all__ = ["Interpolate", "Project", "Reconstruct", "interpolate", "project", "reconstruct"]
 
 
 def project(rows: Tensor, basis: Tensor, mean: Tensor) -> Tensor:
-    """Coordinates (x - mean)·C: (*B, N, D), (*B, D, n), (*B, D) -> (*B, N, n), in the wider of the two precisions.
+    """Coordinates (x - mean)·C: (*B, N, D), (*B, D, n), (*B, D) -> (*B, N, n), in the widest of the three precisions.
 
     >>> project(torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0], [0.0]]), torch.tensor([1.0, 1.0]))
     tensor([[2.]])
     """
-    return (rows.to(torch.promote_types(rows.dtype, mean.dtype)) - mean.unsqueeze(-2)) @ basis
+    rows, basis, mean = in_one_type(rows, basis, mean)
+    return (rows - mean.unsqueeze(-2)) @ basis
 
 
 def reconstruct(coordinates: Tensor, dual: Tensor, mean: Tensor) -> Tensor:
-    """Rows z·Cᵀ + mean: (*B, N, n), (*B, D, n), (*B, D) -> (*B, N, D).
+    """Rows z·Cᵀ + mean: (*B, N, n), (*B, D, n), (*B, D) -> (*B, N, D), in the widest of the three precisions.
 
     >>> reconstruct(torch.tensor([[2.0]]), torch.tensor([[1.0], [0.0]]), torch.tensor([1.0, 1.0]))
     tensor([[3., 1.]])
     """
+    coordinates, dual, mean = in_one_type(coordinates, dual, mean)
     return coordinates @ dual.mT + mean.unsqueeze(-2)
 
 
 def interpolate(a: Tensor, b: Tensor, alpha: float | Tensor, *, spherical: bool = False) -> Tensor:
-    """Between two concepts: (*B, D), (*B, D) -> (*B, D) for a number, (A, *B, D) for (A,) values of alpha.
+    """Between two concepts: (*B, D), (*B, D) -> (*B, D) for a number, (A, *B, D) for (A,) values of alpha, in the wider type.
 
     Linear: (1-α)a + αb. Spherical: along the great circle between the directions at constant speed, the length going
     linearly from |a| to |b|, so that unit vectors stay unit. α = 0 and 1 give a and b exactly.
@@ -45,6 +48,7 @@ def interpolate(a: Tensor, b: Tensor, alpha: float | Tensor, *, spherical: bool 
     >>> interpolate(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), 0.5, spherical=True)
     tensor([0.7071, 0.7071])
     """
+    a, b = in_one_type(a, b)
     alpha = torch.as_tensor(alpha, dtype=a.dtype, device=a.device)
     alpha = alpha.reshape(alpha.shape + (1,) * a.ndim)
     if not spherical:
@@ -54,7 +58,7 @@ def interpolate(a: Tensor, b: Tensor, alpha: float | Tensor, *, spherical: bool 
         u, v = a / size_a, b / size_b
         # The angle from the sum and the difference: exact also for nearly parallel directions, where arccos is not.
         angle = 2 * torch.atan2((u - v).norm(dim=-1, keepdim=True), (u + v).norm(dim=-1, keepdim=True))
-        if not torch.compiler.is_compiling() and not bool((angle < torch.pi * (1 - 1e-6)).all()):
+        if occurs(~(angle < torch.pi * (1 - 1e-6))):
             raise ValueError(
                 "no shortest way on the sphere joins opposite directions or starts at a zero vector. Interpolate linearly, or "
                 "go through a third concept."

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key, resolve_keys
 from tdgeom.core.stage import Stage
+from tdgeom.numerics.centring import in_one_type
 from tdgeom.probing.label_moments import LEAVES, label_moments, pool_folds, row_targets
 from tdgeom.probing.labelled_rows import plain_rows, row_labels
 
@@ -58,13 +59,13 @@ def leace(moments: Mapping[str, Tensor], *, tolerance: float = 1e-8) -> dict[str
 
 
 def erase(x: Tensor, left: Tensor, right: Tensor, mean: Tensor) -> Tensor:
-    """x - left·rightᵀ(x - mean): (..., D) -> (..., D), in the precision of ``x`` and the factors.
+    """x - left·rightᵀ(x - mean): (..., D) -> (..., D), in the widest precision of ``x`` and the factors.
 
     >>> erase(torch.tensor([3.0, 1.0]), torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0], [0.0]]), torch.tensor([1.0, 0.0]))
     tensor([1., 1.])
     """
-    dtype = torch.promote_types(x.dtype, mean.dtype)
-    return x.to(dtype) - ((x.to(dtype) - mean.to(dtype)) @ right.to(dtype)) @ left.to(dtype).mT
+    x, left, right, mean = in_one_type(x, left, right, mean)
+    return x - ((x - mean) @ right) @ left.mT
 
 
 class LEACE(Stage):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ __all__ = [
     "check_matched",
     "finite_rows",
     "holds",
+    "in_one_type",
     "occurs",
     "real_rows",
     "refuse_nonfinite",
@@ -42,6 +44,13 @@ def upcast(x: Tensor) -> Tensor:
     if x.dtype in (torch.float32, torch.float64):
         return x
     return x.float() if x.is_floating_point() else x.double()
+
+
+def in_one_type(*given: Tensor) -> list[Tensor]:
+    """Factors of one product in the widest of their types, integers counting as float64."""
+    wide = [value if value.is_floating_point() else value.double() for value in given]
+    dtype = reduce(torch.promote_types, (value.dtype for value in wide))
+    return [value.to(dtype) for value in wide]
 
 
 def holds(condition: Tensor) -> bool:

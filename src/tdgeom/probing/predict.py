@@ -10,6 +10,7 @@ from torch import Tensor
 from tdgeom.core.keys import Key
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.stage import Stage
+from tdgeom.numerics.centring import in_one_type
 from tdgeom.probing import rules
 from tdgeom.probing.control_task import type_buckets
 from tdgeom.probing.labelled_rows import labelled_keys, row_labels
@@ -22,12 +23,13 @@ __all__ = ["ProbePredict", "ProbeScore", "linear_decision"]
 
 
 def linear_decision(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Wx + b: (*B, N, D), (K, D), (K,) -> (*B, N, K), in float64 where the weight is.
+    """Wx + b: (*B, N, D), (K, D), (K,) -> (*B, N, K), in the widest of the three types.
 
     >>> linear_decision(torch.ones(1, 2), torch.eye(2), torch.zeros(2))
     tensor([[1., 1.]])
     """
-    return rows.to(weight.dtype) @ weight.mT + bias
+    rows, weight, bias = in_one_type(rows, weight, bias)
+    return rows @ weight.mT + bias
 
 
 class ProbePredict(Stage):
