@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,24 @@ from tdgeom.model.capture import Capture
 from tdgeom.model.capture_spec import CaptureSpec
 from tdgeom.model.loading import config_summary, model_identity, software_versions
 
-__all__ = ["analysis_metadata", "model_record", "run_record"]
+__all__ = ["analysis_metadata", "model_record", "row_unit", "run_record"]
+
+
+def row_unit(capture: Capture, select: Mapping[str, Any]) -> str:
+    """What one row of an analysis is: "sequences" where each gives one, "tokens" of a model of tokens, else "rows".
+
+    >>> import tdgeom as tg
+    >>> row_unit(tg.Capture(nn.Linear(2, 2), "module_output:"), {})
+    'rows'
+    """
+    if select.get("pool") is not None or isinstance(select.get("positions"), int):
+        return "sequences"
+    if isinstance(positions := select.get("positions"), str) and re.fullmatch(
+        r"(first|last|cls)(-\d+)?", positions
+    ):
+        return "sequences"
+    words = {"input_ids", "inputs_embeds", "decoder_input_ids"}
+    return "tokens" if words & {str(key) for key in capture.in_keys} else "rows"
 
 
 def run_record(results: Sequence[TensorDict], settings: Settings) -> dict[str, Any]:
@@ -62,6 +80,7 @@ def analysis_metadata(
         "dtype": None if first is None else str(first.dtype).removeprefix("torch."),
         "input_device": None if first is None else str(first.device),
         "sites": [str(site) for site in capture.sites],
+        "row_unit": row_unit(capture, settings.select),
         "capture": _capture_record(capture, settings.select),
         "layers": sorted({site.layer for site in capture.sites if site.layer is not None}),
         **run_record(results, settings),

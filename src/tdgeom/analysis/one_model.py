@@ -13,7 +13,7 @@ from torch import nn
 
 from tdgeom.analysis.analysis_settings import AnalysisSettings
 from tdgeom.analysis.default_pipeline import HELD, analysis_pipeline
-from tdgeom.analysis.metadata import analysis_metadata
+from tdgeom.analysis.metadata import analysis_metadata, row_unit
 from tdgeom.analysis.result_tables import (
     Measured,
     ablation_rows,
@@ -74,7 +74,8 @@ def analyzed(
         sample = min(settings.sample_size, int(result["run", "rows"]))
         depth = depths.get(stack, 0)
         widths = _widths(pipeline, sites)
-        passes.append(Measured(result, sites, name, depth, widths, sample, settings.novelty_k))
+        unit = row_unit(asked, settings.select)
+        passes.append(Measured(result, sites, name, depth, widths, sample, settings.novelty_k, unit))
     if not passes:
         return None
     return AnalysisResults(

@@ -32,7 +32,7 @@ class Measured:
     """What one pass over the sites of one stack found, and what every row of its tables says about the model.
 
     ``depth`` is the last layer of the model's stack, ``widths`` are the sites' numbers of features, ``sample`` the rows of the
-    sample.
+    sample, ``unit`` what a row is.
     """
 
     result: TensorDict
@@ -42,6 +42,7 @@ class Measured:
     widths: Mapping[str, int]
     sample: int
     novelty_k: int
+    unit: str = "tokens"
 
 
 def table(rows: Callable[[Measured], Iterable[dict[str, Any]]], passes: Iterable[Measured]) -> pd.DataFrame:
@@ -64,7 +65,8 @@ def metrics_rows(one: Measured) -> Iterator[dict[str, Any]]:
             "num_layers": len(layers) or len(one.sites),
             "layer_norm_depth": _share(site.layer, max(layers, default=0)),
             "relative_depth": _share(site.layer, one.depth),
-            "tokens_observed": int(one.result["run", "rows"]),
+            "tokens_observed": int(one.result["run", "rows" if one.unit == "tokens" else "tokens"]),
+            "rows_observed": int(one.result["run", "rows"]),
             "hidden_dim": one.widths.get(site),
             **{"_".join(path[1:]) or root: cell(value) for root, path, value in values if path[0] == site},
         }
@@ -116,7 +118,10 @@ def ablation_rows(one: Measured) -> Iterator[dict[str, Any]]:
     for site in one.sites:
         branch = one.result.get(("ablation", str(site)))
         for variant in branch.keys():
-            counts = {"tokens": one.sample, "hidden_dim": one.widths.get(site)}
+            counts = {
+                "tokens" if one.unit == "tokens" else "rows": one.sample,
+                "hidden_dim": one.widths.get(site),
+            }
             yield {**one.model, **_place(site), "variant": variant, **counts, **_cells(branch.get(variant))}
 
 

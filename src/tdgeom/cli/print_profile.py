@@ -26,7 +26,7 @@ PROFILES = {
 
 def print_profiles(results: AnalysisResults, console: Console) -> None:
     """The profiles in ``results.diagnostics`` as tables: single numbers together, each estimate over scales alone."""
-    console.print(headline(results, "rows"))
+    console.print(headline(results))
     for name, (title, note) in PROFILES.items():
         if name in results.diagnostics:
             table = results.diagnostics[name]

@@ -26,7 +26,7 @@ ROUTER = (
 )  # fmt: skip
 IDENTITY = {
     "model_key", "model_label", "site", "kind", "stack", "layer", "num_layers", "layer_norm_depth", "relative_depth",
-    "tokens_observed", "hidden_dim", "a", "b", "transition", "novelty_k", "variant", "tokens",
+    "tokens_observed", "rows_observed", "hidden_dim", "a", "b", "transition", "novelty_k", "variant", "tokens", "rows",
 }  # fmt: skip
 UNIT = {"feature_subspace_novelty", "linear_cka", "layer_cosine_sim", "router_entropy_norm"}  # bars end at 1
 
@@ -34,9 +34,9 @@ UNIT = {"feature_subspace_novelty", "linear_cka", "layer_cosine_sim", "router_en
 NOTES = {
     "d_pr": "over how many directions the variance spreads (1 to {width}); bar from 0 to the largest",
     "top1_share": "variance along the first direction alone",
-    "cos_sim_mean": "how alike any two tokens point",
+    "cos_sim_mean": "how alike any two {rows} point",
     "feature_subspace_novelty": "0 if the leading subspace stays, 1 if it turns orthogonal",
-    "linear_cka": "1 if the geometry of the tokens stays",
+    "linear_cka": "1 if the geometry of the {rows} stays",
     "router_entropy_norm": "1 if all experts are used alike, 0 if one is",
 }
 
@@ -44,17 +44,19 @@ NOTES = {
 def print_results(results: AnalysisResults, console: Console) -> None:
     """The tables of an analysis, as wide as the console, each with a line on how to read it."""
     console.print(headline(results))
-    _print(console, "Sites", results.metrics, METRICS)
-    _print(console, "From one layer to the next", results.novelty, NOVELTY)
+    unit = str(results.metadata.get("row_unit", "rows"))
+    _print(console, "Sites", results.metrics, METRICS, unit)
+    _print(console, "From one layer to the next", results.novelty, NOVELTY, unit)
     for name, table in results.diagnostics.items():
         if {"variant", "d_pr"} <= set(table):
-            _print_ablation(console, name, table)
-    _print(console, "Routers", results.router, ROUTER)
+            _print_ablation(console, name, table, unit)
+    _print(console, "Routers", results.router, ROUTER, unit)
 
 
-def headline(results: AnalysisResults, unit: str = "tokens") -> Text:
+def headline(results: AnalysisResults) -> Text:
     """The model, and how much of what was measured."""
     data = results.metadata
+    unit = data.get("row_unit", "rows")
     label = next(iter(results.metrics.get("model_label", [])), None) or data.get("model_id") or "model"
     facts = [str(data["model_class"])] if data.get("model_class") else []
     if data.get("rows_observed") is not None:
@@ -81,7 +83,7 @@ def _label(table: pd.DataFrame) -> tuple[str, list[str]]:
     return "layer", [str(int(value)) for value in table["layer"]]
 
 
-def _print(console: Console, title: str, table: pd.DataFrame, wanted: Sequence[str]) -> None:
+def _print(console: Console, title: str, table: pd.DataFrame, wanted: Sequence[str], unit: str) -> None:
     if table.empty:
         return
     own = [name for name in table.select_dtypes(["number", "bool"]) if name not in IDENTITY]
@@ -113,17 +115,19 @@ def _print(console: Console, title: str, table: pd.DataFrame, wanted: Sequence[s
     titled(console, title, drawn)
     known: list[float] = table["hidden_dim"].dropna().tolist() if "hidden_dim" in table else []
     features = int(max(known)) if known else "the width"
-    notes = [f"{name}: {note.format(width=features)}." for name, note in NOTES.items() if name in table]
+    notes = [
+        f"{name}: {note.format(width=features, rows=unit)}." for name, note in NOTES.items() if name in table
+    ]
     if notes:
         console.print(Text(" ".join(notes), style="dim"))
 
 
-def _print_ablation(console: Console, name: str, table: pd.DataFrame) -> None:
+def _print_ablation(console: Console, name: str, table: pd.DataFrame, unit: str) -> None:
     heading, labels = _label(table)
     variants, rows = list(dict.fromkeys(table["variant"])), list(dict.fromkeys(labels))
     cells = dict(zip(zip(table["variant"], labels), cells_of(table["d_pr"], "d_pr")))
     by_variant = [[cells.get((variant, row), "-") for row in rows] for variant in variants]
     drawn = columns_table([heading, *map(broken, variants)], [rows, *by_variant])
     titled(console, f"{name.replace('_', ' ').capitalize()}: d_pr", drawn)
-    note = "A large change means that a few long tokens or large features make the number."
+    note = f"A large change means that a few long {unit} or large features make the number."
     console.print(Text(note, style="dim"))

@@ -101,7 +101,7 @@ def _title(metadata: Mapping[str, Any]) -> str:
     label = str(metadata.get("model_id") or metadata.get("model_class") or "")
     label = label if label.count("/") <= 1 and not label.startswith((".", "/")) else Path(label).name
     rows = metadata.get("rows_observed")
-    return f"{label}, {rows:,} tokens" if rows else label
+    return f"{label}, {rows:,} {metadata.get('row_unit', 'rows')}" if rows else label
 
 
 def _kinds(table: pd.DataFrame) -> str | None:
