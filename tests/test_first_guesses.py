@@ -12,6 +12,7 @@ from tdgeom.core.guessed_names import SYNONYMS, WAYS
 
 MODEL = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
 PUBLIC = {name: getattr(tg, name) for name in tg.__all__ if inspect.isroutine(getattr(tg, name))}
+PUBLIC |= {f"functional.{name}": getattr(tg.functional, name) for name in tg.functional.__all__}
 STAGES = {name: getattr(tg, name) for name in tg.__all__ if hasattr(getattr(tg, name), "from_settings")}
 
 
@@ -93,6 +94,13 @@ GUESSES = [
     (lambda: tg.analyze_model(MODEL, [], pool="mean"), "select="),
     (lambda: tg.compare(MODEL, MODEL, [], measures="cka"), "metrics="),
     (lambda: tg.compare(MODEL, MODEL, [], tokenizer=None), "tokenizer_a="),
+    (lambda: tg.functional.twonn(torch.zeros(3, 2), fraction=0.9), "discard="),
+    (lambda: tg.functional.nearest_neighbors(torch.zeros(3, 2), n_neighbors=2), "k="),
+    (lambda: tg.functional.rsa(torch.zeros(3, 2), torch.zeros(3, 2), method="pearson"), "comparison="),
+    (
+        lambda: tg.functional.linear_cka(torch.zeros(3, 2), torch.zeros(3, 2), debiased=True),
+        "linear_cka_debiased",
+    ),
     (lambda: tg.untrained_copy(MODEL, random_state=1), "seed="),
 ]
 
@@ -108,7 +116,7 @@ def test_the_answers_name_what_there_is():
     takes = {argument for made in {**PUBLIC, **STAGES}.values() for argument in named(made)}
     assert set(SYNONYMS) <= takes | {"max_length"}, set(SYNONYMS) - takes
     for (owner, guess), way in WAYS.items():
-        made = {**PUBLIC, **STAGES}[owner]
+        made = {**PUBLIC, **STAGES}.get(owner) or PUBLIC[f"functional.{owner}"]
         assert guess not in named(made), (owner, guess)
         head = way.partition("=")[0]
         assert "=" not in way or not head.isidentifier() or head in named(made), (owner, way)

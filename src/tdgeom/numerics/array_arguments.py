@@ -12,6 +12,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdgeom.core.guessed_names import refuse_unknown
+
 __all__ = ["taking_arrays", "tensor_of"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -30,9 +32,12 @@ def taking_arrays(function: _Function, module: str) -> _Function:
         if "Tensor" in str(parameter.annotation) and "Callable" not in str(parameter.annotation)
     }
     names = list(inspect.signature(function).parameters)
+    known = set(names)
 
     @wraps(function)
     def called(*args: Any, **options: Any) -> Any:
+        if not options.keys() <= known:
+            refuse_unknown(function.__name__, options, names)
         for name, value in (*zip(names, args), *options.items()):
             if name in kinds and not isinstance(value, Tensor):
                 break
