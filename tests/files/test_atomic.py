@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from tdgeom.files.atomic import explain, open_regular, whole_folder, write_whole
+from tdgeom.files.atomic import explained, open_regular, whole_folder, write_whole
 from tdgeom.files.errors import StoreError
 
 
@@ -45,7 +45,8 @@ def test_an_interruption_leaves_no_draft(tmp_path):
     ],
 )  # fmt: skip
 def test_errors_of_the_system_are_explained(code, remedy):
-    assert remedy in str(explain(OSError(code, os.strerror(code)), "writing x"))
+    with pytest.raises(StoreError, match=f"writing x: .*{remedy}"), explained("writing x"):
+        raise OSError(code, os.strerror(code))
 
 
 def test_only_regular_files_are_opened(tmp_path):

@@ -17,7 +17,7 @@ from tdgeom.files.errors import StoreError
 
 __all__ = [
     "NO_LINK",
-    "explain",
+    "explained",
     "file_sha256",
     "is_taken",
     "open_regular",
@@ -54,10 +54,14 @@ _REMEDIES = {
 }
 
 
-def explain(error: OSError, doing: str) -> StoreError:
-    """An operating system error as the store's: what was being done, what came, what helps."""
-    remedy = _REMEDIES.get(error.errno or 0, "the disk refused.")
-    return StoreError(f"{doing}: {error.strerror or error}; {remedy}")
+@contextmanager
+def explained(doing: str) -> Iterator[None]:
+    """Errors of the operating system inside become the store's: what was being done, what came, what helps."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0, "the disk refused.")
+        raise StoreError(f"{doing}: {error.strerror or error}; {remedy}") from error
 
 
 def open_regular(path: Path) -> io.FileIO:
@@ -66,10 +70,8 @@ def open_regular(path: Path) -> io.FileIO:
     Raises:
         StoreError: it is missing, unreadable or no regular file.
     """
-    try:
+    with explained(f"opening {path}"):
         handle = os.open(path, os.O_RDONLY | NO_LINK | getattr(os, "O_BINARY", 0))
-    except OSError as error:
-        raise explain(error, f"opening {path}") from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise StoreError(f"{path} is no regular file: the folder was tampered with, or is no store.")
@@ -78,20 +80,14 @@ def open_regular(path: Path) -> io.FileIO:
 
 def read_whole(path: Path, largest: int) -> bytes:
     """A file's bytes, at most one more than ``largest``."""
-    try:
-        with open_regular(path) as handle:
-            return handle.read(largest + 1)
-    except OSError as error:
-        raise explain(error, f"reading {path}") from error
+    with explained(f"reading {path}"), open_regular(path) as handle:
+        return handle.read(largest + 1)
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, as 64 hexadecimal digits."""
-    try:
-        with open_regular(path) as handle:
-            return sha256_of(iter(lambda: handle.read(_STEP), b""))
-    except OSError as error:
-        raise explain(error, f"reading {path}") from error
+    with explained(f"reading {path}"), open_regular(path) as handle:
+        return sha256_of(iter(lambda: handle.read(_STEP), b""))
 
 
 def sha256_of(chunks: Iterable[bytes | memoryview]) -> str:
@@ -121,20 +117,19 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
-        draft.unlink(missing_ok=True)  # of a killed process that had the same id
-        with open(draft, "xb", buffering=0) as handle:  # never through a link that somebody put there
-            for chunk in chunks:
-                rest = memoryview(chunk)
-                while rest.nbytes:
-                    rest = rest[handle.write(rest[:_STEP]) :]
-            os.fsync(handle.fileno())
-        os.replace(draft, path)
-        sync_folder(path.parent)
-    except BaseException as error:
+        with explained(f"writing {path}"):
+            draft.unlink(missing_ok=True)  # of a killed process that had the same id
+            with open(draft, "xb", buffering=0) as handle:  # never through a link that somebody put there
+                for chunk in chunks:
+                    rest = memoryview(chunk)
+                    while rest.nbytes:
+                        rest = rest[handle.write(rest[:_STEP]) :]
+                os.fsync(handle.fileno())
+            os.replace(draft, path)
+            sync_folder(path.parent)
+    except BaseException:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise explain(error, f"writing {path}") from error
         raise
 
 

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tdgeom.files.atomic import explain, open_regular
+from tdgeom.files.atomic import explained, open_regular
 from tdgeom.files.errors import StoreError
 from tdgeom.files.json_text import read_json
 
@@ -84,16 +84,13 @@ class Shard:
     def __init__(self, path: Path, size: int | None = None) -> None:
         self.path = path
         self._map: mmap.mmap | None = None
-        try:
-            with open_regular(path) as handle:
-                self.size = os.fstat(handle.fileno()).st_size
-                if size is not None and self.size != size:
-                    raise StoreError(
-                        f"{path} has {self.size:,} bytes where the catalogue says {size:,}: it was cut short or changed."
-                    )
-                self.tensors = self._read_header(handle)
-        except OSError as error:
-            raise explain(error, f"reading {path}") from error
+        with explained(f"reading {path}"), open_regular(path) as handle:
+            self.size = os.fstat(handle.fileno()).st_size
+            if size is not None and self.size != size:
+                raise StoreError(
+                    f"{path} has {self.size:,} bytes where the catalogue says {size:,}: it was cut short or changed."
+                )
+            self.tensors = self._read_header(handle)
 
     def place(self, name: str) -> Placed:
         """Where a tensor lies."""
@@ -118,11 +115,8 @@ class Shard:
 
     def _copy(self, one: Placed, offset: int, shape: tuple[int, ...]) -> Tensor:
         count = math.prod(shape) * one.dtype.itemsize
-        try:
-            with open_regular(self.path) as handle:
-                data = np.fromfile(handle, dtype=np.int8, count=count, offset=offset)
-        except OSError as error:
-            raise explain(error, f"reading {self.path}") from error
+        with explained(f"reading {self.path}"), open_regular(self.path) as handle:
+            data = np.fromfile(handle, dtype=np.int8, count=count, offset=offset)
         if len(data) != count:
             raise StoreError(f"{self.path} ends early: it was cut short while open.")
         return from_bits(data.view(bits_of(one.dtype)).reshape(shape), one.dtype)
@@ -132,18 +126,15 @@ class Shard:
         self._map = None
 
     def _mapped(self) -> np.ndarray:
-        try:
+        with explained(f"reading {self.path}"):
             if self._map is None:
                 with open_regular(self.path) as handle:
                     self._refuse_size(os.fstat(handle.fileno()).st_size)
                     self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
                 with suppress(AttributeError, OSError):  # only advice, and not everywhere to be had
                     self._map.madvise(mmap.MADV_RANDOM)
-            self._refuse_size(
-                self._map.size()
-            )  # to read behind the end of a file that was cut kills a process
-        except OSError as error:
-            raise explain(error, f"reading {self.path}") from error
+            # to read behind the end of a file that was cut kills a process
+            self._refuse_size(self._map.size())
         return np.frombuffer(self._map, dtype=np.int8)
 
     def _refuse_size(self, size: int) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from tdgeom.files.atomic import explain
+from tdgeom.files.atomic import explained
 from tdgeom.files.bundle import Bundle, read_bundle
 from tdgeom.files.errors import StoreError
 from tdgeom.files.shard_writing import write_shard
@@ -67,10 +67,8 @@ class ActivationStore(RunAccess):
         self.path = Path(path).absolute()
         super().__init__(Catalogue(self.path))
         if not self.catalogue.path.exists():
-            try:
+            with explained(f"making the store {self.path}"):
                 self.path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise explain(error, f"making the store {self.path}") from error
         self.catalogue.create_unless_whole()
 
     @classmethod

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import numpy as np
-import torch
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -16,7 +15,6 @@ from tdgeom.files.shards import Shard, bits_of, from_bits
 from tdgeom.store.catalogue import Catalogue
 from tdgeom.store.run_shards import check_hash, decoded_rows, open_shard
 from tdgeom.store.shard_layout import StoredTensor
-from tdgeom.store.stored_dtypes import decode
 
 __all__ = ["RowSource"]
 
@@ -80,13 +78,18 @@ class RowSource:
         touched = np.unique(shard_of).tolist()
         for number in touched:
             self._shard(number)
-        columns = [_Column(entry, len(numbers)) for entry in self._entries]
+        parts = {name: part for entry in self._entries for name, part in entry.parts.items()}
+        # raw bits: NumPy copies whole rows, torch value by value
+        bits = {
+            name: np.empty((len(numbers), *shape), bits_of(dtype)) for name, (dtype, shape) in parts.items()
+        }
         for number in touched:
             here = np.flatnonzero(shard_of == number)
-            local = numbers[here] - self._starts[number]
-            for column in columns:
-                column.fill(here, self._mapped(number), local)
-        return self._batch([column.decoded() for column in columns])
+            local, shard = numbers[here] - self._starts[number], self._mapped(number)
+            for name in bits:
+                bits[name][here] = np.take(shard.bits(name), local, axis=0)
+        found = {name: from_bits(bits[name], dtype) for name, (dtype, _) in parts.items()}
+        return self._batch([entry.decoded(found.__getitem__) for entry in self._entries])
 
     def _numbers(self, rows: Tensor | np.ndarray | Sequence[int] | slice) -> np.ndarray:
         if isinstance(rows, slice):
@@ -131,21 +134,3 @@ class RowSource:
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": {}, "_maps": {}}  # a mapped file does not travel to another process
-
-
-class _Column:
-    """Rows of one tensor, gathered as raw bits (NumPy copies whole rows, torch value by value) and decoded at the end."""
-
-    def __init__(self, entry: StoredTensor, count: int) -> None:
-        self._entry = entry
-        self._bits = np.empty((count, *entry.shape), dtype=bits_of(entry.stored))
-        self._scale = np.empty(count, dtype=bits_of(torch.float32)) if entry.scale is not None else None
-
-    def fill(self, here: np.ndarray, shard: Shard, rows: np.ndarray) -> None:
-        self._bits[here] = np.take(shard.bits(self._entry.name), rows, axis=0)
-        if self._scale is not None and self._entry.scale is not None:
-            self._scale[here] = np.take(shard.bits(self._entry.scale), rows, axis=0)
-
-    def decoded(self) -> Tensor:
-        scale = None if self._scale is None else from_bits(self._scale, torch.float32)
-        return decode(from_bits(self._bits, self._entry.stored), scale, self._entry.dtype)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 
-from tdgeom.files.atomic import explain
+from tdgeom.files.atomic import explained
 from tdgeom.files.errors import StoreBusyError, StoreError
 from tdgeom.store.capture_tree import unpack
 from tdgeom.store.catalogue import Catalogue
@@ -100,12 +101,8 @@ class RunAccess:
             free = shutil.disk_usage(self.catalogue.folder).free
             if free > _ROOM_FOR_A_MARK or record.bytes < _ROOM_FOR_A_MARK:
                 raise
-        try:
+        with explained(f"removing {folder}"), suppress(FileNotFoundError):  # an earlier removal got this far
             shutil.rmtree(folder)
-        except FileNotFoundError:
-            pass  # an earlier removal got this far
-        except OSError as error:
-            raise explain(error, f"removing {folder}") from error
         self.catalogue.drop_run(run)
 
     def _readable(self, run: str, partial: bool = False) -> RunRecord:

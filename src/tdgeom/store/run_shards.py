@@ -14,7 +14,6 @@ from tdgeom.files.shards import Shard
 from tdgeom.store.catalogue import Catalogue
 from tdgeom.store.run_records import ShardRecord
 from tdgeom.store.shard_layout import ShardLayout, StoredTensor
-from tdgeom.store.stored_dtypes import decode
 
 __all__ = ["check_hash", "decoded_rows", "open_shard", "open_shards", "read_tensors"]
 
@@ -29,14 +28,12 @@ def open_shard(
     """
     shard = Shard(folder_of_run / record.name, size=record.bytes)
     leading = (record.rows,) if rows else ()
-    wanted = [(one.name, one.stored, (*leading, *one.shape)) for one in held]
-    wanted += [(one.scale, torch.float32, leading) for one in held if one.scale is not None]
-    for name, dtype, shape in wanted:
-        placed = shard.place(name)
-        if placed.dtype != dtype or placed.shape != shape:
+    for name, (dtype, shape) in (part for one in held for part in one.parts.items()):
+        placed, told = shard.place(name), (*leading, *shape)
+        if placed.dtype != dtype or placed.shape != told:
             raise StoreError(
                 f"{shard.path}: tensor {name!r} is {placed.dtype} of shape {placed.shape}, the catalogue says {dtype} of shape "
-                f"{shape}: the shard is damaged or was exchanged."
+                f"{told}: the shard is damaged or was exchanged."
             )
     return shard
 
@@ -83,5 +80,4 @@ def read_tensors(catalogue: Catalogue, run: str, layout: ShardLayout) -> dict[st
 
 def decoded_rows(shard: Shard, held: StoredTensor, begin: int, end: int) -> Tensor:
     """Rows of a tensor, in the dtype they came in."""
-    scale = shard.rows(held.scale, begin, end) if held.scale is not None else None
-    return decode(shard.rows(held.name, begin, end), scale, held.dtype)
+    return held.decoded(lambda name: shard.rows(name, begin, end))

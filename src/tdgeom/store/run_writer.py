@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tdgeom.files.atomic import explain, sync_folder
+from tdgeom.files.atomic import explained, sync_folder
 from tdgeom.files.errors import StoreBusyError, StoreError
 from tdgeom.files.shard_writing import write_shard
 from tdgeom.store.catalogue import Catalogue
@@ -40,11 +40,9 @@ class RunLock(Lock):
     def __init__(self, catalogue: Catalogue, run: str, rank: int = 0) -> None:
         self.catalogue, self.run, self.rank = catalogue, run, rank
         self.folder: Path = catalogue.folder_of(run)
-        try:
+        with explained(f"making {self.folder}"):
             self.folder.mkdir(exist_ok=True)
             sync_folder(catalogue.folder)
-        except OSError as error:
-            raise explain(error, f"making {self.folder}") from error
         super().__init__(self.folder / f"rank-{rank:05d}.lock", f"run {run}")
 
     def clear(self, beginning: str = "") -> None:
@@ -79,11 +77,11 @@ class RunWriter:
         self._lock, self._entries, self._known = lock, layout.entries, np.sort(known)
         self._capacity = max(1, shard_bytes // layout.row_bytes)
         self._held = 0
-        self._buffers: dict[str, Tensor] = {}
-        for entry in layout.entries:
-            self._buffers[entry.name] = torch.empty((self._capacity, *entry.shape), dtype=entry.stored)
-            if entry.scale is not None:
-                self._buffers[entry.scale] = torch.empty(self._capacity)
+        self._buffers = {
+            name: torch.empty((self._capacity, *shape), dtype=dtype)
+            for entry in layout.entries
+            for name, (dtype, shape) in entry.parts.items()
+        }
         self._rounding: dict[str, Tensor] = {}
         mine = [shard.number for shard in lock.catalogue.shards(lock.run) if shard.rank == lock.rank]
         self._number = max(mine, default=-1) + 1

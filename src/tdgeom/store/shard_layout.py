@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tdgeom.core.keys import Key, as_key, site_key
 from tdgeom.files.errors import StoreError, StoreLookupError
 from tdgeom.files.json_text import canonical_json, read_json
 from tdgeom.files.shards import CODES, MOST_DIMENSIONS, MOST_VALUES
-from tdgeom.store.stored_dtypes import SCALED
+from tdgeom.store.stored_dtypes import SCALED, decode
 
 __all__ = ["StoredTensor", "ShardLayout", "entries_of"]
 
@@ -37,7 +38,17 @@ class StoredTensor:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row in the shards."""
-        return math.prod(self.shape) * self.stored.itemsize + (4 if self.scale is not None else 0)
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """(dtype, shape of one row) of what the shards hold of it, by name: the tensor, and its scales where it has them."""
+        scales = {} if self.scale is None else {self.scale: (torch.float32, ())}
+        return {self.name: (self.stored, self.shape), **scales}
+
+    def decoded(self, part: Callable[[str], Tensor]) -> Tensor:
+        """Rows in the dtype they came in, of the stored parts, which ``part`` gives by name."""
+        return decode(part(self.name), None if self.scale is None else part(self.scale), self.dtype)
 
     @property
     def scale(self) -> str | None:
@@ -188,7 +199,7 @@ def _flag(raw: Any) -> bool:
 
 
 def _refuse_clashes(layout: ShardLayout) -> None:
-    names = [name for one in layout.entries for name in (one.name, one.scale) if name is not None]
+    names = [name for one in layout.entries for name in one.parts]
     keys = [one.key for one in layout.entries] + [key for key, _ in layout.values]
     if len(set(names)) != len(names) or len(set(keys)) != len(keys):
         raise ValueError("a name or a key comes twice")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tdgeom.files.atomic import explain, is_taken, open_regular, sync_folder, whole_folder, write_whole
+from tdgeom.files.atomic import explained, is_taken, open_regular, sync_folder, whole_folder, write_whole
 from tdgeom.files.bundle import METADATA, read_bundle
 from tdgeom.files.errors import StoreError
 from tdgeom.files.json_text import canonical_json, read_json_file
@@ -42,13 +42,10 @@ def export_runs(catalogue: Catalogue, runs: Sequence[str], folder: Path) -> Path
             raise StoreError(
                 f"run {record.id} is not complete ({record.state}) and cannot be exported: resume it or leave it out."
             )
-    try:
-        with whole_folder(folder) as draft:
-            for record in records:
-                (draft / record.id).mkdir()
-                _export_run(catalogue, record, draft / record.id)
-    except OSError as error:
-        raise explain(error, f"exporting into {folder}") from error
+    with explained(f"exporting into {folder}"), whole_folder(folder) as draft:
+        for record in records:
+            (draft / record.id).mkdir()
+            _export_run(catalogue, record, draft / record.id)
     return folder
 
 
@@ -109,14 +106,13 @@ def import_runs(catalogue: Catalogue, folder: Path) -> list[str]:
 def _import_run(catalogue: Catalogue, source: Path, told: _Exported) -> None:
     lock = RunLock(catalogue, told.run)
     try:
+        with explained(f"importing {source}"):
+            lock.clear()
+            _copy_files(source, lock.folder, told.kind, told.shards)
+            sync_folder(lock.folder)
+            catalogue.add_run(told.run, told.kind, told.about, told.layout, told.created, told.shards)
+    except BaseException:
         lock.clear()
-        _copy_files(source, lock.folder, told.kind, told.shards)
-        sync_folder(lock.folder)
-        catalogue.add_run(told.run, told.kind, told.about, told.layout, told.created, told.shards)
-    except BaseException as error:
-        lock.clear()
-        if isinstance(error, OSError):
-            raise explain(error, f"importing {source}") from error
         raise
     finally:
         lock.release()

@@ -12,7 +12,7 @@ import weakref
 from datetime import datetime, timezone
 from pathlib import Path
 
-from tdgeom.files.atomic import NO_LINK, explain
+from tdgeom.files.atomic import NO_LINK, explained
 from tdgeom.files.errors import StoreBusyError, StoreError
 from tdgeom.files.json_text import read_json
 
@@ -39,17 +39,16 @@ class Lock:
 
     def __init__(self, path: Path, what: str) -> None:
         try:
-            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
-            if not _try_lock(self._handle, patience=_PATIENCE):
-                raise StoreBusyError(
-                    f"{what} is being written by {_holder(self._handle)}. Wait for it, stop it (stage.reset() for a stage of "
-                    f"this process), or write a run of your own."
-                )
-            _write_note(self._handle)
-        except BaseException as error:
+            with explained(f"locking {path}"):
+                self._handle = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
+                if not _try_lock(self._handle, patience=_PATIENCE):
+                    raise StoreBusyError(
+                        f"{what} is being written by {_holder(self._handle)}. Wait for it, stop it (stage.reset() for a "
+                        f"stage of this process), or write a run of your own."
+                    )
+                _write_note(self._handle)
+        except BaseException:
             self.release()
-            if isinstance(error, OSError):
-                raise explain(error, f"locking {path}") from error
             raise
         _HELD.add(self)
 
