@@ -15,8 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from tdgeom.analysis.results import AnalysisResults
-from tdgeom.files.atomic import is_taken
-from tdgeom.files.bundle import METADATA
+from tdgeom.files.bundle import check_target
 from tdgeom.model.loading import first_reason, load_model
 from tdgeom.plot.style import require_matplotlib
 from tdgeom.rows.text import TextBatches, read_dataset, read_jsonl, read_text
@@ -83,16 +82,8 @@ class TextOptions:
             if self.out is None:
                 raise typer.BadParameter("--plots needs --out DIR, the folder that the pictures go to")
             require_matplotlib()
-        if self.out is None or not is_taken(self.out):
-            return
-        if not self.overwrite:
-            raise typer.BadParameter(
-                f"{self.out} exists already: name another folder, or replace a bundle there with --overwrite"
-            )
-        if not (self.out / METADATA).is_file():
-            raise typer.BadParameter(
-                f"{self.out} exists and is no bundle (it has no {METADATA}), so it is not overwritten"
-            )
+        if self.out is not None:
+            check_target(self.out, save_mode, self.overwrite)
 
     def tokenizer_of(self, name: str) -> Any:
         """The tokenizer of that name, or an error that names --tokenizer."""

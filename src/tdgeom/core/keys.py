@@ -11,6 +11,7 @@ from torch import nn
 __all__ = [
     "NOT_WRITTEN",
     "Key",
+    "KeyTable",
     "Keys",
     "as_key",
     "key_tuple",
@@ -54,6 +55,33 @@ def touches(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
     (True, False)
     """
     return a[: len(b)] == b or b[: len(a)] == a
+
+
+class KeyTable:
+    """Values by key, found by every key that touches theirs; by first element, to stay linear in the number of keys.
+
+    >>> table = KeyTable(["tokens", ("moments", "x", "mean")])
+    >>> list(table.touching(("tokens", "x"))), list(table.touching("moments")), list(table.touching("sample"))
+    ([('tokens',)], [('moments', 'x', 'mean')], [])
+    """
+
+    def __init__(self, keys: Iterable[Key] = ()) -> None:
+        self._by_root: dict[str, dict[tuple[str, ...], Any]] = {}
+        for key in keys:
+            self.add(key)
+
+    def add(self, key: Key, value: Any = None) -> None:
+        """Enter a value, or a key alone."""
+        parts = key_tuple(key)
+        self._by_root.setdefault(parts[0], {})[parts] = value
+
+    def touching(self, key: Key) -> dict[tuple[str, ...], Any]:
+        """What is entered under this very key, else under its parents and leaves."""
+        parts = key_tuple(key)
+        held = self._by_root.get(parts[0], {})
+        if parts in held:
+            return {parts: held[parts]}
+        return {other: value for other, value in held.items() if touches(other, parts)}
 
 
 def optional_in_keys(module: nn.Module) -> list[Key]:

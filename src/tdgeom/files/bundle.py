@@ -65,7 +65,7 @@ def check_target(folder: Path, mode: str, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(
-            f"{folder} exists already: give another folder, or overwrite=True to replace a bundle there."
+            f"{folder} exists already: give another folder, or overwrite=True (--overwrite) to replace a bundle there."
         )
     if not (folder / METADATA).is_file():
         raise FileExistsError(

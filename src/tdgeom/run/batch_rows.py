@@ -10,7 +10,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, skip_existing
 from torch import Tensor
 
-from tdgeom.core.keys import Key, key_tuple, optional_in_keys, touches
+from tdgeom.core.keys import Key, KeyTable, key_tuple, optional_in_keys
 from tdgeom.core.process_groups import rank_and_world
 from tdgeom.core.renamed import describe
 from tdgeom.core.row_ids import POSITION_BITS
@@ -37,9 +37,9 @@ class BatchRows:
     def __init__(
         self,
         plan: Plan,
-        inputs: TensorDictBase | None,
-        in_keys: Sequence[Key] | None,
-        device: torch.device | str | None,
+        inputs: TensorDictBase | None = None,
+        in_keys: Sequence[Key] | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         self.plan, self.inputs = plan, inputs
         self.selects = selections(plan)
@@ -80,7 +80,7 @@ class BatchRows:
         shapes = _shapes(td)
         from_mask = self._rows_by_mask(td) if self._counts_ahead else None
         for unit in self.plan.batch:
-            self._give_inputs(unit, td)
+            give(unit, self.inputs, td)
             call(unit, td)
         self._number_rows(td)
         rows = {}
@@ -120,10 +120,6 @@ class BatchRows:
             return attended, mask.numel() - attended
         return (ids.numel() if ids is not None else td.get(self.main).shape[0]), 0
 
-    def _give_inputs(self, unit: TensorDictModuleBase, td: TensorDict) -> None:
-        if self.inputs is not None:
-            give(unit, self.inputs, td)
-
     def _refuse_results(self, td: TensorDict) -> None:
         """A call of the pipeline would take these from the batch, where a run's end stages see results alone."""
         later = (*self.plan.stream, *self.plan.end)
@@ -133,10 +129,10 @@ class BatchRows:
                 f"{describe(skipped[0])} would be skipped (set_skip_existing), since the batches hold all that it writes: "
                 f"{list(skipped[0].out_keys)[:4]}. Leave that out of the batches, or the stage out of the pipeline."
             )
-        made = [key_tuple(key) for unit in (*self.plan.batch, *later) for key in unit.out_keys]
+        made = KeyTable(key for unit in (*self.plan.batch, *later) for key in unit.out_keys)
         for unit in self.plan.end:
             for key in optional_in_keys(unit):
-                if td.get(key, None) is not None and not any(touches(key_tuple(key), own) for own in made):
+                if td.get(key, None) is not None and not made.touching(key):
                     raise ValueError(
                         f"{describe(unit)} runs once at the end and would read {key!r}, which batches hold and no stage writes. "
                         f"Leave it out of the batches, or name another key with in_keys=."
@@ -201,13 +197,14 @@ def keys_by_selection(plan: Plan) -> dict[Key, list[Key]]:
 
     Rows belong to the ids that the same per-batch stage writes (the last part of whose key ends in ``row_id``).
     """
-    ids_of: dict[tuple[str, ...], Key] = {}
+    ids_of = KeyTable()
     for unit in plan.batch:
         own = [key for key in unit.out_keys if key_tuple(key)[-1].endswith("row_id")]
-        ids_of |= {key_tuple(key): own[0] for key in unit.out_keys if len(own) == 1}
+        for key in unit.out_keys if len(own) == 1 else ():
+            ids_of.add(key, own[0])
     found: dict[Key, list[Key]] = {}
     for unit in plan.stream:
-        groups = {ids for key in unit.in_keys for own, ids in ids_of.items() if touches(own, key_tuple(key))}
+        groups = {ids for key in unit.in_keys for ids in ids_of.touching(key).values()}
         if len(groups) > 1:
             raise ValueError(
                 f"{type(unit).__name__} reads {list(unit.in_keys)[:6]}, rows of two selections ({sorted(map(str, groups))}): one "

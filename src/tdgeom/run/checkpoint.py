@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdgeom.core.keys import key_tuple
+from tdgeom.core.keys import Key, key_tuple
 from tdgeom.core.renamed import stage_of
 from tdgeom.core.stage_settings import differences
 from tdgeom.core.streaming_stage import StreamingStage
@@ -67,12 +67,12 @@ class Checkpoint:
             )
         self.stages = [stage_of(unit) for unit in plan.stream]
         self.selects = selections(plan)
-        self.row_keys = {"/".join(key_tuple(key)) for key in (*plan.stream_keys, "row_id")}
+        self.row_keys = {"/".join(key_tuple(key)): key for key in (*plan.stream_keys, "row_id")}
         self.fits = {"format": FORMAT, "settings": plain(dict(settings)), "stages": pipeline_signature(plan)}
 
-    def save(self, rows: Mapping[str, Tensor], place: Mapping[str, Any]) -> None:
+    def save(self, rows: Mapping[Key, Tensor], place: Mapping[str, Any]) -> None:
         """Write the state of all stages, the rows not yet handed to them, and the place in the loader."""
-        tensors = {f"rows/{name}": value for name, value in rows.items()}
+        tensors = {f"rows/{'/'.join(key_tuple(key))}": value for key, value in rows.items()}
         for number, stage in enumerate(self.stages):
             stage.settle()
             tensors |= {f"stage/{number}/{name}": value for name, value in stage.state().items()}
@@ -86,7 +86,7 @@ class Checkpoint:
         except StoreError as error:
             raise OSError(f"run could not write its checkpoint: {error}") from error
 
-    def load(self, device: torch.device | None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def load(self, device: torch.device | None) -> tuple[dict[Key, Tensor], dict[str, Any]] | None:
         """Put the stages where the file says; (rows not yet handed on, the place). None where there is no file.
 
         Raises:
@@ -115,12 +115,9 @@ class Checkpoint:
             self._put(stage, {n: held.pop(f"stage/{number}/{n}", None) for n in stage.state()}, device)
         for number, select in enumerate(self.selects):
             select.sequences.copy_(held.pop(f"select/{number}", torch.zeros((), dtype=torch.int64)))
-        rows = {
-            name.removeprefix("rows/"): value if device is None else value.to(device)
-            for name, value in held.items()
-        }
+        rows = {name.removeprefix("rows/"): value.to(device=device) for name, value in held.items()}
         self._refuse_other_rows(rows, sum(count for _, count in record["place"]["origin"]))
-        return rows, record["place"]
+        return {self.row_keys[name]: value for name, value in rows.items()}, record["place"]
 
     def remove(self) -> None:
         """The run has ended: nothing is left to resume."""
@@ -140,11 +137,11 @@ class Checkpoint:
                     f"the checkpoint {self.path} holds no fitting {name!r} for {type(stage).__name__}: it was changed. Remove it "
                     f"to start anew."
                 )
-            stage.set_state({name: value if device is None else value.to(device)})
+            stage.set_state({name: value.to(device=device)})
 
     def _refuse_other_rows(self, rows: Mapping[str, Tensor], count: int) -> None:
         """Held rows are those of every key, as many as the place says; none are held where it says none."""
-        wanted = self.row_keys if count else set()
+        wanted = set(self.row_keys) if count else set()
         if set(rows) != wanted or any(value.shape[:1] != (count,) for value in rows.values()):
             found = {name: tuple(value.shape) for name, value in rows.items()}
             raise ValueError(

@@ -12,7 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from threadpoolctl import threadpool_limits
 
-from tdgeom.core.keys import NOT_WRITTEN, Key, key_tuple, touches
+from tdgeom.core.keys import NOT_WRITTEN, KeyTable, key_tuple
 from tdgeom.core.renamed import Renamed, describe, stage_of
 from tdgeom.core.stage import Stage
 from tdgeom.core.surroundings import steady
@@ -28,9 +28,9 @@ def call(unit: TensorDictModuleBase, td: TensorDict) -> None:
         td.update(out)
 
 
-def give(unit: TensorDictModuleBase, inputs: TensorDictBase, td: TensorDict) -> None:
+def give(unit: TensorDictModuleBase, inputs: TensorDictBase | None, td: TensorDict) -> None:
     """What a stage reads of an earlier run's results, where nothing newer is there."""
-    for key in unit.in_keys:
+    for key in () if inputs is None else unit.in_keys:
         if td.get(key, None) is None and inputs.get(key, None) is not None:
             td.set(key, inputs.get(key))
 
@@ -44,9 +44,8 @@ def run_end(
     """Run the end stages in order on ``td``, dropping what ``keep`` does not name after its last reader."""
     left = list(units)
     for group in _groups(units):
-        if inputs is not None:
-            for unit in group:
-                give(unit, inputs, td)
+        for unit in group:
+            give(unit, inputs, td)
         if len(group) > 1:
             _side_by_side(group, td)
         else:
@@ -69,48 +68,31 @@ def _drop(
     left: Sequence[TensorDictModuleBase],
 ) -> None:
     """Delete what these stages have read or written, where nothing is left to read it; a parent key reads all its leaves."""
-    later = [key_tuple(key) for unit in left for key in unit.in_keys]
+    later = KeyTable(key for unit in left for key in unit.in_keys)
     done = {key_tuple(key)[0] for unit in group for key in (*unit.in_keys, *unit.out_keys)} - set(keep)
-    read = {root: [parts for parts in later if parts[0] == root] for root in done}
     for key in list(td.keys(True, True)):
-        parts = key_tuple(key)
-        if parts[0] in done and not any(touches(parts, other) for other in read[parts[0]]):
+        if key_tuple(key)[0] in done and not later.touching(key):
             td.del_(key)
 
 
 def _groups(units: Sequence[TensorDictModuleBase]) -> Iterator[list[TensorDictModuleBase]]:
     """Runs of units that are pure stages at single sites and touch nothing of each other; every other unit alone."""
     group: list[TensorDictModuleBase] = []
-    read: _Keys = _Keys()
-    written: _Keys = _Keys()
+    read, written = KeyTable(), KeyTable()
     for unit in units:
-        apart = written.touch(unit.in_keys) or written.touch(unit.out_keys) or read.touch(unit.out_keys)
+        apart = any(map(written.touching, (*unit.in_keys, *unit.out_keys))) or any(
+            map(read.touching, unit.out_keys)
+        )
         if group and (apart or not (_may_share(unit) and _may_share(group[-1]))):
             yield group
-            group, read, written = [], _Keys(), _Keys()
+            group, read, written = [], KeyTable(), KeyTable()
         group.append(unit)
-        read.add(unit.in_keys)
-        written.add(unit.out_keys)
+        for key in unit.in_keys:
+            read.add(key)
+        for key in unit.out_keys:
+            written.add(key)
     if group:
         yield group
-
-
-class _Keys:
-    """Keys by their first element, so that many sites' keys are compared with few."""
-
-    def __init__(self) -> None:
-        self._by_root: dict[str, set[tuple[str, ...]]] = {}
-
-    def add(self, keys: Sequence[Key]) -> None:
-        for parts in map(key_tuple, keys):
-            self._by_root.setdefault(parts[0], set()).add(parts)
-
-    def touch(self, keys: Sequence[Key]) -> bool:
-        return any(
-            parts in held or any(touches(parts, other) for other in held)
-            for parts in map(key_tuple, keys)
-            if (held := self._by_root.get(parts[0]))
-        )
 
 
 def _may_share(unit: TensorDictModuleBase) -> bool:

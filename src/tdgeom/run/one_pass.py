@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from tqdm import tqdm
 
-from tdgeom.core.keys import Key, key_tuple
+from tdgeom.core.keys import Key
 from tdgeom.core.process_groups import Repeats, rank_and_world
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.streaming_stage import rows_finite
@@ -20,7 +20,7 @@ from tdgeom.rows.batches import iterate
 from tdgeom.run.batch_rows import BatchRows
 from tdgeom.run.checkpoint import Checkpoint
 from tdgeom.run.plan import Plan
-from tdgeom.run.row_blocks import RowBlocks
+from tdgeom.run.row_blocks import BLOCK_ROWS, RowBlocks
 from tdgeom.run.signature import fingerprint
 
 __all__ = ["OnePass"]
@@ -39,14 +39,14 @@ class OnePass:
         plan: Plan,
         batch_rows: BatchRows,
         *,
-        max_rows: int | None,
-        block_rows: int,
-        drop_nonfinite: bool,
-        sharded: bool,
+        max_rows: int | None = None,
+        block_rows: int = BLOCK_ROWS,
+        drop_nonfinite: bool = False,
+        sharded: bool = False,
     ) -> None:
         self.plan, self.batch_rows = plan, batch_rows
         self.max_rows, self.drop_nonfinite, self.sharded = max_rows, drop_nonfinite, sharded
-        self.blocks = {ids: RowBlocks(keys, block_rows) for ids, keys in batch_rows.keys.items()}
+        self.blocks = {ids: RowBlocks(block_rows) for ids in batch_rows.keys}
         self.readers = {
             ids: [unit for unit in plan.stream if set(unit.in_keys) <= set(keys)]
             for ids, keys in batch_rows.keys.items()
@@ -209,9 +209,7 @@ class OnePass:
         if found is None:
             return
         rows, place = found
-        blocks = self.blocks[self.batch_rows.main]
-        keys = {"/".join(key_tuple(key)): key for key in blocks.keys}
-        blocks.restore({keys[name]: value for name, value in rows.items()}, place["origin"])
+        self.blocks[self.batch_rows.main].restore(rows, place["origin"])
         self.counts.update(place["counts"])
         self.seconds.update(place["seconds"])
         self.claimed, self.batch_rows.sequences = int(place["claimed"]), int(place["sequences"])
@@ -230,7 +228,7 @@ class OnePass:
             "claimed": self.claimed,
             "sequences": self.batch_rows.sequences,
         }
-        self.checkpoint.save({"/".join(key_tuple(key)): value for key, value in rows.items()}, place)
+        self.checkpoint.save(rows, place)
 
     def _seen_before(self, td: TensorDict, index: int) -> bool:
         """Whether an earlier run has had this batch; the first must be the one that it started with."""

@@ -10,7 +10,7 @@ from typing import Any
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential, WrapModule
 from torch import nn
 
-from tdgeom.core.keys import NOT_WRITTEN, Key, as_key, key_tuple, optional_in_keys, touches
+from tdgeom.core.keys import NOT_WRITTEN, Key, KeyTable, key_tuple, optional_in_keys, touches
 from tdgeom.core.pipeline import parts_of, why_closed
 from tdgeom.core.renamed import Renamed, RenamedStream, describe, is_streaming, stage_of
 from tdgeom.core.streaming_stage import StreamingStage
@@ -126,59 +126,43 @@ def _overrides(part: nn.Module, name: str) -> bool:
     return name in part.__dict__ or getattr(type(part), name) is not getattr(usual, name)
 
 
-class _Writers:
-    """Who writes what: key parts to (unit, phase), found by first element to stay linear in the number of keys."""
-
-    def __init__(self) -> None:
-        self._by_root: dict[str, dict[tuple[str, ...], tuple[nn.Module, str]]] = {}
-
-    def add(self, key: Key, unit: TensorDictModuleBase, phase: str) -> None:
-        parts = key_tuple(key)
-        rewrites = as_key(parts) in unit.in_keys  # x -> x
-        for other, (writer, _) in self.find(parts):
-            if not rewrites and (other == parts or len(other) != len(parts)):
-                raise ValueError(
-                    f"{describe(writer)} and {describe(unit)} both write {as_key(parts)!r}. Give one of them another root "
-                    f"with out_keys=."
-                )
-        self._by_root.setdefault(parts[0], {})[parts] = (unit, phase)
-
-    def find(self, parts: tuple[str, ...]) -> list[tuple[tuple[str, ...], tuple[nn.Module, str]]]:
-        written = self._by_root.get(parts[0], {})
-        if parts in written:
-            return [(parts, written[parts])]
-        return [(other, entry) for other, entry in written.items() if touches(other, parts)]
-
-
 def make_plan(pipeline: nn.Module, given: Iterable[Key] = ()) -> Plan:
     """Split a pipeline, or refuse it by the stage's name and with the remedy.
 
     A stage that is not streaming, with at least one input, all of them written by streaming or end stages (or ``given``,
     with at least one written), belongs to the end; every other runs per batch.
     """
-    plan, writers = Plan(), _Writers()
-    known = [key_tuple(key) for key in given]
+    plan, writers, known = Plan(), KeyTable(), KeyTable(given)
     for unit in stages(pipeline, plan.hidden):
         phases = {}
         optional = set(optional_in_keys(unit))
         for key in unit.in_keys:
-            parts = key_tuple(key)
-            found = {phase for _, (_, phase) in writers.find(parts)}
+            found = {phase for _, phase in writers.touching(key).values()}
             if found:
-                phases[as_key(parts)] = "batch" if found == {"batch"} else "end"
-            elif any(touches(parts, other) for other in known):
-                phases[as_key(parts)] = "given"
+                phases[key] = "batch" if found == {"batch"} else "end"
+            elif known.touching(key):
+                phases[key] = "given"
             elif key not in optional:
-                phases[as_key(parts)] = "batch"
+                phases[key] = "batch"
         phase = _phase(unit, phases)
         if phase == "batch":
             _refuse_too_late(unit, plan)
         {"batch": plan.batch, "stream": plan.stream, "end": plan.end}[phase].append(unit)
         for key in unit.out_keys:
             if key != NOT_WRITTEN and key not in plan.hidden:
-                writers.add(key, unit, "batch" if phase == "batch" else "end")
+                _refuse_second_writer(key, unit, writers)
+                writers.add(key, (unit, "batch" if phase == "batch" else "end"))
     _refuse_idle(plan)
     return plan
+
+
+def _refuse_second_writer(key: Key, unit: TensorDictModuleBase, writers: KeyTable) -> None:
+    """A stage may write again what it has read (x -> x)."""
+    others = [writer for writer, _ in writers.touching(key).values()]
+    if others and key not in unit.in_keys:
+        raise ValueError(
+            f"{describe(others[0])} and {describe(unit)} both write {key!r}. Give one of them another root with out_keys=."
+        )
 
 
 def _refuse_too_late(unit: TensorDictModuleBase, plan: Plan) -> None:
@@ -189,8 +173,9 @@ def _refuse_too_late(unit: TensorDictModuleBase, plan: Plan) -> None:
             f"its keys: TensorDictModule(function, in_keys=[...], out_keys=[...]), or put it before the streaming stages."
         )
     for stream in plan.stream:
+        read = KeyTable(stream.in_keys)
         for key in unit.out_keys:
-            if any(touches(key_tuple(key), key_tuple(own)) for own in stream.in_keys):
+            if read.touching(key):
                 raise ValueError(
                     f"{describe(unit)} writes {key!r} after {describe(stream)} has read it; run calls every per-batch stage "
                     f"before any streaming one. Write it under another key with out_keys=, and let later stages read that."
@@ -223,16 +208,17 @@ def _phase(unit: Any, phases: dict[Key, str]) -> str:
 
 def _refuse_idle(plan: Plan) -> None:
     """Every per-batch stage must reach a streaming stage, or its work is thrown away batch by batch."""
-    needed = [key_tuple(key) for unit in plan.stream for key in unit.in_keys]
+    needed = KeyTable(plan.stream_keys)
     for unit in reversed(plan.batch):
         if isinstance(unit, WrapModule):
             return  # it may read anything that comes before it
-        if not any(touches(key_tuple(out), key) for out in unit.out_keys for key in needed):
+        if not any(map(needed.touching, unit.out_keys)):
             raise ValueError(
                 f"{describe(unit)} runs once a batch and writes {list(unit.out_keys)[:4]}, but nothing it writes reaches a "
                 f"streaming stage, so its results would be lost batch by batch. {_remedy(unit, plan)}"
             )
-        needed.extend(key_tuple(key) for key in unit.in_keys)
+        for key in unit.in_keys:
+            needed.add(key)
 
 
 _USUAL_WRITER = {

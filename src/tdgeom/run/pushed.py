@@ -23,14 +23,7 @@ class Pushed:
 
     def __init__(self, pipeline: TensorDictModuleBase) -> None:
         plan = make_plan(pipeline)
-        self.one_pass = OnePass(
-            plan,
-            BatchRows(plan, None, None, None),
-            max_rows=None,
-            block_rows=2048,
-            drop_nonfinite=False,
-            sharded=False,
-        )
+        self.one_pass = OnePass(plan, BatchRows(plan))
         self.bar = tqdm(disable=True)
         self.batches = 0
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key
 
-__all__ = ["RowBlocks"]
+__all__ = ["BLOCK_ROWS", "RowBlocks"]
 
+BLOCK_ROWS = 2048
 Block = tuple[dict[Key, Tensor], list[int]]
 
 
@@ -21,8 +22,7 @@ class RowBlocks:
     handed on as it is, before the next batch is read.
     """
 
-    def __init__(self, keys: Sequence[Key], block_rows: int) -> None:
-        self.keys = list(keys)
+    def __init__(self, block_rows: int) -> None:
         self.block_rows = block_rows
         self._block: dict[Key, Tensor] = {}
         self._origin: list[tuple[int, int]] = []

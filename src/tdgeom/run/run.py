@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ from tdgeom.run.checkpoint import Checkpoint
 from tdgeom.run.finish import run_end
 from tdgeom.run.one_pass import OnePass
 from tdgeom.run.plan import Plan, make_plan
+from tdgeom.run.row_blocks import BLOCK_ROWS
 from tdgeom.run.signature import fingerprint
 
 __all__ = ["end_of", "run"]
@@ -35,7 +35,7 @@ def run(
     max_rows: int | None = None,
     inputs: TensorDictBase | None = None,
     keep: Sequence[str] | None = None,
-    block_rows: int = 2048,
+    block_rows: int = BLOCK_ROWS,
     nonfinite: str = "raise",
     in_keys: Sequence[Key] | None = None,
     device: torch.device | str | None = None,
@@ -110,7 +110,11 @@ def run(
         one_pass.resume(Checkpoint(checkpoint, every, plan, settings))
     try:
         with tqdm(
-            total=max_rows, unit=" rows", unit_scale=True, disable=not _show(progress), leave=False
+            total=max_rows,
+            unit=" rows",
+            unit_scale=True,
+            disable=None if progress is None else not progress,
+            leave=False,
         ) as bar:
             one_pass.read(dataloader, bar)
         with one_pass.timed("finish"):
@@ -182,7 +186,3 @@ def _check_keep(keep: Sequence[str], plan: Plan) -> None:
     unknown = [root for root in keep if root not in roots]
     if unknown:
         raise ValueError(f"run: keep names {unknown}, the pipeline's results are {sorted(roots)}.")
-
-
-def _show(progress: bool | None) -> bool:
-    return sys.stderr.isatty() if progress is None else progress

@@ -11,6 +11,7 @@ from tensordict import TensorDictBase, is_tensor_collection
 from torch import Tensor
 
 from tdgeom.core.guessed_names import answer_guesses
+from tdgeom.core.keys import key_tuple
 from tdgeom.model.sites import Site
 
 __all__ = ["to_frame"]
@@ -63,14 +64,11 @@ def whole_numbers(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
     return table.astype(dict.fromkeys(full, int))
 
 
-def leaves(branch: TensorDictBase, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+def leaves(branch: TensorDictBase) -> Iterator[tuple[tuple[str, ...], Tensor]]:
     """Every tensor below a branch, with its path."""
-    for key in branch.keys():
-        value = branch.get(key)
+    for key, value in branch.items(include_nested=True, leaves_only=True):
         if isinstance(value, Tensor):
-            yield (*path, key), value
-        elif is_tensor_collection(value) and hasattr(value, "keys"):
-            yield from leaves(value, (*path, key))
+            yield key_tuple(key), value
 
 
 def cell(value: Tensor) -> Any:
