@@ -116,8 +116,9 @@ class ActivationStore(RunAccess):
             raise ValueError(
                 f"query: there is no state {sorted(unknown)[0]!r}; a run is one of {list(RUN_STATES)}."
             )
-        found = self.catalogue.records(*condition(**wanted))
-        return Runs(self, [record for record in found if record.state in states])
+        sql, values, fits = condition(**wanted)
+        found = self.catalogue.records(sql, values)
+        return Runs(self, [one for one in found if one.state in states and fits(one.about.details)])
 
     def import_runs(self, folder: str | os.PathLike[str]) -> Runs:
         """Take in the runs of a folder that ``Runs.export`` made.

@@ -1,27 +1,29 @@
-"""Questions to the catalogue, as SQL whose every value is bound."""
+"""Questions to the catalogue: names, tags and times as SQL whose every value is bound, details as they are read."""
 
 from __future__ import annotations
 
 import json
-import math
+import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
 from torch import nn
 
-from tdgeom.files.json_text import canonical_json, plain
+from tdgeom.files.json_text import plain
 from tdgeom.model.loading import model_identity
 from tdgeom.store.run_description import capture_of
 
 __all__ = ["condition", "names"]
 
 _COLUMNS = ("model", "revision", "dataset", "experiment", "kind")
-_STEP = r"""(?:\.[A-Za-z_][A-Za-z0-9_]*|\."[^"]+"|\[\d+\])"""
 _WHERE = re.compile(
-    rf"\s*\$?\.?(?P<path>[A-Za-z_][A-Za-z0-9_]*{_STEP}*)\s*(?:(?P<op>=|!=|<=|>=|<|>)\s*(?P<value>.+))?\s*"
+    r"""\s*\$?\.?(?P<path>[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*|\."[^"]+"|\[\d+\])*)\s*"""
+    r"""(?:(?P<sign>=|!=|<=|>=|<|>)\s*(?P<value>.+))?\s*"""
 )
+_STEP = re.compile(r"""([A-Za-z_][A-Za-z0-9_]*)|"([^"]+)"|\[(\d+)\]""")
+_ORDERS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
 def condition(
@@ -36,8 +38,8 @@ def condition(
     metadata: Any = None,
     where: str | Sequence[str] | None = None,
     **columns: str | Sequence[str] | None,
-) -> tuple[str, list[Any]]:
-    """A condition on the runs (``r``) and its values, for ``Catalogue.records``.
+) -> tuple[str, list[Any], Callable[[Mapping[str, Any]], bool]]:
+    """A condition on the runs (``r``) and its values, for ``Catalogue.records``; and whether a run's details fit.
 
     Args:
         tag: a tag, or several that a run must all have.
@@ -76,13 +78,14 @@ def condition(
             parts.append(f"r.created {sign} ?")
             values.append(_seconds(moment))
     capture = capture_of(capture)
-    details = {"positions": positions, "interventions": interventions, "capture": capture, "config": config}
-    for name, wanted in {**details, "metadata": metadata}.items():
-        if wanted is not None:
-            _holds(plain(wanted), f'$."{name}"', parts, values)
-    for one in [where] if isinstance(where, str) else list(where or ()):
-        _compared(one, parts, values)
-    return " AND ".join(f"({part})" for part in parts) or "1", values
+    given = {"positions": positions, "interventions": interventions, "capture": capture, "config": config}
+    asked = {name: plain(one) for name, one in {**given, "metadata": metadata}.items() if one is not None}
+    comparisons = [_comparison(one) for one in ([where] if isinstance(where, str) else where or ())]
+
+    def fits(details: Mapping[str, Any]) -> bool:
+        return (not asked or _holds(details, asked)) and all(met(details) for met in comparisons)
+
+    return " AND ".join(f"({part})" for part in parts) or "1", values, fits
 
 
 def names(wanted: Any, what: str) -> list[str]:
@@ -116,80 +119,59 @@ def _seconds(moment: str | float | datetime) -> float:
         ) from error
 
 
-def _holds(wanted: Any, path: str, parts: list[str], values: list[Any]) -> None:
-    """The details at ``path`` hold ``wanted``."""
-    if isinstance(wanted, Mapping) and wanted:
-        for key, inner in wanted.items():
-            if '"' in key or "\\" in key:
-                raise ValueError(
-                    f"query: the key {key!r} has a quote or a backslash, which no JSON path can name."
-                )
-            _holds(inner, f'{path}."{key}"', parts, values)
-        return
-    if isinstance(wanted, Mapping | list):
-        parts.append("json_extract(r.details, ?) = json(?)")
-        values += [path, canonical_json(wanted)]
-        return
-    equal, bound = _equals("json_type(r.details, ?)", "json_extract(r.details, ?)", wanted, path)
-    inside, bound_inside = _equals("e.type", "e.value", wanted)
-    parts.append(
-        f"({equal}) OR (json_type(r.details, ?) = 'array' AND EXISTS "
-        f"(SELECT 1 FROM json_each(r.details, ?) e WHERE {inside}))"
-    )
-    values += [*bound, path, path, *bound_inside]
+def _holds(own: Any, wanted: Any) -> bool:
+    """A mapping holds one that has some of its entries, however deep; a list holds a single value that is in it."""
+    if isinstance(wanted, dict) and wanted:
+        return isinstance(own, dict) and all(key in own and _holds(own[key], wanted[key]) for key in wanted)
+    inside = own if isinstance(own, list) and not isinstance(wanted, dict | list) else []
+    return any(_same(one, wanted) for one in [own, *inside])
 
 
-def _equals(kind_of: str, value_of: str, wanted: Any, *path: str) -> tuple[str, list[Any]]:
-    """A single value is this one, and of its type."""
-    kind, value = _typed(wanted)
-    if value is None:
-        return f"{kind_of} IN {kind}", [*path]
-    return f"{kind_of} IN {kind} AND {value_of} = ?", [*path, *path, value]
+def _same(one: Any, other: Any) -> bool:
+    """Equality of JSON values: true is not 1, 1 is 1.0."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and one == other
 
 
-def _typed(value: Any) -> tuple[str, Any]:
-    """The JSON types that a value may have in SQLite, and what to compare it with (None: the type says it all)."""
-    if value is None:
-        return "('null')", None
-    if isinstance(value, bool):
-        return ("('true')" if value else "('false')"), None
-    if isinstance(value, str):
-        return "('text')", value
-    if (
-        isinstance(value, int) and not -(2**63) <= value < 2**63
-    ):  # SQLite reads larger ones as floating point numbers
-        value = float(value) if abs(value) < 2**1023 else math.inf * (1 if value > 0 else -1)
-    return "('integer', 'real')", value
-
-
-def _compared(text: str, parts: list[str], values: list[Any]) -> None:
+def _comparison(text: str) -> Callable[[Any], bool]:
+    """Whether details meet a condition such as ``"metadata.loss < 0.5"``."""
     match = _WHERE.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise ValueError(
             f"where= takes a path in the details, such as 'capture.layers', or a comparison, such as 'metadata.loss < 0.5'; got "
             f"{text!r}."
         )
-    path = f"$.{match['path']}"
-    if match["op"] is None:
-        parts.append("json_type(r.details, ?) IS NOT NULL")
-        values.append(path)
-        return
+    steps = [name or quoted or int(place) for name, quoted, place in _STEP.findall(match["path"])]
+    sign = match["sign"]
+    if sign is None:
+        return lambda details: bool(_found(details, steps))
     try:
-        value = json.loads(match["value"])
+        wanted = json.loads(match["value"])
     except ValueError:
-        value = match["value"].strip()  # a bare word is a text
-    if isinstance(value, dict | list):
+        wanted = match["value"].strip()  # a bare word is a text
+    if isinstance(wanted, dict | list):
         raise ValueError(
             f"where= compares with a single value, got {match['value']!r}. Use metadata= for nested ones."
         )
-    if match["op"] in ("=", "!="):
-        equal, bound = _equals("json_type(r.details, ?)", "json_extract(r.details, ?)", value, path)
-        is_equal = match["op"] == "="
-        parts.append(equal if is_equal else f"json_type(r.details, ?) IS NOT NULL AND NOT ({equal})")
-        values += bound if is_equal else [path, *bound]
-        return
-    kind, number = _typed(value)
-    if number is None:
+    if sign in ("=", "!="):
+        return lambda details: any(_same(own, wanted) == (sign == "=") for own in _found(details, steps))
+    if wanted is None or isinstance(wanted, bool):
         raise ValueError(f"where=: {match['value']!r} has no order; compare it with = or !=.")
-    parts.append(f"json_type(r.details, ?) IN {kind} AND json_extract(r.details, ?) {match['op']} ?")
-    values += [path, path, number]
+    kinds: Any = str if isinstance(wanted, str) else (int, float)
+    return lambda details: any(
+        isinstance(own, kinds) and not isinstance(own, bool) and _ORDERS[sign](own, wanted)
+        for own in _found(details, steps)
+    )
+
+
+def _found(details: Any, steps: Sequence[str | int]) -> list[Any]:
+    """The value at a path, or nothing."""
+    for step in steps:
+        entries = dict(enumerate(details)) if isinstance(details, list) else details
+        if not isinstance(entries, dict) or step not in entries:
+            return []
+        details = entries[step]
+    return [details]
