@@ -54,10 +54,8 @@ class RowBlocks:
 
     def restore(self, rows: Mapping[Key, Tensor], origin: Sequence[tuple[int, int]]) -> None:
         """Hold these rows, as ``held`` gave them."""
-        self._block, self._held = {}, 0
-        self._origin = [(int(batch), int(count)) for batch, count in origin]
-        if self._origin:
-            self._copy(rows, sum(count for _, count in self._origin))
+        self._origin = [(batch, count) for batch, count in origin]
+        self._copy(rows, sum(count for _, count in self._origin))
 
     def _copy(self, rows: Mapping[Key, Tensor], count: int) -> None:
         if self._held and rows.keys() != self._block.keys():

@@ -30,7 +30,8 @@ __all__ = ["BUNDLE", "Catalogue"]
 FILE = "catalogue.sqlite"
 BUNDLE = "bundle"  # the folder of an analysis inside its run's
 _RECORD = """SELECT r.id, r.kind, r.state, r.reason, r.created, r.updated, r.model, r.revision, r.dataset, r.experiment,
-    r.details, (SELECT count(*) FROM shards s WHERE s.run = r.id), (SELECT total(rows) FROM shards s WHERE s.run = r.id),
+    r.details, (SELECT json_group_array(tag) FROM (SELECT tag FROM tags t WHERE t.run = r.id ORDER BY t.rowid)),
+    (SELECT count(*) FROM shards s WHERE s.run = r.id), (SELECT total(rows) FROM shards s WHERE s.run = r.id),
     (SELECT total(bytes) FROM shards s WHERE s.run = r.id) FROM runs r"""
 _ENTER_SHARD = "INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?)"
 _ENDED_EARLY = "its writer ended before the run did: resume it or remove it"
@@ -121,22 +122,19 @@ class Catalogue(SqliteFile):
             return found
         # one whose writer came to its end between the two looks says so by now
         marks = ",".join("?" * len(left))
-        again = {one.id: one for one in self._read(f"r.id IN ({marks})", left)}
+        again = {
+            one.id: replace(one, state="failed", reason=_ENDED_EARLY) if one.state == "writing" else one
+            for one in self._read(f"r.id IN ({marks})", left)
+        }
         now = [again.get(one.id) if one.id in left else one for one in found]
-        return [_ended(one) if one.id in left else one for one in now if one is not None]
+        return [one for one in now if one is not None]
 
     def _read(self, condition: str, values: Sequence[Any]) -> list[RunRecord]:
         with self.reading() as connection:
             rows = connection.execute(
                 f"{_RECORD} WHERE {condition} ORDER BY r.created, r.rowid", tuple(values)
             ).fetchall()
-            tags: dict[Any, list[Any]] = {}
-            for run, tag in connection.execute(
-                f"SELECT run, tag FROM tags WHERE run IN (SELECT r.id FROM runs r WHERE {condition}) ORDER BY rowid",
-                tuple(values),
-            ):
-                tags.setdefault(run, []).append(tag)
-        return [self._record(row, tags.get(row[0], [])) for row in rows]
+        return [self._record(row) for row in rows]
 
     def record(self, run: str) -> RunRecord:
         """One run by its whole id."""
@@ -192,9 +190,10 @@ class Catalogue(SqliteFile):
         except ValueError as error:
             raise self._tampered(run) from error
 
-    def _record(self, row: Sequence[Any], tags: Sequence[Any]) -> RunRecord:
-        run, kind, state, reason, created, updated, *told, details, shards, rows, size = row
+    def _record(self, row: Sequence[Any]) -> RunRecord:
+        run, kind, state, reason, created, updated, *told, details, tagged, shards, rows, size = row
         model, revision, dataset, experiment = told
+        tags = read_json(self._text(tagged, run), f"{self.path}: the tags of run {run}")
         optional = (reason, model, revision, dataset)
         numbers = (created, updated, shards, rows, size)
         if (
@@ -224,11 +223,6 @@ class Catalogue(SqliteFile):
 
     def _tampered(self, run: Any) -> StoreError:
         return StoreError(f"{self.path}: the entry of run {str(run)[:40]!r} is damaged or was tampered with.")
-
-
-def _ended(record: RunRecord) -> RunRecord:
-    is_left = record.state == "writing"
-    return replace(record, state="failed", reason=_ENDED_EARLY) if is_left else record
 
 
 def _shard_values(run: str, shard: ShardRecord) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from tdgeom.files.json_text import plain
 from tdgeom.model.loading import model_identity
-from tdgeom.store.run_description import capture_of
+from tdgeom.store.run_description import DETAILS, capture_of
 
 __all__ = ["condition", "names"]
 
@@ -31,13 +31,8 @@ def condition(
     tag: str | Sequence[str] | None = None,
     since: str | float | datetime | None = None,
     until: str | float | datetime | None = None,
-    positions: Any = None,
-    interventions: Any = None,
-    capture: Any = None,
-    config: Any = None,
-    metadata: Any = None,
     where: str | Sequence[str] | None = None,
-    **columns: str | Sequence[str] | None,
+    **wanted: Any,
 ) -> tuple[str, list[Any], Callable[[Mapping[str, Any]], bool]]:
     """A condition on the runs (``r``) and its values, for ``Catalogue.records``; and whether a run's details fit.
 
@@ -45,13 +40,12 @@ def condition(
         tag: a tag, or several that a run must all have.
         since, until: created at or after, at or before: an ISO date or time (UTC unless it says otherwise), a datetime, or
             seconds since 1970.
-        positions, interventions, capture, config, metadata: JSON values that the run's own must hold: a mapping matches where
-            every entry of it does, however deep; a single value also matches inside a list; a list matches whole. A ``Capture``
-            stands for its sites and their module paths, as in ``save``.
         where: conditions on the details, each ``"capture.layers"`` (it is there) or ``"metadata.loss < 0.5"``, with =, !=,
             <, <=, >, >= and a JSON value.
-        columns: model (a name, or the module), revision, dataset, experiment, kind: a value, or several of which one
-            must match.
+        wanted: model (a name, or the module), revision, dataset, experiment, kind: a value, or several of which one
+            must match. And positions, interventions, capture, config, metadata: JSON values that the run's own must hold: a
+            mapping matches where every entry of it does, however deep; a single value also matches inside a list; a list
+            matches whole. A ``Capture`` stands for its sites and their module paths, as in ``save``.
 
     Raises:
         ValueError: a question that cannot be asked.
@@ -61,13 +55,16 @@ def condition(
     """
     parts: list[str] = []
     values: list[Any] = []
-    for name, wanted in columns.items():
-        if name not in _COLUMNS:
+    asked = {}
+    for name, one in wanted.items():
+        if name not in (*_COLUMNS, *DETAILS):
             raise ValueError(
                 f"query knows no {name!r}; it takes {[*_COLUMNS, 'state', 'tag', 'since', 'until', 'where']} and details."
             )
-        if wanted is not None:
-            several = names(wanted, name)
+        if one is not None and name in DETAILS:
+            asked[name] = plain(capture_of(one))
+        elif one is not None:
+            several = names(one, name)
             parts.append(f"r.{name} IN ({','.join('?' * len(several))})")
             values += several
     for one in names(() if tag is None else tag, "tag"):
@@ -77,9 +74,6 @@ def condition(
         if moment is not None:
             parts.append(f"r.created {sign} ?")
             values.append(_seconds(moment))
-    capture = capture_of(capture)
-    given = {"positions": positions, "interventions": interventions, "capture": capture, "config": config}
-    asked = {name: plain(one) for name, one in {**given, "metadata": metadata}.items() if one is not None}
     comparisons = [_comparison(one) for one in ([where] if isinstance(where, str) else where or ())]
 
     def fits(details: Mapping[str, Any]) -> bool:

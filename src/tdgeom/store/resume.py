@@ -32,7 +32,7 @@ def open_writer(lock: RunLock, about: RunDescription, layout: ShardLayout, shard
         refuse_other_rows(run, catalogue.layout(run), layout)
         if state == "failed":
             catalogue.set_state(run, "writing")
-        lock.clear_leftovers()
+        lock.clear(every_rank=False)
         source = RowSource(catalogue, run, layout.of_rows([]), _ID_ROWS)
         known = [batch["row_id"].numpy() for batch in source]
         return RunWriter(lock, layout, shard_bytes, np.concatenate([np.zeros(0, np.int64), *known]))

@@ -45,19 +45,16 @@ class RunLock(Lock):
             sync_folder(catalogue.folder)
         super().__init__(self.folder / f"rank-{rank:05d}.lock", f"run {run}")
 
-    def clear(self, beginning: str = "") -> None:
-        """Delete the files, those whose name begins so, that the catalogue does not have."""
+    def clear(self, every_rank: bool = True) -> None:
+        """Delete files, of every rank or this one's, that a killed writer left before the catalogue had them."""
         known = {shard.name for shard in self.catalogue.shards(self.run)}
+        beginning = "" if every_rank else f"rank-{self.rank:05d}-"
         for path in self.folder.iterdir():
             is_named_so = path.name.lstrip(".").startswith(beginning)
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif is_named_so and path.suffix != ".lock" and path.name not in known:
                 path.unlink()
-
-    def clear_leftovers(self) -> None:
-        """Delete files of this rank that a killed writer left before the catalogue had them."""
-        self.clear(f"rank-{self.rank:05d}-")
 
 
 class RunWriter:

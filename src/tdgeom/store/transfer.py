@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,7 @@ def _export_run(catalogue: Catalogue, record: RunRecord, folder: Path) -> None:
         **{name: getattr(record, name) for name in ("id", "kind", "created")},
         "about": {"tag": about.pop("tags"), **about},
         "layout": catalogue.layout(record.id).to_json(),
-        "shards": [
-            [one.rank, one.number, one.rows, one.bytes, one.sha256, dict(one.rounding)] for one in shards
-        ],
+        "shards": [list(astuple(one)) for one in shards],
     }
     _copy_files(catalogue.folder_of(record.id), folder, record.kind, shards)
     write_whole(folder / RUN_FILE, [canonical_json(told).encode()])
@@ -138,10 +136,7 @@ def _read(path: Path) -> _Exported:
         raise StoreError(
             f"{path / RUN_FILE} lists shards that are not those of a whole run ({kind}): it was tampered with."
         )
-    if kind == "analysis":
-        _check_bundle(path / BUNDLE)
-    for shard in shards:
-        check_hash(path / shard.name, shard)
+    _check_files(path, kind, shards)
     if shards:
         open_shards(path, layout, shards)
     return _Exported(path.name, kind, about, layout, float(told["created"]), shards)
@@ -163,24 +158,24 @@ def _is_record(told: Any, run: str) -> bool:
 
 def _copy_files(source: Path, target: Path, kind: str, shards: Sequence[ShardRecord]) -> None:
     """A run's files, each read once more as a copy and checked there."""
+    for name in _checked_bundle(source) if kind == "analysis" else [shard.name for shard in shards]:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        with open_regular(source / name) as held:
+            write_whole(target / name, iter(lambda: held.read(1 << 22), b""))
+    _check_files(target, kind, shards)
+
+
+def _check_files(folder: Path, kind: str, shards: Sequence[ShardRecord]) -> None:
     for shard in shards:
-        _copy(source / shard.name, target / shard.name)
-        check_hash(target / shard.name, shard)
+        check_hash(folder / shard.name, shard)
     if kind == "analysis":
-        for name in [*_check_bundle(source / BUNDLE), METADATA]:
-            (target / BUNDLE / name).parent.mkdir(parents=True, exist_ok=True)
-            _copy(source / BUNDLE / name, target / BUNDLE / name)
-        _check_bundle(target / BUNDLE)
+        _checked_bundle(folder)
 
 
-def _check_bundle(folder: Path) -> list[str]:
-    """The names of a bundle's files, which were all checked against their hashes."""
+def _checked_bundle(folder: Path) -> list[str]:
+    """The files of a run's bundle, by their names in the run's folder; all were checked against their hashes."""
     try:
-        return list(read_bundle(folder).metadata["files"])
+        files = read_bundle(folder / BUNDLE).metadata["files"]
     except (ValueError, OSError) as error:
-        raise StoreError(f"the analysis in {folder} cannot be copied: {error}") from error
-
-
-def _copy(source: Path, target: Path) -> None:
-    with open_regular(source) as held:
-        write_whole(target, iter(lambda: held.read(1 << 22), b""))
+        raise StoreError(f"the analysis in {folder / BUNDLE} cannot be copied: {error}") from error
+    return [f"{BUNDLE}/{name}" for name in (*files, METADATA)]
