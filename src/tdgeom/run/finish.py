@@ -30,7 +30,9 @@ def call(unit: TensorDictModuleBase, td: TensorDict) -> None:
 
 def give(unit: TensorDictModuleBase, inputs: TensorDictBase | None, td: TensorDict) -> None:
     """What a stage reads of an earlier run's results, where nothing newer is there."""
-    for key in () if inputs is None else unit.in_keys:
+    if inputs is None:
+        return
+    for key in unit.in_keys:
         if td.get(key, None) is None and inputs.get(key, None) is not None:
             td.set(key, inputs.get(key))
 
