@@ -130,6 +130,7 @@ CALLS: dict[str, Call] = {
     "covariance": Call(F.covariance, one),
     "eigen_spectrum": Call(lambda c: F.eigen_spectrum(c, k=2), lambda seed: (covariance(seed),)),
     "entropy_dimension": Call(F.entropy_dimension, values),
+    "numerical_rank": Call(F.numerical_rank, values),
     "log_spectrum_slope": Call(F.log_spectrum_slope, values),
     "normalized": Call(lambda x: F.normalized(x, "feature_standardized"), one),
     "rankme": Call(F.rankme, lambda seed: (torch.tensor(N), rows(seed).mean(0), covariance(seed))),

@@ -434,6 +434,8 @@ def optional_inputs() -> dict[object, torch.Tensor]:
         "row_id": ids(),
         "sample_row_id": ids(),
         ("moments", "count"): torch.tensor(N),
+        ("moments", "relative_error"): torch.tensor(1e-15, dtype=torch.float64),
+        ("moments", "covariance"): torch.diag(torch.linspace(3, 0.1, 30, dtype=torch.float64) ** 2),
         **dict(zip(product.out_keys, product(sample=rows()))),
     }
 

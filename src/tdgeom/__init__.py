@@ -19,7 +19,7 @@ from tdgeom.core.pair_stage import PairStage
 from tdgeom.core.pipeline import Pipeline, merge_, reset, sync_
 from tdgeom.core.stage import Stage
 from tdgeom.core.streaming_stage import StreamingStage
-from tdgeom.core.warnings import UndefinedMeasureWarning
+from tdgeom.core.warnings import FewRowsWarning, UndefinedMeasureWarning, UnresolvedMeasureWarning
 from tdgeom.measures.dimension.ca_pca import CAPCA
 from tdgeom.measures.dimension.decimation import Decimation
 from tdgeom.measures.dimension.gride import Gride
@@ -226,6 +226,8 @@ __all__ = [
     "StoreActivations",
     # the rest
     "UndefinedMeasureWarning",
+    "FewRowsWarning",
+    "UnresolvedMeasureWarning",
     "functional",
     "plot",
 ]

@@ -49,6 +49,7 @@ from tdgeom.model.lens.logit_lens import lens_measures
 from tdgeom.model.positions import position_mask
 from tdgeom.numerics.array_arguments import taking_arrays
 from tdgeom.numerics.hashing import hash_ids
+from tdgeom.numerics.numerical_rank import numerical_rank
 from tdgeom.probing.bilinear import bilinear_ridge
 from tdgeom.probing.closed_form import (
     class_means,
@@ -132,6 +133,7 @@ __all__ = [
     "nearest_neighbors",
     "neighborhood_overlap",
     "normalized",
+    "numerical_rank",
     "participation_ratio",
     "pca_dimension",
     "permutation_null",

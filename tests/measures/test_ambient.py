@@ -16,14 +16,19 @@ from tdgeom.numerics.centring import as_rows, centre
 from tdgeom.numerics.copies import first_copies
 from tdgeom.numerics.eigenvalues import leading_eigenpairs, symmetric_eigenvalues
 from tdgeom.numerics.hashing import hash_ids
-from tdgeom.numerics.moments import block_moments
+from tdgeom.numerics.moments import about_running_mean
 from tdgeom.numerics.products import gram
 
 HERE = ("tdgeom.measures", "tdgeom.numerics")
 NAMES = [name for name in CALLS if inspect.unwrap(getattr(F, name)).__module__.startswith(HERE)]
 NUMERICS = {
+    "about_running_mean": Call(
+        lambda x: about_running_mean(
+            [x], torch.zeros(x.shape[1], dtype=torch.float64, device="cpu"), torch.tensor(3, device="cpu")
+        ),
+        one,
+    ),
     "as_rows": Call(lambda x: as_rows(x, "a test"), one),
-    "block_moments": Call(block_moments, one),
     "centre": Call(centre, one),
     "covariance": CALLS["covariance"],
     "first_copies": Call(first_copies, lambda seed: (torch.cat((rows(seed), rows(seed)[:7])),)),

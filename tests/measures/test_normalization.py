@@ -14,7 +14,7 @@ import tdgeom as tg
 from tdgeom import functional as F
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.measures.normalization import VARIANTS
-from tdgeom.measures.spectrum_metrics import SPECTRUM_METRICS
+from tdgeom.measures.spectrum_metrics import SPECTRUM_MARKS, SPECTRUM_METRICS
 
 
 def rows(n=80, d=10, dtype=torch.float64):
@@ -81,7 +81,8 @@ def test_default_variants_and_their_order():
     assert list(dict.fromkeys(key[1] for key in stage.out_keys)) == [
         "raw", "token_l2", "token_rms", "feature_standardized"
     ]  # fmt: skip
-    assert len(stage.out_keys) == 4 * len(SPECTRUM_METRICS)
+    assert len(stage.out_keys) == 4 * len(SPECTRUM_METRICS + SPECTRUM_MARKS)
+    assert [key[2] for key in stage.out_keys[-3:]] == list(SPECTRUM_MARKS)
 
 
 def test_variants_of_ones_own_see_rows_and_positions():
@@ -152,12 +153,12 @@ def test_another_stage_as_metrics_from_rows_or_from_eigenvalues():
 def test_roots_and_lists_of_out_keys():
     stage = tg.NormalizationAblation(variants=["raw", "token_l2"], out_keys=("mine", "here"))
     assert stage.out_keys[0] == ("mine", "here", "raw", "d_pr")
-    names = [f"k{i}" for i in range(2 * len(SPECTRUM_METRICS))]
+    names = [f"k{i}" for i in range(2 * len(SPECTRUM_METRICS + SPECTRUM_MARKS))]
     td = tg.NormalizationAblation(variants=["raw", "token_l2"], out_keys=names)(TensorDict(sample=rows()))
     plain = tg.NormalizationAblation(variants=["raw", "token_l2"])(TensorDict(sample=rows()))
     for own, key in zip(names, [("ablation", v, m) for v in ("raw", "token_l2") for m in SPECTRUM_METRICS]):
         assert float(td[own]) == pytest.approx(float(plain[key]), nan_ok=True)
-    with pytest.raises(ValueError, match="writes 32 leaves"):
+    with pytest.raises(ValueError, match="writes 38 leaves"):
         tg.NormalizationAblation(variants=["raw", "token_l2"], out_keys=names[:3])
 
 

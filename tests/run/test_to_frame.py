@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
 
 import tdgeom as tg
-from tdgeom.measures.spectrum_metrics import SPECTRUM_METRICS
+from tdgeom.measures.spectrum_metrics import SPECTRUM_MARKS, SPECTRUM_METRICS
 
 SITES = ["residual_input.0", "residual_input.1", "mlp_output.0"]
 
@@ -35,7 +35,15 @@ def test_one_row_a_site(result):
     frame = tg.to_frame(result, "spectrum")
     assert list(frame["site"]) == SITES and list(frame["layer"]) == [0, 1, 0]
     assert list(frame["kind"]) == ["residual_input", "residual_input", "mlp_output"]
-    assert set(frame.columns) == {"site", "kind", "layer", "stack", "rankme", *SPECTRUM_METRICS}
+    assert set(frame.columns) == {
+        "site",
+        "kind",
+        "layer",
+        "stack",
+        "rankme",
+        *SPECTRUM_METRICS,
+        *SPECTRUM_MARKS,
+    }
     for i, site in enumerate(SITES):
         assert frame["d_pr"][i] == float(result["spectrum", site, "d_pr"])
     assert (

@@ -9,12 +9,21 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import tensordict
 import torch
 
-__all__ = ["UndefinedMeasureWarning", "at_site", "from_line", "tell", "users_line"]
+__all__ = [
+    "FewRowsWarning",
+    "UndefinedMeasureWarning",
+    "UnresolvedMeasureWarning",
+    "at_site",
+    "from_line",
+    "tell",
+    "tell_few_rows",
+    "users_line",
+]
 
 _INSIDE = tuple(
     os.path.dirname(str(file)) + os.sep
@@ -26,6 +35,28 @@ _started: ContextVar[Line | None] = ContextVar("started", default=None)
 
 class UndefinedMeasureWarning(UserWarning):
     """A measure is not defined on its input (no variance, too few rows); its value is NaN."""
+
+
+class FewRowsWarning(UserWarning):
+    """A number that so few rows decide more than what they were drawn from."""
+
+
+class UnresolvedMeasureWarning(UserWarning):
+    """A number that eigenvalues under the rounding of their products could have moved."""
+
+
+def tell_few_rows(stage: str, measures: str, rows: object, needed: str, remedy: str) -> None:
+    """Warn that a stage's measures are of few rows: how many there are, how many are called for, what helps.
+
+    >>> with warnings.catch_warnings(record=True) as told:
+    ...     warnings.simplefilter("always")
+    ...     tell_few_rows("CCA", "cca_mean", 5, "more than the 8 features", "Give more rows")
+    >>> str(told[0].message)
+    'CCA: few rows, 5: cca_mean calls for more than the 8 features. Give more rows.'
+    """
+    tell(
+        f"{stage}: few rows, {int(cast(Any, rows))}: {measures} calls for {needed}. {remedy}.", FewRowsWarning
+    )
 
 
 def tell(message: str, category: type[Warning] = UndefinedMeasureWarning) -> None:

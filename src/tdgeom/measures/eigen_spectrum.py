@@ -7,10 +7,12 @@ from torch import Tensor
 
 from tdgeom.core.keys import Keys
 from tdgeom.core.stage import Stage
-from tdgeom.numerics.centring import real_rows
+from tdgeom.numerics.centring import holds, real_rows
 from tdgeom.numerics.eigenvalues import leading_eigenpairs, symmetric_eigenvalues
 
-__all__ = ["EigenSpectrum", "covariance_eigenvalues", "eigen_spectrum"]
+__all__ = ["EigenSpectrum", "covariance_eigenvalues", "eigen_spectrum", "eigenvalue_error"]
+
+_FINE = 2.0**-44  # entries this exact move no eigenvalue that is above the rounding floor
 
 
 def eigen_spectrum(
@@ -58,6 +60,25 @@ def covariance_eigenvalues(covariance: Tensor, rank: int | Tensor | None = None)
     return torch.where(finite, _zero_beyond(values, rank), torch.nan)
 
 
+def eigenvalue_error(covariance: Tensor, relative_error: Tensor) -> Tensor | None:
+    """What the rounding of a covariance's products can have moved each eigenvalue by: (*B, D, D), (*B,) -> (*B, D), descending λ.
+
+    Entries are off by e·√(C_ii C_jj) at most, e the ``relative_error``. Along an eigenvector v that is e·√D·Σ_j v_j² C_jj: small
+    in directions that massive features have no part in. None where e is that of float64, which is below what eigenvalues resolve.
+
+    >>> eigenvalue_error(torch.diag(torch.tensor([100.0, 1.0])), torch.tensor(1e-6))
+    tensor([1.4142e-04, 1.4142e-06], dtype=torch.float64)
+    """
+    if not holds((relative_error > _FINE).any()):
+        return None
+    covariance, finite = _finite(covariance)
+    _, vectors = torch.linalg.eigh(covariance)
+    variance = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=0)
+    along = (variance.unsqueeze(-1) * vectors.flip(-1).square()).sum(-2)
+    error = relative_error.double().unsqueeze(-1) * covariance.shape[-1] ** 0.5 * along
+    return torch.where(finite, error, torch.nan)
+
+
 class EigenSpectrum(Stage):
     """Eigenvalues of a covariance, all of them, and its leading eigenvectors.
 
@@ -65,8 +86,9 @@ class EigenSpectrum(Stage):
     centred when it comes from ``StreamingCovariance``).
 
     Reads ``("moments", "covariance")`` (*B, D, D) and where present ``("moments", "count")`` (*B,): with fewer rows than
-    features the eigenvalues beyond count-1 are 0, not rounding. Writes ``"eigenvalues"`` (*B, D) and ``"eigenvectors"``
-    (*B, D, min(k, D)), float64.
+    features the eigenvalues beyond count-1 are 0, not rounding. Which of the others are more than rounding says
+    ``tdgeom.functional.numerical_rank``, and ``SpectrumMetrics`` beside its measures. Writes ``"eigenvalues"`` (*B, D) and
+    ``"eigenvectors"`` (*B, D, min(k, D)), float64.
 
         >>> import torch, tdgeom as tg
         >>> values, vectors = tg.EigenSpectrum(k=1)(moments_covariance=torch.diag(torch.tensor([1.0, 3.0])))

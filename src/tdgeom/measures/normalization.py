@@ -10,18 +10,19 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from tdgeom.core.keys import Key, Keys, key_tuple
+from tdgeom.core.keys import Key, Keys, key_tuple, optional_in_keys
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.measures.eigen_spectrum import covariance_eigenvalues
 from tdgeom.measures.sample_metrics import (
     PRODUCTS,
     SampleStage,
+    centred,
     covariance_of,
     sample_eigenvalues,
     unit_rows,
     working,
 )
-from tdgeom.measures.spectrum_metrics import SpectrumMetrics
+from tdgeom.measures.spectrum_metrics import SPECTRUM_MARKS, SpectrumMetrics
 
 __all__ = ["VARIANTS", "NormalizationAblation", "Variant", "normalized"]
 
@@ -40,22 +41,24 @@ def token_rms(sample: Tensor) -> Tensor:
 
 def feature_standardized(sample: Tensor) -> Tensor:
     """Columns to mean 0 and unbiased standard deviation 1; constant columns become 0."""
-    centred = sample - sample.mean(-2, keepdim=True)
-    std = centred.std(-2, keepdim=True)
-    return centred / torch.where(std > 0, std, torch.inf)
+    rows = centred(sample)
+    std = rows.std(-2, keepdim=True)
+    return rows / torch.where(std > 0, std, torch.inf)
 
 
 def remove_top_pc(sample: Tensor) -> Tensor:
     """Rows without their component along the first principal axis."""
-    centred = sample - sample.mean(-2, keepdim=True)
-    axis = torch.linalg.eigh(covariance_of(sample)).eigenvectors[..., -1:].to(sample.dtype)
-    return centred - (centred @ axis) @ axis.mT
+    rows = centred(sample)
+    axis = torch.linalg.eigh(covariance_of(sample)).eigenvectors[..., -1:]
+    return rows - (rows @ axis) @ axis.mT
 
 
 def drop_outlier_features(sample: Tensor) -> Tensor:
-    """Columns whose variance exceeds 25 times the median variance set to 0 (massive-activation features)."""
-    variance = sample.var(-2, keepdim=True)
-    return torch.where(variance > 25 * variance.median(-1, keepdim=True).values, 0, sample)
+    """Columns whose variance exceeds 25 times the median of those that vary set to 0 (massive-activation features)."""
+    variance = centred(sample).square().mean(-2, keepdim=True)
+    # Of dead columns (ReLU units, codes) there may be more than of others: they are no scale.
+    typical = torch.where(variance > 0, variance, torch.nan).nanmedian(-1, keepdim=True).values
+    return torch.where(variance > 25 * typical, 0, sample)
 
 
 def without_first_token(sample: Tensor, position: Tensor) -> Tensor:
@@ -83,7 +86,8 @@ def normalized(sample: Tensor, variant: str, position: Tensor | None = None) -> 
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is unknown: one of {list(VARIANTS)}, or pass a function.")
-    return _apply(VARIANTS[variant], working(sample), position, variant)
+    rows = working(sample)
+    return _apply(VARIANTS[variant], rows.double(), position, variant).to(rows.dtype)
 
 
 def _apply(function: Variant, sample: Tensor, position: Tensor | None, name: str) -> Tensor:
@@ -114,7 +118,8 @@ class NormalizationAblation(SampleStage):
 
     ``raw``; ``token_l2`` (rows to unit L2); ``token_rms`` (rows to unit RMS: the spectrum of ``token_l2`` up to scale);
     ``feature_standardized`` (columns to mean 0 and unbiased std 1: the correlation matrix). Also by name:
-    ``remove_top_pc``, ``drop_outlier_features`` (variance over 25 times the median), ``without_first_token``.
+    ``remove_top_pc``, ``drop_outlier_features`` (variance over 25 times the median of the features that vary),
+    ``without_first_token``. All in float64.
 
     Args:
         variants: names, or a mapping from name to ``function(sample)`` or ``function(sample, position)``, where position
@@ -122,9 +127,9 @@ class NormalizationAblation(SampleStage):
         metrics: the stage that measures each variant's ``"eigenvalues"`` (or its ``"sample"``); its outputs' last key
             parts are the metric names. Default ``SpectrumMetrics()``.
 
-    Reads ``"sample"`` (*B, N, D), and where present ``"sample_row_id"`` (N,) and what ``SampleSpectrum`` wrote of the same rows;
-    writes
-    ``("ablation", variant, metric)`` (*B,). Covariances are unbiased and centred after normalisation.
+    Reads ``"sample"`` (*B, N, D), and where present ``"sample_row_id"`` (N,) and what ``SampleSpectrum`` wrote of the same
+    rows; writes ``("ablation", variant, metric)`` (*B,), the marks ``numerical_rank``, ``few_rows``, ``unresolved`` behind the
+    measures of all. Covariances are unbiased and centred after normalisation.
 
     Raises:
         ValueError: an unknown variant, fewer than 2 rows, or a variant that changes nothing but needs positions it lacks.
@@ -162,14 +167,16 @@ class NormalizationAblation(SampleStage):
                 f"function(sample, position)."
             )
         metrics = SpectrumMetrics() if metrics is None else metrics
-        wanted = list(metrics.in_keys)
+        wanted = [key for key in metrics.in_keys if key not in optional_in_keys(metrics)]
         if wanted not in (["eigenvalues"], ["sample"]):
             raise ValueError(
                 f"NormalizationAblation: metrics must read 'eigenvalues' or 'sample' alone, {type(metrics).__name__} reads "
                 f"{wanted}. Rename its input with in_keys=."
             )
         names = [key_tuple(key)[-1] for key in metrics.out_keys]
-        paths = [(variant, name) for variant in named for name in names]
+        marks = [name for name in names if name in SPECTRUM_MARKS]
+        paths = [(variant, name) for variant in named for name in names if name not in marks]
+        paths += [(variant, name) for variant in named for name in marks]
         # A root takes (variant, metric) under it: one name alone would clash between variants.
         if isinstance(out_keys, str | tuple):
             out_keys = [(*key_tuple(out_keys), *path) for path in paths]
@@ -185,36 +192,50 @@ class NormalizationAblation(SampleStage):
         position = None if row_id is None else row_id & ((1 << POSITION_BITS) - 1)
         known = {"raw": eigenvalues, "covariance": covariance, "unit_covariance": unit_covariance}
         shared = {name: value for name, value in known.items() if value is not None}
-        outputs: list[Tensor] = []
+        measured: list[list[Tensor]] = []
+        marked: list[list[Tensor]] = []
+        names = [key_tuple(key)[-1] for key in self.metrics.out_keys]
         for name, what in self.variants.items():
             td = TensorDict({}, batch_size=[])
-            if self.metrics.in_keys == ["eigenvalues"]:
-                td.set("eigenvalues", self._eigenvalues(sample, position, name, what, shared))
+            if self.metrics.in_keys[0] == "eigenvalues":
+                eigenvalues, rows = self._eigenvalues(sample, position, name, what, shared)
+                td.set("eigenvalues", eigenvalues)
+                count = torch.full(eigenvalues.shape[:-1], rows, device=eigenvalues.device)
+                td.set(("moments", "count"), count)
+            elif isinstance(what, str):
+                td.set("sample", _apply(VARIANTS[what], sample.double(), position, name).to(sample.dtype))
             else:
-                function = VARIANTS[what] if isinstance(what, str) else what
-                td.set("sample", _apply(function, sample, position, name))
+                td.set("sample", _apply(what, sample, position, name))
             self.metrics(td)
-            outputs += [td.get(key) for key in self.metrics.out_keys]
-        return outputs
+            values = [td.get(key) for key in self.metrics.out_keys]
+            measured.append([value for n, value in zip(names, values) if n not in SPECTRUM_MARKS])
+            marked.append([value for n, value in zip(names, values) if n in SPECTRUM_MARKS])
+        return [value for values in (*measured, *marked) for value in values]
 
     @staticmethod
     def _eigenvalues(
         sample: Tensor, position: Tensor | None, name: str, what: str | Variant, shared: dict[str, Tensor]
-    ) -> Tensor:
+    ) -> tuple[Tensor, int]:
+        """The eigenvalues of a variant, and how many rows it has."""
         if not isinstance(what, str):
-            return sample_eigenvalues(_apply(what, sample, position, name))
+            rows = _apply(what, sample, position, name)
+            return sample_eigenvalues(rows), rows.shape[-2]
         # token_rms is token_l2 times √D, so one spectrum serves both; feature_standardized is the correlation matrix.
-        family = {"token_rms": "token_l2"}.get(what, what)
+        family, n = {"token_rms": "token_l2"}.get(what, what), sample.shape[-2]
+        if what == "without_first_token":
+            rows = _apply(without_first_token, sample, position, what)
+            return sample_eigenvalues(rows), rows.shape[-2]
         if family not in shared:
             if family == "feature_standardized":
                 shared[family] = _correlation_eigenvalues(sample, shared)
             elif family == "raw":
-                shared[family] = covariance_eigenvalues(_covariance(sample, shared), sample.shape[-2] - 1)
+                shared[family] = covariance_eigenvalues(_covariance(sample, shared), n - 1)
             elif family == "token_l2" and "unit_covariance" in shared:
-                shared[family] = covariance_eigenvalues(shared["unit_covariance"], sample.shape[-2] - 1)
+                shared[family] = covariance_eigenvalues(shared["unit_covariance"], n - 1)
             else:
-                shared[family] = sample_eigenvalues(_apply(VARIANTS[family], sample, position, family))
-        return shared[family] * (sample.shape[-1] if what == "token_rms" else 1)
+                rows = _apply(VARIANTS[family], sample.double(), position, family)
+                shared[family] = sample_eigenvalues(rows)
+        return shared[family] * (sample.shape[-1] if what == "token_rms" else 1), n
 
 
 def _covariance(sample: Tensor, shared: dict[str, Tensor]) -> Tensor:

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key
 from tdgeom.core.stage import Stage
+from tdgeom.core.warnings import tell_few_rows
 from tdgeom.measures.eigen_spectrum import covariance_eigenvalues
 from tdgeom.measures.spectrum_metrics import entropy_dimension
-from tdgeom.numerics.centring import holds, real_rows, warn_undefined
+from tdgeom.numerics.centring import holds, real_rows, refuse_nonfinite, upcast, warn_undefined
 from tdgeom.numerics.hashing import fingerprint
+from tdgeom.numerics.numerical_rank import above_rounding, numerical_rank
 from tdgeom.numerics.products import gram, in_own_precision
+from tdgeom.numerics.quantiles import quantiles
 
 __all__ = [
     "PRODUCTS",
@@ -30,6 +33,7 @@ SAMPLE_METRICS = (
     "sv_effective_rank", "sv_stable_rank", "sv_participation_ratio", "cos_sim_mean", "cos_sim_std",
     "ve_4", "ve_8", "ve_16", "ve_32",
     "norm_mean", "norm_q05", "norm_q50", "norm_q95", "norm_max", "top_feature_share",
+    "numerical_rank", "few_rows",
 )  # fmt: skip
 PRODUCTS: dict[Key, str] = {
     "sample_eigenvalues": "E", "sample_covariance": "E E", "sample_unit_covariance": "E E", "sample_fingerprint": "",
@@ -38,23 +42,30 @@ PRODUCTS: dict[Key, str] = {
 
 
 def working(rows: Tensor) -> Tensor:
-    """Rows in the precision their products are taken in: float64 stays, everything else becomes float32."""
-    rows = real_rows(rows, "a measure of a sample")
-    return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+    """Rows in float32 or float64: half precision becomes float32, integers float64."""
+    return upcast(real_rows(rows, "a measure of a sample"))
 
 
 def covariance_of(rows: Tensor) -> Tensor:
     """Unbiased covariance (*B, D, D) in float64, of rows scaled so that no product under- or overflows."""
+    y, scale = _unit_scale(centred(rows))
+    return gram(y) * (scale.square() / (rows.shape[-2] - 1))
+
+
+def centred(rows: Tensor) -> Tensor:
+    """Rows about their mean (*B, N, D), in float64; a constant feature is exactly 0."""
     rows = working(rows)
-    y = rows - rows.mean(-2, keepdim=True)
+    varies = rows.detach().amin(-2, keepdim=True) != rows.detach().amax(-2, keepdim=True)
+    y = rows.double()
     y = y - y.mean(-2, keepdim=True)
-    y, scale = _unit_scale(y)
-    return gram(y).double() * (scale.double().square() / (rows.shape[-2] - 1))
+    if rows.dtype == torch.float64:  # the mean of float32 rows is right to more digits than they have
+        y = y - y.mean(-2, keepdim=True)
+    return torch.where(varies, y, 0.0)
 
 
 def _unit_scale(y: Tensor) -> tuple[Tensor, Tensor]:
     """Rows whose largest magnitude is 1, so that no square of theirs under- or overflows, and what it was."""
-    scale = y.abs().amax((-2, -1), keepdim=True)
+    scale = torch.maximum(y.amax((-2, -1), keepdim=True), -y.amin((-2, -1), keepdim=True))
     scale = torch.where(scale > 0, scale, 1)
     return y / scale, scale
 
@@ -92,23 +103,23 @@ def cosine_similarity(sample: Tensor, unit_covariance: Tensor | None = None) -> 
     >>> round(float(mean), 4), round(float(std), 4)
     (-0.3333, 0.5164)
     """
-    unit, directed = unit_rows(working(sample))
+    unit, directed = unit_rows(working(sample).double())
     n = directed.sum(-1).double()
     # With u = m + e, a cosine is |m|² plus a_i + a_j + e_i·e_j, a = m·e: small where rows are nearly parallel, so that
     # the spread is not the difference of two large sums. m is the mean to rounding; rest is what that leaves.
-    m = (unit.sum(-2).double() / n.unsqueeze(-1)).to(unit.dtype).unsqueeze(-2)
+    m = (unit.sum(-2) / n.unsqueeze(-1)).unsqueeze(-2)
     e = (unit - m) * directed.unsqueeze(-1)
     a = (e @ m.mT)[..., 0]
-    rest = e.sum(-2).double()
-    own = 2 * a.double() + torch.linalg.vector_norm(e, dim=-1).double().square()
-    a_sum, turned = a.sum(-1, dtype=torch.float64), (a.unsqueeze(-2) @ e)[..., 0, :].double()
+    rest = e.sum(-2)
+    own = 2 * a + e.square().sum(-1)
+    a_sum, turned = a.sum(-1), (a.unsqueeze(-2) @ e)[..., 0, :]
     first = 2 * n * a_sum + rest.square().sum(-1) - own.sum(-1)
-    second = 2 * n * a.double().square().sum(-1) + 2 * a_sum.square() + 4 * (turned * rest).sum(-1)
+    second = 2 * n * a.square().sum(-1) + 2 * a_sum.square() + 4 * (turned * rest).sum(-1)
     second = second + _products_squared(e, rest, directed, unit_covariance) - own.square().sum(-1)
     pairs = n * (n - 1)
     mean = first / pairs
     variance = (second - pairs * mean.square()) / (pairs - 1)
-    return m.double().square().sum((-2, -1)) + mean, variance.clamp(min=0).sqrt()
+    return m.square().sum((-2, -1)) + mean, variance.clamp(min=0).sqrt()
 
 
 def _products_squared(e: Tensor, rest: Tensor, directed: Tensor, covariance: Tensor | None) -> Tensor:
@@ -120,15 +131,13 @@ def _products_squared(e: Tensor, rest: Tensor, directed: Tensor, covariance: Ten
         turned = (products @ rest.unsqueeze(-1))[..., 0]
         off_centre = 2 / rows * (rest * turned).sum(-1) + (rest.square().sum(-1) / rows).square()
         return products.square().sum((-2, -1)) + off_centre
-    products = gram(e) if rows > e.shape[-1] else e @ e.mT
-    return products.double().square().sum((-2, -1))
+    products = gram(e) if rows > e.shape[-1] else gram(e.mT)
+    return products.square().sum((-2, -1))
 
 
 def _variances(sample: Tensor) -> Tensor:
-    """(*B, D) variance of each feature, up to one common factor, without a float64 copy of the rows."""
-    y = working(sample)
-    y, _ = _unit_scale(y - y.mean(-2, keepdim=True))
-    return y.square().sum(-2, dtype=torch.float64)
+    """(*B, D) variance of each feature, up to one common factor."""
+    return _unit_scale(centred(sample))[0].square().sum(-2)
 
 
 @in_own_precision
@@ -146,12 +155,11 @@ def sample_metrics(
     2.0
     """
     values = sample_eigenvalues(sample) if eigenvalues is None else eigenvalues.double()
+    values = torch.where(above_rounding(values) | values.isnan(), values, 0.0)
     p = values / values.sum(-1, keepdim=True)
     mean, std = cosine_similarity(sample, unit_covariance)
-    norms = torch.linalg.vector_norm(working(sample), dim=-1).double()
-    quantiles = torch.quantile(
-        norms, torch.tensor([0.05, 0.5, 0.95], dtype=norms.dtype, device=norms.device), dim=-1
-    )
+    norms = _norms(sample)
+    low, middle, high = quantiles(norms, (0.05, 0.5, 0.95))
     spread = _variances(sample) if covariance is None else covariance.diagonal(dim1=-2, dim2=-1).double()
     return {
         "sv_effective_rank": entropy_dimension(values.sqrt()),
@@ -161,24 +169,38 @@ def sample_metrics(
         "cos_sim_std": std,
         **{f"ve_{k}": p[..., :k].sum(-1) for k in (4, 8, 16, 32)},
         "norm_mean": norms.mean(-1),
-        "norm_q05": quantiles[0],
-        "norm_q50": quantiles[1],
-        "norm_q95": quantiles[2],
+        "norm_q05": low,
+        "norm_q50": middle,
+        "norm_q95": high,
         "norm_max": norms.amax(-1),
         "top_feature_share": spread.amax(-1) / spread.sum(-1),
+        "numerical_rank": numerical_rank(values),
+        "few_rows": sample.shape[-2] < 10 / p.square().sum(-1),
     }
+
+
+def _norms(sample: Tensor) -> Tensor:
+    """(*B, N) in float64; the largest magnitude is divided out first, so that rows of any scale have one."""
+    rows = working(sample)
+    size = torch.maximum(rows.amax(-1), -rows.amin(-1)).detach().double()
+    used = torch.where(size > 0, size, 1)
+    return (
+        torch.linalg.vector_norm(rows / used.to(rows.dtype).unsqueeze(-1), dim=-1, dtype=torch.float64) * used
+    )
 
 
 class SampleStage(Stage):
     """A stage on a sample of two rows or more, which uses what ``SampleSpectrum`` wrote of these very rows."""
 
     def checked(self, sample: Tensor) -> Tensor:
-        """The sample, of two rows or more."""
+        """The sample, of two finite rows or more."""
         if sample.shape[-2] < 2:
             raise ValueError(
                 f"{type(self).__name__} needs at least 2 rows, got {self.in_keys[0]!r} of shape {tuple(sample.shape)}. Give "
                 f"the run more data, or a larger RowSample(size=)."
             )
+        if sample.is_floating_point():
+            refuse_nonfinite(sample, f"{type(self).__name__}")
         return sample
 
     @staticmethod
@@ -212,7 +234,7 @@ class SampleSpectrum(SampleStage):
         """See ``sample_eigenvalues``."""
         covariance = covariance_of(self.checked(sample))
         values = covariance_eigenvalues(covariance, rank=sample.shape[-2] - 1)
-        return values, covariance, covariance_of(unit_rows(working(sample))[0]), fingerprint(sample)
+        return values, covariance, covariance_of(unit_rows(working(sample).double())[0]), fingerprint(sample)
 
 
 class SampleMetrics(SampleStage):
@@ -223,11 +245,13 @@ class SampleMetrics(SampleStage):
     ``ve_4`` ... ``ve_32`` = share of variance in the first components. ``cos_sim_mean``, ``cos_sim_std``: cosine over
     ordered pairs of different rows, *uncentred*, std unbiased. Beyond these: row norms (``norm_mean``, quantiles
     ``norm_q05``, ``norm_q50``, ``norm_q95``, ``norm_max``) and ``top_feature_share``, the share of variance in the single
-    largest feature (near 1: massive activations).
+    largest feature (near 1: massive activations). ``numerical_rank``: eigenvalues that are more than rounding, the others
+    count as 0; ``few_rows``: there are fewer rows than 10·sv_participation_ratio, which say more of the sample than of what it
+    was drawn from. Products are float64; rows of any dtype, scale and offset count as float64 rows of the same numbers do.
 
     Reads ``"sample"`` (*B, N, D), and where present what ``SampleSpectrum`` wrote of the same rows; writes
-    ``("sample_metrics", name)`` (*B,). Raises ValueError below 2 rows; identical rows give NaN with one
-    ``UndefinedMeasureWarning``.
+    ``("sample_metrics", name)`` (*B,). Raises ValueError below 2 rows and for NaN or Inf; identical rows give NaN with one
+    ``UndefinedMeasureWarning``, few rows a ``FewRowsWarning``.
 
         >>> import torch, tdgeom as tg
         >>> from tensordict import TensorDict
@@ -246,4 +270,13 @@ class SampleMetrics(SampleStage):
         metrics = sample_metrics(self.checked(sample), *self.products_of(sample, products))
         reason = f"all rows of {self.in_keys[0]!r} are the same."
         warn_undefined(metrics["sv_stable_rank"], "SampleMetrics (what is spectral)", reason)
+        if holds(metrics["few_rows"].any()):
+            called = "10 for each of sv_participation_ratio's dimensions"
+            tell_few_rows(
+                "SampleMetrics",
+                "sv_participation_ratio and its kin",
+                sample.shape[-2],
+                called,
+                "Give a larger sample",
+            )
         return metrics

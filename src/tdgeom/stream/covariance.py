@@ -12,33 +12,43 @@ from tdgeom.core.keys import Key
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.core.warnings import UndefinedMeasureWarning
 from tdgeom.numerics.centring import upcast
-from tdgeom.numerics.moments import block_moments, merge_moments
-from tdgeom.numerics.products import gram
+from tdgeom.numerics.moments import add_rows, merge_moments
+from tdgeom.numerics.products import Precision, check_precision, gram, product_dtype, product_error
 
 __all__ = ["StreamingCovariance", "covariance"]
 
-_STATE = ("count", "mean", "scatter", "norm2_x", "norm4")
+_STATE = ("count", "mean", "scatter", "norm2_x", "norm4", "relative_error")
 
 
 def covariance(rows: Tensor) -> Tensor:
-    """Unbiased covariance Σ(x-x̄)(x-x̄)ᵀ/(N-1): (*B, N, D) -> (*B, D, D), float64 sums for float64 and integer rows, else float32.
+    """Unbiased covariance Σ(x-x̄)(x-x̄)ᵀ/(N-1): (*B, N, D) -> (*B, D, D), from float64 products.
+
+    In float64 for float64 and integer rows, else rounded to float32.
 
     >>> covariance(torch.tensor([[0.0], [2.0]]))
     tensor([[2.]])
     """
-    rows = upcast(rows)
-    return gram(rows - rows.mean(-2, keepdim=True)) / (rows.shape[-2] - 1)
+    dtype = upcast(rows).dtype
+    rows = rows.double()
+    return (gram(rows - rows.mean(-2, keepdim=True)) / (rows.shape[-2] - 1)).to(dtype)
 
 
 class StreamingCovariance(StreamingStage):
     """Count, mean, unbiased covariance and the norm moments of all rows seen.
 
     ``covariance`` = Σ(x-x̄)(x-x̄)ᵀ/(n-1), ``norm4`` = Σ|x-x̄|⁴, ``norm2_x`` = Σ|x-x̄|²(x-x̄), all about the mean and in
-    float64. Rows (N, D) in any float dtype; float32 and narrower rows are multiplied in float32 blocks about the block's
-    own mean and added in float64. Exact under any batch split, order and merge, to rounding. Memory 8·D² bytes.
+    float64. Rows (N, D) in any real dtype, any scale and any offset, centred about the running mean and multiplied in float64,
+    the symmetric half of it. Exact under any batch split, order and merge, to rounding. Memory 8·D² bytes.
 
-    Reads ``"tokens"``; writes ``("moments", "count" | "mean" | "covariance" | "norm4" | "norm2_x")`` of shapes (), (D,),
-    (D, D), (), (D,). With one row the covariance is undefined: NaN and a warning.
+    Args:
+        precision: ``"float32"`` takes the products of ``covariance`` in float32 blocks (sums stay float64), for devices on which
+            float64 is slow: eigenvalues below some 1e-6 of the largest are then rounding, and ``EigenSpectrum`` and what
+            follows it know which. ``"auto"``: float64 wherever the device has it at speed, else float32.
+        in_keys, out_keys: see ``Stage``.
+
+    Reads ``"tokens"``; writes ``("moments", "count" | "mean" | "covariance" | "norm4" | "norm2_x" | "relative_error")`` of
+    shapes (), (D,), (D, D), (), (D,), (). ``relative_error``: no entry C_ij of the covariance is further off than that times
+    √(C_ii C_jj). With one row the covariance is undefined: NaN and a warning.
 
     Chan, Golub and LeVeque (1979), Updating formulae and a pairwise algorithm for computing sample variances.
 
@@ -52,28 +62,37 @@ class StreamingCovariance(StreamingStage):
     """
 
     reads = {"tokens": "N D"}
-    writes = [("moments", name) for name in ("count", "mean", "covariance", "norm4", "norm2_x")]
+    writes = [
+        ("moments", name) for name in ("count", "mean", "covariance", "norm4", "norm2_x", "relative_error")
+    ]
 
     count: Tensor
     mean: Tensor
     scatter: Tensor
     norm2_x: Tensor
     norm4: Tensor
+    relative_error: Tensor
 
     def __init__(
-        self, *, in_keys: Key | list[Key] | None = None, out_keys: Key | list[Key] | None = None
+        self,
+        *,
+        precision: Precision = "auto",
+        in_keys: Key | list[Key] | None = None,
+        out_keys: Key | list[Key] | None = None,
     ) -> None:
+        check_precision(precision, "StreamingCovariance")
         super().__init__(in_keys=in_keys, out_keys=out_keys)
+        self.precision = precision
         for name in _STATE:
             self.add_state(name, torch.int64 if name == "count" else torch.float64)
 
     def start(self, tokens: Tensor) -> dict[str, Tensor]:
         """Zero moments of the rows' width."""
         d = tokens.shape[-1]
-        shapes = {"count": (), "mean": (d,), "scatter": (d, d), "norm2_x": (d,), "norm4": ()}
+        shapes = {"mean": (d,), "scatter": (d, d), "norm2_x": (d,)}
         return {
-            name: torch.zeros(shape, dtype=self.state()[name].dtype, device=tokens.device)
-            for name, shape in shapes.items()
+            name: torch.zeros(shapes.get(name, ()), dtype=held.dtype, device=tokens.device)
+            for name, held in self.state().items()
         }
 
     def accumulate(self, tokens: Tensor) -> None:
@@ -83,16 +102,18 @@ class StreamingCovariance(StreamingStage):
                 f"StreamingCovariance has seen rows of width {self.mean.shape[0]} and now gets {self.in_keys[0]!r} of "
                 f"shape {tuple(tokens.shape)}. Use one stage a width, or reset()."
             )
-        self._merge(block_moments(tokens))
+        state, dtype = self.state(), product_dtype(self.precision, tokens.device)
+        add_rows(state, tokens, dtype)
+        self.norm4 = state["norm4"]
+        self.relative_error = self.relative_error.clamp(min=product_error(dtype))
 
     def combine(self, other: StreamingCovariance) -> None:
         """Add another's moments."""
-        self._merge({name: value.to(self.mean.device) for name, value in other.state().items()})
-
-    def _merge(self, block: dict[str, Tensor]) -> None:
         state = self.state()
-        merge_moments(state, block)
+        merge_moments(state, {name: value.to(self.mean.device) for name, value in other.state().items()})
         self.norm4 = state["norm4"]
+        # The sum's entries are bounded by the sums' Cauchy-Schwarz: the larger of both errors holds for it.
+        self.relative_error = torch.maximum(self.relative_error, other.relative_error.to(self.mean.device))
 
     def result(self) -> Mapping[str, Tensor]:
         """The moments of all rows so far."""
@@ -108,4 +129,5 @@ class StreamingCovariance(StreamingStage):
             "covariance": self.scatter / (self.count.double() - 1),
             "norm4": self.norm4.clone(),
             "norm2_x": self.norm2_x.clone(),
+            "relative_error": self.relative_error.clone(),
         }

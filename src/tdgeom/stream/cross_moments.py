@@ -11,13 +11,21 @@ from torch import Tensor
 from tdgeom.core.for_each_pair import pair_list
 from tdgeom.core.keys import Key, Keys, key_tuple, site_key
 from tdgeom.core.streaming_stage import StreamingStage
-from tdgeom.stream.running_centre import about_running_mean
+from tdgeom.numerics.moments import about_running_mean
+from tdgeom.numerics.products import (
+    Precision,
+    add_gram,
+    add_product,
+    check_precision,
+    factors,
+    product_dtype,
+    product_error,
+)
 from tdgeom.stream.sketch import gaussian_columns
 
 __all__ = ["StreamingCrossMoments"]
 
 SITE_LEAVES = ("count", "mean", "covariance", "norm4", "norm2_x")
-_LARGEST = 8  # features a site whose products are always float64
 PAIR_LEAVES = ("cross_covariance", "norm2_product", "x_norm2y", "y_norm2x")
 
 
@@ -43,11 +51,12 @@ class StreamingCrossMoments(StreamingStage):
     From them ``LinearCKA`` (debiased too), ``CCA``, ``SVCCA``, ``PWCCA``, ``Procrustes`` and ``LinearR2`` with
     ``source="moments"`` compute their value over all rows of a run.
 
-    A block is centred about the running mean that includes it, multiplied in its own precision (float32 for float32
-    and narrower rows) and added in float64; what was summed before is moved to that mean by a row more in the product
-    and by vectors. So offsets cost no digits, and batch split, order and merging change nothing but rounding. (Debiased
-    CKA subtracts what rows have with themselves: where a single row holds nearly all variance the result has six digits,
-    and all of them from float64 rows.)
+    and ``"relative_error"`` () behind all others: no entry of a covariance or cross covariance C is further off than that times
+    √(C_ii C_jj).
+
+    A block is centred about the running mean that includes it and multiplied and added in float64; what was summed before is
+    moved to that mean by a row more in the product and by vectors. So offsets, scales and massive rows cost no digits, and batch
+    split, order and merging change nothing but rounding.
 
     Memory: ``8·Σ D·E`` bytes over sites and pairs (8·D² a pair), once as state and once more when published; refused
     above ``memory``. Time: the products, 2·D·E flops a row and pair, and about a tenth more.
@@ -60,10 +69,11 @@ class StreamingCrossMoments(StreamingStage):
             Every leaf is then that of the projected rows in ``groups`` groups (``covariance`` (sketch, sketch),
             ``norm4`` and ``norm2_product`` (groups, groups), ``norm2_x`` (sketch, groups), ``mean`` still (D,)), and
             ``LinearCKA(source="sketch")`` turns them into a CKA that is unbiased over projections, with its standard
-            error. Memory 8·sketch² bytes a pair and 4·D·sketch for the projection.
+            error. Memory 8·sketch² bytes a pair and 8·D·sketch for the projection.
         groups: independent groups of projections under ``sketch``.
         seed: of the projection; stages to be merged must share it.
         memory: bytes of state above which the first rows are refused.
+        precision: of the D x E products, as ``StreamingCovariance`` takes it; norm leaves are float64 always.
         in_keys: a list, one key a site. out_keys: a list of every leaf (sites first), or a root in place of
             "cross_moments".
 
@@ -87,6 +97,7 @@ class StreamingCrossMoments(StreamingStage):
     trace: Tensor
     norm2_product: Tensor
     x_norm2y: Tensor
+    relative_error: Tensor
 
     def __init__(
         self,
@@ -97,6 +108,7 @@ class StreamingCrossMoments(StreamingStage):
         groups: int = 16,
         seed: int = 0,
         memory: int = 8 * 2**30,
+        precision: Precision = "auto",
         in_keys: Keys = None,
         out_keys: Keys = None,
     ) -> None:
@@ -110,12 +122,15 @@ class StreamingCrossMoments(StreamingStage):
                 f"StreamingCrossMoments: sketch= counts projections in equal groups, 3 groups or more; got "
                 f"sketch={sketch}, groups={groups}. Take sketch=1024, groups=16."
             )
+        check_precision(precision, "StreamingCrossMoments")
+        self.precision = precision
         self.sites = names
         self.pairs = pair_list([s if isinstance(s, str) else name for s, name in zip(sites, names)], pairs)
         self.sketch, self.groups, self.seed = sketch, 1 if sketch is None else groups, seed
         self.memory = memory
-        places = [(*part, leaf) for part in parts for leaf in SITE_LEAVES]
+        places: list[tuple[str, ...]] = [(*part, leaf) for part in parts for leaf in SITE_LEAVES]
         places += [(f"{a}->{b}", leaf) for a, b in self.pairs for leaf in PAIR_LEAVES]
+        places.append(("relative_error",))
         writes: list[Key] = [("cross_moments", *place) for place in places]
         if isinstance(out_keys, (str, tuple)):
             out_keys = [(*key_tuple(out_keys), *place) for place in places]
@@ -123,11 +138,11 @@ class StreamingCrossMoments(StreamingStage):
         super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=writes)
         self._runs = _runs(names, self.pairs)
         self.add_state("count", torch.int64)
-        for name in ("widths", "mean", "trace", "norm2_product", "x_norm2y"):
+        for name in ("widths", "mean", "trace", "norm2_product", "x_norm2y", "relative_error"):
             self.add_state(name, torch.int64 if name == "widths" else torch.float64)
         for i, first, last in self._runs:
             self.add_state(f"scatter_{i}_{first}_{last}", torch.float64)
-        self._projections: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._projections: dict[tuple[int, torch.device], Tensor] = {}
 
     def start(self, *rows: Tensor) -> dict[str, Tensor]:
         """Zeros, once the widths are known to fit."""
@@ -143,6 +158,7 @@ class StreamingCrossMoments(StreamingStage):
             )
         zeros: dict[str, tuple[int, ...]] = {
             "count": (),
+            "relative_error": (),
             "mean": (sum(given),),
             "trace": (len(given) * self.groups,),
             "norm2_product": (len(given) * self.groups,) * 2,
@@ -160,46 +176,23 @@ class StreamingCrossMoments(StreamingStage):
         self._check_rows(rows)
         before = self.count.double()
         y, self.mean, step = about_running_mean(rows, self.mean, self.count)
-        y, step = self._project(y, y.dtype), self._project(step, y.dtype)
-        norms = self._norms(y[:-1])
+        y, step = self._project(y), self._project(step)
+        block = y[:-1]
+        norms = self._per_group(block.square())
         self._move(-step, before)
         self.trace = self.trace + norms.sum(0)
         self.norm2_product = self.norm2_product + norms.mT @ norms
-        columns, largest = self._largest(y, step * before.sqrt())
-        moved = (y[:-1].mT @ norms.to(y.dtype)).double()
-        if largest is not None:
-            moved[largest] = columns[:-1].mT @ norms
-        self.x_norm2y = self.x_norm2y + moved
-        self._add_products(y, columns, largest)
-        self.count = self.count + rows[0].shape[0]
-
-    def _largest(self, y: Tensor, last: Tensor) -> tuple[Tensor, Tensor | None]:
-        """In float64 the columns of each site's features of most variance, and which they are; None if ``y`` is float64.
-
-        A float32 product of 2,048 rows is right to some 1e-7 an entry. That averages out over D x D entries, unless few
-        features hold most variance: what comes of these is taken in float64. ``last``: the last row of ``y``, unrounded.
-        """
-        if y.dtype == torch.float64:
-            return y, None
-        edges = self._edges()
-        energy = torch.linalg.vector_norm(y, dim=0)
-        m = min(_LARGEST, *(b - a for a, b in pairwise(edges)))
-        largest = torch.cat([energy[a:b].topk(m).indices + a for a, b in pairwise(edges)])
-        return torch.cat([y[:-1, largest].double(), last[None, largest]]), largest
-
-    def _add_products(self, y: Tensor, columns: Tensor, largest: Tensor | None) -> None:
-        """Every panel of products into its float64 sum, those among the largest features in float64."""
-        edges = self._edges()
-        if largest is not None:
-            exact, m = columns.mT @ columns, len(largest) // len(self.sites)
+        self.x_norm2y = self.x_norm2y + block.mT @ norms
+        dtype = product_dtype(self.precision, y.device)
+        columns, edges = factors(y, dtype), self._edges()
         for i, first, last in self._runs:
-            product = y[:, edges[i] : edges[i + 1]].mT @ y[:, edges[first] : edges[last]]
-            panel = self._panel(i, first, last)
-            panel.add_(product)
-            if largest is not None:
-                mine, theirs = slice(i * m, (i + 1) * m), slice(first * m, last * m)
-                where = (largest[mine, None] - edges[i], largest[None, theirs] - edges[first])
-                panel[where] += exact[mine, theirs] - product[where]
+            panel, others = self._panel(i, first, last), columns[edges[first] : edges[last]]
+            if i == first:
+                add_gram(panel, others)
+            else:
+                add_product(panel, columns[edges[i] : edges[i + 1]], others)
+        self.relative_error = self.relative_error.clamp(min=product_error(dtype))
+        self.count = self.count + rows[0].shape[0]
 
     def _check_rows(self, rows: Sequence[Tensor]) -> None:
         widths = [x.shape[-1] for x in rows]
@@ -221,12 +214,13 @@ class StreamingCrossMoments(StreamingStage):
         n, m = self.count.double(), twin.count.double()
         delta = twin.mean - self.mean
         self.mean = self.mean + delta * (m / (n + m))
-        projected = self._project(delta, torch.float32)
+        projected = self._project(delta)
         self._move(-projected * (m / (n + m)), n)
         twin._move(projected * (n / (n + m)), m)
         self.trace = self.trace + twin.trace
         self.norm2_product = self.norm2_product + twin.norm2_product
         self.x_norm2y = self.x_norm2y + twin.x_norm2y
+        self.relative_error = torch.maximum(self.relative_error, twin.relative_error)
         edges = self._edges()
         for run in self._runs:
             i, first, last = run
@@ -284,7 +278,7 @@ class StreamingCrossMoments(StreamingStage):
             i, j = self.sites.index(a), self.sites.index(b)
             block = scatter[i, j] if i <= j else scatter[j, i].mT
             leaves += [(block / degrees).contiguous(), norms(i, j), vectors(i, j), vectors(j, i)]
-        return leaves
+        return [*leaves, self.relative_error.clone()]
 
     def _edges(self) -> list[int]:
         """Where each site's columns start, after projection."""
@@ -310,41 +304,24 @@ class StreamingCrossMoments(StreamingStage):
         parts = [columns[:, a:b].unflatten(1, (self.groups, -1)).sum(-1) for a, b in pairwise(edges)]
         return torch.cat(parts, dim=1)
 
-    def _norms(self, y: Tensor) -> Tensor:
-        """(N, sites·groups) squared norms, summed in float64: float32 sums alone would cost debiased CKA a digit."""
-        edges = self._edges()
-        parts = [
-            [
-                torch.linalg.vector_norm(
-                    x[:, a:b].unflatten(1, (self.groups, -1)), dim=-1, dtype=torch.float64
-                )
-                for a, b in pairwise(edges)
-            ]
-            for x in y.split(256)  # the float64 copy inside stays in the cache
-        ]
-        return torch.cat([torch.cat(part, dim=1) for part in parts]).square()
-
-    def _project(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows or a shift of the mean (..., ΣD) in the coordinates of the sums.
-
-        ``dtype`` is that of the rows: a float64 copy of the projection would be its largest object.
-        """
+    def _project(self, values: Tensor) -> Tensor:
+        """Rows or a shift of the mean (..., ΣD) in the coordinates of the sums."""
         if self.sketch is None:
             return values
         widths = self.widths.tolist()
-        parts = zip(values.to(dtype).split(widths, -1), widths)
+        parts = zip(values.split(widths, -1), widths)
         return torch.cat(
-            [part @ self._projection(width, self.sketch, dtype, part.device) for part, width in parts], -1
-        ).to(values.dtype)
+            [part @ self._projection(width, self.sketch, part.device) for part, width in parts], -1
+        )
 
-    def _projection(self, width: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def _projection(self, width: int, columns: int, device: torch.device) -> Tensor:
         """(width, columns) Gaussian columns, each group's Gram matrix the identity on average.
 
         Sites share it: only products of different groups are ever used, and these are independent.
         """
-        key = (width, dtype, device)
+        key = (width, device)
         if key not in self._projections:
-            base = gaussian_columns(width, columns, self.seed, dtype, device)
+            base = gaussian_columns(width, columns, self.seed, torch.float64, device)
             self._projections[key] = base * (self.groups / columns) ** 0.5
         return self._projections[key]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tdgeom.core.keys import Keys
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.numerics.centring import warn_undefined
-from tdgeom.stream.running_centre import about_running_mean
+from tdgeom.numerics.moments import about_running_mean
 
 __all__ = ["StreamingSketch", "gaussian_columns", "nystrom"]
 
@@ -83,8 +83,8 @@ class StreamingSketch(StreamingStage):
     on a spectrum 1/i with 256 columns, 0.11 instead of 0.12 with 512; 0.010 instead of 0.006 on exp(-i/40). So flat
     tails, which is what activations have, go to this method, and fast decays to either.
 
-    Memory: 8·D·(size + probes) bytes a site, and 4·D·(size + probes) once for Ω. Time: 4·D·(size + probes) flops a
-    row. For D up to a few thousand ``StreamingCovariance`` is exact and as cheap.
+    Memory: 8·D·(size + probes) bytes a site, and as many once for Ω. Time: 4·D·(size + probes) flops a row, in float64. For D
+    up to a few thousand ``StreamingCovariance`` is exact and as cheap.
 
     Args:
         k: eigenpairs published. size: columns of the approximation, at least k. probes: columns that measure it, 8 or
@@ -130,7 +130,7 @@ class StreamingSketch(StreamingStage):
         self.add_state("count", torch.int64)
         for name in ("mean", "total", "product"):
             self.add_state(name, torch.float64)
-        self._tests: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._tests: dict[tuple[int, torch.device], Tensor] = {}
 
     def start(self, tokens: Tensor) -> dict[str, Tensor]:
         """Zeros of the rows' width."""
@@ -150,9 +150,8 @@ class StreamingSketch(StreamingStage):
             )
         before = self.count.double()
         y, self.mean, step = about_running_mean([tokens], self.mean, self.count)
-        norms = torch.linalg.vector_norm(y[:-1], dim=-1, dtype=torch.float64)
-        self.total = self.total + norms.square().sum() + before * step.square().sum()
-        self.product.add_(y.mT @ (y @ self._test(y.dtype)))
+        self.total = self.total + y[:-1].square().sum() + before * step.square().sum()
+        self.product.addmm_(y.mT, y @ self._test())
         self.count = self.count + tokens.shape[0]
 
     def combine(self, other: StreamingSketch) -> None:
@@ -161,9 +160,7 @@ class StreamingSketch(StreamingStage):
         n, m = self.count.double(), count.double()
         delta = mean - self.mean
         weight = n * m / (n + m)
-        self.product.add_(other.product.to(self.mean.device)).addr_(
-            delta * weight, self._test(torch.float64).mT @ delta
-        )
+        self.product.add_(other.product.to(self.mean.device)).addr_(delta * weight, self._test().mT @ delta)
         self.total = self.total + other.total.to(self.mean.device) + weight * delta.square().sum()
         self.mean = self.mean + delta * (m / (n + m))
         self.count = self.count + count
@@ -171,7 +168,7 @@ class StreamingSketch(StreamingStage):
     def result(self) -> dict[str, Tensor]:
         """One decomposition of (D, size), and what the probes say of it."""
         degrees = self.count.double() - 1
-        product, test = self.product / degrees, self._test(torch.float64)
+        product, test = self.product / degrees, self._test()
         known, probed = product[:, : self.size], product[:, self.size :]
         if not torch.isfinite(known).all() or not known.any():
             values, vectors = torch.full_like(known[0], torch.nan), torch.full_like(known, torch.nan)
@@ -202,9 +199,9 @@ class StreamingSketch(StreamingStage):
             "error_bound": (missed.sum() / quantile).sqrt(),
         }
 
-    def _test(self, dtype: torch.dtype) -> Tensor:
+    def _test(self) -> Tensor:
         width, columns = self.mean.shape[0], self.size + self.probes
-        key = (width, dtype, self.mean.device)
+        key = (width, self.mean.device)
         if key not in self._tests:  # kept here too, so that a compiled update sees a tensor and no cache
-            self._tests[key] = gaussian_columns(width, columns, self.seed, dtype, self.mean.device)
+            self._tests[key] = gaussian_columns(width, columns, self.seed, torch.float64, self.mean.device)
         return self._tests[key]
