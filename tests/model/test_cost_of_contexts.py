@@ -40,7 +40,7 @@ def test_a_context_that_is_entered_often_makes_nothing_anew():
     model = models.gpt2()
     other = {"input_ids": models.text_batch()["input_ids"]}
     edits = {"residual_output": tg.Scale(0.5), "z.1": tg.Patch(inputs=other), "attn_scores.1": tg.Scale(0.9)}
-    context = tg.Intervene(model, edits)
+    context = tg.Intervene(model, edits, missing="ignore")  # the block stays empty
     names = []
 
     with context:

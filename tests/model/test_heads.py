@@ -291,8 +291,6 @@ def test_expressions_classes_callbacks_and_an_outer_cache():
 
 def test_hooks_can_be_switched_off_inside():
     model, batch = models.gpt2(), models.text_batch()
-    with Capture(model, ["residual_input", "attn_pattern"]) as calls:
-        pass
     capture = Capture(model, ["residual_input", "attn_pattern"])
     with capture as calls:
         model(**batch)

@@ -247,7 +247,7 @@ def test_errors_say_what_was_expected(llama):
         Intervene(llama, {"residual_output": 3})
     with pytest.raises(ValueError, match="mapping from sites to edits"):
         Intervene(llama, {})
-    context = Intervene(llama, {"z": tg.Scale(1.0)})
+    context = Intervene(llama, {"z": tg.Scale(1.0)}, missing="ignore")
     with context, pytest.raises(RuntimeError, match="already in use"):
         context.__enter__()
     twin = pickle.loads(pickle.dumps(context))

@@ -156,7 +156,8 @@ def test_in_a_pipeline_and_inside_contexts():
     assert td["lens", "residual_output.1", "top_tokens"].shape == (3, 7, 2)
     assert list(pipeline.parameters()) == []
     # the edits of a context reach the activations, not the lens
-    with Intervene(model, {"residual_output": tg.Scale(1.5)}), Capture(model, "final_norm") as calls:
+    edits = Intervene(model, {"residual_output": tg.Scale(1.5)}, missing="ignore")
+    with pytest.warns(UserWarning, match="no call"), edits, Capture(model, "final_norm") as calls:
         inside = lens(acts=td["acts", "residual_output.1"], logits=td["logits"])
     assert calls == []
     torch.testing.assert_close(inside[1], td["lens", "residual_output.1", "kl"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from threading import Lock
 from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
@@ -13,11 +14,20 @@ from tensordict.nn import dispatch, set_skip_existing
 from torch import Tensor, nn
 
 from tdgeom.core.keys import Key, key_tuple
-from tdgeom.model.calls.bound_model import eval_mode, may_stop
+from tdgeom.model.calls.bound_model import eval_mode, has_other_forwards, may_stop
+from tdgeom.model.calls.call_paths import is_inside
 from tdgeom.model.calls.hooking_context import HookingContext
-from tdgeom.model.calls.model_inputs import InKeys, bound_tensors, ids_beyond_vocabulary, needs_decoder_ids
+from tdgeom.model.calls.model_inputs import (
+    InKeys,
+    bound_tensors,
+    ids_beyond_vocabulary,
+    needs_decoder_ids,
+    read_signature,
+)
 from tdgeom.model.calls.reading import Pass, Reading, StopForward, read_named_outputs
 from tdgeom.model.calls.recorded_calls import LastRecord, held_elsewhere, write_entries
+from tdgeom.model.calls.repeated_calls import CallsSpec, FiredTooOften
+from tdgeom.model.calls.site_hooks import Place
 from tdgeom.model.gradients import await_gradients, differentiable, replace_by_gradients
 from tdgeom.model.sites import LayerSpec, Site, split_element
 from tdgeom.model.structure.resolve import resolve_sites
@@ -39,7 +49,13 @@ class Capture(HookingContext):
     one TensorDict a model call with the keys of the module form and the tensors that the call was given.
 
     **Order.** Contexts on one model act in the order in which they are entered: a Capture inside an ``Intervene``
-    reads what the edits left, one outside of it reads what was there before.
+    reads what the edits left, one outside of it reads what was there before. Hooks of others are run before a Capture reads,
+    except by one around an ``Intervene``.
+
+    **Calls.** A call is what the outermost module runs: the model, or a part of it that is called instead (by a wrapper's
+    ``generate``). A part that ran on its own right before (an encoder) belongs to the call of the whole that does not run it
+    again. It belongs to the thread that began it, with the threads that it starts itself (replicas, whose parts of the batch
+    are put together).
 
     Args:
         model: any ``nn.Module`` that is not compiled. It stays the user's: neither registered, moved nor saved.
@@ -70,6 +86,10 @@ class Capture(HookingContext):
             other tensors that forward takes, which are passed where the batch has them (``optional_in_keys``).
         out_keys: the root of the activations' keys (default ``"acts"``; ``"grads"`` for gradients), or a list naming every
             leaf.
+        calls: which call is meant of a module that runs several times in one pass: ``"first"``, ``"last"``, a number from 0, or
+            ``"all"`` of them, (B, calls, ...). Default: such a module is an error. Layers that share a block are told apart
+            without it.
+        threads: ``"all"`` reads the calls of every thread in context form, default the entering thread's ``"own"``.
 
     Attributes: ``sites``, a list of :class:`Site` in execution order; ``module_paths``, site -> module path.
 
@@ -111,6 +131,8 @@ class Capture(HookingContext):
         withhold: Sequence[str] = (),
         in_keys: InKeys | None = None,
         out_keys: Key | list[Key] | None = None,
+        calls: CallsSpec = None,
+        threads: str = "own",
     ) -> None:
         if direction not in ("forward", "backward"):
             raise ValueError(f"direction= expects 'forward' or 'backward', got {direction!r}.")
@@ -123,14 +145,27 @@ class Capture(HookingContext):
             "skip_classes": tuple(skip_classes),
         }
         super().__init__(
-            model, model_outputs=model_outputs, keep_graph=keep_graph, withhold=withhold, in_keys=in_keys
+            model,
+            model_outputs=model_outputs,
+            keep_graph=keep_graph,
+            withhold=withhold,
+            in_keys=in_keys,
+            calls=calls,
+            threads=threads,
         )
+        if self.calls == "all" and direction == "backward":
+            raise ValueError(
+                "calls='all' gives activations; for gradients give the number of a call, 'first' or 'last'."
+            )
         self.direction, self.target, self.callback, self.heads = direction, target, callback, heads
         self.nested, self.cache, self.prefix, self.clone = nested, cache, prefix, clone
         self.sites = [entry.site for entry in self._bound.sites]
         root: Key = "acts" if direction == "forward" else "grads"
         self._leaves = self._name_leaves(root if out_keys is None else out_keys)
         self._last = LastRecord(self._leaves)
+        self._readings: tuple[tuple, Reading] | None = None
+        self._part: tuple[Pass, TensorDictBase] | None = None
+        self._recording = Lock()
         self.out_keys: list[Any] = list(self._leaves)
 
     def resolve(self, model: nn.Module) -> list[ResolvedSite]:
@@ -181,21 +216,35 @@ class Capture(HookingContext):
         args, kwargs = self._arguments(self._with_named(tensordict, named))
         modules = list(model.modules())
         backward = self.direction == "backward"
-        stop = not self.model_outputs and not backward and may_stop(modules)
         if backward and self.target is None:
             raise ValueError(
                 "Capture(direction='backward') needs target= in module form, a function of the model's output that gives "
                 "the scalar to differentiate. Remedy: target=lambda out: out.logits[:, -1, token].sum(), or the context "
                 "form around your own backward()."
             )
-        session = self._session = self._reading(stop)
+        # a whole pass first: what fires again behind the last site would never be seen by one that stops there
+        counting = self.calls is None and not bound.is_counted()
+        stop = not self.model_outputs and not backward and self.calls not in ("last", "all")
+        stop = stop and may_stop(modules) and not has_other_forwards(modules)
+        session = self._session = self._reading(stop and not counting)
         try:
             session.open()
             with eval_mode(modules), differentiable(model) if backward else self._grad_mode():
                 session.begin()
-                output = self._called(model, args, kwargs)
+                output = self._called(model, args, kwargs, session if stop and counting else None)
+                fired = session.current.fired
+                if stop and counting and not session.current.is_as_read():
+                    # what runs behind the last site may have written to what was read: the pass that stops does not get there
+                    bound.count(fired)
+                    session.close()
+                    session = self._session = self._reading(stop)
+                    session.open()
+                    session.begin()
+                    output = self._called(model, args, kwargs, None)
                 done = session.end()
-                self._refuse_missing(done.acts)
+                self._refuse_missing(done.acts, fired)
+                if counting or self.calls in ("last", "all"):
+                    bound.count(fired)
                 if backward and self.target is not None:
                     replace_by_gradients(done, bound.sites, self.target(output))
                 values = self._values(done, output)
@@ -211,88 +260,104 @@ class Capture(HookingContext):
         self._fill_cache(values)
         return target
 
-    def _called(self, model: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """The model's output; None where the last site stopped it."""
+    def _called(
+        self, model: nn.Module, args: list[Any], kwargs: dict[str, Any], counting: Reading | None
+    ) -> Any:
+        """The model's output; None where the last site stopped it.
+
+        ``counting`` is the session of a pass that could have stopped, and goes on to count: what fails behind the last site (a
+        decoder without inputs) is nobody's concern.
+        """
         try:
             return model(*args, **kwargs)
         except StopForward:
             return None
-        except IndexError as error:
-            if (said := ids_beyond_vocabulary(model, kwargs)) is None:
-                raise
+        except Exception as error:
+            if counting is not None and counting.has_all() and not isinstance(error, FiredTooOften):
+                return None
+            self._explain(error, kwargs)
+            raise
+
+    def _explain(self, error: Exception, kwargs: dict[str, Any]) -> None:
+        """Raise an error that says more, where more is known."""
+        if isinstance(error, IndexError) and (said := ids_beyond_vocabulary(self.model, kwargs)) is not None:
             raise ValueError(said) from error
-        except (ValueError, TypeError, AttributeError) as error:
-            if not needs_decoder_ids(self._bound.inputs.signature, kwargs):
-                raise
+        lacks = needs_decoder_ids(self._bound.inputs.signature, kwargs)
+        if lacks and isinstance(error, ValueError | TypeError | AttributeError):
             raise ValueError(
                 f"{self._bound.name} failed without 'decoder_input_ids', which its decoder may need for "
                 "the sites asked for. Remedy: put 'decoder_input_ids' or 'labels' in the batch, or "
                 "ask for encoder sites only."
             ) from error
 
-    def _reading(self, stop: bool) -> Reading:
+    def _reading(self, stop: bool, *, context: bool = False) -> Reading:
+        """The hooks of one use; made again only where they would not be the same as last time."""
         bound = self._bound
-        return Reading(
-            bound.places,
-            stop=stop,
-            clone=self.clone,
-            keep_graph=self.keep_graph,
-            watch=not bound.watched,
-            backward=self.direction == "backward",
-            callback=self.callback,
-        )
+        told = (self.clone, self.keep_graph, self.direction, self.calls, self.threads, self.callback)
+        wanted = (bound, stop, context, bound.watched, *told)
+        if self._readings is None or self._readings[0] != wanted:
+            reading = Reading(
+                bound.places,
+                stop=stop,
+                clone=self.clone,
+                keep_graph=self.keep_graph,
+                watch=not bound.watched,
+                backward=self.direction == "backward",
+                calls=self.calls,
+                threads=self.threads if context else "own",
+                callback=self.callback,
+                record=self._record if context else None,
+                secure=self._last.secure if context else None,
+            )
+            self._readings = wanted, reading
+        return self._readings[1]
 
     def _fill_cache(self, values: dict[Key, Tensor]) -> None:
         if self.cache is not None:
             write_entries(self.cache, values, "Capture")
 
-    def _values(self, done: Pass, output: Any) -> dict[Key, Tensor]:
+    def _values(self, done: Pass, output: Any, *, whole: bool = True) -> dict[Key, Tensor]:
         values = {key: done.acts[s] for key, s in zip(self._leaves, self.sites) if s in done.acts}
-        named = read_named_outputs(output, self.model_outputs) if self.model_outputs else {}
-        for key, value in zip(self._leaves[len(self.sites) :], named.values()):
-            values[key] = self._kept(value).clone() if self.clone else self._kept(value)
+        for key, name in zip(self._leaves[len(self.sites) :], self.model_outputs):
+            # a part that is called instead of the model (an encoder) need not have all of them
+            named = read_named_outputs(output, [name]) if whole or _has(output, name) else {}
+            for value in named.values():
+                values[key] = self._kept(value).clone() if self.clone else self._kept(value)
         return values
 
     # ------------------------------------------------------------------------------------- context form
 
     def __enter__(self) -> list[TensorDictBase]:
-        model = self.model
         self._refuse_entered()
         self._bound.refuse_compiled(self)
-        session = self._reading(stop=False)
-
-        def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._last.secure()
-            session.begin()
-
+        session = self._reading(stop=False, context=True)
         session.open()
-        try:
-            # around the sites' own hooks: first in, last out
-            session.before(model, begin, prepend=True)
-            session.after(model, partial(self._record, session), with_kwargs=True)
-        except BaseException:
-            session.close()
-            raise
-        self._session = session
+        self._session, self._part = session, None
         return session.calls
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         session, self._session = self._session, None
         if not isinstance(session, Reading):
             return
-        early = session.early
-        session.close()
+        try:
+            if kind is None:
+                session.flush()
+        finally:
+            session.close()
         if kind is not None:
             return
-        if session.calls and self.direction == "forward":
+        calls, session.calls, self._part = session.calls, [], None
+        if calls and self.direction == "forward":
             self._bound.watched = True
-            read = {key for call in session.calls for key in call.keys(True)}
+            read = {key for call in calls for key in call.keys(True)}
             self._refuse_missing(site for site, key in zip(self.sites, self._leaves) if key in read)
-        elif early is not None and early.acts:
-            raise RuntimeError(
-                f"the sites {sorted(map(str, early.acts))} fired, but the {self._bound.name} itself was "
-                "never called: a part of it was. Remedy: call the model that Capture was given, or give "
-                "Capture the part that you call."
+        elif not session.called:
+            self._refuse_foreign(session)
+            warnings.warn(
+                f"no call of {self._bound.name} was seen in this Capture's block. Compiled code (a torch.compile around the "
+                "model, called before) and copies of the model run without hooks. Remedy: call the model that Capture was "
+                "given.",
+                stacklevel=2,
             )
 
     @contextmanager
@@ -309,36 +374,69 @@ class Capture(HookingContext):
         finally:
             session.disabled = before
 
-    def _record(self, session: Reading, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        done = session.end()
-        if session.disabled:
-            return
-        values = self._values(done, output)
-        td = TensorDict({}, batch_size=[])
-        for name, value in bound_tensors(self._bound.inputs.signature, args, kwargs).items():
-            # the caller may fill the same tensors again for the next call
-            td.set(name, value if value.requires_grad else value.clone())
-        if self.direction == "backward":
-            leaves = dict(zip(self.sites, self._leaves))
-            await_gradients(done, self._bound.sites, leaves, td, clone=self.clone)
-            values = {k: v for k, v in values.items() if k in self._leaves[len(self.sites) :]}
-        values = self._last.own(values)
-        write_entries(td, values, "Capture")
-        self._last.keep(td)
-        self._fill_cache(values)
-        session.calls.append(td)
+    def _record(
+        self,
+        session: Reading,
+        done: Pass,
+        module: nn.Module | None,
+        args: tuple,
+        kwargs: dict,
+        output: Any,
+    ) -> None:
+        with self._recording:
+            whole = module is not None and not done.path
+            signature = self._bound.inputs.signature if whole or module is None else read_signature(module)
+            values, td = self._values(done, output, whole=whole), self._part_of(session, done)
+            for name, value in bound_tensors(signature, args, kwargs).items():
+                # the caller may fill the same tensors again for the next call
+                td.set(name, value if value.requires_grad else value.clone())
+            if self.direction == "backward":
+                leaves = dict(zip(self.sites, self._leaves))
+                await_gradients(done, self._bound.sites, leaves, td, clone=self.clone)
+                values = {k: v for k, v in values.items() if k in self._leaves[len(self.sites) :]}
+            values = self._last.own(values)
+            write_entries(td, values, "Capture")
+            self._last.keep(td)
+            self._fill_cache(values)
+            self._part = None if whole else (done, td)
 
-    def _refuse_missing(self, fired: Iterable[str]) -> None:
-        have = set(fired)
+    def _part_of(self, session: Reading, done: Pass) -> TensorDictBase:
+        """A new entry, or the one of a part that ran on its own right before a call of the whole that did not run it."""
+        calls, part = session.calls, self._part
+        if part is not None and calls and calls[-1] is part[1]:
+            inside = is_inside(part[0].path, done.path)
+            if inside and part[0].acts.keys().isdisjoint(done.acts):
+                return part[1]
+        calls.append(TensorDict({}, batch_size=[]))
+        return calls[-1]
+
+    def _refuse_missing(self, read: Iterable[str], fired: Mapping[Place, int] | None = None) -> None:
+        have = set(read)
         missing = [site for site in self.sites if site not in have]
-        if missing:
-            paths = ", ".join(f"{site!s} ({self.module_paths[site]})" for site in missing[:5])
+        if not missing:
+            return
+        paths = ", ".join(f"{site!s} ({self.module_paths[site]})" for site in missing[:5])
+        if isinstance(self.calls, int) and fired is not None:
+            places = [(entry.module_path, entry.side) for entry in self._bound.sites if entry.site in missing]
             raise RuntimeError(
-                f"expected every site to fire, {len(missing)} never did: {paths}. The forward pass did not "
-                "run these modules through their __call__ (skipped, compiled, replaced since the Capture "
-                "was made, or called by another method). Remedy: leave them out, or make a new Capture "
-                "after changing the model."
+                f"calls={self.calls} means the call after {self.calls} others, but {paths} fired "
+                f"{[fired.get(place, 0) for place in places][:5]} times in the pass. Remedy: a smaller number, or 'last'."
             )
+        raise RuntimeError(
+            f"expected every site to fire, {len(missing)} never did: {paths}. The forward pass did not "
+            "run these modules through their __call__ (skipped, compiled, replaced since the Capture "
+            "was made, or called by another method). Remedy: leave them out, or make a new Capture "
+            "after changing the model."
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_last": LastRecord(self._leaves)}
+        fresh = {"_last": LastRecord(self._leaves), "_readings": None, "_part": None, "_recording": None}
+        return {**super().__getstate__(), **fresh}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_recording": Lock()})
+
+
+def _has(output: Any, name: str) -> bool:
+    value = output.get(name) if isinstance(output, dict) else getattr(output, name, None)
+    return isinstance(value, Tensor)

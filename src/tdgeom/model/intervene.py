@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from tdgeom.model.calls.hooking_context import HookingContext
 from tdgeom.model.calls.model_inputs import InKeys
 from tdgeom.model.calls.reading import read_named_outputs
 from tdgeom.model.calls.recorded_calls import write_entries
+from tdgeom.model.calls.repeated_calls import CallsSpec
+from tdgeom.model.calls.site_hooks import Place
 from tdgeom.model.capture import Capture
 from tdgeom.model.edits.apply_edits import Editing, EditPlan
 from tdgeom.model.edits.edit import Edit
@@ -40,7 +43,11 @@ class Intervene(HookingContext):
     **Order.** Edits of one place run in the order of the mapping and of the lists in it; an edit sees what earlier edits left.
     Places are met in the order in which the model reaches them. Several contexts act in the order in which they were entered:
     a ``Capture`` entered inside reads what the edits left, one entered outside reads what came in (later sites show the
-    consequences in both). Contexts unwind in reverse.
+    consequences in both). Contexts unwind in reverse. Edits stand in front of everybody else's hooks: whatever else looks at
+    the model (its own recorded ``hidden_states``, hooks of other libraries) sees what they left.
+
+    **Calls and threads** as for :class:`Capture`: a call belongs to the thread that began it, another thread's calls pass
+    untouched.
 
     Args:
         model: any ``nn.Module`` that is not compiled. It stays the user's.
@@ -51,6 +58,12 @@ class Intervene(HookingContext):
         keep_graph: keep the autograd graph in module form (to train a steering vector, say).
         withhold, in_keys: as for :class:`Capture`.
         out_keys: a list of keys for ``model_outputs``.
+        missing: what happens when the block ends and an edited place never fired in it, or an edit with ``positions=`` found
+            none of them in any sequence: ``"warn"``, ``"raise"`` or ``"ignore"``.
+        calls: which call of a module that runs several times in one pass is edited: ``"first"``, ``"last"``, a number from 0,
+            or ``"all"``. Default: such a module is an error. ``"last"`` is known once ``Capture(model, site)(td)`` has counted.
+        threads: ``"all"`` edits the calls of every thread in context form, default the entering thread's ``"own"``.
+        classes, skip_classes: module classes to take or leave among those that globs match.
 
     Positions of edits count attended tokens of the whole sequence, also in cached steps. An edit never changes tensors in
     place, and one that does is an error. Other runs that edits ask for (``Patch(inputs=)``, ``ActivationAddition``) are made
@@ -73,7 +86,18 @@ class Intervene(HookingContext):
         withhold: Sequence[str] = (),
         in_keys: InKeys | None = None,
         out_keys: Sequence[Key] | None = None,
+        missing: str = "warn",
+        calls: CallsSpec = None,
+        threads: str = "own",
+        classes: Sequence[type[nn.Module]] = (),
+        skip_classes: Sequence[type[nn.Module]] = (),
     ) -> None:
+        if missing not in ("warn", "raise", "ignore"):
+            raise ValueError(f"missing= expects 'warn', 'raise' or 'ignore', got {missing!r}.")
+        self.missing, self._classes = (
+            missing,
+            {"classes": tuple(classes), "skip_classes": tuple(skip_classes)},
+        )
         if not isinstance(edits, Mapping) or not edits:
             raise ValueError(f"Intervene expects a mapping from sites to edits, got {edits!r}.")
         self._layers = layers
@@ -82,7 +106,13 @@ class Intervene(HookingContext):
             for edit in listed:
                 _check_edit(name, edit)
         super().__init__(
-            model, model_outputs=model_outputs, keep_graph=keep_graph, withhold=withhold, in_keys=in_keys
+            model,
+            model_outputs=model_outputs,
+            keep_graph=keep_graph,
+            withhold=withhold,
+            in_keys=in_keys,
+            calls=calls,
+            threads=threads,
         )
         modules = [edit for listed in self._asked.values() for edit in listed if isinstance(edit, nn.Module)]
         # registered, so that vectors follow .to() and trained ones show among the parameters
@@ -98,13 +128,14 @@ class Intervene(HookingContext):
         """The places of the edits, in the order of the mapping."""
         applied = any(map(takes_layers, self._asked))  # a concrete name beside kinds has its own layer
         chosen = {name: self._layers if takes_layers(name) or not applied else "all" for name in self._asked}
-        found = {name: resolve_sites(model, name, layers=layers) for name, layers in chosen.items()}
+        found = {name: resolve_sites(model, name, layers=layers, classes=self._classes, skip_classes=self._skipped) for name, layers in chosen.items()}
         self._listed = [self._asked[name] for name, entries in found.items() for _ in entries]
         return [entry for entries in found.values() for entry in entries]
 
     def _take(self, bound: Bound) -> None:
         super()._take(bound)
         self._plan: EditPlan | None = None
+        self._editing: Editing | None = None
         self._captures: dict[tuple[str, ...], Capture] = {}
 
     def _current(self) -> dict[str, Any]:
@@ -176,8 +207,10 @@ class Intervene(HookingContext):
             self._enter(source)
             try:
                 output = model(*args, **kwargs)
-            finally:
+            except BaseException:
                 self._leave()
+                raise
+            self._leave(stacklevel=3)
         values = map(self._kept, read_named_outputs(output, self.model_outputs).values())
         target = tensordict if tensordict_out is None else tensordict_out
         write_entries(target, dict(zip(self.out_keys_source, values, strict=True)), "Intervene")
@@ -188,32 +221,64 @@ class Intervene(HookingContext):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self._leave()
+        self._leave(stacklevel=3 if kind is None else 0)
 
     def _enter(self, tensordict: TensorDictBase | None) -> None:
         self._bound.refuse_compiled(self)
         self._refuse_entered()
-        if self._plan is None:  # found once, however often the context is entered
+        special = None if tensordict is None else tensordict.get(_SPECIAL, None)
+        if self._plan is None or self._editing is None:  # found once, however often the context is entered
             self._plan = EditPlan(self._bound.places, self._listed)
+            self._editing = Editing(self._plan, calls=self.calls, totals=self._totals(), threads=self.threads)
         try:
             self._run_others(tensordict)
-            session = Editing(self._plan, None if tensordict is None else tensordict.get(_SPECIAL, None))
+            session, session.special = self._editing, special
             session.open()
             self._session = session
         except BaseException:
             self._forget_others()
             raise
 
-    def _leave(self) -> None:
+    def _totals(self) -> dict[Place, int]:
+        """How often each place fires, where that tells which call is the last."""
+        if self.calls != "last":
+            return {}
+        known = {place: self._bound.firings(place) for place in self._bound.places.at}
+        unknown = [path for (path, _), count in known.items() if count is None]
+        if unknown:
+            raise RuntimeError(
+                f"calls='last' needs to know how often {unknown[0]!r} runs in a pass, which nobody has counted. Remedy: call "
+                "Capture(model, <the site>, calls='last')(batch) once, or give the number of the call."
+            )
+        return {place: count for place, count in known.items() if count is not None}
+
+    def _leave(self, stacklevel: int = 0) -> None:
+        """Take the hooks away; with a ``stacklevel``, say what had no effect."""
         session, self._session = self._session, None
+        if not isinstance(session, Editing):
+            return
         try:
-            if session is not None:
-                session.close()
+            session.close()
+            said = session.without_effect()
         finally:
             self._forget_others()
+        if not stacklevel:
+            return
+        if not session.called:
+            self._refuse_foreign(session)
+        if said and self.missing != "ignore":
+            what = f"no call of {self._bound.name} was seen" if not session.called else "; ".join(said[:5])
+            text = (
+                f"edits of {self._bound.name} had no effect in this block: {what}. Modules run without hooks where they are "
+                "skipped, or where compiled code (a torch.compile around the model, called before) runs in their place. "
+                "Remedy: call the model that Intervene was given, other sites or positions=, or missing='ignore'."
+            )
+            if self.missing == "raise":
+                raise RuntimeError(text)
+            warnings.warn(text, stacklevel=stacklevel)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_plan": None, "_captures": {}}
+        return {**super().__getstate__(), "_plan": None, "_editing": None, "_captures": {}}
 
     def __deepcopy__(self, memo: dict) -> Intervene:
         raise TypeError(

@@ -1,8 +1,10 @@
-"""Attention kernels: the eager one while a context is entered, and a look at its softmax.
+"""Attention kernels: one whose softmax can be looked at while a context is entered, and the look at it.
 
 ``attn_scores`` is exactly what the softmax receives: scaled, soft-capped and with the mask added. ``attn_pattern`` is
 what it gives, before dropout; in models with attention sinks its last column is the sink. Both are found by watching the
-softmax that an attention module calls, so no attention is written a second time here.
+softmax that an attention module calls, so no attention is written a second time here. The user's kernel stays where it is
+the eager one or torch's ``scaled_dot_product_attention``, which is taken apart into what it is documented to compute; any
+other is the eager one while a context is entered.
 """
 
 from __future__ import annotations
@@ -17,21 +19,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from tdgeom.model.calls.own_hooks import CleanCopies, release
+
 # what a watcher gets: the side ("scores" or "pattern") and the tensor; it returns the tensor to go on with
 Watcher = Callable[[str, Tensor], Tensor]
+Wanted = Callable[[], bool]  # whether the watcher looks at the call that runs: not at those of other threads
 _SOFTMAX = {functional.softmax, torch.softmax, Tensor.softmax}
-_WATCHED: WeakKeyDictionary[nn.Module, tuple[list[Watcher], Any]] = WeakKeyDictionary()
+_VISIBLE = ("eager", "sdpa", None)
+_WATCHED: WeakKeyDictionary[nn.Module, tuple[list[tuple[Watcher, Wanted]], Any]] = WeakKeyDictionary()
 _CUTTERS: WeakKeyDictionary[nn.Module, list[ref]] = WeakKeyDictionary()
 
 
 @contextmanager
-def eager_attention(model: nn.Module) -> Iterator[None]:
-    """Inside, every configuration of ``model`` names the eager attention kernel; afterwards the one it had."""
+def visible_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, kernels that nobody can look into are the eager one in every configuration of ``model``; afterwards as before."""
     changed: list[tuple[Any, Any]] = []
     try:
         for config in _configs(model):
             own = config._attn_implementation_internal
-            if own not in ("eager", None):
+            if own not in _VISIBLE:
                 changed.append((config, own))
                 # not the public setter: it also writes to configurations below, which are restored one by one
                 config._attn_implementation_internal = "eager"
@@ -75,7 +81,9 @@ def whole_batches(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def watch_softmax(module: nn.Module, watcher: Watcher, heads: int | None = None) -> Iterator[None]:
+def watch_softmax(
+    module: nn.Module, watcher: Watcher, heads: int | None = None, wanted: Wanted = lambda: True
+) -> Iterator[None]:
     """Inside, ``watcher`` sees and may replace what the softmax in ``module.forward`` receives and gives.
 
     Watchers of one module see scores and patterns in the order in which they came, as (B, H, Tq, Tk) also where the module
@@ -83,25 +91,31 @@ def watch_softmax(module: nn.Module, watcher: Watcher, heads: int | None = None)
     """
     if module not in _WATCHED:
         # other libraries (offloading) put their forward there too
-        _WATCHED[module] = [], module.__dict__.get("forward")
+        own = module.__dict__.get("forward")
+        _WATCHED[module] = [], own
         forward, seen = module.forward, _WATCHED[module][0]
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            with _Softmax(seen, heads):
+            here = [watcher for watcher, wanted in seen if wanted()]
+            if not here:
+                return forward(*args, **kwargs)
+            with _Softmax(here, heads):
                 return forward(*args, **kwargs)
 
+        CleanCopies(module).hold().forward = own
         module.forward = watched
     watchers, own = _WATCHED[module]
-    watchers.append(watcher)
+    watchers.append((watcher, wanted))
     try:
         yield
     finally:
-        watchers.remove(watcher)
+        watchers.remove((watcher, wanted))
         if not watchers:
             del _WATCHED[module]
             module.__dict__.pop("forward", None)
             if own is not None:
                 module.forward = own
+            release(module)
 
 
 class _Softmax(TorchFunctionMode):
@@ -161,5 +175,23 @@ class _Softmax(TorchFunctionMode):
                 scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
             else:
                 scores = scores + attn_mask
-        pattern = self.softmax(scores, lambda x: x.softmax(-1))
+        empty = None
+        if attn_mask is not None:
+            allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
+            empty = ~allowed.any(-1, keepdim=True).expand(*scores.shape[:-1], 1)
+
+        def normalise(x: Tensor) -> Tensor:
+            pattern = x.softmax(-1)
+            # who attends to nothing (padding) gets nothing, unlike in a softmax over lowest scores
+            return pattern if empty is None else pattern.masked_fill(unpacked(empty), 0)
+
+        # one query of several heads that share keys may come as several queries of one head
+        groups = self.heads // scores.shape[1] if self.heads and scores.ndim == 4 else 1
+        if groups > 1 and self.heads == groups * scores.shape[1] and scores.shape[2] % groups == 0:
+            unpacked = lambda x: x.unflatten(2, (groups, -1)).flatten(1, 2)
+            pattern = self.softmax(unpacked(scores), normalise)
+            pattern = pattern.unflatten(1, (-1, groups)).flatten(2, 3)
+        else:
+            unpacked = lambda x: x
+            pattern = self.softmax(scores, normalise)
         return functional.dropout(pattern, dropout_p, dropout_p > 0) @ value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -10,9 +10,13 @@ from typing import Any
 from torch import nn
 
 from tdgeom.model.calls.model_inputs import ModelInputs
-from tdgeom.model.calls.site_hooks import Places
+from tdgeom.model.calls.site_hooks import Place, Places
+from tdgeom.model.calls.verified import verified
 from tdgeom.model.structure.parts import join
 from tdgeom.model.structure.resolved_site import ResolvedSite
+
+# wrappers whose forward has something to do after the model inside
+_FINISH = {"FSDPModule", "FullyShardedDataParallel", "DistributedDataParallel", "DataParallel"}
 
 
 class HeldModel:
@@ -58,18 +62,47 @@ class Bound(HeldModel):
         super().__init__(model)
         self.places, self.inputs = Places(model, sites), inputs
         self.sites = self.places.sites
-        self.watched = False
-        refuse_compiled(model, self.places.modules)
+        self.watched = self.counted = False
+        refuse_compiled(model, self.places.modules, self._inside())
         self._steps = [step for _, *step in _steps(model, self.places.modules)]
+        self._forwards = [(module, module.__dict__.get("forward")) for module in self._owners(model)]
+
+    def _owners(self, model: nn.Module) -> list[nn.Module]:
+        return list(dict.fromkeys([model, *(child for *_, child in self._steps)]))
+
+    def _inside(self) -> list[str]:
+        return [entry.module_path for entry in self.sites if entry.in_softmax]
 
     def refuse_compiled(self, owner: object) -> None:
         """``refuse_compiled`` of the model as it is now; one look at each module while nothing has been replaced."""
         model = self.require(owner)
-        if model._compiled_call_impl is not None or not all(
-            parent._modules.get(name) is child and child._compiled_call_impl is None
-            for parent, name, child in self._steps
+        if (
+            model._compiled_call_impl is not None
+            or not all(
+                parent._modules.get(name) is child and child._compiled_call_impl is None
+                for parent, name, child in self._steps
+            )
+            or not all(module.__dict__.get("forward") is forward for module, forward in self._forwards)
         ):
-            refuse_compiled(model, self.places.modules)
+            refuse_compiled(model, self.places.modules, self._inside())
+
+    def is_counted(self) -> bool:
+        """Whether a whole pass of the model has shown how often each place fires."""
+        if not self.counted:
+            known, modules = verified(self.require(self)).get("firings", {}), self.places.modules
+            self.counted = all((place, id(modules[place[0]])) in known for place in self.places.at)
+        return self.counted
+
+    def count(self, fired: Mapping[Place, int]) -> None:
+        """Note how often the places fired in a whole pass of the model."""
+        known = verified(self.require(self)).setdefault("firings", {})
+        for place in self.places.at:
+            known[place, id(self.places.modules[place[0]])] = fired.get(place, 0)
+
+    def firings(self, place: Place) -> int | None:
+        """How often a place fired in a whole pass; ``None`` where none was counted."""
+        known = verified(self.require(self)).get("firings", {})
+        return known.get((place, id(self.places.modules[place[0]])))
 
 
 def _steps(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, Any, str, nn.Module]]:
@@ -85,24 +118,53 @@ def _steps(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, Any, s
             parent = child
 
 
-def refuse_compiled(model: nn.Module, paths: Iterable[str]) -> None:
-    """Raise if a hook on one of ``paths`` would never fire because something around it is compiled."""
+def refuse_compiled(model: nn.Module, paths: Iterable[str], inside: Iterable[str] = ()) -> None:
+    """Raise if a hook on one of ``paths`` would never fire because something around it is compiled.
+
+    ``inside`` are paths of modules in whose forward something is looked at, not only what it takes and gives.
+    """
+    paths = list(paths)
+    holding = {""} | set(inside)  # whose own forward has a place of ours inside
+    for path in paths:
+        while path := path.rpartition(".")[0]:
+            if path in holding:
+                break
+            holding.add(path)
     for owner, _, _, module in chain([("", None, "", model)], _steps(model, paths)):
         # a compiled module runs its traced graph: hooks added to what is inside are silently skipped
-        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+        whole = "_orig_mod" in module._modules or module._compiled_call_impl is not None
+        if whole or (owner in holding and _is_compiled(module.forward)):
             where = f"its submodule {owner!r}" if owner else "it"
+            remedy = (
+                "give the model before torch.compile (`compiled._orig_mod` is it) and call that"
+                if whole
+                else "the model before `.forward` was replaced by torch.compile(...): del module.forward"
+            )
             raise RuntimeError(
                 f"expected a model whose hooks fire, got a {type(model).__name__} of which {where} is "
-                "compiled: hooks inside would silently never fire. Remedy: give the model before "
-                "torch.compile (`compiled._orig_mod` is it) and call that."
+                f"compiled: hooks inside would silently never fire. Remedy: {remedy}."
             )
 
 
+def _is_compiled(forward: Any) -> bool:
+    """Whether a forward is what ``torch.compile`` gave, in whatever other libraries have wrapped it."""
+    while forward is not None:
+        marked = getattr(forward, "_torchdynamo_orig_callable", None) is not None
+        if marked and not getattr(forward, "_torchdynamo_disable", False):
+            return True
+        forward = getattr(forward, "func", None) or getattr(forward, "__wrapped__", None)
+    return False
+
+
 def may_stop(modules: Sequence[nn.Module]) -> bool:
-    """Whether a forward pass may end early: not under offloading or sharding hooks, which must finish."""
+    """Whether a forward pass may end early: not under offloading, replicas or sharding, which must finish."""
     bases = {base.__name__ for kind in {type(module) for module in modules} for base in kind.__mro__}
-    sharded = bases & {"FSDPModule", "FullyShardedDataParallel"}
-    return not sharded and not any("_hf_hook" in module.__dict__ for module in modules)
+    return not bases & _FINISH and not any("_hf_hook" in module.__dict__ for module in modules)
+
+
+def has_other_forwards(modules: Sequence[nn.Module]) -> bool:
+    """Whether somebody has put a forward in a module's place, which may have something to put back at its end."""
+    return any("forward" in module.__dict__ for module in modules)
 
 
 @contextmanager

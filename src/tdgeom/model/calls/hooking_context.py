@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from tdgeom.core.keys import Key
 from tdgeom.core.stage_settings import Configured
 from tdgeom.model.calls.bound_model import Bound, refuse_compiled
+from tdgeom.model.calls.input_device import where_inputs_go
 from tdgeom.model.calls.model_inputs import InKeys, ModelInputs, on_one_device
 from tdgeom.model.calls.position_numbering import SIDES, number_padded
+from tdgeom.model.calls.repeated_calls import CallsSpec, check_calls
 from tdgeom.model.calls.site_hooks import SiteHooks
 from tdgeom.model.calls.structure_check import check_structure
 from tdgeom.model.sites import Site
@@ -38,8 +40,13 @@ class HookingContext(Configured, TensorDictModuleBase):
         keep_graph: bool,
         withhold: Sequence[str],
         in_keys: InKeys | None,
+        calls: CallsSpec = None,
+        threads: str = "own",
     ) -> None:
         super().__init__()
+        if threads not in ("own", "all"):
+            raise ValueError(f"threads= expects 'own' or 'all', got {threads!r}.")
+        self.calls, self.threads = check_calls(calls), threads
         self.model_outputs = [model_outputs] if isinstance(model_outputs, str) else list(model_outputs or ())
         self.keep_graph, self.withhold, self._asked_in_keys = keep_graph, tuple(withhold), in_keys
         self._session: SiteHooks | None = None
@@ -86,9 +93,8 @@ class HookingContext(Configured, TensorDictModuleBase):
 
     @property
     def device(self) -> torch.device | None:
-        """Where the model's first parameter is, and so where batches go; None for a model without parameters."""
-        first = next(self.model.parameters(), None)
-        return None if first is None else first.device
+        """Where batches go: to the model's first parameter, or to where it is loaded; None for a model without parameters."""
+        return where_inputs_go(self.model)
 
     @property
     def pad_token_id(self) -> int | None:
@@ -118,6 +124,16 @@ class HookingContext(Configured, TensorDictModuleBase):
             raise RuntimeError(
                 f"this {kind} is already in use (entered, or running): its calls would mix. Remedy: leave the with block "
                 f"first, or use a second {kind} of the same model."
+            )
+
+    def _refuse_foreign(self, session: SiteHooks) -> None:
+        """Raise where other threads have made calls in a block, and its own thread none."""
+        if session.foreign:
+            kind = type(self).__name__
+            raise RuntimeError(
+                f"this {kind} was left without one call of its own thread, while another thread called "
+                f"{self._bound.name} or parts of it: those calls pass untouched. Remedy: enter the {kind} in the thread "
+                f"that calls the model, or {kind}(..., threads='all'); of replicas, give it the DataParallel around the model."
             )
 
     def _with_named(self, tensordict: TensorDictBase, named: Mapping[str, Tensor]) -> TensorDictBase:

@@ -14,6 +14,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from tdgeom.core.keys import Key, optional_in_keys
+from tdgeom.model.calls.input_device import where_inputs_go
 
 # Row identities that pipelines carry beside a batch; a model never gets them.
 CARRIED = ("sequence_id", "document_id", "row_id", "sample_row_id")
@@ -305,10 +306,10 @@ def made_up_inputs(
 ) -> dict[str, Tensor | bool] | None:
     """Inputs of the right form for a model of token ids or pixels; ``None`` for any other model."""
     first = next(model.parameters(), torch.zeros(()))
-    config = getattr(model, "config", None)
+    device, config = where_inputs_go(model), getattr(model, "config", None)
     given: dict[str, Tensor | bool] = {}
     if "input_ids" in signature.names:
-        ids = torch.arange(batch * length, device=first.device).reshape(batch, length)
+        ids = torch.arange(batch * length, device=device).reshape(batch, length)
         size = getattr(config, "vocab_size", None)
         ids = ids % size if isinstance(size, int) and size > 0 else torch.zeros_like(ids)
         given["input_ids"] = ids
@@ -320,7 +321,7 @@ def made_up_inputs(
         size := getattr(config, "image_size", None), int | list | tuple
     ):
         height, width = (size, size) if isinstance(size, int) else size
-        plane = torch.linspace(-1, 1, height * width, device=first.device, dtype=first.dtype)
+        plane = torch.linspace(-1, 1, height * width, device=device, dtype=first.dtype)
         channels = int(getattr(config, "num_channels", 3))
         given["pixel_values"] = plane.reshape(1, 1, height, width).expand(batch, channels, height, width)
     else:

@@ -10,6 +10,9 @@ from typing import Any
 from torch import nn
 
 from tdgeom.model.calls.bound_model import may_stop
+from tdgeom.model.calls.own_hooks import CHANGING, OwnId
+
+_NAMES = ("_forward_hooks", "_forward_pre_hooks")
 
 
 @contextmanager
@@ -29,18 +32,19 @@ def replaced_forwards(forwards: Mapping[nn.Module, Any]) -> Iterator[None]:
 
 @contextmanager
 def without_hooks(model: nn.Module) -> Iterator[None]:
-    """No hook fires inside: contexts around the caller neither read nor edit what the lens computes."""
+    """No hook fires inside: contexts around the caller neither read nor edit what the lens computes.
+
+    Where weights are loaded or gathered by hooks (offloading, sharding), only those of our contexts are silent.
+    """
     modules = list(model.modules())
-    names = ("_forward_hooks", "_forward_pre_hooks")
-    kept = (
-        []
-        if not may_stop(modules)
-        else [(m, n, getattr(m, n)) for m in modules for n in names if getattr(m, n)]
-    )
-    try:
-        for module, name, _ in kept:
-            setattr(module, name, OrderedDict())
-        yield
-    finally:
-        for module, name, hooks in kept:
-            setattr(module, name, hooks)
+    foreign = may_stop(modules)
+    with CHANGING:
+        kept = [(m, n, hooks) for m in modules for n in _NAMES if (hooks := getattr(m, n))]
+        try:
+            for module, name, hooks in kept:
+                others = {} if foreign else {k: h for k, h in hooks.items() if not isinstance(k, OwnId)}
+                setattr(module, name, OrderedDict(others))
+            yield
+        finally:
+            for module, name, hooks in kept:
+                setattr(module, name, hooks)

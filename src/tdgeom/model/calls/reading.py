@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from threading import get_ident
 from typing import Any
 
+import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from tdgeom.model.calls.site_hooks import Place, Places, SiteHooks
+from tdgeom.model.calls.repeated_calls import CallsSpec, fired_too_often, is_meant
+from tdgeom.model.calls.site_hooks import Place, Places, SiteHooks, Step, runs_again
 from tdgeom.model.calls.structure_check import BlockReads, followers, unverified
 from tdgeom.model.sites import Site
 from tdgeom.model.structure.readers import read_input, write_input
@@ -21,15 +24,18 @@ class StopForward(Exception):
     """Raised by a hook once the last site has been read; never leaves the module form."""
 
 
-class Pass:
+class Pass(Step):
     """What one forward pass has given so far."""
 
-    def __init__(self) -> None:
+    __slots__ = ("acts", "raw", "roots", "several", "versions")
+
+    def __init__(self, path: str = "") -> None:
+        super().__init__(path)
         self.acts: dict[Site, Tensor] = {}
         self.versions: dict[Site, int] = {}
-        self.fired: dict[Place, int] = defaultdict(int)
         self.raw: dict[Site, Tensor] = {}
         self.roots: dict[Site, Tensor] = {}
+        self.several: dict[Site, list[Tensor]] = {}
 
     def check_unmodified(self) -> None:
         """Raise if a captured tensor was written to after it was read."""
@@ -40,14 +46,33 @@ class Pass:
                     "pass, so it no longer holds what was there. Remedy: Capture(..., clone=True)."
                 )
 
+    def is_as_read(self) -> bool:
+        """Whether what was read is known to be what it was then."""
+        if len(self.versions) < len(self.acts):
+            return False  # inference tensors do not tell
+        return all(self.acts[site]._version == version for site, version in self.versions.items())
+
+    def add(self, other: Pass) -> None:
+        """Take what a part of the model gave that ran on its own, before or beside this pass."""
+        for own, more in (
+            (self.acts, other.acts),
+            (self.roots, other.roots),
+            (self.versions, other.versions),
+        ):
+            own.update(more)
+
 
 class Reading(SiteHooks):
-    """Hooks that read sites; ``begin`` and ``end`` mark the model's calls.
+    """Hooks that read sites; ``begin`` and ``end`` mark the model's calls in module form.
 
     ``stop`` ends the forward pass once every site has been read. ``watch`` checks, in the first block of each
     stack, that nothing transforms an attention or MLP output before it is added to the stream. ``backward`` keeps the
-    model's own tensors in ``Pass.roots`` for their gradients. ``disabled`` says whether reading is switched off.
+    model's own tensors in ``Pass.roots`` for their gradients. ``calls`` says which one is meant of a module that runs several
+    times in a pass. ``disabled`` says whether reading is switched off. ``record`` is called at the end of each call of the
+    user's (context form): with the pass, the module that was called, its arguments and output.
     """
+
+    step_type = Pass
 
     def __init__(
         self,
@@ -58,62 +83,147 @@ class Reading(SiteHooks):
         keep_graph: bool,
         watch: bool,
         backward: bool = False,
+        calls: CallsSpec = None,
+        threads: str = "own",
         callback: Callable[[Site, Tensor], Tensor | None] | None = None,
+        record: Callable[..., None] | None = None,
+        secure: Callable[[], None] | None = None,
     ) -> None:
-        super().__init__(places)
+        super().__init__(places, threads=threads)
         self.stop, self.clone, self.keep_graph, self.watch = stop, clone, keep_graph, watch
         self.backward, self.callback, self.disabled = backward, callback, False
-        self.current: Pass | None = None
+        self.which, self.record, self.secure = calls, record, secure
         self.early: Pass | None = None
         self.doubts: list[BlockReads] = []
         self.calls: list[TensorDictBase] = []  # what a context has recorded so far
+        self.called = False  # whether anything was called that is listened to
 
     def around(self) -> None:
         """Hooks of the check, before those that may stop the pass, and behind norms whose gradients are wanted."""
+        if self.record is not None:
+            self.mark_calls()
         if self.watch:
-            self.doubts = unverified(self.places.model, self.places.sites)
-            for reads in self.doubts:
-                reads.open()
-                self.undo.callback(reads.close)
             for entry, path, module in followers(self.places):
                 self.before(module, partial(self._on_follower, entry, path))
-        for module in self.places.behind if self.backward else ():
-            self.after(module, self._on_behind)
+        for index, module in enumerate(self.places.behind if self.backward else ()):
+            self.after(module, partial(self._on_behind, index))
+
+    def _make(self) -> None:
+        super()._make()
+        if self.record is not None:
+            self.mark_ends()
+
+    def open(self) -> None:
+        """Install the hooks; what a call of the user's has to check comes first."""
+        self.early, self.disabled, self.calls, self.called = None, False, [], False
+        self.doubts = unverified(self.places.model, self.places.sites) if self.watch else []
+        try:
+            for reads in self.doubts:
+                reads.open()
+            super().open()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Remove the hooks and forget every tensor."""
         super().close()
-        self.doubts = []
-        self.current = self.early = None
+        doubts, self.doubts = self.doubts, []
+        for reads in doubts:
+            reads.close()
+        self.early = None
 
     def begin(self) -> None:
-        """A model call starts. What fired since the last one (an encoder run on its own) belongs to it."""
-        self.current, self.early = self.early or Pass(), None
+        """The module form's call starts."""
+        step = Pass()
+        step.alive = threading.enumerate()
+        self.current = step
 
     def end(self) -> Pass:
-        """The model call is over."""
+        """The call is over: one pass, of all threads that it has started."""
         done, self.current = self.current or Pass(), None
+        return self._finished(done)
+
+    def _finished(self, done: Pass) -> Pass:
+        if done.parts:
+            _join(done)
         done.check_unmodified()
         doubts, self.doubts = self.doubts, []
         for reads in doubts:
+            reads.close()
             reads.check_call()
         done.raw.clear()
+        if self.which is not None:
+            self._choose(done)
         return done
 
-    # ------------------------------------------------------------------------------------------ hooks
+    def _choose(self, done: Pass) -> None:
+        for site, values in done.several.items():
+            if len({(value.shape, value.device) for value in values}) > 1:
+                raise RuntimeError(
+                    f"calls='all' at {str(site)!r} expected calls that give one shape, got "
+                    f"{[tuple(value.shape) for value in values]}. Remedy: calls='first', 'last' or a number."
+                )
+            done.acts[site] = torch.stack(values, min(1, values[0].ndim))
+        done.several.clear()
 
-    def _pass(self) -> Pass:
-        if self.current is not None:
-            return self.current
+    # ------------------------------------------------------------------------------------ the user's calls
+
+    def began(self, step: Any) -> None:
+        """A call of the user's starts."""
+        self.called = True
+        if self.secure is not None:
+            self.secure()
+
+    def ended(self, step: Any, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """A call of the user's is over: what fired since the last one (an encoder run on its own) belongs to it."""
+        if get_ident() == self.owner:
+            early, self.early = self.early, None
+            if early is not None and not early.acts.keys() & step.acts.keys():
+                step.add(early)
+            elif early is not None:
+                self._emit(early)
+        done = self._finished(step)
+        if self.record is not None and not self.disabled:
+            self.record(self, done, module, args, kwargs, output)
+
+    def broken(self, step: Any) -> None:
+        """A call that failed gives nothing."""
+        if get_ident() == self.owner:
+            self.early = None
+
+    def _emit(self, early: Pass) -> None:
+        if self.record is not None and not self.disabled:
+            self.record(self, self._finished(early), None, (), {}, None)
+
+    def has_all(self) -> bool:
+        """Whether the running pass has read every site."""
+        return self.current is not None and len(self.current.acts) == len(self.places.sites)
+
+    def flush(self) -> None:
+        """What ran outside of any call, a block on its own, makes an entry too."""
+        early, self.early = self.early, None
+        if early is not None and early.acts:
+            self._emit(early)
+
+    def outside(self) -> Any:
+        """What runs outside of any call is kept for the next one; a pass that is run again is no call."""
+        if self.record is None or runs_again():
+            return None
+        self.called = True
         if self.early is None:
             self.early = Pass()
         return self.early
 
+    # ------------------------------------------------------------------------------------------ hooks
+
     def on_output(self, place: Place, module: nn.Module) -> None:
         """The common case, one site that is the output itself, has a short way."""
         entry, *others = self.places.at[place]
-        plain = not others and entry.view is None and entry.scale == 1.0 and entry.calls == 1
-        plain = plain and not (self.backward or self.clone or self.callback)
+        plain = not others and entry.view is entry.element is None and entry.scale == 1.0 and entry.calls == 1
+        plain = (
+            plain and not (self.backward or self.clone or self.callback) and self.which in (None, "first", 0)
+        )
         if not plain or entry.site.kind in ADDED_KINDS:
             super().on_output(place, module)
             return
@@ -127,6 +237,7 @@ class Reading(SiteHooks):
         step = self.current
         if (
             step is None
+            or get_ident() != self.owner
             or self.disabled
             or not isinstance(output, Tensor)
             or place in step.fired
@@ -142,21 +253,28 @@ class Reading(SiteHooks):
         if len(step.acts) == last:
             raise StopForward
 
-    def _on_behind(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def _on_behind(self, index: int, module: nn.Module, args: tuple, output: Tensor) -> None:
         """Heads' shares add up to what a norm or scale gives: the gradient is taken there."""
-        if self.disabled:
+        step = None if self.disabled else self.step()
+        if step is None:
             return
-        step = self._pass()
+        behind = self.places.behind[index]
         for entry in self.places.sites:
-            if entry.behind is module and entry.site in step.acts and entry.site not in step.roots:
+            if entry.behind is behind and entry.site in step.acts and entry.site not in step.roots:
                 step.roots[entry.site] = _with_graph(entry, args, {}, output)
                 return
 
     def visit(self, place: Place, args: tuple, kwargs: dict, output: Any) -> Any:
         """Read the sites of a place whose turn it is."""
-        if self.disabled:
+        step = None if self.disabled else self.step()
+        if step is None:
             return None
-        given, changed, entries = (args, kwargs), None, self.places.at[place]
+        entries = self.places.at[place]
+        count, calls = step.fired.get(place, 0), entries[0].calls
+        if count >= calls and step is self.early:
+            self.flush()
+            step, count = self.step(), 0
+        given, changed = (args, kwargs), None
         if self.backward and place[1] == "input":
             value = read_input(args, kwargs)
             if value is not None and value.requires_grad:
@@ -164,18 +282,11 @@ class Reading(SiteHooks):
                 apart = value.view_as(value)
                 vars(apart)["_stream"] = value  # for sites that mean the stream around the module too
                 given = changed = write_input(args, kwargs, None, apart)
-        step = self._pass()
-        count = step.fired[place]
-        step.fired[place] += 1
-        calls = entries[0].calls
-        if count >= calls:
-            raise RuntimeError(
-                f"the site {str(entries[0].site)!r} fired {count + 1} times in one forward pass, expected "
-                f"{calls}: the module {place[0]!r} runs more than once. Remedy: capture a module that runs "
-                "once, sites='module_output:<path>', or list the shared block once a layer."
-            )
+        step.fired[place] = count + 1
+        if count >= calls and (self.which is None or calls > 1):
+            raise fired_too_often(entries[0], count + 1)
         for entry in entries:
-            if entry.call == count:
+            if entry.call == count if calls > 1 else is_meant(self.which, count):
                 self._keep(step, entry, *given, output)
         if self.stop and len(step.acts) == len(self.places.sites):
             raise StopForward
@@ -192,7 +303,7 @@ class Reading(SiteHooks):
             )
         if entry.site.kind in ADDED_KINDS:
             step.raw[entry.site] = value
-        value = self.tokens(entry, value)
+        value = self.tokens(step, entry, value)
         if self.backward and entry.behind is None:
             step.roots[entry.site] = _with_graph(entry, args, kwargs, output)
         value = value if self.keep_graph else value.detach()
@@ -201,14 +312,20 @@ class Reading(SiteHooks):
             value = value if changed is None else changed
         if self.clone:
             value = value.clone()
-        elif not value.is_inference():  # inference tensors have no version to compare
+        elif not value.is_inference() and self.which != "all":  # inference tensors have no version to compare
             step.versions[entry.site] = value._version
         step.acts[entry.site] = value
+        if self.which == "all" and entry.calls == 1:
+            # each call's value is what it was: a later call may write to the same memory
+            step.several.setdefault(entry.site, []).append(value if self.clone else value.clone())
 
     def _on_follower(
-        self, entry: ResolvedSite, path: str, module: nn.Module, args: tuple, kwargs: dict
+        self, entry: ResolvedSite, path: str, module: nn.Module, args: tuple, kwargs: dict | None = None
     ) -> None:
-        value = self._pass().raw.get(entry.site)
+        if kwargs is None:
+            return
+        step = self.step()
+        value = None if step is None else step.raw.get(entry.site)
         if value is None:
             return
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
@@ -218,6 +335,24 @@ class Reading(SiteHooks):
                 f"still transforms the output of {entry.module_path!r}. Remedy: "
                 f"sites='module_output:{path}'."
             )
+
+
+def _join(done: Pass) -> None:
+    """Put the parts of a batch together that threads of the call's own have read, in the order of their devices."""
+    parts: list[Any] = sorted(done.parts.values(), key=_device_number)
+    for part in parts:
+        part.check_unmodified()
+    for site in dict.fromkeys(site for part in parts for site in part.acts):
+        values = [part.acts[site] for part in parts if site in part.acts]
+        home = values[0].device
+        done.acts[site] = values[0] if len(values) == 1 else torch.cat([v.to(home) for v in values])
+        if len(values) == 1:  # gradients of several parts would be several
+            done.roots |= {site: part.roots[site] for part in parts if site in part.roots}
+
+
+def _device_number(part: Any) -> int:
+    first = next(iter(part.acts.values()), None)
+    return -1 if first is None else first.get_device()
 
 
 def _with_graph(entry: ResolvedSite, args: tuple, kwargs: dict, output: Any) -> Tensor:

@@ -1,21 +1,32 @@
-"""Hooks on the places where sites lie: one installer for who reads and who edits."""
+"""Hooks on the places where sites lie: one installer for who reads and who edits, and whose call it is that runs."""
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tdgeom.model.calls.attention_kernel import eager_attention, padding_cutters, watch_softmax, whole_batches
+from tdgeom.model.calls.attention_kernel import (
+    padding_cutters,
+    visible_attention,
+    watch_softmax,
+    whole_batches,
+)
+from tdgeom.model.calls.call_paths import is_inside, paths_of_calls
+from tdgeom.model.calls.own_hooks import CHANGING, Hung, OwnHook, hang, hook_after, hook_before, take_down
 from tdgeom.model.structure.readers import read_input
 from tdgeom.model.structure.resolved_site import ResolvedSite
 
 Place = tuple[str, str]  # a module's path, and the side of it
+_NOTHING: Any = object()
 
 
 class Places:
@@ -34,6 +45,21 @@ class Places:
         )
         self.behind = list(dict.fromkeys(e.behind for e in self.sites if e.behind is not None))
         self.softmax = any(entry.in_softmax for entry in self.sites)
+        self.calls = paths_of_calls(model, [e.block_path or e.module_path for e in self.sites])
+
+
+class Step:
+    """What one running call of the model has given so far. ``path`` is the part that was called, "" the model itself."""
+
+    __slots__ = ("alive", "during", "fired", "heard", "leading", "parts", "path")
+
+    def __init__(self, path: str = "") -> None:
+        self.path, self.heard = path, True
+        self.fired: dict[Place, int] = {}
+        self.leading: dict[str, torch.Size] = {}
+        self.alive: list[threading.Thread] = []
+        self.parts: dict[int, Step] = {}  # threads that the call has started: each has a part of the batch
+        self.during: BaseException | None = None
 
 
 class SiteHooks:
@@ -41,15 +67,24 @@ class SiteHooks:
 
     A subclass defines ``visit``, what is done at a place, and ``around``, further hooks that belong before those of the places.
     ``changes`` says whether what the model computes may change by it.
+
+    A call begins with the outermost module of ``Places.calls`` that runs, and belongs to the thread that began it; threads
+    that the call starts belong to it, any other thread has calls of its own, which ``threads="own"`` leaves alone.
     """
 
     changes = False
+    step_type: type[Step] = Step
 
-    def __init__(self, places: Places) -> None:
-        self.places = places
-        self.handles: list[Any] = []
+    def __init__(self, places: Places, *, threads: str = "all") -> None:
+        self.places, self.threads = places, threads
+        self.hooks: list[OwnHook] = []
+        self.hung: list[Hung] = []
         self.undo = ExitStack()
-        self.leading: dict[str, torch.Size] = {}
+        self.owner = get_ident()
+        self.current: Any = None
+        self.others: dict[int, Any] = {}
+        self.foreign = 0  # calls of threads that are left alone
+        self.made = False
 
     def visit(self, place: Place, args: tuple, kwargs: dict, output: Any) -> Any:
         """What goes on instead: ``(args, kwargs)`` at an input, else an output; ``None`` for what came."""
@@ -60,69 +95,202 @@ class SiteHooks:
 
     def open(self) -> None:
         """Install the hooks, all of them or none."""
+        self.owner, self.current, self.foreign = get_ident(), None, 0
+        self.others.clear()
+        if not self.made:
+            self._make()
+            self.made = True
+        places = self.places
+        with CHANGING:
+            try:
+                if places.softmax:
+                    self.undo.enter_context(visible_attention(places.model))
+                    for place, entries in places.at.items():
+                        if entries[0].in_softmax:
+                            watcher = partial(self._on_softmax, place)
+                            module, heads = places.modules[place[0]], entries[0].head_count
+                            self.undo.enter_context(watch_softmax(module, watcher, heads, self.here))
+                if padding_cutters(places.model):
+                    self.undo.enter_context(whole_batches(places.model))
+                self.hung = hang(self.hooks)
+            except BaseException:
+                self.close()
+                raise
+
+    def _make(self) -> None:
         places, modules = self.places, self.places.modules
-        try:
-            if places.softmax:
-                self.undo.enter_context(eager_attention(places.model))
-            if padding_cutters(places.model):
-                self.undo.enter_context(whole_batches(places.model))
-            for path in places.blocks:
-                self.before(modules[path], partial(self.on_block, path))
-            self.around()
-            for place, entries in places.at.items():
-                module = modules[place[0]]
-                if entries[0].in_softmax:
-                    watcher = partial(self._on_softmax, place)
-                    self.undo.enter_context(watch_softmax(module, watcher, entries[0].head_count))
-                elif place[1] == "input":
-                    self.before(module, partial(self._on_input, place))
-                else:
-                    self.on_output(place, module)
-        except BaseException:
-            self.close()
-            raise
+        for path in places.blocks:
+            self.before(modules[path], partial(self.on_block, path))
+        self.around()
+        for place in places.at:
+            if places.at[place][0].in_softmax:
+                continue
+            if place[1] == "input":
+                self.before(modules[place[0]], partial(self._on_input, place))
+            else:
+                self.on_output(place, modules[place[0]])
 
     def close(self) -> None:
         """Remove the hooks and forget every tensor."""
-        while self.handles:
-            self.handles.pop().remove()
-        self.undo.close()
+        with CHANGING:
+            hung, self.hung = self.hung, []
+            take_down(hung)
+            self.undo.close()
+        self.current = None
+        self.others.clear()
 
-    def before(self, module: nn.Module, hook: Callable, **options: bool) -> None:
+    def before(self, module: nn.Module, hook: Callable, *, front: bool = False) -> None:
         """A hook in front of a module, called with its arguments."""
-        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, **options))
+        self.hooks.append(hook_before(module, hook, front=front))
 
     def after(self, module: nn.Module, hook: Callable, **options: bool) -> None:
         """A hook behind a module."""
-        self.handles.append(module.register_forward_hook(hook, **options))
+        self.hooks.append(hook_after(module, hook, **options))
+
+    # ------------------------------------------------------------------------------------ whose call runs
+
+    def mark_calls(self) -> None:
+        """Hooks where calls begin and end; in ``around``, so that they stand around those of the places."""
+        for path, module in self.places.calls:
+            self.before(module, partial(self._on_begin, path), front=True)
+
+    def mark_ends(self) -> None:
+        """The other half of :meth:`mark_calls`, behind the hooks of the places."""
+        for path, module in self.places.calls:
+            self.after(module, partial(self._on_end, path), with_kwargs=True, always=True)
+
+    def began(self, step: Any) -> None:
+        """A call has begun."""
+
+    def ended(self, step: Any, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """A call has come to its end."""
+
+    def broken(self, step: Any) -> None:
+        """A call has ended in an error."""
+
+    def outside(self) -> Any:
+        """The step of what runs in no call: a block on its own, or a pass run again for gradients."""
+        if self.current is None:
+            self.current = self.step_type()
+        return self.current
+
+    def step(self) -> Any:
+        """The running call of this thread; ``None`` where it is nobody's business."""
+        if get_ident() == self.owner:
+            return self.current or self.outside()
+        return self._elsewhere()
+
+    def here(self) -> bool:
+        """Whether what runs in this thread belongs to a call that is listened to."""
+        if get_ident() == self.owner:
+            return True
+        step = self.others.get(get_ident())
+        return step.heard if step is not None else self._starter() is not None or runs_again()
+
+    def _on_begin(self, path: str, module: nn.Module, args: tuple, kwargs: Any = None) -> None:
+        ident = get_ident()
+        own = ident == self.owner
+        step = self.current if own else self.others.get(ident)
+        if step is not None and is_inside(path, step.path):
+            return
+        heard = own or self.threads == "all"
+        if not own:
+            starter = self._starter()
+            if starter is not None and (
+                is_inside(path, starter.path) or getattr(module, "_is_replica", False)
+            ):
+                return  # a part of a call of which this is one of several threads
+            self.foreign += not heard
+        step = self.step_type(path)
+        step.heard, step.alive, step.during = heard, threading.enumerate(), sys.exc_info()[1]
+        if own:
+            self.current = step
+        else:
+            self.others[ident] = step
+        if heard:
+            self.began(step)
+
+    def _on_end(self, path: str, module: nn.Module, args: tuple, kwargs: Any, output: Any = _NOTHING) -> None:
+        ident = get_ident()
+        own = ident == self.owner
+        step = self.current if own else self.others.get(ident)
+        if step is None or step.path != path or output is _NOTHING:
+            return
+        if own:
+            self.current = None
+        else:
+            del self.others[ident]
+        if not step.heard:
+            return
+        if output is None and sys.exc_info()[1] is not step.during:
+            self.broken(step)
+        else:
+            self.ended(step, module, args, kwargs, output)
+
+    def _starter(self) -> Any:
+        """The running call that has started this thread; ``None`` where none has."""
+        thread = threading.current_thread()
+        for step in (self.current, *self.others.values()):
+            if step is not None and step.alive and thread not in step.alive:
+                return step
+        return None
+
+    def _elsewhere(self) -> Any:
+        ident = get_ident()
+        step = self.others.get(ident)
+        if step is None and (starter := self._starter()) is not None:
+            step = starter.parts.get(ident)
+            if step is None:
+                step = starter.parts[ident] = self.step_type(starter.path)
+                step.heard = starter.heard
+        if step is None and runs_again():  # autograd's own threads
+            return self.outside()
+        if step is None:
+            self.foreign += 1
+        return step if step is not None and step.heard else None
+
+    # ------------------------------------------------------------------------------------------ hooks
 
     def on_output(self, place: Place, module: nn.Module) -> None:
         """Install the hook on a module's output."""
         self.after(module, partial(self._on_output, place), with_kwargs=True)
 
-    def on_block(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def on_block(self, path: str, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
         """A block begins: note the shape of what it is given."""
-        value = read_input(args, kwargs)
-        if value is not None:
-            self.leading[path] = value.shape[:-1]
+        value = read_input(args, kwargs or {})
+        step = None if value is None else self.step()
+        if step is not None and value is not None:
+            step.leading[path] = value.shape[:-1]
 
-    def tokens(self, entry: ResolvedSite, value: Tensor) -> Tensor:
+    def tokens(self, step: Step, entry: ResolvedSite, value: Tensor) -> Tensor:
         """(B·T, D) as (B, T, D) where a part of a block works on flattened tokens; anything else as it is."""
         path = entry.block_path
-        leading = None if path is None or path == entry.module_path else self.leading.get(path)
+        leading = None if path is None or path == entry.module_path else step.leading.get(path)
         if leading is None or value.ndim != 2 or len(leading) != 2 or value.shape[0] != leading.numel():
             return value
         return value.reshape(*leading, value.shape[-1])
 
-    def _on_input(self, place: Place, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        return self.visit(place, args, kwargs, None)
+    def _on_input(self, place: Place, module: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
+        # without kwargs: taken away by its own thread while another one was about to call it
+        return None if kwargs is None else self.visit(place, args, kwargs, None)
 
-    def _on_output(self, place: Place, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        return self.visit(place, args, kwargs, output)
+    def _on_output(
+        self, place: Place, module: nn.Module, args: tuple, kwargs: dict, output: Any = _NOTHING
+    ) -> Any:
+        return None if output is _NOTHING else self.visit(place, args, kwargs, output)
 
     def _on_softmax(self, place: Place, side: str, value: Tensor) -> Tensor:
         new = self.visit(place, (), {}, value) if side == place[1] else None
         return value if new is None else new
+
+
+def runs_again() -> bool:
+    """Whether this thread computes gradients: what runs then is a pass that is run again (checkpointing).
+
+    >>> runs_again()
+    False
+    """
+    return torch._C._current_graph_task_id() != -1
 
 
 def only_reads(hook: Any) -> bool:

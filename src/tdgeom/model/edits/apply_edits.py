@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 from tensordict import NonTensorData, TensorDict
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from tdgeom.model.calls.call_info import CallInfo
 from tdgeom.model.calls.model_inputs import Signature, bound_tensors, read_signature
-from tdgeom.model.calls.site_hooks import Place, Places, SiteHooks
+from tdgeom.model.calls.own_hooks import CHANGING, OwnId, lead
+from tdgeom.model.calls.repeated_calls import CallsSpec, fired_too_often, is_meant
+from tdgeom.model.calls.site_hooks import Place, Places, SiteHooks, Step, runs_again
 from tdgeom.model.edits.edit import Edit
 from tdgeom.model.positions import positions_second
 from tdgeom.model.structure.readers import read_output, write_output
@@ -44,6 +47,9 @@ class EditPlan:
             self.owners[owner] = signatures[owner]
             words = {"site": NonTensorData(str(entry.site)), "groups": NonTensorData(entry.groups)}
             self.at[entry.module_path, entry.side].append(Planned(entry, listed, owner, words))
+        self.everything = [planned for here in self.at.values() for planned in here]
+        given = [edit for planned in self.everything for edit in planned.edits]
+        self.selective = [edit for edit in dict.fromkeys(given) if isinstance(edit, Edit) and edit.selects()]
         self.bypassed = sorted({e.block_path for e in places.sites if e.bypass and e.block_path is not None})
 
 
@@ -59,78 +65,191 @@ def _owner(model: nn.Module, entry: ResolvedSite, signatures: dict[str, Signatur
     return ""
 
 
+class EditStep(Step):
+    """One running call of the model under edits, and what it was given."""
+
+    __slots__ = ("past_block", "past_module", "told")
+
+    def __init__(self, path: str = "") -> None:
+        super().__init__(path)
+        self.told: dict[str, CallInfo] = {}
+        self.past_block: dict[str, list[Tensor]] = {}
+        self.past_module: dict[int, list[Tensor]] = {}
+
+
 class Editing(SiteHooks):
-    """Hooks that hand each site's tensor to its edits and put the result back."""
+    """Hooks that hand each site's tensor to its edits and put the result back.
+
+    They stand in front of everybody else's hooks, so that whoever else looks sees what an edit left; only contexts that were
+    entered before come first.
+    """
 
     changes = True
+    step_type = EditStep
 
-    def __init__(self, plan: EditPlan, special: Tensor | None = None) -> None:
-        super().__init__(plan.places)
-        self.plan, self.special = plan, special
-        self.calls = {owner: CallInfo() for owner in plan.owners}
-        self.fired: dict[Place, int] = defaultdict(int)
-        self.past_block: dict[str, list[Tensor]] = defaultdict(list)
-        self.past_module: dict[nn.Module, list[Tensor]] = defaultdict(list)
+    def __init__(
+        self,
+        plan: EditPlan,
+        special: Tensor | None = None,
+        *,
+        calls: CallsSpec = None,
+        totals: Mapping[Place, int] | None = None,
+        threads: str = "own",
+    ) -> None:
+        super().__init__(plan.places, threads=threads)
+        self.plan, self.special, self.which, self.totals = plan, special, calls, totals or {}
+        self.histories: dict[
+            tuple[int, str], CallInfo
+        ] = {}  # by thread and owner: tokens of earlier, cached steps
+        self.between: EditStep | None = None
+        self.acted: set[int] = set()
+        self.called = self.failed = False
 
     def around(self) -> None:
         """Hooks that learn what a call was given, and those that carry a change past the module where it was made."""
         model = self.places.model
         for owner, signature in self.plan.owners.items():
-            self.before(model.get_submodule(owner), partial(self._on_call, owner, signature), prepend=True)
+            self.before(model.get_submodule(owner), partial(self._on_call, owner, signature), front=True)
+        self.mark_calls()  # in front of what learns about the call
         for path in self.plan.bypassed:
             # before every other hook on the block's output: it belongs to what the block gives
-            self.after(self.places.modules[path], partial(self._on_block_end, path), prepend=True)
-        for module in self.places.behind:
-            self.after(module, self._on_behind, prepend=True)
+            self.after(self.places.modules[path], partial(self._on_block_end, path), front=True)
+        for index, module in enumerate(self.places.behind):
+            self.after(module, partial(self._on_behind, index), front=True)
+
+    def _make(self) -> None:
+        super()._make()
+        self.mark_ends()
+        self.edited = [
+            (self.places.modules[path], "_forward_pre_hooks" if side == "input" else "_forward_hooks")
+            for path, side in self.places.at
+            if side in ("input", "output")
+        ]
+
+    def open(self) -> None:
+        """Install the hooks, in front of everybody else's."""
+        self.acted, self.called, self.failed, self.between = set(), False, False, None
+        self.histories.clear()
+        for edit in self.plan.selective:
+            edit.watch_selection(True)
+        try:
+            super().open()
+            with CHANGING:
+                self._lead()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Remove the hooks and forget every tensor."""
         super().close()
-        self.calls.clear()
-        self.past_block.clear()
-        self.past_module.clear()
+        self.histories.clear()
+        self.between = None
+
+    def _lead(self) -> None:
+        for module, name in self.edited:
+            hooks = module.__dict__[name]
+            if len(hooks) > 1:
+                lead(hooks)
+
+    # ----------------------------------------------------------------------------------------- calls
+
+    def began(self, step: Any) -> None:
+        """A call starts: hooks that others have put in front of ours since then go behind them again."""
+        self.called = True
+        for module, name in self.edited:
+            hooks = module.__dict__[name]
+            if hooks and not isinstance(next(iter(hooks)), OwnId):
+                with CHANGING:
+                    lead(hooks)
+
+    def ended(self, step: Any, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """A call is over."""
+        if self.which == "last":
+            for place, total in self.totals.items():
+                fired = step.fired.get(place, 0)
+                if fired and fired != total:
+                    raise RuntimeError(
+                        f"calls='last' at {place[0]!r} expected the {total} calls that were counted in an earlier pass, this "
+                        f"one had {fired}. Remedy: calls=<the number of the call>."
+                    )
+        if get_ident() == self.owner:
+            self.between = step
+
+    def broken(self, step: Any) -> None:
+        """A call that failed says nothing about what it did not reach."""
+        self.failed = True
+
+    def outside(self) -> Any:
+        """What runs in no call knows what the last one was given: a pass that is run again for gradients, say."""
+        self.called = True
+        if self.between is None:
+            self.between = EditStep()
+        return self.between
 
     # ------------------------------------------------------------------------------------------ hooks
 
     def _on_call(
-        self, owner: str, signature: Signature, module: nn.Module, args: tuple, kwargs: dict
+        self, owner: str, signature: Signature, module: nn.Module, args: tuple, kwargs: dict | None = None
     ) -> None:
+        step = None if kwargs is None else self.step()
+        if step is None or kwargs is None:
+            return
         count: Any = getattr(kwargs.get("past_key_values"), "get_seq_length", lambda: 0)
         tensors = bound_tensors(signature, args, kwargs)
         masks = kwargs.get("attention_mask")
         if isinstance(masks, Mapping):  # one for each kind of layer
             mask = masks.get("full_attention", next(iter(masks.values()), None))
             tensors.update({"attention_mask": mask} if isinstance(mask, Tensor) else {})
-        self.calls[owner].begin(tensors, int(count()))
-        for place in [p for p in self.fired if not owner or p[0].startswith(owner + ".")]:
-            self.fired[place] = 0
+        key = (get_ident(), owner)
+        if key not in self.histories:
+            self.histories[key] = CallInfo()
+        step.told[owner] = self.histories[key]
+        step.told[owner].begin(tensors, int(count()))
 
-    def on_block(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def on_block(self, path: str, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
         """A block begins: what an earlier call that failed has left is gone."""
         super().on_block(path, module, args, kwargs)
-        self.past_block.pop(path, None)
+        if (step := self.step()) is not None:
+            step.past_block.pop(path, None)
 
     def _on_block_end(self, path: str, module: nn.Module, args: tuple, output: Any) -> Any:
-        value = read_output(args, {}, output)
-        changes = self.past_block.pop(path, None)
+        step = self.step()
+        changes = None if step is None else step.past_block.pop(path, None)
+        value = read_output(args, {}, output) if changes else None
         if value is None or not changes:
             return output
         for change in changes:
             value = value + change.reshape(value.shape)  # a part of the block may work on flattened tokens
         return write_output(args, {}, output, value)
 
-    def _on_behind(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        for change in self.past_module.pop(module, []):
+    def _on_behind(self, index: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        step = self.step()
+        for change in [] if step is None else step.past_module.pop(index, []):
             output = output + change.to(output)
         return output
 
     def visit(self, place: Place, args: tuple, kwargs: dict, output: Any) -> Any:
         """Hand the sites of a place to their edits."""
-        count = self.fired[place]
-        self.fired[place] += 1
+        step = self.step()
+        if step is None:
+            return None
+        count, calls = step.fired.get(place, 0), self.places.at[place][0].calls
+        if step is self.between:  # in no call: each time anew
+            if (calls > 1 or self.which not in (None, "all")) and runs_again():
+                raise RuntimeError(
+                    f"{place[0]!r} is run again for gradients (checkpointing), where nothing tells which of its calls it is, and "
+                    "so which edit belongs to it. Remedy: model.gradient_checkpointing_disable()."
+                )
+            count = 0 if count >= calls else count
+        step.fired[place] = count + 1
+        if count >= calls and (self.which is None or calls > 1):
+            raise fired_too_often(self.places.at[place][0], count + 1)
+        if calls == 1 and not is_meant(self.which, count, self.totals.get(place)):
+            return None
         for planned in self.plan.at[place]:
             entry = planned.entry
-            if entry.calls > 1 and entry.call != count:
+            if calls > 1 and entry.call != count:
                 continue
             before = entry.read(args, kwargs, output)
             if before is None:
@@ -138,14 +257,16 @@ class Editing(SiteHooks):
                     f"the site {str(entry.site)!r} expected a tensor at the {entry.side} of {entry.module_path!r}, got none. "
                     "Remedy: choose another module, 'module_output:<path>'."
                 )
-            value = self.tokens(entry, before)
+            value = self.tokens(step, entry, before)
             for edit in planned.edits:
-                value = self._apply(edit, planned, value)
+                value = self._apply(edit, planned, value, step)
+            self.acted.add(id(planned))
             value = value.reshape(before.shape).contiguous()  # models take views of what they computed
             if entry.bypass:
-                self.past_block[entry.block_path or ""].append(value - before)
+                step.past_block.setdefault(entry.block_path or "", []).append(value - before)
             if entry.behind is not None:
-                self.past_module[entry.behind].append((value - before).sum(-2) / entry.scale)
+                change = (value - before).sum(-2) / entry.scale
+                step.past_module.setdefault(self.places.behind.index(entry.behind), []).append(change)
             written: Any = entry.write(args, kwargs, output, value)
             if place[1] == "input":
                 args, kwargs = written
@@ -153,12 +274,27 @@ class Editing(SiteHooks):
                 output = written
         return (args, kwargs) if place[1] == "input" else output
 
-    def _apply(self, edit: Callable, planned: Planned, value: Tensor) -> Tensor:
+    def without_effect(self) -> list[str]:
+        """What to say of edits that have done nothing since the context was entered, one line each."""
+        said = [
+            f"{str(planned.entry.site)!r} never fired"
+            for planned in self.plan.everything
+            if id(planned) not in self.acted and not self.failed
+        ]
+        for edit in self.plan.selective:
+            for site, touched in edit.watch_selection(False).items():
+                if not bool(touched):
+                    said.append(
+                        f"{_name(edit)} at {site!r} found no position {edit.selection()} in any sequence"
+                    )
+        return said
+
+    def _apply(self, edit: Callable, planned: Planned, value: Tensor, step: EditStep) -> Tensor:
         site = planned.entry.site
         given = positions_second(value, site) if isinstance(edit, Edit) else value
         version = None if given.is_inference() else given._version
         if isinstance(edit, TensorDictModuleBase):
-            told = self._told(planned, given)
+            told = self._told(planned, given, step)
             if isinstance(edit, Edit) and edit.is_plain():  # the short way to the same numbers
                 new = edit.computed([given, *told.values(), str(site), planned.entry.groups])
             else:
@@ -180,9 +316,9 @@ class Editing(SiteHooks):
             )
         return positions_second(new, site) if isinstance(edit, Edit) else new
 
-    def _told(self, planned: Planned, value: Tensor) -> dict[str, Tensor | None]:
+    def _told(self, planned: Planned, value: Tensor, step: EditStep) -> dict[str, Tensor | None]:
         """What the model's call was given beside an activation."""
-        info, special = self.calls[planned.owner], self.special
+        info, special = step.told.get(planned.owner) or CallInfo(), self.special
         here = value.ndim > 2
         fits = here and special is not None and special.shape == value.shape[:2]
         return {

@@ -50,6 +50,14 @@ class BlockAttention(Edit):
         super().__init__(positions=queries, **settings)
         self.keys, self.factor, self.renormalise = check_positions(keys), factor, renormalise
 
+    def selects(self) -> bool:
+        """Whether some queries or keys are asked for."""
+        return super().selects() or not (isinstance(self.keys, str) and self.keys == "all")
+
+    def selection(self) -> str:
+        """The queries and keys asked for, in words."""
+        return f"queries={self.positions!r}, keys={self.keys!r}"
+
     def replace(self, value: Tensor, call: EditCall) -> Tensor:
         """The pattern with its block cut."""
         if value.ndim != 4:
@@ -61,6 +69,7 @@ class BlockAttention(Edit):
         whole = value.new_ones((value.shape[0], size), dtype=torch.bool)
         mask = whole if call.mask is None else call.mask.to(value.device)
         columns, _ = position_mask(mask, self.keys, input_ids=call.input_ids, special=call.special)
+        self.note_selection(call, columns if call.keep is None else columns.any() & call.keep.any())
         # a cache with a window holds the newest keys only; behind the keys there may be room for more, or a sink
         columns = torch.nn.functional.pad(columns, (0, max(size - columns.shape[1], 0)))[:, -size:]
         columns = columns[:, None, None]

@@ -103,6 +103,7 @@ class Edit(Stage):
         call = EditCall(site, groups or 1, mask, ids, special)
         if not (isinstance(self.positions, str) and self.positions == "all"):
             keep = call.select(value, self.positions, self)
+            self.note_selection(call, keep)
             call = dataclasses.replace(call, keep=keep)
         new = self.replace(value, call)
         if new.shape != value.shape:
@@ -145,6 +146,29 @@ class Edit(Stage):
                 f"{call.site!r}. Remedy: a list of heads."
             )
         return self.heads.get(layer, [])
+
+    # ------------------------------------------------------------------------ whether anything was meant
+
+    def selects(self) -> bool:
+        """Whether the edit asks for some positions, of which there may be none."""
+        return not (isinstance(self.positions, str) and self.positions == "all")
+
+    def selection(self) -> str:
+        """The positions asked for, in words."""
+        return f"positions={self.positions!r}"
+
+    def note_selection(self, call: EditCall, selected: Tensor) -> None:
+        """Note whether any position was selected, without waiting for the answer."""
+        noted: dict[str | None, Tensor] | None = self.__dict__.get("_noted")
+        if noted is not None:
+            found, before = selected.any(), noted.get(call.site)
+            noted[call.site] = found if before is None else before.to(found.device) | found
+
+    def watch_selection(self, on: bool) -> dict[str | None, Tensor]:
+        """Start or end noting which sites had a selected position; what was noted so far: site -> a boolean tensor."""
+        noted = self.__dict__.get("_noted") or {}
+        self.__dict__["_noted"] = {} if on else None
+        return noted
 
     # -------------------------------------------------------------------- activations of other runs
 
