@@ -94,10 +94,7 @@ class Intervene(HookingContext):
     ) -> None:
         if missing not in ("warn", "raise", "ignore"):
             raise ValueError(f"missing= expects 'warn', 'raise' or 'ignore', got {missing!r}.")
-        self.missing, self._classes = (
-            missing,
-            {"classes": tuple(classes), "skip_classes": tuple(skip_classes)},
-        )
+        self.missing, self._classes, self._skipped = missing, tuple(classes), tuple(skip_classes)
         if not isinstance(edits, Mapping) or not edits:
             raise ValueError(f"Intervene expects a mapping from sites to edits, got {edits!r}.")
         self._layers = layers
@@ -128,7 +125,10 @@ class Intervene(HookingContext):
         """The places of the edits, in the order of the mapping."""
         applied = any(map(takes_layers, self._asked))  # a concrete name beside kinds has its own layer
         chosen = {name: self._layers if takes_layers(name) or not applied else "all" for name in self._asked}
-        found = {name: resolve_sites(model, name, layers=layers, classes=self._classes, skip_classes=self._skipped) for name, layers in chosen.items()}
+        found = {
+            name: resolve_sites(model, name, layers=own, classes=self._classes, skip_classes=self._skipped)
+            for name, own in chosen.items()
+        }
         self._listed = [self._asked[name] for name, entries in found.items() for _ in entries]
         return [entry for entries in found.values() for entry in entries]
 

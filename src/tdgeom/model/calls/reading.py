@@ -54,12 +54,9 @@ class Pass(Step):
 
     def add(self, other: Pass) -> None:
         """Take what a part of the model gave that ran on its own, before or beside this pass."""
-        for own, more in (
-            (self.acts, other.acts),
-            (self.roots, other.roots),
-            (self.versions, other.versions),
-        ):
-            own.update(more)
+        self.acts.update(other.acts)
+        self.roots.update(other.roots)
+        self.versions.update(other.versions)
 
 
 class Reading(SiteHooks):
@@ -347,7 +344,7 @@ def _join(done: Pass) -> None:
         home = values[0].device
         done.acts[site] = values[0] if len(values) == 1 else torch.cat([v.to(home) for v in values])
         if len(values) == 1:  # gradients of several parts would be several
-            done.roots |= {site: part.roots[site] for part in parts if site in part.roots}
+            done.roots.update((site, part.roots[site]) for part in parts if site in part.roots)
 
 
 def _device_number(part: Any) -> int:
