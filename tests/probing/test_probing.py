@@ -161,7 +161,11 @@ def test_errors_name_the_remedy_and_leave_no_hooks(model, batches):
     probing = tg.Probing(model, "embed", tg.LinearProbe())
     with pytest.raises(ValueError, match=re.escape("set `phase.labels = y`")), probing.fit():
         model(batches[0]["input_ids"])
-    with pytest.raises(ValueError, match="no model call"), probing.fit():
+    with (
+        pytest.warns(UserWarning, match="no call of BertForMaskedLM was seen"),
+        pytest.raises(ValueError, match="no model call"),
+        probing.fit(),
+    ):
         pass
     with pytest.raises(ValueError, match="no fitted probes"):
         probing.score()
