@@ -43,7 +43,7 @@ def test_one_row_for_each_site_estimator_and_scale(samples, result) -> None:
     assert len(frame) == 4 * (1 + 4)  # Gride at n = 1, 2, 4, 8
     assert list(frame.columns) == [
         "site", "kind", "layer", "stack", "relative_depth", "estimator", "step", "estimate", "standard_error", "scale",
-        "rows", "duplicates",
+        "rows", "duplicates", "near_duplicates",
     ]  # fmt: skip
     for site in SITES:
         alone = tg.functional.twonn(samples["sample", site])

@@ -1,4 +1,4 @@
-"""Exact copies among rows: found without comparing pairs, brought back into a neighbour table afterwards."""
+"""Copies among rows, exact or up to rounding: found without comparing all pairs, brought back into a table afterwards."""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ import torch
 from torch import Tensor
 
 from tdgeom.numerics.centring import warn_undefined
+from tdgeom.numerics.near_copies import near_copies
 from tdgeom.numerics.opaque import opaque
 
-__all__ = ["all_alike", "expand_table", "first_copies", "undefined_where_alike"]
+__all__ = [
+    "SAME",
+    "all_alike",
+    "expand_table",
+    "first_alike",
+    "first_copies",
+    "standing",
+    "undefined_where_alike",
+]
+
+SAME = 1 + 1e-12  # distances whose quotient lies below it are equal
 
 
 def all_alike(x: Tensor) -> Tensor:
@@ -71,12 +82,33 @@ def _first_copies_by_sorting(rows: Tensor) -> Tensor:
     return first[inverse]
 
 
-def expand_table(first: Tensor, distance: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
+@opaque(lambda x, radius: x.new_empty(x.shape[:-1], dtype=torch.int64))
+def first_alike(x: Tensor, radius: float) -> Tensor:
+    """As ``first_copies``, with copies up to rounding: (*B, N) the rows that stand for each, see ``near_copies``."""
+    flat = x.reshape(-1, *x.shape[-2:])
+    return standing(flat, first_copies(flat), radius).view(x.shape[:-1])
+
+
+def standing(x: Tensor, first: Tensor, radius: float) -> Tensor:
+    """(b, n): the rows of ``x`` (b, n, D) that stand for each, from those that do among exact copies."""
+    found, own = first.clone(), torch.arange(x.shape[-2], device=x.device)
+    for item, rows in enumerate(x if radius else ()):
+        kept = (first[item] == own).nonzero().flatten()
+        place = torch.empty_like(own)
+        place[kept] = kept[near_copies(rows if len(kept) == len(own) else rows[kept], radius)]
+        found[item] = place[first[item]]
+    return found
+
+
+def expand_table(
+    first: Tensor, distance: Tensor, index: Tensor, tied: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The table over all N rows from the table over distinct rows.
 
     ``first`` (N,) from ``first_copies``; ``distance``, ``index`` (n, min(k, n-1)) over the distinct rows in
-    the order of their first occurrence. Each neighbour stands for all its copies, and a row's own copies come
-    first, at distance 0. Returns (N, k) distances and row indices, self excluded by index.
+    the order of their first occurrence, and ``tied`` (n,), whether another lies at the last distance. Each neighbour stands
+    for all its copies, and a row's own copies come first, at distance 0. Returns (N, k) distances and row indices, self
+    excluded by index, and (N,) whether another row lies at the last distance.
     """
     n_rows = len(first)
     distinct, group = first.unique(return_inverse=True)
@@ -86,14 +118,18 @@ def expand_table(first: Tensor, distance: Tensor, index: Tensor, k: int) -> tupl
     own = torch.arange(len(distinct), device=first.device).unsqueeze(-1)
     groups = torch.cat((own, index), -1)
     apart = torch.cat((distance.new_zeros(len(distinct), 1), distance), -1)
-    # The t-th entry, t = 0..k (one more than asked: self is among them), lies in the group whose running size
+    # The t-th entry, t = 0..k+1 (self is among them, and one more tells of ties), lies in the group whose running size
     # passes t.
     running = size[groups].cumsum(-1)
-    t = torch.arange(k + 1, device=first.device).expand(len(distinct), -1).contiguous()
+    t = torch.arange(k + 2, device=first.device).expand(len(distinct), -1).contiguous()
     slot = torch.searchsorted(running, t, right=True).clamp(max=groups.shape[-1] - 1)
     inside = t - running.gather(-1, slot) + size[groups].gather(-1, slot)
-    entry = members[offset[groups.gather(-1, slot)] + inside]
-    entry, far = entry[group], apart.gather(-1, slot)[group]
+    there = t < running[:, -1:]
+    entry = members[torch.where(there, offset[groups.gather(-1, slot)] + inside, 0)]
+    far = torch.where(there, apart.gather(-1, slot), torch.inf)
+    entry, far = entry[group], far[group]
     is_self = entry == torch.arange(n_rows, device=first.device).unsqueeze(-1)
-    keep = is_self.to(torch.int8).argsort(dim=-1, stable=True)[:, :k]
-    return far.gather(-1, keep), entry.gather(-1, keep)
+    keep = (is_self & there[group]).to(torch.int8).argsort(dim=-1, stable=True)[:, : k + 1]
+    far, entry = far.gather(-1, keep), entry.gather(-1, keep)
+    beyond = torch.where(torch.isfinite(far[:, k]), far[:, k] <= SAME * far[:, k - 1], tied[group])
+    return far[:, :k], entry[:, :k], beyond

@@ -30,8 +30,8 @@ def intrinsic_dimension_profile(result: Any) -> pd.DataFrame:
 
     Columns: ``site``, ``kind``, ``layer``, ``stack``, ``relative_depth``, ``estimator`` (the key part under which the stage
     wrote), ``step`` (0 for the finest scale; estimators that give one number have only that), ``estimate``,
-    ``standard_error``, ``scale`` (the distance the estimate looks at), ``rows`` used and ``duplicates`` dropped first (-1
-    where unknown). Gride has a row for every n, the decimation profile one for every subset size. Of an analysis with an
+    ``standard_error``, ``scale`` (the distance the estimate looks at), ``rows`` used, ``duplicates`` dropped first and
+    ``near_duplicates`` among them (-1 where unknown). Gride has a row for every n, the decimation profile one for every subset size. Of an analysis with an
     untrained baseline both, told apart by ``weights``.
 
     Relative depth runs from 0 (the input of the first block, or the embedding) to 1 (the last site of the stack: the final
@@ -132,7 +132,7 @@ def _of_each(
             f"{caller}: the result has nothing {what}; there is {have}. Put tg.{over}(tg.{stage}(), sites) in the pipeline, or "
             f"tg.{stage}() into the metrics= of analyze_model."
         )
-    return whole_numbers(pd.DataFrame(found), "layer", "other_layer", "rows", "duplicates")
+    return whole_numbers(pd.DataFrame(found), "layer", "other_layer", "rows", "duplicates", "near_duplicates")
 
 
 def _results(caller: str, result: Any) -> list[tuple[str | None, TensorDictBase]]:

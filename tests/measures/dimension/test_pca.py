@@ -214,7 +214,7 @@ def test_decimation_levels_are_means_over_disjoint_runs():
 def test_decimation_sees_the_manifold_under_the_noise():
     g = torch.Generator().manual_seed(0)
     x = torch.rand(6000, 2, generator=g) @ torch.eye(2, 12) + 0.003 * torch.randn(6000, 12, generator=g)
-    estimate, _, scale, rows, duplicates = Decimation(min_rows=90)(sample=torch.cat((x, x[:50])))
+    estimate, _, scale, rows, duplicates, _ = Decimation(min_rows=90)(sample=torch.cat((x, x[:50])))
     assert estimate[0] > 3 and estimate[-1] == pytest.approx(2, abs=0.25)
     assert (scale.diff() > 0).all() and duplicates == 50
     assert rows[0] == 6000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -254,6 +255,85 @@ def test_unit_and_offset_change_no_neighbour(exponent, offset, seed):
     plain, other = nearest_neighbors(x, 4), nearest_neighbors(moved, 4)
     assert torch.equal(plain.index, other.index)
     torch.testing.assert_close(other.distance / 10.0**exponent, plain.distance, rtol=1e-9, atol=0)
+
+
+def hard_rows(kind: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(400, 24, generator=generator, dtype=torch.float64)
+    if kind == "massive":
+        x[:, 3] *= 1500
+    elif kind == "clusters":  # neighbours a millionth of the rows' size apart
+        x = x[:8].repeat(50, 1) + 1e-6 * x
+    elif kind == "ties":
+        x = (x[:, :9] > 0).double().unique(dim=0)
+    elif kind == "offset":
+        x = x + 1e5
+    return x
+
+
+@pytest.mark.parametrize("kind", ["plain", "massive", "clusters", "ties", "offset"])
+@pytest.mark.parametrize("p", [2.0, 1.0])
+def test_products_in_float64_give_the_same_table(kind, p):
+    """What wide tables are made from, at any width."""
+    x = hard_rows(kind)
+    n = len(x)
+    own = torch.arange(n)
+    for k in (1, 20, n - 2, n - 1):
+        distance, index, tied = search.search_rows_exactly(x, own, k, p=p, memory=2**18)
+        metric = "euclidean" if p == 2 else "cityblock"
+        expected, where = reference(x, k, metric)
+        np.testing.assert_allclose(distance.numpy(), expected, rtol=1e-12)
+        np.testing.assert_array_equal(index.numpy(), where)
+        if k < n - 1:
+            further, _ = reference(x, k + 1, metric)
+            np.testing.assert_array_equal(tied.numpy(), further[:, k] <= further[:, k - 1] * (1 + 1e-12))
+        else:
+            assert not tied.any()
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**20),
+    n=st.integers(3, 60),
+    width=st.integers(1, 5),
+    levels=st.integers(2, 9),
+    data=st.data(),
+)
+def test_whether_a_row_outside_is_as_near_as_the_last(seed, n, width, levels, data):
+    k = data.draw(st.integers(1, n - 1))
+    x = torch.randint(0, levels, (n, width), generator=torch.Generator().manual_seed(seed)).double()
+    everything, _ = reference(x, n - 1)
+    within = everything <= everything[:, k - 1 : k] * (1 + 1e-12)
+    np.testing.assert_array_equal(nearest_neighbors(x, k).tied_beyond.numpy(), within.sum(1) > k)
+
+
+@pytest.mark.slow
+def test_a_wide_table_costs_what_a_plain_search_costs():
+    """The product of all rows and one selection a row, in float64: interleaved, the best of three."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3000, 12, generator=g) @ torch.randn(12, 384, generator=g)
+
+    def plain(k: int) -> torch.Tensor:
+        y = x.double() - x.double().mean(0)
+        square, found = y.square().sum(1), []
+        for start in range(0, len(y), 512):
+            part = torch.addmm(
+                square[start : start + 512, None] + square, y[start : start + 512], y.T, alpha=-2
+            )
+            part[torch.arange(len(part)), torch.arange(start, start + len(part))] = torch.inf
+            found.append(part.topk(k, largest=False).values.clamp(min=0).sqrt())
+        return torch.cat(found)
+
+    def seconds(function, k: int) -> float:
+        start = time.perf_counter()
+        function(k)
+        return time.perf_counter() - start
+
+    for k in (256, 1024):
+        own, other = zip(
+            *((seconds(lambda k: nearest_neighbors(x, k), k), seconds(plain, k)) for _ in range(3))
+        )
+        assert min(own) < 1.5 * min(other)  # 1.0 to 1.2 on a quiet machine
 
 
 @pytest.mark.slow

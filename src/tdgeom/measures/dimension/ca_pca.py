@@ -11,6 +11,7 @@ from tdgeom.measures.dimension.estimate import (
     DimensionEstimate,
     NeighborhoodStage,
     auto_k,
+    copies_in,
     mean_estimate,
     need_columns,
 )
@@ -26,7 +27,7 @@ def ca_pca(x: Tensor, *, k: int | Literal["auto"] = "auto", memory: int | None =
     r"""Curvature-adjusted PCA dimension of rows (\*B, N, D), averaged over rows: see ``ca_pca_dimension``.
 
     Per row the k+1 nearest neighbours, their covariance about their own mean over r², r = (r_k + r_{k+1})/2.
-    ``k="auto"``: max(2, min(int(√N), (N-1)//2)). Exact copies are dropped first and counted. ``scale`` is
+    ``k="auto"``: max(2, min(int(√N), (N-1)//2)). Copies, exact or up to rounding, are dropped first and counted. ``scale`` is
     mean r; ``standard_error`` sd/√n over rows, which share neighbours (the actual spread on spheres is up to
     a third larger).
 
@@ -37,11 +38,19 @@ def ca_pca(x: Tensor, *, k: int | Literal["auto"] = "auto", memory: int | None =
     """
     k = auto_k(k, x.shape[-2:][0])  # a single dimension is refused by the search, in words
     table = distinct_neighbors(x, k + 1, memory=memory)
-    return _ca_pca(x, table.index, table.distance, table.duplicates, k=k, memory=memory)[0]
+    copies = table.duplicates, table.near_duplicates
+    return _ca_pca(x, table.index, table.distance, *copies, k=k, memory=memory)[0]
 
 
 def _ca_pca(
-    x: Tensor, index: Tensor, distances: Tensor, duplicates: Tensor, *, k: int, memory: int | None
+    x: Tensor,
+    index: Tensor,
+    distances: Tensor,
+    duplicates: Tensor,
+    near_duplicates: Tensor | None = None,
+    *,
+    k: int,
+    memory: int | None,
 ) -> tuple[DimensionEstimate, Tensor]:
     near = need_columns(distances, k + 1, "CAPCA")
     width = x.shape[-1]
@@ -52,7 +61,8 @@ def _ca_pca(
 
     local = over_neighbourhoods(x, near, index, k + 1, memory, measure)
     radius = near[..., -2:].mean(-1)
-    return mean_estimate(local, radius, duplicates, "CAPCA", f"no row has {k + 1} distinct neighbours")
+    copies = copies_in(distances, duplicates, near_duplicates)
+    return mean_estimate(local, radius, copies, "CAPCA", f"no row has {k + 1} distinct neighbours")
 
 
 def ca_pca_dimension(eigenvalues: Tensor, width: int | None = None) -> Tensor:

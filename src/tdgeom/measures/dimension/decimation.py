@@ -9,8 +9,6 @@ from tdgeom.core.keys import Keys
 from tdgeom.core.stage import Stage
 from tdgeom.measures.dimension.estimate import DimensionEstimate, DimensionStage
 from tdgeom.measures.dimension.twonn import TwoNN
-from tdgeom.numerics.centring import upcast
-from tdgeom.numerics.copies import first_copies
 
 __all__ = ["Decimation"]
 
@@ -32,7 +30,7 @@ class Decimation(Stage):
         out_keys: default root ``("dimension", "<estimator>_decimation")``.
 
     Writes ``estimate``, ``standard_error``, ``scale``, ``rows`` of shape (scales,), finest scale (all rows)
-    first, and ``duplicates`` (), the copies in the whole sample (dropped within each run).
+    first, and ``duplicates`` and ``near_duplicates`` (), the copies in the whole sample (dropped within each run).
 
     Raises:
         ValueError: fewer rows than ``min_rows``.
@@ -42,7 +40,7 @@ class Decimation(Stage):
     >>> import torch, tdgeom as tg
     >>> g = torch.Generator().manual_seed(0)
     >>> noisy = torch.rand(4096, 2, generator=g) @ torch.eye(2, 10) + 0.005 * torch.randn(4096, 10, generator=g)
-    >>> estimate, error, scale, rows, duplicates = tg.Decimation(min_rows=256)(sample=noisy)
+    >>> estimate, error, scale, rows, *copies = tg.Decimation(min_rows=256)(sample=noisy)
     >>> rows.tolist()
     [4096.0, 2048.0, 1024.0, 512.0, 256.0]
     >>> bool((estimate.diff() < 0).all()), bool((scale.diff() > 0).all())
@@ -81,7 +79,7 @@ class Decimation(Stage):
         self.estimator, self.min_rows, self.max_repeats = estimator, min_rows, max_repeats
 
     def compute(self, sample: Tensor) -> DimensionEstimate:
-        """The five outputs."""
+        """The outputs."""
         n = sample.shape[-2]
         if n < self.min_rows:
             raise ValueError(
@@ -92,11 +90,11 @@ class Decimation(Stage):
         while n // runs >= self.min_rows:
             levels.append(self._level(sample, runs))
             runs *= 2
-        estimate, error, scale, rows = (torch.stack(leaf, -1) for leaf in zip(*levels))
-        copies = (first_copies(upcast(sample).detach()) != torch.arange(n, device=sample.device)).sum(-1)
-        return DimensionEstimate(estimate, error, scale, rows, copies)
+        estimate, error, scale, rows, *copies = (torch.stack(leaf, -1) for leaf in zip(*levels))
+        # Level 0 is one run of all rows: its copies are the sample's.
+        return DimensionEstimate(estimate, error, scale, rows, *(count[..., 0] for count in copies))
 
-    def _level(self, sample: Tensor, runs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _level(self, sample: Tensor, runs: int) -> tuple[Tensor, ...]:
         size = sample.shape[-2] // runs
         used = runs if self.max_repeats is None else min(runs, self.max_repeats)
         parts = sample[..., : used * size, :].unflatten(-2, (used, size))
@@ -107,4 +105,5 @@ class Decimation(Stage):
                 f"{tuple(result.estimate.shape)} for {tuple(parts.shape)}."
             )
         error = result.standard_error[..., 0] if used == 1 else result.estimate.std(-1) / used**0.5
-        return result.estimate.mean(-1), error, result.scale.mean(-1), result.rows.double().mean(-1)
+        means = result.estimate.mean(-1), error, result.scale.mean(-1), result.rows.double().mean(-1)
+        return *means, result.duplicates.sum(-1), result.near_duplicates.sum(-1)

@@ -1,9 +1,9 @@
-"""What every intrinsic-dimension estimator shares: its five outputs, its two sources, its average over rows."""
+"""What every intrinsic-dimension estimator shares: its six outputs, its two sources, its average over rows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from tdgeom.measures.neighbors.nearest_neighbors import distinct_neighbors
 from tdgeom.numerics.centring import holds, warn_undefined
 
 __all__ = [
+    "Copies",
     "DimensionEstimate",
     "DimensionStage",
     "LocalStage",
@@ -30,8 +31,9 @@ __all__ = [
 class DimensionEstimate(NamedTuple):
     """What an intrinsic-dimension estimator returns, in the order in which its stage writes it.
 
-    ``estimate``; ``standard_error``; ``scale``, the distance at which the estimate looks; ``rows``, the
-    distinct rows it used; ``duplicates``, the exact copies dropped first (-1 where the source does not tell).
+    ``estimate``; ``standard_error``; ``scale``, the distance at which the estimate looks; ``rows``, the distinct rows it used;
+    ``duplicates``, the copies dropped first; ``near_duplicates``, those among them that are copies only up to rounding (-1
+    where the source does not tell).
     """
 
     estimate: Tensor
@@ -39,6 +41,14 @@ class DimensionEstimate(NamedTuple):
     scale: Tensor
     rows: Tensor
     duplicates: Tensor
+    near_duplicates: Tensor
+
+
+class Copies(NamedTuple):
+    """How many rows were left out as copies, and how many of them as copies up to rounding: the last two outputs."""
+
+    duplicates: Tensor
+    near_duplicates: Tensor
 
 
 def need_columns(distances: Tensor, k: int, name: str) -> Tensor:
@@ -51,9 +61,14 @@ def need_columns(distances: Tensor, k: int, name: str) -> Tensor:
     return distances[..., :k].double()
 
 
-def copies_in(distances: Tensor, counted: Tensor | None = None) -> Tensor:
-    """(*B,): the copies as ``counted`` by whoever made the table (*B, N, k); None: its rows of NaN."""
-    return (~torch.isfinite(distances[..., 0])).sum(-1) if counted is None else counted
+def copies_in(distances: Tensor, counted: Tensor | None = None, near: Tensor | None = None) -> Copies:
+    """(*B,) each: the copies as ``counted`` by whoever made the table (*B, N, k), and those up to rounding.
+
+    None: the table's rows of NaN, and -1.
+    """
+    if counted is None:
+        counted = (~torch.isfinite(distances[..., 0])).sum(-1)
+    return Copies(counted, torch.full_like(counted, -1) if near is None else near)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -62,7 +77,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def mean_estimate(
-    local: Tensor, scale: Tensor, duplicates: Tensor, name: str, reason: str
+    local: Tensor, scale: Tensor, copies: Copies, name: str, reason: str
 ) -> tuple[DimensionEstimate, Tensor]:
     """The average of per-row estimates (*B, N), NaN rows left out, and the rows themselves.
 
@@ -75,7 +90,7 @@ def mean_estimate(
     spread = masked_mean((local - mean.unsqueeze(-1)).square(), used)
     error = torch.where(rows > 1, (spread / (rows - 1).clamp(min=1).double()).sqrt(), torch.nan)
     warn_undefined(mean, name, f"{reason}.")
-    return DimensionEstimate(mean, error, masked_mean(scale, used), rows, duplicates), local
+    return DimensionEstimate(mean, error, masked_mean(scale, used), rows, *copies), local
 
 
 def auto_k(k: int | Literal["auto"], n: int) -> int:
@@ -88,26 +103,31 @@ class DimensionStage(Stage):
 
     Args:
         source: ``"sample"`` (searches itself, in ``memory`` bytes) or ``"neighbors"`` (reads ``NearestNeighbors``'s
-            ``distinct_distance`` and ``duplicates``).
+            ``distinct_distance``, ``duplicates`` and ``near_duplicates``).
         in_keys: default ``"sample"`` or the leaves of root ``"neighbors"``.
         out_keys: default root ``("dimension", <name>)``; under one common root, such as ``("dimension", "id")``, one
             estimator stands in for another.
 
-    Writes ``estimate``, ``standard_error``, ``scale``, ``rows``, ``duplicates``, each () (or (\\*B,) for a batch of data
-    sets), and what the estimator gives beyond.
+    Writes ``estimate``, ``standard_error``, ``scale``, ``rows``, ``duplicates``, ``near_duplicates``, each () (or (\\*B,) for a
+    batch of data sets), and what the estimator gives beyond.
 
     Raises:
         ValueError: fewer rows or columns of the table than the neighbours looked at, non-finite rows, another source.
 
     A subclass sets ``name``, defines ``neighbors_needed(n)`` (columns of the table for n rows) and
-    ``measure(distances, duplicates)``, which returns the outputs in order.
+    ``measure(distances, duplicates, near_duplicates)``, which returns the outputs in order.
     """
 
     name: ClassVar[str]
     sources: ClassVar[Mapping[str, Mapping[Key, str]]] = {
         "sample": {"sample": "N D"},
-        "neighbors": {("neighbors", "distinct_distance"): "N k", ("neighbors", "duplicates"): ""},
+        "neighbors": {
+            ("neighbors", "distinct_distance"): "N k",
+            ("neighbors", "duplicates"): "",
+            ("neighbors", "near_duplicates"): "",
+        },
     }
+    optional: ClassVar[Collection[str]] = frozenset({"near_duplicates"})  # foreign tables may not tell
 
     def __init__(
         self,
@@ -139,7 +159,7 @@ class DimensionStage(Stage):
         if self.source == "neighbors":
             return self.measure(*inputs)
         table = distinct_neighbors(inputs[0], self.neighbors_needed(inputs[0].shape[-2]), memory=self.memory)
-        return self.measure(table.distance, table.duplicates)
+        return self.measure(table.distance, table.duplicates, table.near_duplicates)
 
 
 class LocalStage(DimensionStage):
@@ -150,7 +170,7 @@ class LocalStage(DimensionStage):
         pointwise: also write the rows' own estimates, (N,), as ``pointwise`` (NaN on later copies).
         source, memory, in_keys, out_keys: as in ``DimensionStage``, which says what is written and refused.
 
-    A subclass sets ``local(distances, duplicates, k=)``: the ``DimensionEstimate`` and the rows' own.
+    A subclass sets ``local(distances, duplicates, near_duplicates, k=)``: the ``DimensionEstimate`` and the rows' own.
     """
 
     local: ClassVar[Callable[..., tuple[DimensionEstimate, Tensor]]]
@@ -175,17 +195,19 @@ class LocalStage(DimensionStage):
         return auto_k(self.k, n)
 
     def measure(self, *table: Any, **options: Any) -> tuple[Tensor, ...]:
-        """The five outputs and, on request, the rows' own estimates."""
+        """The outputs and, on request, the rows' own estimates."""
         result, local = self.local(*table, k=auto_k(self.k, table[0].shape[-2]))
         return (*result, local) if self.pointwise else result
 
 
 class NeighborhoodStage(LocalStage):
-    """A local estimator that looks at the neighbours themselves: ``local(x, index, distances, duplicates, k=)``.
+    """A local estimator that looks at the neighbours themselves.
+
+    A subclass sets ``local(x, index, distances, duplicates, near_duplicates, k=)``.
 
     As ``LocalStage``, but ``source="neighbors"`` reads the sample beside ``NearestNeighbors``'s ``index``,
-    ``distinct_distance`` and ``duplicates``; with copies in the sample it searches again, for their table cannot serve
-    distinct rows.
+    ``distinct_distance``, ``duplicates`` and ``near_duplicates``; with copies in the sample it searches again, for their table
+    cannot serve distinct rows.
     """
 
     sources: ClassVar = {
@@ -196,7 +218,7 @@ class NeighborhoodStage(LocalStage):
     def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The outputs in the order of ``DimensionEstimate``."""
         x, *table = inputs
-        if not table or not holds(~table[-1].any()):
+        if not table or not holds(~table[2].any()):
             found = distinct_neighbors(x, self.neighbors_needed(x.shape[-2]), memory=self.memory)
-            table = [found.index, found.distance, found.duplicates]
+            table = [found.index, found.distance, found.duplicates, found.near_duplicates]
         return self.measure(x, *table)

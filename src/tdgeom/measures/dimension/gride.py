@@ -38,7 +38,7 @@ def gride(
 ) -> DimensionEstimate:
     r"""Intrinsic dimension of rows (\*B, N, D) at many scales by Gride: see ``gride_from_distances``.
 
-    Exact copies are dropped first and counted.
+    Copies, exact or up to rounding, are dropped first and counted.
 
     >>> import torch
     >>> sheet = torch.rand(1000, 2, generator=torch.Generator().manual_seed(0))
@@ -47,12 +47,14 @@ def gride(
     """
     ranks = gride_ranks(range_max)
     table = distinct_neighbors(x, 2 * ranks[-1], memory=memory)
-    return gride_from_distances(table.distance, table.duplicates, range_max=range_max, compat=compat)
+    copies = table.duplicates, table.near_duplicates
+    return gride_from_distances(table.distance, *copies, range_max=range_max, compat=compat)
 
 
 def gride_from_distances(
     distances: Tensor,
     duplicates: Tensor | None = None,
+    near_duplicates: Tensor | None = None,
     *,
     range_max: int = 64,
     compat: Literal["dadapy"] | None = None,
@@ -68,13 +70,13 @@ def gride_from_distances(
 
     Args:
         distances: (\*B, N, >= the last 2n) ascending; a row of NaN (a later copy) is left out.
-        duplicates: (\*B,) number of copies, passed on; None: the number of NaN rows.
+        duplicates, near_duplicates: (\*B,) numbers of copies, passed on; None: the number of NaN rows, and -1.
         compat: ``"dadapy"`` leaves out ratios above q50 + 20 (q95 - q50) from the root, as DADApy does; None:
             no cut.
 
     Returns:
-        leaves (\*B, scales), ``duplicates`` (\*B,). NaN with a warning at scales where fewer than 3 distinct
-        rows have 2n neighbours or every r_2n = r_n.
+        leaves (\*B, scales), ``duplicates`` and ``near_duplicates`` (\*B,). NaN with a warning at scales where fewer than 3
+        distinct rows have 2n neighbours or every r_2n = r_n.
 
     Denti, Doimo, Laio, Mira: "The generalized ratios intrinsic dimension estimator", Scientific
     Reports 12 (2022).
@@ -105,7 +107,8 @@ def gride_from_distances(
         "a scale needs at least 3 distinct rows whose 2n-th neighbour is farther than the n-th.",
     )
     scale = masked_mean((inner + outer) / 2, valid)
-    return DimensionEstimate(estimate, error, scale, count, copies_in(distances, duplicates))
+    copies = copies_in(distances, duplicates, near_duplicates)
+    return DimensionEstimate(estimate, error, scale, count, *copies)
 
 
 def _root(log_ratio: Tensor, kept: Tensor, n: Tensor) -> Tensor:
@@ -162,7 +165,7 @@ class Gride(DimensionStage):
         compat: ``"dadapy"`` for DADApy's cut of large ratios; None: every row counts.
         source, memory, in_keys, out_keys: as in ``DimensionStage``.
 
-    Writes ``estimate``, ``standard_error``, ``scale``, ``rows``, each (scales,), and ``duplicates`` ().
+    Writes ``estimate``, ``standard_error``, ``scale``, ``rows``, each (scales,), ``duplicates`` and ``near_duplicates`` ().
 
     >>> import torch, tdgeom as tg
     >>> stage = tg.Gride(range_max=4)
@@ -190,6 +193,6 @@ class Gride(DimensionStage):
         """The highest rank."""
         return 2 * self.ranks[-1]
 
-    def measure(self, distances: Tensor, duplicates: Tensor) -> tuple[Tensor, ...]:
-        """The five outputs."""
-        return gride_from_distances(distances, duplicates, range_max=self.range_max, compat=self.compat)
+    def measure(self, distances: Tensor, *copies: Tensor) -> tuple[Tensor, ...]:
+        """The outputs."""
+        return gride_from_distances(distances, *copies, range_max=self.range_max, compat=self.compat)

@@ -29,7 +29,7 @@ __all__ = [
 def levina_bickel(x: Tensor, *, k: int = 20, memory: int | None = None) -> DimensionEstimate:
     r"""Maximum-likelihood dimension of rows (\*B, N, D): see ``levina_bickel_from_distances``.
 
-    Exact copies are dropped first and counted.
+    Copies, exact or up to rounding, are dropped first and counted.
 
     >>> import torch
     >>> sheet = torch.rand(2000, 2, generator=torch.Generator().manual_seed(0))
@@ -37,11 +37,15 @@ def levina_bickel(x: Tensor, *, k: int = 20, memory: int | None = None) -> Dimen
     2.0
     """
     table = distinct_neighbors(x, k, memory=memory)
-    return levina_bickel_from_distances(table.distance, table.duplicates, k=k)[0]
+    return levina_bickel_from_distances(table.distance, table.duplicates, table.near_duplicates, k=k)[0]
 
 
 def levina_bickel_from_distances(
-    distances: Tensor, duplicates: Tensor | None = None, *, k: int = 20
+    distances: Tensor,
+    duplicates: Tensor | None = None,
+    near_duplicates: Tensor | None = None,
+    *,
+    k: int = 20,
 ) -> tuple[DimensionEstimate, Tensor]:
     r"""Maximum-likelihood dimension: per row (k-1)/Σ_{j<k} ln(r_k/r_j), combined by the harmonic mean.
 
@@ -50,7 +54,7 @@ def levina_bickel_from_distances(
 
     Args:
         distances: (\*B, N, >=k) ascending; a row of NaN (a later copy) is left out. k >= 2.
-        duplicates: (\*B,) number of copies, passed on; None: the number of NaN rows.
+        duplicates, near_duplicates: (\*B,) numbers of copies, passed on; None: the number of NaN rows, and -1.
 
     Returns:
         The ``DimensionEstimate`` ((\*B,) leaves; ``scale`` = mean r_k) and the rows' own estimates (\*B, N).
@@ -80,13 +84,14 @@ def levina_bickel_from_distances(
     warn_undefined(estimate, "LevinaBickel", f"no row has {k} distinct neighbours whose distances differ.")
     scale = masked_mean(near[..., -1], valid)
     local = torch.where(valid & (inverse > 0), 1 / inverse, torch.nan)
-    return DimensionEstimate(estimate, error, scale, rows, copies_in(distances, duplicates)), local
+    copies = copies_in(distances, duplicates, near_duplicates)
+    return DimensionEstimate(estimate, error, scale, rows, *copies), local
 
 
 def mom(x: Tensor, *, k: int = 20, memory: int | None = None) -> DimensionEstimate:
     r"""Dimension of rows (\*B, N, D) by the method of moments: see ``mom_from_distances``.
 
-    Exact copies are dropped first and counted.
+    Copies, exact or up to rounding, are dropped first and counted.
 
     >>> import torch
     >>> sheet = torch.rand(2000, 2, generator=torch.Generator().manual_seed(0))
@@ -94,17 +99,21 @@ def mom(x: Tensor, *, k: int = 20, memory: int | None = None) -> DimensionEstima
     2.2
     """
     table = distinct_neighbors(x, k, memory=memory)
-    return mom_from_distances(table.distance, table.duplicates, k=k)[0]
+    return mom_from_distances(table.distance, table.duplicates, table.near_duplicates, k=k)[0]
 
 
 def mom_from_distances(
-    distances: Tensor, duplicates: Tensor | None = None, *, k: int = 20
+    distances: Tensor,
+    duplicates: Tensor | None = None,
+    near_duplicates: Tensor | None = None,
+    *,
+    k: int = 20,
 ) -> tuple[DimensionEstimate, Tensor]:
     r"""Method of moments: per row m₁/(r_k - m₁), m₁ the mean of the k distances; averaged over rows.
 
     Args:
         distances: (\*B, N, >=k) ascending; a row of NaN (a later copy) is left out. k >= 2.
-        duplicates: (\*B,) number of copies, passed on; None: the number of NaN rows.
+        duplicates, near_duplicates: (\*B,) numbers of copies, passed on; None: the number of NaN rows, and -1.
 
     Returns:
         The ``DimensionEstimate`` ((\*B,) leaves; ``scale`` = mean r_k) and the rows' own estimates (\*B, N).
@@ -129,7 +138,7 @@ def mom_from_distances(
     apart = gap > 4 * torch.finfo(torch.float64).eps * last
     local = torch.where(apart, first / torch.where(apart, gap, 1.0), torch.nan)
     reason = f"no row has {k} distinct neighbours whose distances differ"
-    return mean_estimate(local, last, copies_in(distances, duplicates), "MOM", reason)
+    return mean_estimate(local, last, copies_in(distances, duplicates, near_duplicates), "MOM", reason)
 
 
 class LevinaBickel(LocalStage):

@@ -30,7 +30,7 @@ def local_knn(
 ) -> DimensionEstimate:
     r"""Dimension of rows (\*B, N, D) from the growth of neighbourhoods: see ``local_knn_from_distances``.
 
-    ``k="auto"``: max(2, min(int(√N), (N-1)//2)). Exact copies are dropped first and counted.
+    ``k="auto"``: max(2, min(int(√N), (N-1)//2)). Copies, exact or up to rounding, are dropped first and counted.
 
     >>> import torch
     >>> sheet = torch.rand(2000, 2, generator=torch.Generator().manual_seed(0))
@@ -39,17 +39,21 @@ def local_knn(
     """
     k = auto_k(k, x.shape[-2:][0])  # a single dimension is refused by the search, in words
     table = distinct_neighbors(x, 2 * k, memory=memory)
-    return local_knn_from_distances(table.distance, table.duplicates, k=k)[0]
+    return local_knn_from_distances(table.distance, table.duplicates, table.near_duplicates, k=k)[0]
 
 
 def local_knn_from_distances(
-    distances: Tensor, duplicates: Tensor | None = None, *, k: int
+    distances: Tensor,
+    duplicates: Tensor | None = None,
+    near_duplicates: Tensor | None = None,
+    *,
+    k: int,
 ) -> tuple[DimensionEstimate, Tensor]:
     r"""Local k-NN dimension: per row ln 2/ln(r_2k/r_k), averaged over rows.
 
     Args:
         distances: (\*B, N, >=2k) ascending; a row of NaN (a later copy) is left out. k >= 1.
-        duplicates: (\*B,) number of copies, passed on; None: the number of NaN rows.
+        duplicates, near_duplicates: (\*B,) numbers of copies, passed on; None: the number of NaN rows, and -1.
 
     Returns:
         The ``DimensionEstimate`` ((\*B,) leaves; ``scale`` = (mean r_k + mean r_2k)/2) and the rows' own
@@ -70,7 +74,8 @@ def local_knn_from_distances(
     ratio = torch.where(apart, outer, 2.0) / torch.where(apart, inner, 1.0)
     local = torch.where(apart, math.log(2) / ratio.log(), torch.nan)
     reason = f"no row has {2 * k} distinct neighbours, the last farther than number {k}"
-    return mean_estimate(local, (inner + outer) / 2, copies_in(distances, duplicates), "LocalKNN", reason)
+    copies = copies_in(distances, duplicates, near_duplicates)
+    return mean_estimate(local, (inner + outer) / 2, copies, "LocalKNN", reason)
 
 
 def local_pca(
@@ -85,7 +90,7 @@ def local_pca(
     r"""Linear dimension of every row's k nearest neighbours (\*B, N, D), averaged: rules as in ``pca_dimension``.
 
     A neighbourhood is the k neighbours without the row itself, about their own mean (scikit-dimension's
-    ``lPCA().fit_pw``; tdhook adds the row). Exact copies are dropped first and counted. ``scale`` is mean
+    ``lPCA().fit_pw``; tdhook adds the row). Copies, exact or up to rounding, are dropped first and counted. ``scale`` is mean
     r_k; ``standard_error`` sd/√n over rows, which share neighbours (the actual spread on spheres is up to a
     third larger).
 
@@ -97,7 +102,8 @@ def local_pca(
     """
     table = distinct_neighbors(x, k, memory=memory)
     count = counting_rule(rule, alpha, share)
-    return _local_pca(x, table.index, table.distance, table.duplicates, k=k, memory=memory, count=count)[0]
+    copies = table.duplicates, table.near_duplicates
+    return _local_pca(x, table.index, table.distance, *copies, k=k, memory=memory, count=count)[0]
 
 
 def _local_pca(
@@ -105,6 +111,7 @@ def _local_pca(
     index: Tensor,
     distances: Tensor,
     duplicates: Tensor,
+    near_duplicates: Tensor | None = None,
     *,
     k: int,
     memory: int | None,
@@ -112,7 +119,8 @@ def _local_pca(
 ) -> tuple[DimensionEstimate, Tensor]:
     near = need_columns(distances, k, "LocalPCA")
     local = over_neighbourhoods(x, near, index, k, memory, lambda rows, _: count(spectrum_of(rows)))
-    return mean_estimate(local, near[..., -1], duplicates, "LocalPCA", f"no row has {k} distinct neighbours")
+    copies = copies_in(distances, duplicates, near_duplicates)
+    return mean_estimate(local, near[..., -1], copies, "LocalPCA", f"no row has {k} distinct neighbours")
 
 
 class LocalKNN(LocalStage):

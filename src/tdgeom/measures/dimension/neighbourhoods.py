@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tdgeom.measures.neighbors.distance_blocks import budget
 from tdgeom.numerics.centring import holds
+from tdgeom.numerics.differences import budget
 
 __all__ = ["over_neighbourhoods"]
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Keys
-from tdgeom.measures.dimension.estimate import DimensionEstimate, DimensionStage
+from tdgeom.measures.dimension.estimate import Copies, DimensionEstimate, DimensionStage
 from tdgeom.numerics.centring import real_rows, refuse_nonfinite, upcast, warn_undefined
-from tdgeom.numerics.copies import first_copies
+from tdgeom.numerics.copies import first_alike, first_copies
 from tdgeom.numerics.eigenvalues import refuse_truncated
+from tdgeom.numerics.near_copies import rounding_radius
 
 __all__ = [
     "PCA_RULES",
@@ -114,7 +115,7 @@ def global_pca(
 ) -> DimensionEstimate:
     r"""Linear dimension of rows (\*B, N, D) from the covariance of all of them: see ``pca_dimension`` for the rules.
 
-    Exact copies are dropped first and counted. ``scale`` is the root-mean-square distance to the mean;
+    Copies are dropped first and counted. ``scale`` is the root-mean-square distance to the mean;
     ``standard_error`` is NaN (a counting rule has none). NaN with a warning where the rows do not vary.
     scikit-dimension's ``lPCA``.
 
@@ -128,21 +129,23 @@ def global_pca(
         raise ValueError(f"GlobalPCA expects rows of shape (..., N, D) with N >= 2, got {tuple(x.shape)}.")
     refuse_nonfinite(rows, "GlobalPCA")
     n = x.shape[-2]
-    kept = first_copies(rows.detach()) == torch.arange(n, device=x.device)
+    own = torch.arange(n, device=x.device)
+    kept = first_alike(rows.detach(), rounding_radius(x.dtype)) == own
     number = kept.sum(-1)
-    return _counted(spectrum_of(rows, kept), counting_rule(rule, alpha, share), number, n - number, number)
+    copies = Copies(n - number, (first_copies(rows.detach()) == own).sum(-1) - number)
+    return _counted(spectrum_of(rows, kept), counting_rule(rule, alpha, share), number, copies, number)
 
 
 def _counted(
     values: Tensor,
     count: Callable[..., Tensor],
     rows: Tensor,
-    duplicates: Tensor,
+    copies: Copies,
     number: Tensor | None = None,
 ) -> DimensionEstimate:
     estimate = warn_undefined(count(values, number=number), "GlobalPCA", "the rows do not vary.")
     spread = values.double().clamp(min=0).sum(-1).sqrt()
-    return DimensionEstimate(estimate, torch.full_like(estimate, torch.nan), spread, rows, duplicates)
+    return DimensionEstimate(estimate, torch.full_like(estimate, torch.nan), spread, rows, *copies)
 
 
 def participation_ratio(count: Tensor, covariance: Tensor, norm4: Tensor) -> DimensionEstimate:
@@ -164,8 +167,8 @@ def participation_ratio(count: Tensor, covariance: Tensor, norm4: Tensor) -> Dim
     Returns:
         ``estimate`` (\*B,) (at least 1 for the population; the ratio of two unbiased estimates can leave the
         range on few rows); ``standard_error`` NaN (not available from these moments); ``scale`` the
-        root-mean-square distance to the mean, sqrt(tr Σ); ``rows`` = count; ``duplicates`` -1 (moments do not
-        tell; a copy counts as a row). NaN with a warning for fewer than 4 rows, no variance, or B <= 0 (too
+        root-mean-square distance to the mean, sqrt(tr Σ); ``rows`` = count; ``duplicates`` and ``near_duplicates`` -1 (moments
+        do not tell; a copy counts as a row). NaN with a warning for fewer than 4 rows, no variance, or B <= 0 (too
         few rows to tell the dimension from infinity).
 
     Chun, Canatar, Chung, Lee: "Estimating dimensionality of neural representations from finite samples",
@@ -198,7 +201,8 @@ def participation_ratio(count: Tensor, covariance: Tensor, norm4: Tensor) -> Dim
     )
     count = torch.as_tensor(count, device=covariance.device)
     nan = torch.full_like(estimate, torch.nan)
-    return DimensionEstimate(estimate, nan, size.sqrt(), count, torch.full_like(count, -1))
+    unknown = torch.full_like(count, -1)
+    return DimensionEstimate(estimate, nan, size.sqrt(), count, unknown, unknown.clone())
 
 
 class GlobalPCA(DimensionStage):
@@ -210,11 +214,11 @@ class GlobalPCA(DimensionStage):
         alpha: share of λ₁ that an eigenvalue must exceed under ``"fukunaga_olsen"``.
         share: share of the variance to hold under ``"ratio"``.
         source: ``"sample"`` (copies dropped and counted) or ``"eigenvalues"`` (of ``EigenSpectrum``, over all
-            rows: then ``rows`` and ``duplicates`` are -1, unknown).
+            rows: then ``rows``, ``duplicates`` and ``near_duplicates`` are -1, unknown).
         in_keys, out_keys: default ``"sample"`` or ``"eigenvalues"``, and root ``("dimension",
             "global_pca")``.
 
-    Writes ``estimate``, ``standard_error`` (NaN), ``scale``, ``rows``, ``duplicates``, each ().
+    Writes ``estimate``, ``standard_error`` (NaN), ``scale``, ``rows``, ``duplicates``, ``near_duplicates``, each ().
 
     >>> import torch, tdgeom as tg
     >>> sheet = torch.randn(300, 2, generator=torch.Generator().manual_seed(0)) @ torch.eye(2, 10)
@@ -244,7 +248,7 @@ class GlobalPCA(DimensionStage):
         if self.source == "sample":
             return global_pca(inputs[0], rule=self.rule, alpha=self.alpha, share=self.share)
         unknown = torch.full(inputs[0].shape[:-1], -1, dtype=torch.int64, device=inputs[0].device)
-        return _counted(inputs[0], self.count, unknown, unknown.clone())
+        return _counted(inputs[0], self.count, unknown, Copies(unknown.clone(), unknown.clone()))
 
 
 class ParticipationRatio(DimensionStage):
@@ -255,7 +259,7 @@ class ParticipationRatio(DimensionStage):
             ``StreamingCovariance`` writes them: over all rows, not a sample.
         out_keys: default root ``("dimension", "participation_ratio")``.
 
-    Writes ``estimate``, ``standard_error`` (NaN), ``scale``, ``rows``, ``duplicates`` (-1), each ().
+    Writes ``estimate``, ``standard_error`` (NaN), ``scale``, ``rows``, ``duplicates`` and ``near_duplicates`` (-1), each ().
 
     >>> import torch, tdgeom as tg
     >>> from tensordict import TensorDict

@@ -24,7 +24,7 @@ __all__ = ["TLE", "tle", "tle_from_neighbors"]
 def tle(x: Tensor, *, k: int = 20, epsilon: float = 1e-4, memory: int | None = None) -> DimensionEstimate:
     r"""Tight local intrinsic dimension of rows (\*B, N, D): see ``tle_from_neighbors``.
 
-    Exact copies are dropped first and counted.
+    Copies, exact or up to rounding, are dropped first and counted.
 
     >>> import torch
     >>> sheet = torch.rand(500, 2, generator=torch.Generator().manual_seed(0))
@@ -33,7 +33,14 @@ def tle(x: Tensor, *, k: int = 20, epsilon: float = 1e-4, memory: int | None = N
     """
     table = distinct_neighbors(x, k, memory=memory)
     return tle_from_neighbors(
-        x, table.distance, table.index, table.duplicates, k=k, epsilon=epsilon, memory=memory
+        x,
+        table.distance,
+        table.index,
+        table.duplicates,
+        table.near_duplicates,
+        k=k,
+        epsilon=epsilon,
+        memory=memory,
     )[0]
 
 
@@ -42,6 +49,7 @@ def tle_from_neighbors(
     distances: Tensor,
     index: Tensor,
     duplicates: Tensor | None = None,
+    near_duplicates: Tensor | None = None,
     *,
     k: int = 20,
     epsilon: float = 1e-4,
@@ -59,7 +67,7 @@ def tle_from_neighbors(
     Args:
         x: (\*B, N, D) the rows. distances, index: (\*B, N, >=k) their neighbours among distinct rows
             (``distinct_neighbors``); a row of NaN (a later copy) is left out. k >= 3.
-        duplicates: (\*B,) number of copies, passed on; None: the number of NaN rows.
+        duplicates, near_duplicates: (\*B,) numbers of copies, passed on; None: the number of NaN rows, and -1.
         memory: bytes that the neighbourhoods at work may take.
 
     Returns:
@@ -83,7 +91,9 @@ def tle_from_neighbors(
     local = over_neighbourhoods(x, near, index, k, memory, partial(_tight, epsilon=epsilon))
     local = torch.where(near[..., 0] > 0, local, torch.nan)
     reason = f"no row has {k} distinct neighbours whose distances differ"
-    return mean_estimate(local, near[..., -1], copies_in(distances, duplicates), "TLE", reason)
+    return mean_estimate(
+        local, near[..., -1], copies_in(distances, duplicates, near_duplicates), "TLE", reason
+    )
 
 
 def _tight(rows: Tensor, near: Tensor, *, epsilon: float) -> Tensor:
@@ -139,9 +149,7 @@ class TLE(NeighborhoodStage):
         self.epsilon = epsilon
 
     def local(
-        self, x: Tensor, index: Tensor, distances: Tensor, duplicates: Tensor, *, k: int
+        self, x: Tensor, index: Tensor, distances: Tensor, *copies: Tensor, k: int
     ) -> tuple[DimensionEstimate, Tensor]:
         """The estimate and the rows' own."""
-        return tle_from_neighbors(
-            x, distances, index, duplicates, k=k, epsilon=self.epsilon, memory=self.memory
-        )
+        return tle_from_neighbors(x, distances, index, *copies, k=k, epsilon=self.epsilon, memory=self.memory)

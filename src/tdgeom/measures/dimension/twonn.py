@@ -25,7 +25,7 @@ def twonn(
 ) -> DimensionEstimate:
     r"""Intrinsic dimension of rows (\*B, N, D) by TwoNN: see ``twonn_from_distances``.
 
-    Exact copies are dropped first and counted.
+    Copies, exact or up to rounding, are dropped first and counted.
 
     >>> import torch
     >>> flat = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0)) @ torch.eye(3, 20)
@@ -33,12 +33,15 @@ def twonn(
     3.0 in 20 features
     """
     table = distinct_neighbors(x, 2, memory=memory)
-    return twonn_from_distances(table.distance, table.duplicates, discard=discard, method=method)
+    return twonn_from_distances(
+        table.distance, table.duplicates, table.near_duplicates, discard=discard, method=method
+    )
 
 
 def twonn_from_distances(
     distances: Tensor,
     duplicates: Tensor | None = None,
+    near_duplicates: Tensor | None = None,
     *,
     discard: float = 0.1,
     method: Literal["fit", "ml"] = "fit",
@@ -55,7 +58,7 @@ def twonn_from_distances(
 
     Args:
         distances: (\*B, N, >=2) ascending; a row of NaN (a later copy) is left out.
-        duplicates: (\*B,) number of copies, passed on; None: the number of NaN rows.
+        duplicates, near_duplicates: (\*B,) numbers of copies, passed on; None: the number of NaN rows, and -1.
 
     Returns:
         ``estimate`` (\*B,) > 0, no unit; ``standard_error`` d/√N (the Fisher error; a regression's own would
@@ -89,7 +92,8 @@ def twonn_from_distances(
         "TwoNN",
         "it needs at least 3 distinct rows whose second neighbour is farther than the first.",
     )
-    return DimensionEstimate(estimate, estimate / n.sqrt(), scale, rows, copies_in(distances, duplicates))
+    copies = copies_in(distances, duplicates, near_duplicates)
+    return DimensionEstimate(estimate, estimate / n.sqrt(), scale, rows, *copies)
 
 
 def twonn_curve(distances: Tensor, *, discard: float = 0.0) -> Tensor:
@@ -141,7 +145,7 @@ class TwoNN(DimensionStage):
 
     >>> import torch, tdgeom as tg
     >>> sheet = torch.rand(1000, 2, generator=torch.Generator().manual_seed(0))
-    >>> estimate, error, scale, rows, duplicates = tg.TwoNN()(sample=torch.cat((sheet, sheet[:100])))
+    >>> estimate, error, scale, rows, duplicates, near = tg.TwoNN()(sample=torch.cat((sheet, sheet[:100])))
     >>> f"{estimate:.1f} +- {error:.1f}, {rows} rows, {duplicates} copies dropped"
     '2.1 +- 0.1, 1000 rows, 100 copies dropped'
     """
@@ -167,7 +171,7 @@ class TwoNN(DimensionStage):
         """Two, whatever n."""
         return 2
 
-    def measure(self, distances: Tensor, duplicates: Tensor) -> tuple[Tensor, ...]:
-        """The five outputs and, on request, the curve."""
-        result = twonn_from_distances(distances, duplicates, discard=self.discard, method=self.method)
+    def measure(self, distances: Tensor, *copies: Tensor) -> tuple[Tensor, ...]:
+        """The outputs and, on request, the curve."""
+        result = twonn_from_distances(distances, *copies, discard=self.discard, method=self.method)
         return (*result, twonn_curve(distances, discard=self.discard)) if self.curve else result

@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdgeom.measures.neighbors.distance_blocks import centred, pair_distances
+from tdgeom.measures.neighbors.distance_blocks import centred
 from tdgeom.measures.neighbors.distance_gradient import found_by
 from tdgeom.measures.neighbors.neighbor_table import (
+    Found,
     Neighbors,
     check_rows,
     empty_leaves,
     leaves_from,
 )
 from tdgeom.measures.neighbors.search import search_rows_exactly
+from tdgeom.numerics.copies import SAME
+from tdgeom.numerics.differences import pair_distances
 from tdgeom.numerics.opaque import opaque
 
 __all__ = ["approximate_neighbors"]
@@ -63,10 +66,11 @@ def approximate_neighbors(
     if not 0 < recall <= 1:
         raise ValueError(f"recall is a share in (0, 1], got {recall!r}.")
     _faiss()
-    distance, index, distinct, _, duplicates, reached = found_by(
-        faiss_neighbors, check_rows(x, k), 2.0, metric == "cosine", k, recall, memory
+    rows, radius = check_rows(x, k)
+    distance, index, distinct, _, *counts, reached = found_by(
+        faiss_neighbors, rows, 2.0, metric == "cosine", k, radius, recall, memory
     )
-    return Neighbors(distance, index, distinct, duplicates), reached
+    return Neighbors(distance, index, distinct, *counts), reached
 
 
 def _empty(x: Tensor, *settings: Any) -> tuple[Tensor, ...]:
@@ -75,16 +79,16 @@ def _empty(x: Tensor, *settings: Any) -> tuple[Tensor, ...]:
 
 @opaque(_empty)
 def faiss_neighbors(
-    x: Tensor, p: float, cosine: bool, k: int, recall: float, memory: int | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, p: float, cosine: bool, k: int, radius: float, recall: float, memory: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The leaves of an approximate search, from float32 or float64 rows (*B, N, D), and the recall measured."""
     reached = torch.ones(x.shape[:-2], dtype=torch.float64, device=x.device)
 
-    def search(rows: Tensor, number: int, item: Tensor) -> tuple[Tensor, Tensor]:
-        near, at, reached.view(-1)[item] = _search(rows[0], number, recall, memory)
-        return near.unsqueeze(0), at.unsqueeze(0)
+    def search(rows: Tensor, number: int, item: Tensor) -> Found:
+        near, at, tied, reached.view(-1)[item] = _search(rows[0], number, recall, memory)
+        return near.unsqueeze(0), at.unsqueeze(0), tied.unsqueeze(0)
 
-    return *leaves_from(search, x, cosine, k, together=1), reached
+    return *leaves_from(search, x, cosine, k, radius, True, together=1), reached
 
 
 def _faiss() -> ModuleType:
@@ -98,8 +102,8 @@ def _faiss() -> ModuleType:
     return faiss
 
 
-def _search(x: Tensor, k: int, recall: float, memory: int | None) -> tuple[Tensor, Tensor, float]:
-    """Distances, indices and recall of the k nearest among the distinct rows ``x`` (n, D)."""
+def _search(x: Tensor, k: int, recall: float, memory: int | None) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Distances, indices, ties at the edge and recall of the k nearest among the distinct rows ``x`` (n, D)."""
     faiss, n = _faiss(), len(x)
     rows, _ = centred(x.unsqueeze(0))
     small = rows[0].cpu().contiguous().numpy()
@@ -108,11 +112,11 @@ def _search(x: Tensor, k: int, recall: float, memory: int | None) -> tuple[Tenso
     index.train(small)
     index.add(small)
     probed = torch.linspace(0, n - 1, min(_PROBED, n), dtype=torch.float64, device=x.device).long().unique()
-    true, _ = search_rows_exactly(x, probed, k, p=2.0, memory=memory)
+    true, *_ = search_rows_exactly(x, probed, k, p=2.0, memory=memory)
     want = min(n, k + 1 + _SPARE)  # the row itself is among them
 
-    def nearest(which: Tensor) -> tuple[Tensor, Tensor]:
-        """The k nearest among the candidates of the rows ``which``, by float64 distance."""
+    def nearest(which: Tensor) -> Found:
+        """The k nearest among the candidates of the rows ``which``, by float64 distance, and whether the next is as near."""
         found = torch.from_numpy(index.search(small[which.cpu().numpy()], want)[1]).to(x.device)
         usable = (found >= 0) & (found != which.unsqueeze(-1))  # -1: nothing more in the cells probed
         row, place = usable.nonzero(as_tuple=True)
@@ -120,16 +124,17 @@ def _search(x: Tensor, k: int, recall: float, memory: int | None) -> tuple[Tenso
         distance[row, place] = pair_distances(x, which[row], found[row, place], memory=memory)
         found, order = found.clamp(min=0).sort(-1)
         distance, order = distance.gather(-1, order).sort(dim=-1, stable=True)
-        return distance[:, :k].contiguous(), found.gather(-1, order)[:, :k].contiguous()
+        tied = (distance[:, k : k + 1] <= SAME * distance[:, k - 1 : k]).any(-1)
+        return distance[:, :k].contiguous(), found.gather(-1, order)[:, :k].contiguous(), tied
 
     def reached(near: Tensor) -> float:
-        return float((near <= true[:, -1:]).double().mean())
+        return float((near <= SAME * true[:, -1:]).double().mean())
 
     index.nprobe = min(8, cells)
     while reached(nearest(probed)[0]) < recall and index.nprobe < cells:
         index.nprobe = min(2 * index.nprobe, cells)
-    near, at = nearest(torch.arange(n, device=x.device))
+    near, at, tied = nearest(torch.arange(n, device=x.device))
     while index.nprobe < cells and not bool(torch.isfinite(near).all()):
         index.nprobe = min(2 * index.nprobe, cells)  # some row lies in cells with too few rows
-        near, at = nearest(torch.arange(n, device=x.device))
-    return near, at, reached(near[probed])
+        near, at, tied = nearest(torch.arange(n, device=x.device))
+    return near, at, tied & torch.isfinite(near[:, -1]), reached(near[probed])

@@ -16,26 +16,12 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-__all__ = [
-    "KeyBlocks",
-    "block_rows",
-    "budget",
-    "centred",
-    "key_error",
-    "key_of",
-    "keys_between",
-    "pair_distances",
-]
+from tdgeom.numerics.differences import UNIT, budget, product_error
 
-_MEMORY = 256 * 2**20  # bytes of working blocks when the caller names none
+__all__ = ["KeyBlocks", "block_rows", "centred", "key_error", "key_of", "keys_between"]
+
 _CPU_BLOCK = 1024  # a block then stays in the last-level cache while it is looked through
 _WORKERS = 4  # a block is looked through in a fifth of the time that multiplying it takes one core
-_UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-
-
-def budget(memory: int | None) -> int:
-    """Bytes that working blocks may take."""
-    return _MEMORY if memory is None else memory
 
 
 def block_rows(n: int, batch: int, *, block: int | None, memory: int | None, device: torch.device) -> int:
@@ -144,28 +130,8 @@ def key_error(size: Tensor, reach: Tensor, width: int, p: float, dtype: torch.dt
     Such a row's norm is at most size + reach (a row beyond can't be a neighbour), and a Euclidean key's error at
     most gamma (|x|+|y|)²/2. Minkowski distances come from differences: their error is relative.
     """
-    gamma = _product_error(width, dtype)
+    gamma = product_error(width, dtype)
     if p == 2:
         return gamma * (2 * size + reach).square() / 2
     root = math.sqrt(width)
-    return 2 * gamma * reach + 2 * _UNIT[dtype] * root * (2 * size + root * reach)
-
-
-def _product_error(width: int, dtype: torch.dtype) -> float:
-    """Relative rounding error of a product of ``width`` terms, as a share of |x||y|.
-
-    The proven bound is width·u; the errors of the terms being independent, 4·sqrt(width)·u holds with overwhelming
-    probability (Higham & Mary 2019). 16 u more for norms, sums and the rounding of the centred rows themselves.
-    """
-    return _UNIT[dtype] * (min(width, 4.0 * math.sqrt(width)) + 16.0)
-
-
-def pair_distances(x: Tensor, i: Tensor, j: Tensor, *, p: float = 2.0, memory: int | None = None) -> Tensor:
-    """|x_i - x_j| from float64 differences, for index lists into ``x`` (rows, D); symmetric to the bit."""
-    out = torch.empty(len(i), dtype=torch.float64, device=x.device)
-    room = 2**22 if x.device.type == "cpu" else budget(memory)  # a CPU works in its cache
-    step = max(1, room // (16 * x.shape[-1]))
-    for s in range(0, len(i), step):
-        difference = x[i[s : s + step]].double().sub_(x[j[s : s + step]])
-        torch.linalg.vector_norm(difference, ord=p, dim=-1, out=out[s : s + step])
-    return out
+    return 2 * gamma * reach + 2 * UNIT[dtype] * root * (2 * size + root * reach)

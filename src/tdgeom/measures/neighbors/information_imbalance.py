@@ -11,17 +11,16 @@ from tdgeom.core.keys import Keys
 from tdgeom.core.pair_stage import PairStage
 from tdgeom.measures.neighbors.distance_blocks import (
     KeyBlocks,
-    budget,
     centred,
     key_error,
     key_of,
-    pair_distances,
 )
 from tdgeom.measures.neighbors.nearest_neighbors import nearest_neighbors
 from tdgeom.measures.neighbors.neighbor_table import check_rows, minkowski, searchable
 from tdgeom.measures.neighbors.search import search_distinct
 from tdgeom.numerics.centring import check_matched, warn_undefined
 from tdgeom.numerics.copies import all_alike, first_copies
+from tdgeom.numerics.differences import budget, pair_distances
 from tdgeom.numerics.opaque import opaque
 
 __all__ = ["InformationImbalance", "conditional_ranks", "information_imbalance"]
@@ -67,7 +66,7 @@ def information_imbalance(
     check_matched(x, y, "information_imbalance")
     x, y = _spread(x, y)
     p, cosine = minkowski(metric)
-    ab, ba = both_imbalances(check_rows(x, k).detach(), check_rows(y, k).detach(), k, p, cosine, memory)
+    ab, ba = both_imbalances(check_rows(x, k)[0].detach(), check_rows(y, k)[0].detach(), k, p, cosine, memory)
     return _defined(ab, ba, all_alike(x) | all_alike(y))
 
 
@@ -111,9 +110,9 @@ def _both_directions(x: Tensor, y: Tensor, k: int, p: float, memory: int | None)
         # x's keys are kept for the last step if they fit; y's serve the ranks and the search in one pass.
         kept: list[_Block] | None = [] if 4 * b * n * (n + 1024) // 2 <= budget(memory) else None
         note = None if kept is None else lambda *block: kept.append(block)
-        _, near_x = search_distinct(x, k, p=p, memory=memory, keep=kept is not None, also=note)
+        _, near_x, _ = search_distinct(x, k, p=p, memory=memory, keep=kept is not None, also=note)
         ranks = _Ranks(y, near_x, p, memory)
-        _, near_y = search_distinct(y, k, p=p, memory=memory, also=ranks.take)
+        _, near_y, _ = search_distinct(y, k, p=p, memory=memory, also=ranks.take)
         to_y = ranks.result()
         to_x = _ranks(x, near_y, p, memory, kept)
     return 2 / n * to_y.mean((-1, -2)), 2 / n * to_x.mean((-1, -2))
@@ -134,7 +133,7 @@ def conditional_ranks(
     >>> conditional_ranks(torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[2], [2], [0]])).flatten().tolist()
     [2.0, 2.0, 2.0]
     """
-    return ranks_of(check_rows(x, index.shape[-1]).detach(), index, *minkowski(metric), memory)
+    return ranks_of(check_rows(x, index.shape[-1])[0].detach(), index, *minkowski(metric), memory)
 
 
 @opaque(lambda x, index, *settings: index.new_empty(index.shape, dtype=torch.float64))

@@ -9,9 +9,9 @@ from torch import Tensor
 from tdgeom.core.keys import Keys
 from tdgeom.core.stage import Stage
 from tdgeom.measures.neighbors.approximate import approximate_neighbors
-from tdgeom.measures.neighbors.distance_blocks import budget
 from tdgeom.measures.neighbors.distance_gradient import found_by
 from tdgeom.measures.neighbors.neighbor_table import (
+    Found,
     Leaves,
     Neighbors,
     check_rows,
@@ -20,6 +20,7 @@ from tdgeom.measures.neighbors.neighbor_table import (
     minkowski,
 )
 from tdgeom.measures.neighbors.search import search_distinct
+from tdgeom.numerics.differences import budget
 from tdgeom.numerics.opaque import opaque
 
 __all__ = ["NearestNeighbors", "distinct_neighbors", "nearest_neighbors"]
@@ -35,7 +36,7 @@ def nearest_neighbors(
 ) -> Neighbors:
     r"""The k nearest other rows of every row, exactly.
 
-    Exact copies are found first and the search runs on distinct rows, in float32 products of centred,
+    Copies are found first and the search runs on distinct rows, in float32 products of centred,
     rescaled rows; the candidates' distances are then computed from differences in float64, and every row
     whose k-th neighbour float32 rounding could have hidden is searched again in float64. The result is that
     of a float64 search, whatever the unit or the offset of the data. Each pair of blocks is multiplied once;
@@ -55,9 +56,12 @@ def nearest_neighbors(
         neighbours of each other at distance 0; ties stand in the order of the row's first occurrence.
         ``distinct_distance`` (\*B, N, k) float64 among distinct rows: on the first occurrence of a row its
         distances to the nearest *other distinct* rows, on a later copy NaN throughout (so that every distinct
-        row counts once), and NaN where fewer than k other distinct rows exist. ``duplicates`` (\*B,) int64:
-        the number of later copies. ``distance`` and ``distinct_distance`` carry gradients to ``x`` where it
-        asks for them.
+        row counts once), and NaN where fewer than k other distinct rows exist. Copies up to rounding are no distinct
+        rows: |x - y| <= c·eps|x| with eps of the dtype given, c = 16 in float32 and float64, 4 in half precision; the
+        first row stands for all within that distance of it. ``duplicates`` (\*B,) int64: the number of later copies,
+        ``near_duplicates`` (\*B,) int64: those among them that are copies up to rounding only. ``tied_beyond`` (\*B, N)
+        bool: whether a row outside the table is as near as the last one in it (to 1e-12). ``distance`` and
+        ``distinct_distance`` carry gradients to ``x`` where it asks for them.
 
     Raises:
         ValueError: fewer than two rows, k < 1, k >= N, a non-finite value, rows of a size whose square is no number
@@ -75,9 +79,11 @@ def nearest_neighbors(
     >>> table.distinct_distance[2]
     tensor([nan, nan], dtype=torch.float64)
     """
-    rows, (p, cosine) = check_rows(x, k), minkowski(metric)
-    distance, index, distinct, _, duplicates = found_by(exact_neighbors, rows, p, cosine, k, block, memory)
-    return Neighbors(distance, index, distinct, duplicates)
+    (rows, radius), (p, cosine) = check_rows(x, k), minkowski(metric)
+    distance, index, distinct, _, *counts = found_by(
+        exact_neighbors, rows, p, cosine, k, radius, True, block, memory
+    )
+    return Neighbors(distance, index, distinct, *counts)
 
 
 def distinct_neighbors(
@@ -98,27 +104,36 @@ def distinct_neighbors(
     >>> table.distance.flatten().tolist(), table.index.flatten().tolist(), int(table.duplicates)
     ([1.0, 1.0, nan, 2.0], [1, 0, 0, 1], 1)
     """
-    rows, (p, cosine) = check_rows(x, k), minkowski(metric)
-    *_, distance, index, duplicates = found_by(exact_neighbors, rows, p, cosine, k, block, memory)
-    return Neighbors(distance, index, distance, duplicates)
+    (rows, radius), (p, cosine) = check_rows(x, k), minkowski(metric)
+    _, _, distance, index, *counts = found_by(
+        exact_neighbors, rows, p, cosine, k, radius, False, block, memory
+    )
+    return Neighbors(distance, index, distance, *counts)
 
 
 @opaque(empty_leaves)
 def exact_neighbors(
-    x: Tensor, p: float, cosine: bool, k: int, block: int | None, memory: int | None
+    x: Tensor,
+    p: float,
+    cosine: bool,
+    k: int,
+    radius: float,
+    over_all: bool,
+    block: int | None,
+    memory: int | None,
 ) -> Leaves:
     """The leaves of an exact search, from float32 or float64 rows (*B, N, D)."""
     # As many data sets at a time as the budget holds with one block each.
     together = max(1, budget(memory) // (8 * x.shape[-2] ** 2))
 
-    def search(rows: Tensor, number: int, _: Tensor) -> tuple[Tensor, Tensor]:
+    def search(rows: Tensor, number: int, _: Tensor) -> Found:
         return search_distinct(rows, number, p=p, block=block, memory=memory)
 
-    return leaves_from(search, x, cosine, k, together)
+    return leaves_from(search, x, cosine, k, radius, over_all, together)
 
 
 class NearestNeighbors(Stage):
-    """The k nearest neighbours of every row of a sample: one table for every neighbour-based measure.
+    r"""The k nearest neighbours of every row of a sample: one table for every neighbour-based measure.
 
     Distances are those of ``nearest_neighbors`` (exact, float64) or, with ``backend="approximate"``, of the
     neighbours that a FAISS index finds (distances re-computed in float64; the share of true neighbours is
@@ -132,16 +147,16 @@ class NearestNeighbors(Stage):
             tdgeom[approximate]``).
         block: rows a block of the exact search; None: from ``memory``.
         memory: bytes that the working blocks may take (default 256 MiB).
-        in_keys: the rows, default ``"sample"``: (N, D), (\\*B, N, D) for a batch of data sets.
+        in_keys: the rows, default ``"sample"``: (N, D), (\*B, N, D) for a batch of data sets.
         out_keys: default root ``"neighbors"``.
 
     Writes ``distance``, ``index`` (N, k) over all rows, ``distinct_distance`` (N, k) among distinct rows,
-    ``duplicates`` () and, approximate only, ``recall`` (): see ``nearest_neighbors`` and
-    ``approximate_neighbors``.
+    ``duplicates`` (), ``near_duplicates`` (), ``tied_beyond`` (N,) and, approximate only, ``recall`` (): see
+    ``nearest_neighbors`` and ``approximate_neighbors``.
 
     >>> import torch, tdgeom as tg
     >>> table = tg.NearestNeighbors(1)
-    >>> distance, index, distinct, duplicates = table(sample=torch.tensor([[0.0], [1.0], [5.0]]))
+    >>> distance, index, *_ = table(sample=torch.tensor([[0.0], [1.0], [5.0]]))
     >>> index.flatten().tolist()
     [1, 0, 1]
     """

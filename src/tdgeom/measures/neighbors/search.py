@@ -20,17 +20,20 @@ from torch import Tensor
 
 from tdgeom.measures.neighbors.distance_blocks import (
     KeyBlocks,
-    budget,
     centred,
     key_error,
     key_of,
     keys_between,
-    pair_distances,
 )
+from tdgeom.measures.neighbors.neighbor_table import Found
+from tdgeom.numerics.copies import SAME
+from tdgeom.numerics.differences import budget, pair_distances
 
 __all__ = ["search_distinct", "search_rows_exactly"]
 
 _GROUP = 32  # keys per minimum
+_WIDE = 80  # neighbours, from which one selection from float64 products is faster than candidates and proof
+_ROWS = 512  # whose keys are selected from together on a CPU
 
 
 def search_distinct(
@@ -42,13 +45,19 @@ def search_distinct(
     memory: int | None = None,
     keep: bool = False,
     also: Callable[[Tensor, slice, slice], None] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The k nearest other rows of each row: float64 distances (b, n, k) ascending and indices, ties by index.
+) -> Found:
+    """The k nearest other rows of each row: float64 distances (b, n, k) ascending, indices, ties by index, and (b, n) whether
+    another row is as near as the last.
 
     ``x`` (b, n, D) of float32 or float64 without exact copies, k < n. ``also`` is shown every block of keys, and may
     keep it if ``keep``.
     """
     b, n, _ = x.shape
+    if also is None and k >= _WIDE:
+        own = torch.arange(n, device=x.device)
+        found = [search_rows_exactly(rows, own, k, p=p, memory=memory) for rows in x]
+        distance, index, tied = (torch.stack(leaf) if b > 1 else leaf[0].unsqueeze(0) for leaf in zip(*found))
+        return distance, index, tied
     m = min(k + max(5, k // 4), n - 1)
     rows, scale = centred(x)
     blocks = KeyBlocks(rows, p, block=block, memory=memory)
@@ -133,7 +142,7 @@ class _Best:
 
 def _rerank(
     x: Tensor, rows: Tensor, scale: Tensor, found: _Best, k: int, p: float, memory: int | None
-) -> tuple[Tensor, Tensor]:
+) -> Found:
     b, n, width = x.shape
     size = torch.linalg.vector_norm(rows, dim=-1).double()
     best, where, limit = found.keys[:, :n], found.where[:, :n], found.limit[:, :n].double()
@@ -153,6 +162,7 @@ def _rerank(
     # Sorted by index first, so that the stable sort by distance leaves ties in the order of their index.
     where, order = where.sort(-1)
     distance, order = distance.gather(-1, order).sort(dim=-1, stable=True)
+    tied = (distance[..., k : k + 1] <= SAME * distance[..., k - 1 : k]).any(-1)
     distance, where = distance[..., :k], where.gather(-1, order)[..., :k]
     exact = key_of(distance[..., -1] / scale[:, None], p)
     reach = (2 * exact).sqrt() if p == 2 else exact
@@ -161,40 +171,102 @@ def _rerank(
     distance, where = distance.contiguous(), where.contiguous()
     for item in (~proven.all(-1)).nonzero().flatten().tolist():
         left = (~proven[item]).nonzero().flatten()
-        distance[item, left], where[item, left] = search_rows_exactly(x[item], left, k, p=p, memory=memory)
-    return distance, where
+        distance[item, left], where[item, left], tied[item, left] = search_rows_exactly(
+            x[item], left, k, p=p, memory=memory
+        )
+    return distance, where, tied
 
 
-def search_rows_exactly(
-    x: Tensor, which: Tensor, k: int, *, p: float, memory: int | None
-) -> tuple[Tensor, Tensor]:
-    """The k nearest rows of ``x`` (n, D) to each row in ``which``, in float64, every tie at the edge opened."""
+def search_rows_exactly(x: Tensor, which: Tensor, k: int, *, p: float, memory: int | None) -> Found:
+    """The k nearest rows of ``x`` (n, D) to each row in ``which``, in float64, and whether another is as near as the last.
+
+    Products order the rows. Their distances stand where rounding leaves them 12 digits; elsewhere, and where two keys are
+    closer than their rounding, they are computed from differences, and every tie at the edge is opened.
+    """
     n, width = x.shape
     full = x.double()
     full = full - full.mean(0)
     scale = torch.linalg.vector_norm(full, dim=-1).square().mean().sqrt()
     full /= scale
     size = torch.linalg.vector_norm(full, dim=-1)
-    distances, indices = [], []
-    step = max(1, budget(memory) // (32 * n))
-    for part in which.split(step):
-        keys = torch.empty((1, len(part), n), dtype=torch.float64, device=x.device)
-        half = size.square() / 2 if p == 2 else torch.zeros_like(size)
-        keys_between(full[part][None], full[None], half[part][None], half[None], p, out=keys)
-        keys = keys[0]
-        keys[torch.arange(len(part), device=x.device), part] = torch.inf
-        near = keys.topk(k, dim=-1, largest=False).indices
-        direct = pair_distances(x, part.repeat_interleave(k), near.flatten(), p=p, memory=memory)
-        reach = direct.view(-1, k).amax(-1) / scale  # at least the k-th distance
-        edge = key_of(reach, p) + 2 * key_error(size[part], reach, width, p, torch.float64)
-        row, index = (keys <= edge.unsqueeze(-1)).nonzero(as_tuple=True)
-        direct = pair_distances(x, part[row], index, p=p, memory=memory)
-        # Entries stand by row and index: two stable sorts order them by row, distance, index.
-        order = direct.argsort(stable=True)
-        order = order[row[order].argsort(stable=True)]
-        count = torch.bincount(row, minlength=len(part))
-        first = count.cumsum(0) - count
-        pick = order[first.unsqueeze(-1) + torch.arange(k, device=x.device)]
-        distances.append(direct[pick])
-        indices.append(index[pick])
-    return torch.cat(distances), torch.cat(indices)
+    half = size.square() / 2 if p == 2 else torch.zeros_like(size)
+    distance = torch.empty((len(which), k), dtype=torch.float64, device=x.device)
+    index = torch.empty((len(which), k), dtype=torch.int64, device=x.device)
+    tied = torch.zeros(len(which), dtype=torch.bool, device=x.device)
+    step = max(1, min(budget(memory) // (32 * n), _ROWS if x.device.type == "cpu" else len(which)))
+    keys = torch.empty((1, min(step, len(which)), n), dtype=torch.float64, device=x.device)
+    for start in range(0, len(which), step):
+        here = slice(start, start + step)
+        part = which[here]
+        own = keys[:, : len(part)]
+        keys_between(full[part][None], full[None], half[part][None], half[None], p, out=own)
+        own = own[0]
+        own[torch.arange(len(part), device=x.device), part] = torch.inf
+        low, near = own.topk(min(k + 1, n - 1), dim=-1, largest=False)
+        index[here] = near[:, :k]
+        torch.mul(low[:, :k], 2 * scale.square() if p == 2 else scale, out=distance[here])
+        if p == 2:
+            distance[here].clamp_(min=0).sqrt_()
+        last = low[:, k - 1]
+        error = key_error(
+            size[part], (2 * last.clamp(min=0)).sqrt() if p == 2 else last, width, p, torch.float64
+        )
+        gap = low.diff(dim=-1)
+        edge = torch.zeros_like(tied[here])
+        if low.shape[1] > k:
+            edge = gap[:, -1] <= torch.maximum(2 * error, 4e-12 * last)
+        unsure = (low[:, 0] * 1e-12 < error) | (gap[:, : k - 1] <= 2 * error.unsqueeze(-1)).any(-1)
+        some = (unsure & ~edge).nonzero().flatten()
+        if len(some):
+            _measure_close_ones(
+                x, part[some], low[some, :k], error[some], start + some, p, memory, distance, index
+            )
+        open_ = edge.nonzero().flatten()
+        if len(open_):
+            limit = last[open_] + torch.maximum(2 * error[open_], 4e-12 * last[open_])
+            possible = own[open_] <= limit.unsqueeze(-1)
+            _open_edges(x, part[open_], possible, start + open_, p, memory, distance, index, tied)
+    return distance, index, tied
+
+
+def _measure_close_ones(
+    x: Tensor,
+    part: Tensor,
+    low: Tensor,
+    error: Tensor,
+    at: Tensor,
+    p: float,
+    memory: int | None,
+    *found: Tensor,
+) -> None:
+    """Measure by differences, at the rows ``at`` of the leaves ``found``, what the keys ``low`` (r, k) do not settle."""
+    distance, index = found
+    error = error.unsqueeze(-1)
+    unsure = low * 1e-12 < error
+    close = low.diff(dim=-1) <= 2 * error
+    unsure[:, 1:] |= close
+    unsure[:, :-1] |= close
+    row, place = unsure.nonzero(as_tuple=True)
+    distance[at[row], place] = pair_distances(x, part[row], index[at[row], place], p=p, memory=memory)
+    where, order = index[at].sort(-1)
+    value, again = distance[at].gather(-1, order).sort(dim=-1, stable=True)
+    distance[at], index[at] = value, where.gather(-1, again)
+
+
+def _open_edges(
+    x: Tensor, part: Tensor, possible: Tensor, at: Tensor, p: float, memory: int | None, *found: Tensor
+) -> None:
+    """Write to the rows ``at`` of the leaves ``found`` the nearest, to each row in ``part``, of the ``possible`` (r, n) rows."""
+    distance, index, tied = found
+    k = distance.shape[-1]
+    row, other = possible.nonzero(as_tuple=True)
+    direct = pair_distances(x, part[row], other, p=p, memory=memory)
+    # Entries stand by row and index: two stable sorts order them by row, distance, index.
+    order = direct.argsort(stable=True)
+    order = order[row[order].argsort(stable=True)]
+    count = torch.bincount(row, minlength=len(part))
+    first = count.cumsum(0) - count
+    pick = order[first.unsqueeze(-1) + torch.arange(k, device=x.device)]
+    distance[at], index[at] = direct[pick], other[pick]
+    last = direct[pick[:, -1]]
+    tied[at] = torch.bincount(row[direct <= SAME * last[row]], minlength=len(part)) > k
