@@ -62,6 +62,7 @@ from tdgeom.model.sites import Site
 from tdgeom.model.structure.hidden_states import hidden_state_sites
 from tdgeom.model.structure.resolve import available_sites
 from tdgeom.model.untrained import untrained_copy
+from tdgeom.model.verification.verify_sites import verify_sites
 from tdgeom.plot.attention_view import AttentionView, attention_view
 from tdgeom.probing.bilinear import BilinearProbe, LowRankBilinearProbe
 from tdgeom.probing.estimators import SklearnProbe, TorchProbe
@@ -118,6 +119,7 @@ __all__ = [
     "Site",
     "available_sites",
     "hidden_state_sites",
+    "verify_sites",
     "SelectTokens",
     # edits of the model
     "Intervene",

@@ -163,6 +163,32 @@ def test_sites_needs_only_a_configuration(command, tmp_path):
     assert "encoder 3 layers, decoder 3 layers" in out and "encoder.residual_output" in out
 
 
+def test_sites_verifies_them_against_the_model(command, folder, text):
+    for given in ([], ["--text", text]):
+        code, out, err = command("sites", folder, "--verify", *given)
+        assert (code, err) == (0, "")
+        (row,) = [
+            line
+            for line in out.splitlines()
+            if line.startswith("residual_input ") and "hidden states" in line
+        ]
+        assert row.split()[-3:] == ["0-2", "0.0e+00", "ok"]
+        assert re.search(r"^\d+ checks ok, 0 failed, \d+ not made\.$", out, re.MULTILINE)
+    code, out, _ = command("sites", folder, "--verify", "--layers", "1")
+    assert re.search(r"^mlp_output +edit +1 +\S+ +ok", out, re.MULTILINE)
+    assert refused(command("sites", folder, "--text", text), "add --verify")
+
+
+def test_a_failed_check_is_an_exit_code(command, folder, monkeypatch):
+    table = tg.verify_sites(models.bert(), models.text_batch(), sites="residual_output", edits=False)
+    wrong = table.assign(outcome="failed", note="what came is another tensor")
+    monkeypatch.setattr("tdgeom.cli.look_commands.verify_sites", lambda *given, **more: wrong)
+    code, out, _ = command("sites", folder, "--verify")
+    assert (
+        code == 1 and "Failed" in out and "residual_output 0-2, own hook: what came is another tensor" in out
+    )
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["analyze", "-h"], ["demo", "-h"], ["show", "-h"], ["sites", "-h"]]
 )

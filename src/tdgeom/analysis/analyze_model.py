@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import nn
 
@@ -17,9 +18,12 @@ from tdgeom.analysis.seed_names import also_called
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import Key
 from tdgeom.files.bundle import check_target
+from tdgeom.model.capture import Capture
 from tdgeom.model.loading import load_model
 from tdgeom.model.sites import LayerSpec
 from tdgeom.model.untrained import untrained_copy
+from tdgeom.model.verification.verify_sites import verify_sites
+from tdgeom.rows.batches import as_batch
 
 __all__ = ["analyze_model"]
 
@@ -58,6 +62,7 @@ def analyze_model(
     every: int = 100,
     in_keys: Sequence[Key] | None = None,
     overwrite: bool = False,
+    verify: bool = False,
 ) -> AnalysisResults | None:
     """Measure the representation geometry of a model over a dataloader.
 
@@ -95,6 +100,8 @@ def analyze_model(
             untrained model have files of their own beside it.
         in_keys: names for the entries of tuple batches, such as ["x", "label"].
         overwrite: replace an earlier bundle in ``save_dir``.
+        verify: compare the sites with the model itself on the loader's first batch (``verify_sites``), before the analysis:
+            ``results.diagnostics["verified_sites"]``, kept in the bundle. The loader must be one that can be read twice.
 
     Returns:
         AnalysisResults. Column ``layer_norm_depth`` = layer / last analysed layer; ``relative_depth`` = layer / last layer
@@ -128,11 +135,13 @@ def analyze_model(
     net, label = _model(model_name, model, trust_remote_code, model_kwargs)
     if device is not None and not getattr(net, "hf_device_map", None):
         net.to(device)
-    if untrained is not False and isinstance(dataloader, Iterator):
+    twice = "untrained=" if untrained is not False else "verify=" if verify else None
+    if twice is not None and isinstance(dataloader, Iterator):
         raise ValueError(
-            "analyze_model: untrained= reads the data twice, but the dataloader is an iterator that can be read once. "
+            f"analyze_model: {twice} reads the data twice, but the dataloader is an iterator that can be read once. "
             "Give a list or a DataLoader."
         )
+    verified = _verified(net, dataloader, settings, in_keys) if verify else None
     progress = None if progress else False
     options = {"every": every, "in_keys": in_keys, "progress": progress}
     results = analyzed(net, label, dataloader, settings, checkpoint=checkpoint, **options)
@@ -143,6 +152,8 @@ def analyze_model(
         results = None if results is None or baseline is None else with_baseline(results, baseline)
     if results is None:
         return None  # the result is on rank 0
+    if verified is not None:
+        results.diagnostics["verified_sites"] = verified
     results.metadata |= {
         "hook_point": hook_point if sites is None else None,
         "output_router_logits": output_router_logits,
@@ -154,6 +165,18 @@ def analyze_model(
     if target is not None:
         results.save(target, mode, overwrite=overwrite)
     return results
+
+
+def _verified(
+    model: nn.Module, dataloader: Iterable[Any], settings: AnalysisSettings, in_keys: Sequence[Key] | None
+) -> pd.DataFrame:
+    """The checks of the analysis' sites on the loader's first batch."""
+    asked = Capture(model, settings.sites, layers=settings.layers)
+    batch = next(iter(dataloader), None)
+    if batch is None:
+        raise ValueError("analyze_model: verify= found no batch: the dataloader is empty.")
+    td = as_batch(batch, asked.in_keys if in_keys is None else in_keys, asked.device)
+    return verify_sites(model, td, sites=[str(site) for site in asked.sites])
 
 
 def _model(

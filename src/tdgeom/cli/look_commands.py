@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
+from torch import nn
 
 from tdgeom.analysis.results import AnalysisResults
-from tdgeom.cli.options import Model, Remote, console, quiet_transformers
+from tdgeom.cli.options import Model, Remote, TextOptions, console, layer_choice, quiet_transformers
 from tdgeom.cli.print_comparison import print_comparison
 from tdgeom.cli.print_results import print_results
 from tdgeom.cli.print_sites import print_sites
-from tdgeom.model.loading import model_structure
+from tdgeom.cli.print_verification import print_verification
+from tdgeom.model.calls.model_inputs import made_up_inputs, read_signature
+from tdgeom.model.loading import load_model, model_structure
 from tdgeom.model.structure.resolve import available_sites
+from tdgeom.model.verification.verify_sites import verify_sites
+from tdgeom.rows.text import TextBatches, read_text
 
 __all__ = ["show", "sites"]
 
@@ -28,9 +34,52 @@ def show(folder: Annotated[Path, typer.Argument(help="A bundle that --out named.
 def sites(
     model: Model,
     every: Annotated[bool, typer.Option("--all", help="Every site, not a line a kind.")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Load the model, and compare what is read and changed there with the model itself.",
+        ),
+    ] = False,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="A text file whose first two documents --verify runs on. [made-up tokens]", metavar="FILE"
+        ),
+    ] = None,
+    layers: Annotated[str, typer.Option(help="Layers that --verify looks at, such as 0,-1 or 2:8.")] = "all",
     trust_remote_code: Remote = False,
 ) -> None:
-    """List which sites a model has and the modules they are read at; its weights are not loaded."""
+    """List which sites a model has and the modules they are read at; its weights are not loaded, unless for --verify.
+
+    With --verify the exit code is 1 where a check failed.
+    """
     quiet_transformers()
-    net = model_structure(model, trust_remote_code=trust_remote_code)
+    if not verify:
+        if text is not None:
+            raise typer.BadParameter("--text is what --verify runs the model on: add --verify")
+        net = model_structure(model, trust_remote_code=trust_remote_code)
+        print_sites(net, available_sites(net), console(), every=every)
+        return
+    net = load_model(model, trust_remote_code=trust_remote_code)
+    table = verify_sites(net, _batch(net, model, text, trust_remote_code), layers=layer_choice(layers))
     print_sites(net, available_sites(net), console(), every=every)
+    print_verification(table, console())
+    if (table["outcome"] == "failed").any():
+        raise typer.Exit(1)
+
+
+def _batch(net: nn.Module, name: str, text: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """Two short sequences: of a text, or of made-up tokens (or pixels)."""
+    if text is not None:
+        options = TextOptions(text=text, trust_remote_code=trust_remote_code)
+        tokenizer = options.tokenizer_of(name)
+        length = min(64, options.length_for(net, tokenizer))
+        return next(iter(TextBatches(read_text(text), tokenizer, batch_size=2, max_length=length)))
+    made_up = made_up_inputs(net, read_signature(net), 2, 8)
+    if made_up is None:
+        raise typer.BadParameter(
+            f"no inputs can be made up for a {type(net).__name__}: give a text with --text, or call "
+            "tdgeom.verify_sites(model, batch)"
+        )
+    return {key: value for key, value in made_up.items() if isinstance(value, torch.Tensor)}

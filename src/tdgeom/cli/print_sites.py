@@ -11,7 +11,7 @@ from torch import nn
 from tdgeom.cli.terminal_tables import plain_table
 from tdgeom.model.structure.resolved_site import ResolvedSite
 
-__all__ = ["print_sites"]
+__all__ = ["print_sites", "ranges"]
 
 
 def print_sites(
@@ -38,7 +38,7 @@ def print_sites(
         first = group[0]
         named = ".".join(part for part in (first.site.stack, first.site.kind) if part)
         numbers = [entry.site.layer for entry in group if entry.site.layer is not None]
-        table.add_row(str(first.site) if every else named, _ranges(numbers), _pattern(group), first.side)
+        table.add_row(str(first.site) if every else named, ranges(numbers), _pattern(group), first.side)
     console.print(table)
     console.print(
         Text(
@@ -56,7 +56,7 @@ def _by_kind(entries: Sequence[ResolvedSite]) -> Iterable[list[ResolvedSite]]:
     return groups.values()
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
     """``0-3, 5``."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
