@@ -47,6 +47,8 @@ from tdgeom.measures.similarity.rsa import RSA
 from tdgeom.measures.similarity.subspace import LayerCosine, SubspaceNovelty
 from tdgeom.measures.spectrum_metrics import RankMe, SpectrumMetrics
 from tdgeom.model.aggregate import AggregateActs, GroupAttention
+from tdgeom.model.calls.checked_sites import available_sites
+from tdgeom.model.calls.hidden_states import hidden_state_sites
 from tdgeom.model.capture import Capture
 from tdgeom.model.capture_spec import CaptureSpec
 from tdgeom.model.edits.ablate import Ablate
@@ -59,8 +61,6 @@ from tdgeom.model.lens.tuned_lens import TunedLens
 from tdgeom.model.patching import activation_patching
 from tdgeom.model.positions import Between, RandomPositions, SpecialTokens
 from tdgeom.model.sites import Site
-from tdgeom.model.structure.hidden_states import hidden_state_sites
-from tdgeom.model.structure.resolve import available_sites
 from tdgeom.model.untrained import untrained_copy
 from tdgeom.model.verification.verify_sites import verify_sites
 from tdgeom.plot.attention_view import AttentionView, attention_view

@@ -9,9 +9,9 @@ from tensordict import TensorDict
 from torch import nn
 
 import models
+from tdgeom.model.calls.checked_sites import available_sites
 from tdgeom.model.capture import Capture
 from tdgeom.model.structure.blocks import find_stacks
-from tdgeom.model.structure.resolve import available_sites
 
 KINDS = ["embed", "residual_input", "attn_input", "attn_output", "mlp_input", "mlp_output", "residual_output"]
 POST_NORM = {"bert", "roberta", "distilbert"}

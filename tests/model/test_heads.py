@@ -8,9 +8,9 @@ from tensordict import TensorDict
 from torch import nn
 
 import models
+from tdgeom.model.calls.checked_sites import available_sites
 from tdgeom.model.capture import Capture
 from tdgeom.model.structure.blocks import find_stacks
-from tdgeom.model.structure.resolve import available_sites
 
 POST_NORM = {"bert", "roberta", "distilbert"}
 PARALLEL = {"gpt_neox", "phi", "falcon"}

@@ -9,8 +9,9 @@ import pytest
 from torch import nn
 
 import models
+from tdgeom.model.calls.checked_sites import available_sites, resolve_sites
 from tdgeom.model.sites import Site, select_layers
-from tdgeom.model.structure.resolve import available_sites, match_path, resolve_sites
+from tdgeom.model.structure.resolve import match_path
 
 
 @pytest.mark.parametrize(

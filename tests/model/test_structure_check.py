@@ -154,7 +154,7 @@ def test_a_model_of_unknown_inputs_is_checked_in_the_first_call(form):
     for _ in range(2):
         acts = call(good, capture)["acts"]
         torch.testing.assert_close(acts["residual_mid.1"], acts["residual_input.1"] + acts["attn_output.1"])
-    assert verified(good)["structure"] == {(None, "residual_mid")}
+    assert [kinds["residual_mid"] for kinds in verified(good)["structure"].values()] == [""]
     expected = wrong(x)
     with pytest.raises(
         RuntimeError, match=r"not where.*'module_input:blocks\.0\.norm1' where that norm stands"
@@ -172,7 +172,7 @@ def test_edits_are_not_mistaken_for_structure():
         with Intervene(model, {kind: shift}), Capture(model, "residual_mid") as calls:
             model(torch.randn(2, 3, 8))
         assert len(calls) == 1
-        assert not verified(model).get("structure")
+        assert not any(verified(model).get("structure", {}).values())
 
 
 def test_it_is_done_once_and_leaves_nothing_behind():
@@ -186,12 +186,14 @@ def test_it_is_done_once_and_leaves_nothing_behind():
     assert len(calls) == 1
     Capture(model, "v")
     assert len(calls) == 1
-    Capture(model, ["residual_input", "attn_output", "z"])  # nothing in doubt
+    Capture(model, ["residual_input", "attn_output", "z"])
     assert len(calls) == 1
     assert ran == []  # the user's hooks see no call
     assert model.training
     assert "forward" not in model.transformer.h[0].attn.__dict__
     assert sum(len(m._forward_hooks) for m in model.modules()) == 1
-    assert ("v" in {kind for _, kind in verified(model)["structure"]}) and len(
-        verified(model)["structure"]
-    ) == 1
+    (kinds,) = verified(model)["structure"].values()  # its blocks are of one class
+    assert kinds["v"] == kinds["z"] == ""
+    model.transformer.h[1].mlp.act = torch.nn.ReLU()  # another class of blocks now
+    Capture(model, "v")
+    assert len(calls) == 2 and len(verified(model)["structure"]) == 2

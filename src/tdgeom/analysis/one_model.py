@@ -26,10 +26,10 @@ from tdgeom.analysis.result_tables import (
 from tdgeom.analysis.results import AnalysisResults
 from tdgeom.core.keys import key_tuple
 from tdgeom.core.renamed import RenamedStream
+from tdgeom.model.calls.checked_sites import available_sites
 from tdgeom.model.capture import Capture
 from tdgeom.model.loading import model_identity
 from tdgeom.model.sites import Site
-from tdgeom.model.structure.resolve import available_sites
 from tdgeom.run.plan import make_plan
 from tdgeom.run.run import run
 from tdgeom.stream.covariance import StreamingCovariance

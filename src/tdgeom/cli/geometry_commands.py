@@ -19,8 +19,8 @@ import tdgeom as tg
 from tdgeom.analysis.analyze_model import analyze_model
 from tdgeom.cli.options import Model, OneModelOptions, listed, with_options
 from tdgeom.cli.print_profile import print_profiles
+from tdgeom.model.calls.hidden_states import hidden_state_sites
 from tdgeom.model.capture import Capture
-from tdgeom.model.structure.hidden_states import hidden_state_sites
 from tdgeom.run.profiles import intrinsic_dimension_profile, overlap_profile
 
 __all__: list[str] = []

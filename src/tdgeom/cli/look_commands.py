@@ -15,9 +15,9 @@ from tdgeom.cli.print_comparison import print_comparison
 from tdgeom.cli.print_results import print_results
 from tdgeom.cli.print_sites import print_sites
 from tdgeom.cli.print_verification import print_verification
+from tdgeom.model.calls.checked_sites import available_sites
 from tdgeom.model.calls.model_inputs import made_up_inputs, read_signature
 from tdgeom.model.loading import load_model, model_structure
-from tdgeom.model.structure.resolve import available_sites
 from tdgeom.model.verification.verify_sites import verify_sites
 from tdgeom.rows.text import TextBatches, read_text
 

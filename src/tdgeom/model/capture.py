@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tdgeom.core.keys import Key, key_tuple
 from tdgeom.model.calls.bound_model import eval_mode, has_other_forwards, may_stop
 from tdgeom.model.calls.call_paths import is_inside
+from tdgeom.model.calls.checked_sites import resolve_sites
 from tdgeom.model.calls.hooking_context import HookingContext
 from tdgeom.model.calls.model_inputs import (
     InKeys,
@@ -30,7 +31,6 @@ from tdgeom.model.calls.repeated_calls import CallsSpec, FiredTooOften
 from tdgeom.model.calls.site_hooks import Place
 from tdgeom.model.gradients import await_gradients, differentiable, replace_by_gradients
 from tdgeom.model.sites import LayerSpec, Site, split_element
-from tdgeom.model.structure.resolve import resolve_sites
 from tdgeom.model.structure.resolved_site import ResolvedSite
 from tdgeom.model.structure.select_heads import HeadSpec
 

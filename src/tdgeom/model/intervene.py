@@ -14,6 +14,7 @@ from torch import nn
 from tdgeom.core.keys import Key
 from tdgeom.core.stage_settings import plain_setting
 from tdgeom.model.calls.bound_model import Bound, eval_mode
+from tdgeom.model.calls.checked_sites import refuse_edits, resolve_sites
 from tdgeom.model.calls.hooking_context import HookingContext
 from tdgeom.model.calls.model_inputs import InKeys
 from tdgeom.model.calls.reading import read_named_outputs
@@ -24,7 +25,7 @@ from tdgeom.model.capture import Capture
 from tdgeom.model.edits.apply_edits import Editing, EditPlan
 from tdgeom.model.edits.edit import Edit
 from tdgeom.model.sites import LayerSpec
-from tdgeom.model.structure.resolve import resolve_sites, takes_layers
+from tdgeom.model.structure.resolve import takes_layers
 from tdgeom.model.structure.resolved_site import ResolvedSite
 
 EditLike = nn.Module | Callable[[torch.Tensor], torch.Tensor]
@@ -129,6 +130,7 @@ class Intervene(HookingContext):
             name: resolve_sites(model, name, layers=own, classes=self._classes, skip_classes=self._skipped)
             for name, own in chosen.items()
         }
+        refuse_edits(model, (entry for entries in found.values() for entry in entries))
         self._listed = [self._asked[name] for name, entries in found.items() for _ in entries]
         return [entry for entries in found.values() for entry in entries]
 

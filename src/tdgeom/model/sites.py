@@ -16,22 +16,36 @@ BLOCK_KINDS = (
     "q",
     "k",
     "v",
+    "q_rotary",
+    "k_rotary",
     "attn_scores",
     "attn_pattern",
     "z",
     "head_output",
     "attn_output",
+    "cross_attn_input",
+    "cross_q",
+    "cross_k",
+    "cross_v",
+    "cross_attn_scores",
+    "cross_attn_pattern",
+    "cross_z",
+    "cross_head_output",
+    "cross_attn_output",
     "residual_mid",
     "mlp_norm",
     "mlp_input",
     "router_logits",
+    "router_choice",
     "mlp_act",
     "mlp_output",
     "residual_output",
 )
-# What has an axis of heads: the last but one, or the second for the two of (B, H, Tq, Tk).
-HEAD_KINDS = ("q", "k", "v", "attn_scores", "attn_pattern", "z", "head_output")
-PATTERN_KINDS = ("attn_scores", "attn_pattern")
+# What has an axis of heads: the last but one, or the second for those of (B, H, Tq, Tk).
+SCORE_KINDS = ("attn_scores", "cross_attn_scores")
+PATTERN_KINDS = ("attn_scores", "attn_pattern", "cross_attn_scores", "cross_attn_pattern")
+_CROSS_HEADS = ("cross_q", "cross_k", "cross_v", "cross_z", "cross_head_output")
+HEAD_KINDS = ("q", "k", "v", "q_rotary", "k_rotary", "z", "head_output", *_CROSS_HEADS, *PATTERN_KINDS)
 STACK_KINDS = ("embed", "final_norm")
 MODULE_KINDS = ("module_input", "module_output")
 KINDS = ("embed", *BLOCK_KINDS, "final_norm", *MODULE_KINDS)
@@ -157,9 +171,7 @@ def is_pattern(site: str | None, *, scores: bool = False) -> bool:
     (True, False, False)
     """
     name = "" if site is None else site.rpartition("/")[2]
-    return ":" not in name and not set(name.split(".")).isdisjoint(
-        ("attn_scores",) if scores else PATTERN_KINDS
-    )
+    return ":" not in name and not set(name.split(".")).isdisjoint(SCORE_KINDS if scores else PATTERN_KINDS)
 
 
 def token_side(site: str | None) -> str:

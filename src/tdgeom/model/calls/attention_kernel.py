@@ -21,9 +21,12 @@ from torch.overrides import TorchFunctionMode
 
 from tdgeom.model.calls.own_hooks import CleanCopies, release
 
-# what a watcher gets: the side ("scores" or "pattern") and the tensor; it returns the tensor to go on with
+# what a watcher gets: the side ("queries", "keys", "scores", "pattern") and the tensor; it returns the tensor to go on with
 Watcher = Callable[[str, Tensor], Tensor]
 Wanted = Callable[[], bool]  # whether the watcher looks at the call that runs: not at those of other threads
+Look = Callable[[list[Watcher]], Any]
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
+_ADDED_PRODUCTS = {torch.baddbmm, Tensor.baddbmm}
 _SOFTMAX = {functional.softmax, torch.softmax, Tensor.softmax}
 _VISIBLE = ("eager", "sdpa", None)
 _WATCHED: WeakKeyDictionary[nn.Module, tuple[list[tuple[Watcher, Wanted]], Any]] = WeakKeyDictionary()
@@ -82,12 +85,16 @@ def whole_batches(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def watch_softmax(
-    module: nn.Module, watcher: Watcher, heads: int | None = None, wanted: Wanted = lambda: True
+    module: nn.Module,
+    watcher: Watcher,
+    heads: int | None = None,
+    wanted: Wanted = lambda: True,
+    look: Look | None = None,
 ) -> Iterator[None]:
     """Inside, ``watcher`` sees and may replace what the softmax in ``module.forward`` receives and gives.
 
-    Watchers of one module see scores and patterns in the order in which they came, as (B, H, Tq, Tk) also where the module
-    has (B * H, Tq, Tk), of ``heads`` heads.
+    Watchers of one module see queries, keys, scores and patterns in the order in which they came, as (B, H, ...) also where
+    the module has (B * H, ...), of ``heads`` heads. ``look`` is what is entered instead around a forward of another sort.
     """
     if module not in _WATCHED:
         # other libraries (offloading) put their forward there too
@@ -99,7 +106,7 @@ def watch_softmax(
             here = [watcher for watcher, wanted in seen if wanted()]
             if not here:
                 return forward(*args, **kwargs)
-            with _Softmax(here, heads):
+            with _Softmax(here, heads) if look is None else look(here):
                 return forward(*args, **kwargs)
 
         CleanCopies(module).hold().forward = own
@@ -119,11 +126,11 @@ def watch_softmax(
 
 
 class _Softmax(TorchFunctionMode):
-    """Shows the first softmax over (B, H, Tq, Tk) to the watchers; SDPA calls are taken apart into one."""
+    """Shows softmaxes over (B, H, Tq, Tk) to the watchers, and the first product of heads; SDPA is taken apart into these."""
 
     def __init__(self, watchers: list[Watcher], heads: int | None) -> None:
         super().__init__()
-        self.watchers, self.heads = watchers, heads
+        self.watchers, self.heads, self.multiplied = watchers, heads, False
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -139,9 +146,36 @@ class _Softmax(TorchFunctionMode):
                 return self.softmax(
                     split, lambda x: func(x.flatten(0, 1), *args[1:], **rest).unflatten(0, split.shape[:2])
                 ).flatten(0, 1)
+        elif func in _PRODUCTS and not self.multiplied and len(args) == 2:
+            return func(*self.factors(*args), **kwargs)
+        elif func in _ADDED_PRODUCTS and not self.multiplied:
+            named = dict(zip(("input", "batch1", "batch2"), args), **kwargs)
+            named["batch1"], named["batch2"] = self.factors(named["batch1"], named["batch2"])
+            return torch.baddbmm(**named)
         elif func is functional.scaled_dot_product_attention:
             return self.attend(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def factors(self, queries: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of the product that scores are made of, as the watchers leave them; others as they are."""
+        split = (
+            queries.ndim == turned.ndim == 3
+            and bool(self.heads)
+            and queries.shape[0] % (self.heads or 1) == 0
+        )
+        if not (queries.ndim == turned.ndim == 4 or split):
+            return queries, turned
+        self.multiplied = True
+        new = queries.unflatten(0, (-1, self.heads)) if split else queries  # type: ignore[arg-type]
+        keys = (turned.unflatten(0, (-1, self.heads)) if split else turned).transpose(-1, -2)  # type: ignore[arg-type]
+        for watcher in list(self.watchers):
+            new, keys = watcher("queries", new), watcher("keys", keys)
+        # also where nothing was changed: what was seen is what the scores, and their gradients, come from
+        return (
+            (new.flatten(0, 1), keys.flatten(0, 1).transpose(-1, -2))
+            if split
+            else (new, keys.transpose(-1, -2))
+        )
 
     def softmax(self, scores: Tensor, normalise: Callable[[Tensor], Tensor]) -> Tensor:
         for watcher in list(self.watchers):
@@ -166,7 +200,8 @@ class _Softmax(TorchFunctionMode):
         if enable_gqa:
             key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
             value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
-        scores = query @ key.transpose(-2, -1) * (query.size(-1) ** -0.5 if scale is None else scale)
+        query, turned = self.factors(query, key.transpose(-2, -1))
+        scores = query @ turned * (query.size(-1) ** -0.5 if scale is None else scale)
         if is_causal:
             allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
             scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)

@@ -19,7 +19,6 @@ from tdgeom.model.calls.model_inputs import InKeys, ModelInputs, on_one_device
 from tdgeom.model.calls.position_numbering import SIDES, number_padded
 from tdgeom.model.calls.repeated_calls import CallsSpec, check_calls
 from tdgeom.model.calls.site_hooks import SiteHooks
-from tdgeom.model.calls.structure_check import check_structure
 from tdgeom.model.sites import Site
 from tdgeom.model.structure.resolved_site import ResolvedSite
 
@@ -69,7 +68,6 @@ class HookingContext(Configured, TensorDictModuleBase):
             raise TypeError(f"{type(self).__name__} expects an nn.Module, got {type(model).__name__}.")
         refuse_compiled(model, ())
         entries = self.resolve(model)
-        check_structure(model, entries)
         inputs = ModelInputs(model, self, self._asked_in_keys, self.withhold)
         return Bound(model, entries, inputs)
 

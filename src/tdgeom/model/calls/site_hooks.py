@@ -22,6 +22,7 @@ from tdgeom.model.calls.attention_kernel import (
 )
 from tdgeom.model.calls.call_paths import is_inside, paths_of_calls
 from tdgeom.model.calls.own_hooks import CHANGING, Hung, OwnHook, hang, hook_after, hook_before, take_down
+from tdgeom.model.calls.router_kernel import router_look
 from tdgeom.model.structure.readers import read_input
 from tdgeom.model.structure.resolved_site import ResolvedSite
 
@@ -45,6 +46,7 @@ class Places:
         )
         self.behind = list(dict.fromkeys(e.behind for e in self.sites if e.behind is not None))
         self.softmax = any(entry.in_softmax for entry in self.sites)
+        self.inside = {p: own for p, own in self.at.items() if own[0].in_softmax or own[0].in_router}
         self.calls = paths_of_calls(model, [e.block_path or e.module_path for e in self.sites])
 
 
@@ -105,11 +107,11 @@ class SiteHooks:
             try:
                 if places.softmax:
                     self.undo.enter_context(visible_attention(places.model))
-                    for place, entries in places.at.items():
-                        if entries[0].in_softmax:
-                            watcher = partial(self._on_softmax, place)
-                            module, heads = places.modules[place[0]], entries[0].head_count
-                            self.undo.enter_context(watch_softmax(module, watcher, heads, self.here))
+                for place, entries in places.inside.items():
+                    watcher = partial(self._on_softmax, place)
+                    module, heads = places.modules[place[0]], entries[0].head_count
+                    look = router_look(places.model, entries[0]) if entries[0].in_router else None
+                    self.undo.enter_context(watch_softmax(module, watcher, heads, self.here, look))
                 if padding_cutters(places.model):
                     self.undo.enter_context(whole_batches(places.model))
                 self.hung = hang(self.hooks)
@@ -123,7 +125,7 @@ class SiteHooks:
             self.before(modules[path], partial(self.on_block, path))
         self.around()
         for place in places.at:
-            if places.at[place][0].in_softmax:
+            if place in places.inside:
                 continue
             if place[1] == "input":
                 self.before(modules[place[0]], partial(self._on_input, place))

@@ -1,91 +1,285 @@
-"""What was concluded from a model's structure, checked once by a tiny pass of the model itself."""
+"""What was concluded from a model's structure, checked once by a tiny pass of the model itself.
+
+One block of every distinct class of blocks of a stack runs under a look (:mod:`tdgeom.model.calls.block_reads`), and its
+numbers say whether each kind of site is what its name promises (:mod:`tdgeom.model.calls.block_facts`). What was found is
+kept with the model, by what the block is made of: a model that is changed (an adapter, another layer) is looked at again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from tdgeom.core.surroundings import steady
+from tdgeom.model.calls.attention_kernel import visible_attention
+from tdgeom.model.calls.block_facts import refusals, strange_stream
+from tdgeom.model.calls.block_reads import BlockReads
 from tdgeom.model.calls.bound_model import eval_mode, may_stop
 from tdgeom.model.calls.model_inputs import made_up_inputs, read_signature
-from tdgeom.model.calls.quiet import replaced_forwards, without_hooks
-from tdgeom.model.calls.site_hooks import Place, Places, SiteHooks, only_reads
+from tdgeom.model.calls.quiet import without_hooks
+from tdgeom.model.calls.router_check import MOVED, moved_logits
+from tdgeom.model.calls.site_hooks import Places, only_reads
+from tdgeom.model.calls.stream_order import STREAM_KINDS, StackReads
 from tdgeom.model.calls.verified import verified
-from tdgeom.model.structure.parts import has_cross_attention, is_neutral, join
-from tdgeom.model.structure.resolve import available_sites
+from tdgeom.model.sites import Site
+from tdgeom.model.structure.parts import is_neutral, join
+from tdgeom.model.structure.resolve import find_sites
 from tdgeom.model.structure.resolved_site import ADDED_KINDS, ResolvedSite
-from tdgeom.model.structure.views import HeadOutput, HeadSlice
 
-CHECKED = ("q", "k", "v", "head_output", "residual_mid", *ADDED_KINDS)
-_SHOWN = (
-    "v",
-    "head_output",
-    "attn_output",
-    "residual_input",
-    "residual_mid",
-    "mlp_output",
-    "residual_output",
-)
-_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
+_BATCH, _LENGTH = 2, 5
+_PASSED = ""  # what is kept of a kind that is what it should be
+Facts = dict[
+    Hashable, dict[str, Any]
+]  # what a block is made of -> kind -> why it is refused, or "" where it holds
 
 
-def check_structure(model: nn.Module, entries: Sequence[ResolvedSite]) -> None:
-    """Raise where heads or the stream in the middle of a block are not what the structure seemed to say.
+def checked(
+    model: nn.Module, entries: Sequence[ResolvedSite], *, again: bool = False
+) -> tuple[list[ResolvedSite], dict[Site, str]]:
+    """The sites of a model that hold, and why the others do not.
 
-    Checked in one block of each stack, once a model: that the values read from a fused projection are those the
-    pattern weighs, that the heads' shares add up to ``attn_output``, that ``residual_mid`` is ``residual_input`` plus
-    ``attn_output`` (with cross-attention on the way, that ``residual_output`` is it plus ``mlp_output``), and that a block
-    with parameters of its own does not scale by them what it adds. Models whose inputs cannot be made up are checked in
-    the first call that is read (:func:`unverified`).
+    The first question about a model runs it once on made-up inputs (twice where it has routers), in eval mode, without
+    gradients, hooks or a trace in the random state. ``again`` asks anew about what did not hold. A model whose inputs
+    cannot be made up is looked at in its first call (:func:`unverified`).
     """
-    done: set[tuple] = verified(model).setdefault("structure", set())
-    wanted = {
-        (e.site.stack, e.site.kind) for e in entries if e.site.kind in CHECKED and _in_doubt(model, e)
-    } - done
-    if not wanted:
-        return
+    facts: Facts = verified(model).setdefault("structure", {})
+    keys = _block_keys(model, entries)
+    known = {key for key, kinds in facts.items() if not again or not any(map(_is_reason, kinds.values()))}
+    if {key for key in keys.values() if key is not None} - known:
+        facts.update(_look(model, entries, keys))
+    held: list[ResolvedSite] = []
+    refused: dict[Site, str] = {}
+    for entry in entries:
+        found = facts.get(keys.get((entry.site.stack, entry.site.layer)), {})
+        reason = found.get(entry.site.kind)
+        if _is_reason(reason):
+            refused[entry.site] = reason
+        elif entry.site.kind == "residual_output" and "element" in found:
+            held.append(replace(entry, element=found["element"]))
+        else:
+            held.append(entry)
+    return held, refused
+
+
+def _is_reason(found: Any) -> bool:
+    return isinstance(found, str) and found != _PASSED
+
+
+class SiteRefused(ValueError, RuntimeError):
+    """A site that is named as if the model had it, and is something else there."""
+
+
+def refusal(model: nn.Module, reasons: Mapping[Site, str]) -> SiteRefused:
+    """The error for sites that do not hold."""
+    by_reason: dict[str, list[Site]] = {}
+    for site, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(site)
+    sites = next(iter(by_reason.values()))
+    reason = next(iter(by_reason))
+    layers = sorted({site.layer for site in sites if site.layer is not None})
+    where = f" at the layers {layers}" if layers else ""
+    return SiteRefused(
+        f"{sites[0].kind!r} of {type(model).__name__} is not where its structure says{where}: {reason}."
+    )
+
+
+def moves_choice(model: nn.Module, entry: ResolvedSite) -> bool | None:
+    """Whether an edit of a router's logits changes what it chooses; ``None`` where no pass could tell."""
+    key = _block_keys(model, [entry]).get((entry.site.stack, entry.site.layer))
+    return verified(model).get("structure", {}).get(key, {}).get(MOVED)
+
+
+def _block_keys(model: nn.Module, entries: Sequence[ResolvedSite]) -> dict[tuple, Hashable]:
+    """(stack, layer) -> what the block is made of: classes, shapes, and the parameters of its own as they are now."""
+    made: dict[str, Hashable] = {}
+    keys: dict[tuple, Hashable] = {}
+    for entry in entries:
+        path, place = entry.block_path, (entry.site.stack, entry.site.layer)
+        if path is None or entry.site.layer is None or place in keys:
+            continue
+        if path not in made:
+            made[path] = _made_of(model.get_submodule(path))
+        keys[place] = (entry.site.stack, made[path])
+    return keys
+
+
+def _made_of(block: nn.Module) -> Hashable:
+    parts = []
+    for name, module in block.named_modules():
+        shapes = tuple((n, tuple(p.shape)) for n, p in module._parameters.items() if p is not None)
+        flags = tuple(
+            (n, v)
+            for n, v in vars(module).items()
+            if isinstance(v, bool | str) and n != "training" and n[0] != "_"
+        )
+        parts.append((name, type(module), shapes, flags))
+    own = tuple(p._version for p in block.parameters(recurse=False) if not p.is_inference())
+    return (tuple(parts), own)
+
+
+# ------------------------------------------------------------------------------------------------ the tiny pass
+
+
+def _look(model: nn.Module, entries: Sequence[ResolvedSite], keys: Mapping[tuple, Hashable]) -> Facts:
     signature, modules = read_signature(model), list(model.modules())
     if not may_stop(modules) or any(p.is_meta for p in model.parameters()):
-        return
-    given = made_up_inputs(model, signature, 2, 5)
+        return {}
+    given = made_up_inputs(model, signature, _BATCH, _LENGTH)
     if given is None:
-        return
-    known = available_sites(model)
-    reads = [BlockReads(model, stack, known) for stack in sorted({stack for stack, _ in wanted}, key=str)]
-    forwards = {read.core: read.watched(read.core) for read in reads if read.core is not None}
+        return {}
+    return look(model, entries, keys, given, tokens="input_ids" in given)
+
+
+def look(
+    model: nn.Module,
+    entries: Sequence[ResolvedSite],
+    keys: Mapping[tuple, Hashable],
+    given: Mapping[str, Any],
+    *,
+    tokens: bool,
+) -> Facts:
+    """What a pass on ``given`` shows of each class of blocks; nothing where the model does not take these inputs."""
+    reads = _one_of_each(model, entries, keys)
+    stacks = [StackReads(model, stack, entries) for stack in dict.fromkeys(stack for stack, _ in reads)]
+    if not _run(model, given, [*reads.values(), *stacks]):
+        return {}
+    facts: Facts = {}
+    anything = any(read.ran for read in reads.values())
+    for (stack, _), read in reads.items():
+        key = keys[stack, next(iter(read.entries.values())).site.layer]
+        found: dict[str, Any] = {kind: _PASSED for kind in read.entries}
+        if anything and not read.ran and not any(r.ran for (s, _), r in reads.items() if s == stack):
+            pass  # another part of the model: its first call will tell
+        elif strange := (strange_stream(read, _BATCH) if tokens else None):
+            found |= dict.fromkeys(read.entries, strange)
+        found |= refusals(read)
+        facts[key] = found
+    for order in stacks:
+        reason, elements = order.judge()
+        for place, key in keys.items():
+            if place[0] == order.stack and key in facts:
+                if reason is not None:
+                    facts[key] |= dict.fromkeys([kind for kind in facts[key] if kind in STREAM_KINDS], reason)
+                if (element := elements.get(type(order.blocks[place[1]]))) is not None:
+                    facts[key]["element"] = element
+    if not anything:
+        reason = "none of its blocks was called in a pass of the model"
+        return {key: dict.fromkeys(kinds, reason) for key, kinds in facts.items()}
+    routers = [read for read in reads.values() if "router_choice" in read.values]
+    if routers:
+        with moved_logits(model, routers) as moved:
+            _run(model, given, [])
+        for read, moves in zip(routers, moved, strict=True):
+            entry = next(iter(read.entries.values()))
+            facts[keys[entry.site.stack, entry.site.layer]][MOVED] = moves
+    return facts
+
+
+def _one_of_each(
+    model: nn.Module, entries: Sequence[ResolvedSite], keys: Mapping[tuple, Hashable]
+) -> dict[tuple, BlockReads]:
+    layers: dict[tuple, dict[str, ResolvedSite]] = {}
+    for entry in entries:
+        place = (entry.site.stack, entry.site.layer)
+        if place in keys and entry.call == 0:
+            layers.setdefault(place, {})[entry.site.kind] = entry
+    reads: dict[tuple, BlockReads] = {}
+    for place, kinds in layers.items():
+        reads.setdefault((place[0], keys[place]), BlockReads(model, kinds))
+    return reads
+
+
+def _run(model: nn.Module, given: Mapping[str, Any], looks: Sequence[Any]) -> bool:
     home = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with eval_mode(modules), without_hooks(model), replaced_forwards(forwards), steady(home), torch.no_grad():
+    devices = [home] if home.type == "cuda" else []
+    with ExitStack() as stack:
+        for inside in (
+            eval_mode(list(model.modules())),
+            without_hooks(model),
+            visible_attention(model),
+            torch.random.fork_rng(devices=devices),
+            steady(home),
+            torch.no_grad(),
+        ):
+            stack.enter_context(inside)
         try:
-            for read in reads:
-                read.open()
+            for one in looks:
+                stack.callback(one.close)
+                one.open()
             model(**given)
         except Exception:  # wants other inputs: the user's own call will say what is wrong with them
+            return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ the first call
+
+
+class FirstCall:
+    """A look at the first call of the user's of one block, where no pass could be made for it."""
+
+    def __init__(
+        self, model: nn.Module, entries: Mapping[str, ResolvedSite], key: Hashable, asked: set[str]
+    ) -> None:
+        self.model, self.key, self.asked = model, key, asked
+        self.reads = BlockReads(model, entries)
+
+    def open(self) -> None:
+        """Install the hooks: beside the call, not inside of forwards."""
+        self.reads.open(inside=False)
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        self.reads.close()
+
+    def check_call(self) -> None:
+        """Raise if the call contradicts the structure, unless hooks of others (edits) may have changed what was read."""
+        self.close()
+        hooks = [
+            h
+            for m in self.reads.block.modules()
+            for kept in (m._forward_hooks, m._forward_pre_hooks)
+            for h in kept.values()
+        ]
+        if (
+            not self.reads.ran
+            or "residual_output" not in self.reads.values
+            or not all(map(only_reads, hooks))
+        ):
             return
-        finally:
-            for read in reads:
-                read.close()
-    for stack, kind in sorted(wanted, key=str):
-        next(read for read in reads if read.stack == stack).check(kind)
-    done |= wanted
+        inner = {kind for kind, entry in self.reads.entries.items() if entry.in_softmax or entry.in_router}
+        reasons = {kind: why for kind, why in refusals(self.reads).items() if kind not in inner}
+        wrong = {self.reads.entries[kind].site: why for kind, why in reasons.items() if kind in self.asked}
+        if wrong:
+            raise refusal(self.model, wrong)
+        facts: Facts = verified(self.model).setdefault("structure", {})
+        facts[self.key] = {kind: reasons.get(kind, _PASSED) for kind in self.reads.entries}
 
 
-def unverified(model: nn.Module, entries: Sequence[ResolvedSite]) -> list[BlockReads]:
-    """What ``check_structure`` could not check, for want of inputs, and a call of the user's can: readers for that call."""
-    kinds = ("head_output", "residual_mid")
-    wanted = {(e.site.stack, e.site.kind) for e in entries if e.site.kind in kinds} - verified(model).get(
-        "structure", set()
-    )
-    if not wanted:
-        return []
-    known = available_sites(model)
-    return [
-        BlockReads(model, stack, known, [kind for own, kind in sorted(wanted, key=str) if own == stack])
-        for stack in sorted({stack for stack, _ in wanted}, key=str)
-    ]
+def unverified(model: nn.Module, entries: Sequence[ResolvedSite]) -> list[FirstCall]:
+    """What no pass could check, for want of inputs, and a call of the user's can: a look at that call."""
+    known = find_sites(model)
+    keys = _block_keys(model, known)
+    facts: Facts = verified(model).get("structure", {})
+    layers: dict[tuple, dict[str, ResolvedSite]] = {}
+    for entry in known:
+        if entry.call == 0:
+            layers.setdefault((entry.site.stack, entry.site.layer), {})[entry.site.kind] = entry
+    looks: dict[Hashable, FirstCall] = {}
+    for entry in entries:
+        place = (entry.site.stack, entry.site.layer)
+        key = keys.get(place)
+        if key is None or key in facts or entry.call:
+            continue
+        if key not in looks:
+            looks[key] = FirstCall(model, layers[place], key, set())
+        looks[key].asked.add(entry.site.kind)
+    return list(looks.values())
 
 
 def followers(places: Places) -> Iterator[tuple[ResolvedSite, str, nn.Module]]:
@@ -102,153 +296,3 @@ def followers(places: Places) -> Iterator[tuple[ResolvedSite, str, nn.Module]]:
             related = path.startswith(leave + ".") or leave.startswith(path + ".") or path == leave
             if name and not related and not is_neutral(module):
                 yield entry, path, module
-
-
-def _in_doubt(model: nn.Module, entry: ResolvedSite) -> bool:
-    if entry.site.kind in ADDED_KINDS:  # a block's own parameters may scale what it adds
-        block = model.get_submodule(entry.block_path or "")
-        return any(True for _ in block.parameters(recurse=False))
-    fused = isinstance(entry.view, HeadSlice) and (entry.view.start, entry.view.stop) != (0, entry.view.width)
-    return fused or entry.site.kind in ("head_output", "residual_mid")
-
-
-class BlockReads(SiteHooks):
-    """What one pass shows in a block of a stack."""
-
-    def __init__(
-        self, model: nn.Module, stack: str | None, known: Sequence[ResolvedSite], kinds: Sequence[str] = ()
-    ) -> None:
-        self.model, self.stack, self.kinds = model, stack, kinds
-        layers: dict[int, dict[str, ResolvedSite]] = {}
-        for entry in known:
-            if entry.site.stack == stack and entry.site.layer is not None:
-                layers.setdefault(entry.site.layer, {})[entry.site.kind] = entry
-        # the first block that has most: some models leave a norm out of their first one
-        self.entries = max(layers.values(), key=lambda kinds: sum(kind in kinds for kind in CHECKED))
-        self.values: dict[str, Tensor] = {}
-        self.weighed: list[Tensor] = []
-        pattern = self.entries.get("attn_pattern")
-        self.core = None if pattern is None else model.get_submodule(pattern.module_path)
-        super().__init__(Places(model, [self.entries[kind] for kind in _SHOWN if kind in self.entries]))
-
-    def visit(self, place: Place, args: tuple, kwargs: dict, output: Any) -> None:
-        """Keep copies of what is read the first time."""
-        for entry in self.places.at[place]:
-            kind = entry.site.kind
-            value = None if kind in self.values else entry.read(args, kwargs, output)
-            if value is not None:
-                self.values[kind] = value.detach().clone()
-
-    def watched(self, core: nn.Module) -> Callable:
-        """The attention module's forward, noting the second factor of its matrix products."""
-        forward = core.forward
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with _Products(self.weighed):
-                return forward(*args, **kwargs)
-
-        return run
-
-    def check_call(self) -> None:
-        """``check`` after a call of the user's, unless hooks of others (edits) may have changed what was read."""
-        block = self.model.get_submodule(self.entries[self.kinds[0]].block_path or "")
-        hooks = [
-            h
-            for m in block.modules()
-            for kept in (m._forward_hooks, m._forward_pre_hooks)
-            for h in kept.values()
-        ]
-        if all(only_reads(hook) for hook in hooks):
-            for kind in self.kinds:
-                self.check(kind)
-                if {kind, "attn_output"} <= self.values.keys():
-                    verified(self.model).setdefault("structure", set()).add((self.stack, kind))
-
-    def check(self, kind: str) -> None:
-        """Raise if the numbers contradict the structure; silent where they cannot tell."""
-        entry, names = self.entries[kind], ("residual_input", "attn_output", "mlp_output", "residual_output")
-        before, attention, mlp, after = (self.values.get(name) for name in names)
-        read = self.values.get(kind)
-        if kind in ("q", "k", "v"):
-            self._check_values(kind)
-        elif kind == "head_output":
-            if read is None or attention is None or not isinstance(entry.view, HeadOutput) or entry.behind:
-                return
-            bias = getattr(entry.view.projection, "bias", None)
-            whole = read.sum(-2) + (0 if bias is None else bias * entry.scale)
-            self._compare(kind, whole, attention, "the heads' shares do not add up to attn_output", "'z'")
-        elif (
-            kind in ADDED_KINDS
-        ):  # in a block with parameters of its own (that does not normalise at its end)
-            middle = self.entries.get("residual_mid")
-            if middle is not None and not middle.bypass:
-                return
-            if before is not None and attention is not None and mlp is not None and after is not None:
-                whole = (
-                    before.reshape(after.shape) + attention.reshape(after.shape) + mlp.reshape(after.shape)
-                )
-                what = "the block scales it by a parameter of its own before it is added"
-                self._compare(
-                    kind, whole, after, what, f"'module_output:{entry.module_path}', scaled as the block does"
-                )
-        elif read is not None:
-            norm = self.entries.get("attn_norm")
-            remedy = "'module_input:<path>'"
-            if norm is not None:
-                remedy = f"'module_input:{norm.module_path}' where that norm stands behind the attention"
-            # with cross-attention on the way, the middle is told by what comes after
-            crossed = has_cross_attention(self.model.get_submodule(entry.block_path or ""))
-            if entry.bypass and crossed:
-                if mlp is not None and after is not None:
-                    what = "it and mlp_output do not add up to residual_output"
-                    whole = read.reshape(after.shape) + mlp.reshape(after.shape)
-                    self._compare(kind, whole, after, what, remedy)
-            elif before is not None and attention is not None:
-                what = "residual_input + attn_output is not what is read there"
-                self._compare(kind, before + attention, read, what, remedy)
-
-    def _check_values(self, kind: str) -> None:
-        values = self.values.get("v")
-        if values is None:
-            return
-        values = values.transpose(1, 2)  # (B, H, T, Dh)
-        fitting = [
-            t for t in self.weighed if t.shape[0] == values.shape[0] and t.shape[-2:] == values.shape[-2:]
-        ]
-        fitting = [t for t in fitting if t.ndim == 4 and t.shape[1] % values.shape[1] == 0]
-        same = any(
-            torch.equal(t, values.repeat_interleave(t.shape[1] // values.shape[1], 1)) for t in fitting
-        )
-        if fitting and not same:
-            path = self.entries["v"].module_path
-            raise RuntimeError(
-                f"{kind!r} expected the heads of the fused projection {path!r} side by side or head by head, but its values "
-                f"lie in it in another way. Remedy: sites='module_output:{path}' and split it as the model does, or 'z'."
-            )
-
-    def _compare(self, kind: str, found: Tensor, expected: Tensor, what: str, remedy: str) -> None:
-        if found.numel() == expected.numel():  # a part of the block may work on flattened tokens
-            found, expected = found.detach().reshape(-1), expected.reshape(-1)
-        error, size = float((found - expected).abs().max()), float(expected.abs().max())
-        if not error <= 0.02 * size:
-            raise RuntimeError(
-                f"{kind!r} of {type(self.model).__name__} is not where its structure says: {what} (difference {error:.2g}, "
-                f"size {size:.2g}). Remedy: {remedy}."
-            )
-
-
-class _Products(TorchFunctionMode):
-    """Notes the second factor of matrix products and the values of fused attention."""
-
-    def __init__(self, seen: list[Tensor]) -> None:
-        super().__init__()
-        self.seen = seen
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if func in _PRODUCTS and len(args) > 1:
-            self.seen.append(args[1].clone())
-        elif func is nn.functional.scaled_dot_product_attention and len(args) > 2:
-            self.seen.append(args[2].clone())
-        return func(*args, **(kwargs or {}))

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from tdgeom.model.structure.parts import has_weights, is_norm, join
+from tdgeom.model.structure.module_roles import ATTENTION, has_weights, is_norm, join
+
+# what a block of a transformer, or of a model like one, has inside
+_WORKS = re.compile(
+    r"attn|attention|mlp|ffn|feed_?forward|mixer|mamba|ssm|retention|moe|rwkv|linear_?(1|2)|fc_?(1|2)", re.I
+)
 
 
 @dataclass(frozen=True)
@@ -34,13 +40,18 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     """The repeated blocks of a model: its outermost lists of like modules, in the order of registration.
 
     Lists of composite modules come before lists of single layers, lists with under a twentieth of the
-    largest one's parameters (auxiliary heads) are left out, and experts are never blocks. An empty list means
-    that the model repeats nothing.
+    largest one's parameters (auxiliary heads) are left out, and experts are never blocks. Nor are lists side by side of
+    which one holds the attentions of all layers and another what comes after them: there the block is a loop of the model's,
+    and no module is one. An empty list means that the model repeats nothing.
     """
     composite: list[tuple[str, list[tuple[str, nn.Module]]]] = []
     plain: list[tuple[str, list[tuple[str, nn.Module]]]] = []
     _walk(model, "", composite, plain, set())
-    lists = composite or plain
+    lists = [entry for entry in composite if not _is_half(entry, composite)] if composite else plain
+    if not lists:
+        return []
+    working = [entry for entry in lists if any(_transforms(module) for _, module in entry[1])]
+    lists = working or lists  # beside blocks that attend or think, convolutions are a way in
     sizes = [sum(p.numel() for m in {m for _, m in blocks} for p in m.parameters()) for _, blocks in lists]
     kept = [entry for entry, size in zip(lists, sizes, strict=True) if size * 20 >= max(sizes)]
     names = _stack_names([path for path, _ in kept])
@@ -48,6 +59,37 @@ def find_stacks(model: nn.Module) -> list[Stack]:
         Stack(name, path, _layers(model, blocks, alone=len(kept) == 1))
         for name, (path, blocks) in zip(names, kept, strict=True)
     ]
+
+
+_Listed = tuple[str, list[tuple[str, nn.Module]]]
+
+
+def _is_half(entry: _Listed, lists: Sequence[_Listed]) -> bool:
+    """Whether a list holds a part of each layer, another part of which is in a list beside it."""
+    path, blocks = entry
+    beside = [
+        other
+        for other, modules in lists
+        if other != path
+        and other.rpartition(".")[0] == path.rpartition(".")[0]
+        and len(modules) == len(blocks)
+        and _attends(modules) != _attends(blocks)
+        and type(modules[0][1]) is not type(blocks[0][1])
+    ]
+    return bool(beside)
+
+
+def _attends(blocks: Sequence[tuple[str, nn.Module]]) -> bool:
+    module = blocks[0][1]
+    return any(
+        ATTENTION.search(name.rpartition(".")[2] + type(m).__name__) for name, m in module.named_modules()
+    )
+
+
+def _transforms(module: nn.Module) -> bool:
+    return any(
+        _WORKS.search(name.rpartition(".")[2] + " " + type(m).__name__) for name, m in module.named_modules()
+    )
 
 
 def _walk(module: nn.Module, path: str, composite: list, plain: list, seen: set[int]) -> bool:

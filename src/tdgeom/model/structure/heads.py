@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tdgeom.model.structure.views import HeadSlice, features
+from tdgeom.model.structure.linears import features, linears
+from tdgeom.model.structure.views import HeadSlice
 
 _QUERY = re.compile(r"(to_)?w?q(uery)?(_?(proj|lin|layer|w))?", re.I)
 _KEY = re.compile(r"(to_)?w?k(ey)?(_?(proj|lin|layer|w))?", re.I)
@@ -15,6 +16,11 @@ _VALUE = re.compile(r"(to_)?w?v(alue)?(_?(proj|lin|layer|w))?", re.I)
 _FUSED = re.compile(r"c_attn|query_key_value|(to_|attn_|w)?qkv(_proj)?|in_proj", re.I)
 # the one layout that is laid out head by head: all queries of a key/value head, its key, its value
 _BY_HEAD = re.compile(r"query_key_value", re.I)
+# what an attention ends in; other linear layers beside it are gates, relative positions, adapters
+_OUTPUT = re.compile(
+    r"(to_|attn_|attention_)?o(ut)?(put)?(_?(proj|projection|lin|linear|layer))?|wo|c_proj|dense|proj", re.I
+)
+_ASIDE = re.compile(r"gate|(^|[._])g_proj|pos|rel|bias|adapter|lora", re.I)
 _DIMS = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "d_kv", "dim_per_head")
 _COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads", "nhead", "heads")
 
@@ -34,11 +40,11 @@ def find_heads(attention: nn.Module, core: nn.Module) -> Heads | None:
     """The projections of ``attention``, whose forward that computes the pattern is ``core``; ``None`` if unknown.
 
     Query, key and value are layers of their own or one fused layer; the output projection is the last other linear
-    layer, and its input width is what all value heads give.
+    layer (of those called so, where there are some), and its input width is what all value heads give.
     """
     if isinstance(core, nn.MultiheadAttention):  # reads its weights without calling its layers
         return None
-    linear = [(path, module) for path, module in attention.named_modules() if path and is_linear(module)]
+    linear = list(linears(attention))
     named = {
         role: [(path, m) for path, m in linear if pattern.fullmatch(path.rpartition(".")[2])]
         for role, pattern in (("q", _QUERY), ("k", _KEY), ("v", _VALUE), ("qkv", _FUSED))
@@ -48,7 +54,8 @@ def find_heads(attention: nn.Module, core: nn.Module) -> Heads | None:
     separate = all(len(named[role]) == 1 for role in "qkv")
     if not rest or not (separate or len(named["qkv"]) == 1):
         return None
-    output, projection = rest[-1]
+    rest = [e for e in rest if _OUTPUT.fullmatch(e[0].rpartition(".")[2])] or rest
+    output, projection = ([e for e in rest if not _ASIDE.search(e[0])] or rest)[-1]
     count, dim = _count(core, features(projection)[0])
     if count is None:
         return None
@@ -59,6 +66,13 @@ def find_heads(attention: nn.Module, core: nn.Module) -> Heads | None:
     if slices is None or "v" not in slices:
         return None
     return Heads(output, count, slices["v"][1].heads, dim, slices)
+
+
+def head_count(core: nn.Module) -> int | None:
+    """How many query heads an attention module says that it has, or its configuration; ``None`` if neither does."""
+    config = getattr(core, "config", None)
+    counts = [getattr(o, n) for o in (core, config) for n in _COUNTS if isinstance(getattr(o, n, None), int)]
+    return next((count for count in counts if count > 0 and not isinstance(count, bool)), None)
 
 
 def _count(core: nn.Module, width: int) -> tuple[int | None, int]:
@@ -103,8 +117,3 @@ def _fused(path: str, module: nn.Module, count: int, dim: int) -> dict[str, tupl
         return {role: (path, HeadSlice(kv, group + 2, dim, a, b)) for role, (a, b) in ranges.items()}
     ranges = {"q": (0, count), "k": (count, count + kv), "v": (count + kv, total)}
     return {role: (path, HeadSlice(1, total, dim, a, b)) for role, (a, b) in ranges.items()}
-
-
-def is_linear(module: nn.Module) -> bool:
-    """A linear layer, or the transposed one of GPT-2."""
-    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))

@@ -10,7 +10,6 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.model.sites import (
     BLOCK_KINDS,
     KINDS,
@@ -29,23 +28,23 @@ from tdgeom.model.structure.resolved_site import ResolvedSite
 from tdgeom.model.structure.select_heads import HeadSpec, with_heads
 
 
-@answer_guesses
-def available_sites(model: nn.Module) -> list[ResolvedSite]:
-    """All sites of a model that have a kind of their own, in execution order, with their module paths.
+def find_sites(model: nn.Module) -> list[ResolvedSite]:
+    """All sites of a model that have a kind of their own, in execution order, as its structure has them.
 
-    Any other place is ``module_input:<path>`` or ``module_output:<path>``. The list is empty for a model in
-    which no repeated blocks are found.
+    Nothing is run: whether they hold is said by ``tdgeom.model.calls.checked_sites``. The list is empty for a model in which
+    no repeated blocks are found.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    >>> [(entry.site, entry.module_path) for entry in available_sites(model)][:2]
+    >>> [(entry.site, entry.module_path) for entry in find_sites(model)][:2]
     [('embed', '0'), ('residual_input.0', '0')]
     """
     return [entry for stack in find_stacks(model) for entry in _stack_sites(model, stack)]
 
 
-def resolve_sites(
+def select_sites(
     model: nn.Module,
     sites: str | re.Pattern | Iterable[str | re.Pattern],
+    found: Sequence[ResolvedSite] | None = None,
     *,
     layers: LayerSpec = "all",
     prefix: str = "",
@@ -53,7 +52,7 @@ def resolve_sites(
     classes: Sequence[type[nn.Module]] = (),
     skip_classes: Sequence[type[nn.Module]] = (),
 ) -> list[ResolvedSite]:
-    """The sites that ``sites`` and ``layers`` name in ``model``, each once, in execution order.
+    """The sites that ``sites`` and ``layers`` name among those ``found`` in ``model``, each once, in execution order.
 
     ``sites`` holds kinds, kinds of one stack (``"encoder.residual_input"``), concrete names (``"residual_output.-1"``), globs
     of module paths (``"module_output:h.*.mlp"``; ``*`` stays within one component, ``**`` takes any number of them;
@@ -68,7 +67,7 @@ def resolve_sites(
     if not wanted:
         raise ValueError(f"sites= names no site; kinds: {', '.join(KINDS)}.")
     stacks = find_stacks(model)
-    found = [entry for stack in stacks for entry in _stack_sites(model, stack)]
+    found = find_sites(model) if found is None else found
     chosen: list[ResolvedSite] = []
     applied = any(map(takes_layers, wanted))
     for name in wanted:
@@ -140,7 +139,7 @@ def _stack_sites(model: nn.Module, stack: Stack) -> list[ResolvedSite]:
 
 
 def _select(
-    model: nn.Module, stacks: list[Stack], found: list[ResolvedSite], site: Site, layers: LayerSpec
+    model: nn.Module, stacks: list[Stack], found: Sequence[ResolvedSite], site: Site, layers: LayerSpec
 ) -> list[ResolvedSite]:
     if not stacks:
         raise ValueError(
@@ -176,7 +175,9 @@ def _select(
     return chosen
 
 
-def _select_in(stack: Stack, found: list[ResolvedSite], site: Site, layers: LayerSpec) -> list[ResolvedSite]:
+def _select_in(
+    stack: Stack, found: Sequence[ResolvedSite], site: Site, layers: LayerSpec
+) -> list[ResolvedSite]:
     own = [entry for entry in found if entry.site.kind == site.kind and entry.site.stack == stack.name]
     if site.kind in STACK_KINDS:
         return own
@@ -296,9 +297,9 @@ def _match(parts: Sequence[str], patterns: Sequence[str]) -> bool:
 
 
 def _execution_order(
-    model: nn.Module, found: list[ResolvedSite]
+    model: nn.Module, found: Sequence[ResolvedSite]
 ) -> Callable[[ResolvedSite], tuple[float, float, float]]:
-    """A sort key: known sites as :func:`available_sites` lists them, other modules where they are registered."""
+    """A sort key: known sites as :func:`find_sites` lists them, other modules where they are registered."""
     rank = {entry.site: i for i, entry in enumerate(found)}
     start = {path: i for i, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
     end = dict(start)
@@ -339,4 +340,4 @@ def _some(paths: Iterable[str], most: int = 12) -> str:
     return ", ".join(listed[:most]) + (f", ... ({len(listed)} in all)" if len(listed) > most else "")
 
 
-__all__ = ["available_sites", "match_path", "resolve_sites"]
+__all__ = ["find_sites", "match_path", "select_sites"]

@@ -13,17 +13,20 @@ from tdgeom.model.structure.views import HeadOutput, View, take_heads
 
 # Which of the two outputs in a block the residual stream receives: what else transforms them is worth an
 # error.
-ADDED_KINDS = ("attn_output", "mlp_output")
+ADDED_KINDS = ("attn_output", "cross_attn_output", "mlp_output")
+# what lies inside a module's forward: of an attention, and of a router
+ATTENTION_SIDES = ("queries", "keys", "scores", "pattern")
+ROUTER_SIDES = ("logits", "choice")
 
 
 @dataclass(frozen=True, repr=False)
 class ResolvedSite:
     """A site of one model: the module, the side of it, and which of the module's calls in a pass is meant.
 
-    ``side`` is ``"input"`` or ``"output"``, or ``"scores"`` or ``"pattern"`` for the softmax inside an attention
-    module; ``block_path`` is the path of the block that holds the site (``None`` outside of blocks). ``view`` says how
-    heads lie in the module's tensor, ``heads`` which of them are read. What is read is multiplied by ``scale`` (a
-    residual multiplier); ``bypass`` says that the stream also goes around the module. ``element`` is the way to the tensor
+    ``side`` is ``"input"`` or ``"output"``, or one of ``ATTENTION_SIDES`` and ``ROUTER_SIDES`` inside a module's forward;
+    ``block_path`` is the path of the block that holds the site (``None`` outside of blocks). ``view`` says how heads lie in
+    the module's tensor, ``heads`` which of them are read. What is read is multiplied by ``scale`` (a residual multiplier);
+    ``bypass`` says that the stream also goes around the module. ``element`` is the way to the tensor
     where the module receives or gives a container; ``None`` is its first one.
     ``write`` divides by the scale, so that ``write(read(x))`` changes nothing.
     """
@@ -51,8 +54,13 @@ class ResolvedSite:
 
     @property
     def in_softmax(self) -> bool:
-        """Whether the site lies inside an attention module's forward, before or after its softmax."""
-        return self.side in ("scores", "pattern")
+        """Whether the site lies inside an attention module's forward, around its softmax."""
+        return self.side in ATTENTION_SIDES
+
+    @property
+    def in_router(self) -> bool:
+        """Whether the site lies inside the forward of a router, or of what holds it."""
+        return self.side in ROUTER_SIDES
 
     @property
     def head_count(self) -> int:
@@ -62,13 +70,13 @@ class ResolvedSite:
     @property
     def head_axis(self) -> int | None:
         """The axis of heads in what ``read`` gives; ``None`` where there is none."""
-        if self.view is None:
+        if self.view is None or not self.view.heads:
             return None
         return 1 if self.site.kind in PATTERN_KINDS else -2
 
     def raw(self, args: tuple, kwargs: dict, output: object = None) -> Tensor | None:
         """The module's own tensor that holds the site, before scale and heads."""
-        if self.in_softmax:
+        if self.in_softmax or self.in_router:
             return output if isinstance(output, Tensor) else None
         reader = readers.read_input if self.side == "input" else readers.read_output
         return reader(args, kwargs, output, self.element)
@@ -98,7 +106,7 @@ class ResolvedSite:
                 index = torch.tensor(self.heads, device=value.device)
                 value = whole.index_copy(self.head_axis or 0, index, value)
             value = self.view.write(raw, value)
-        if self.in_softmax:
+        if self.in_softmax or self.in_router:
             return value
         writer = readers.write_input if self.side == "input" else readers.write_output
         return writer(args, kwargs, output, value, self.element)

@@ -56,7 +56,7 @@ def with_heads(entries: list[ResolvedSite], heads: HeadSpec) -> list[ResolvedSit
     says nothing of a layer that is read.
     """
     chosen = listed_heads(heads)
-    own = [entry for entry in entries if entry.view is not None]
+    own = [entry for entry in entries if entry.head_count]
     if chosen is None:
         return entries
     if not any(entry.site.kind in HEAD_KINDS for entry in own):

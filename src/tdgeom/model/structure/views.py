@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tdgeom.core.surroundings import steady
+from tdgeom.model.structure.linears import bias_of, shares
 from tdgeom.model.structure.readers import read_input
 
 
@@ -86,23 +86,21 @@ class HeadOutput(View):
         if z is None:
             raise ValueError(f"{type(self.projection).__name__} expected a tensor, was called with {args}.")
         with steady(value.device):
-            weight = weight_of(self.projection).unflatten(-1, (self.heads, -1))  # (out, heads, in)
-            shares = torch.einsum(
-                "...hd,ohd->...ho", z.unflatten(-1, (self.heads, -1)).to(weight.dtype), weight
-            )
+            parts = shares(self.projection, z, self.heads)
             if self.behind is not None:
-                shares = _normed(self.behind, value, shares) if self.is_norm else self.behind.forward(shares)
-        return shares.to(value.dtype)
+                parts = _normed(self.behind, value, parts) if self.is_norm else self.behind.forward(parts)
+        return parts.to(value.dtype)
 
     def write(self, value: Tensor, new: Tensor) -> Tensor:
         """The projection's output with the shares replaced; what is not a share (the bias) stays.
 
         Where a norm or scale follows, the numbers stay: who edits adds the change of the sum behind it.
         """
-        bias = getattr(self.projection, "bias", None)
         if self.behind is not None:
             total = value.view_as(value)
         else:
+            with steady(value.device):
+                bias = bias_of(self.projection, new)
             total = new.sum(-2) if bias is None else (new.sum(-2) + bias).to(new.dtype)
         vars(total)["_head_output"] = new  # a later reader of the same call sees the edited shares
         return total
@@ -137,24 +135,57 @@ class Pattern(View):
         return new
 
 
+@dataclass(frozen=True)
+class HeadsSecond(View):
+    """Heads in front of positions, (B, H, T, Dh) <-> (B, T, H, Dh)."""
+
+    heads: int
+
+    def read(self, value: Tensor, args: tuple = (), kwargs: dict | None = None) -> Tensor:
+        """(B, T, H, Dh)."""
+        return value.transpose(1, 2)
+
+    def write(self, value: Tensor, new: Tensor) -> Tensor:
+        """(B, H, T, Dh)."""
+        return new.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Experts(View):
+    """Something of ``experts`` experts: the tensor itself. It has no heads."""
+
+    experts: int
+    heads: int = 0
+
+    def read(self, value: Tensor, args: tuple = (), kwargs: dict | None = None) -> Tensor:
+        """The tensor."""
+        return value
+
+    def write(self, value: Tensor, new: Tensor) -> Tensor:
+        """The new tensor."""
+        return new
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module path, the side of the module, and what its tensor is multiplied by before it is used.
+
+    ``side`` is ``"input"``, ``"output"``, or what lies inside the module's forward: ``"queries"``, ``"keys"``, ``"scores"``
+    and ``"pattern"`` of an attention, ``"logits"`` and ``"choice"`` of a router. ``groups`` is the number of query heads that
+    share a head. ``bypass`` says that the residual stream also goes around the module, so that who edits here has to edit
+    the block's output too.
+    """
+
+    path: str
+    side: str
+    scale: float = 1.0
+    view: View | None = None
+    groups: int = 1
+    bypass: bool = False
+
+
 def take_heads(value: Tensor, heads: Sequence[int] | None, axis: int) -> Tensor:
     """The heads asked for, along ``axis``; ``None`` means all."""
     if heads is None:
         return value
     return value.index_select(axis, torch.tensor(heads, device=value.device))
-
-
-def weight_of(projection: nn.Module) -> Tensor:
-    """A linear layer's weight as (out, in); ``Conv1D`` stores it the other way around."""
-    weight: Any = projection.weight
-    return weight.T if hasattr(projection, "nf") else weight
-
-
-def features(projection: nn.Module) -> tuple[int, int]:
-    """Input and output width of a linear layer.
-
-    >>> features(nn.Linear(3, 5))
-    (3, 5)
-    """
-    out, into = weight_of(projection).shape
-    return into, out

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from tdgeom.model.calls.attention_kernel import eager_attention
 from tdgeom.model.calls.bound_model import eval_mode
+from tdgeom.model.calls.checked_sites import available_sites
 from tdgeom.model.capture import Capture
 from tdgeom.model.sites import PATTERN_KINDS, Site
-from tdgeom.model.structure.resolve import available_sites
 from tdgeom.model.structure.resolved_site import ResolvedSite
 from tdgeom.model.verification.plain_hooks import Run, floats, recorded
 

@@ -10,9 +10,9 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import nn
 
+from tdgeom.model.calls.checked_sites import available_sites, resolve_sites
 from tdgeom.model.calls.model_inputs import InKeys
 from tdgeom.model.sites import LayerSpec, select_layers
-from tdgeom.model.structure.resolve import available_sites, resolve_sites
 from tdgeom.model.structure.resolved_site import ResolvedSite
 from tdgeom.model.verification.edit_checks import edit_checks
 from tdgeom.model.verification.plain_hooks import no_hooks_left

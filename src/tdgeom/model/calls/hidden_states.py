@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from tdgeom.core.guessed_names import answer_guesses
-from tdgeom.model.structure.resolve import available_sites
+from tdgeom.model.calls.checked_sites import available_sites
 
 __all__ = ["hidden_state_sites"]
 

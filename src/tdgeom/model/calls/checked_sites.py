@@ -1,0 +1,87 @@
+"""The sites of a model that hold: found from its structure, and checked against what it computes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from tdgeom.core.guessed_names import answer_guesses
+from tdgeom.model.calls.structure_check import SiteRefused, checked, moves_choice, refusal
+from tdgeom.model.sites import Site
+from tdgeom.model.structure.resolve import find_sites, select_sites
+from tdgeom.model.structure.resolved_site import ResolvedSite
+
+__all__ = ["available_sites", "refuse_edits", "resolve_sites"]
+
+
+@answer_guesses
+def available_sites(model: nn.Module) -> list[ResolvedSite]:
+    """All sites of a model that have a kind of their own, in execution order, with their module paths.
+
+    Checked by a tiny pass of the model, once, where its inputs can be made up: a kind that is not what its name says in
+    some layer is left out there (asking for it says why). Any other place is ``module_input:<path>`` or
+    ``module_output:<path>``. What can be read only (``router_choice``) is not among them. The list is empty for a model in
+    which no repeated blocks are found.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    >>> [(entry.site, entry.module_path) for entry in available_sites(model)][:2]
+    [('embed', '0'), ('residual_input.0', '0')]
+    """
+    return [entry for entry in checked(model, find_sites(model))[0] if entry.side != "choice"]
+
+
+def resolve_sites(
+    model: nn.Module, sites: str | re.Pattern | Iterable[str | re.Pattern], **choice: Any
+) -> list[ResolvedSite]:
+    """The sites that ``sites`` names, as :func:`tdgeom.model.structure.resolve.select_sites`, of those that hold.
+
+    Raises ``RuntimeError`` with the reason for a layer, or for a kind at all layers, that does not hold.
+    """
+    wanted = [sites] if isinstance(sites, str | re.Pattern) else list(sites)
+    found = find_sites(model)
+    if not found or not any(isinstance(name, str) and ":" not in name for name in wanted):
+        return select_sites(model, wanted, found, **choice)
+    held, refused = checked(model, found)
+    asked = select_sites(model, wanted, found, **choice)
+    prefix = choice.get("prefix", "")
+    wrong = {
+        entry.site: refused[plain] for entry in asked if (plain := entry.site.with_prefix("")) in refused
+    }
+    if not wrong:
+        return select_sites(model, wanted, held, **choice)
+    held, refused = checked(model, found, again=True)  # weights may have changed since
+    wrong = {site: refused[plain] for site in wrong if (plain := site.with_prefix("")) in refused}
+    left = {(entry.site.stack, entry.site.kind) for entry in held}
+    given = choice.get("layers", "all")
+    for site in wrong:
+        everywhere = isinstance(given, str) and given.strip() == "all" and not _names(wanted, site, prefix)
+        if not everywhere or (site.stack, site.kind) not in left:
+            raise refusal(
+                model, {s: r for s, r in wrong.items() if (s.stack, s.kind) == (site.stack, site.kind)}
+            )
+    return [entry for entry in select_sites(model, wanted, held, **choice)]
+
+
+def refuse_edits(model: nn.Module, entries: Iterable[ResolvedSite]) -> None:
+    """Raise for places where an edit would change nothing but what is read."""
+    for entry in entries:
+        if entry.side == "choice":
+            raise ValueError(
+                f"{entry.site!r} is what a router has chosen, read when that is over. Remedy: edit 'router_logits', which come "
+                "before it."
+            )
+        if entry.site.kind == "router_logits" and not moves_choice(model, entry):
+            raise SiteRefused(
+                f"an edit of {entry.site!r} of {type(model).__name__} cannot be shown to change which experts are chosen: the "
+                f"router {entry.module_path!r} did not choose an expert whose logit was raised, or does not tell. Remedy: "
+                f"'module_output:{entry.module_path}', knowing what the model does with it."
+            )
+
+
+def _names(wanted: Iterable[str | re.Pattern], site: Site, prefix: str) -> bool:
+    """Whether a concrete name asks for this kind."""
+    named = [Site(name.removeprefix(prefix)) for name in wanted if isinstance(name, str)]
+    return any(n.kind == site.kind and n.stack in (None, site.stack) and n.layer is not None for n in named)
