@@ -166,8 +166,8 @@ class _Softmax(TorchFunctionMode):
         if not (queries.ndim == turned.ndim == 4 or split):
             return queries, turned
         self.multiplied = True
-        new = queries.unflatten(0, (-1, self.heads)) if split else queries  # type: ignore[arg-type]
-        keys = (turned.unflatten(0, (-1, self.heads)) if split else turned).transpose(-1, -2)  # type: ignore[arg-type]
+        new = queries.unflatten(0, (-1, self.heads)) if split else queries
+        keys = (turned.unflatten(0, (-1, self.heads)) if split else turned).transpose(-1, -2)
         for watcher in list(self.watchers):
             new, keys = watcher("queries", new), watcher("keys", keys)
         # also where nothing was changed: what was seen is what the scores, and their gradients, come from

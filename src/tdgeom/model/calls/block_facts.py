@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tdgeom.model.calls.block_reads import BlockReads
+from tdgeom.model.sites import PATTERN_KINDS
 from tdgeom.model.structure.linears import bias_of
 from tdgeom.model.structure.module_roles import has_cross_attention
 from tdgeom.model.structure.resolved_site import ADDED_KINDS, ResolvedSite
@@ -22,8 +23,8 @@ _HEADS = {"z", "head_output", "q", "k", "v"}
 
 
 def refusals(reads: BlockReads) -> dict[str, str]:
-    """Kind -> why it is not offered in this block; empty for a block that did not run."""
-    if not reads.ran:
+    """Kind -> why it is not offered in this block; empty for a block that did not run, or saw nothing but zeros."""
+    if not reads.ran or not bool(reads.values["residual_input"].any()):
         return {}
     found = {}
     for kind, entry in reads.entries.items():
@@ -69,6 +70,8 @@ def _layout(reads: BlockReads, kind: str) -> str | None:
         return None
     if kind.startswith("residual") or value.shape[0] in (stream.shape[0], stream.shape[0] * stream.shape[1]):
         return None
+    if kind in PATTERN_KINDS and value.shape[0] == stream.shape[1]:  # batch first, whatever the stream is
+        return None
     return f"it lies as {tuple(value.shape)} in a block whose stream is {tuple(stream.shape)}"
 
 
@@ -93,6 +96,13 @@ def same(found: Tensor, expected: Tensor, part: Tensor | None = None) -> bool:
     rounding = 8 * torch.finfo(expected.dtype).eps if expected.is_floating_point() else 0.0
     error = float((found - target).abs().max()) if target.numel() else 0.0
     return error <= 0.02 * own + rounding * size
+
+
+def _sums(before: Tensor, added: Tensor, after: Tensor) -> bool:
+    """Whether ``before + added`` is ``after``, whatever their leading axes."""
+    if not before.numel() == added.numel() == after.numel():
+        return False
+    return same(before.reshape(-1) + added.reshape(-1), after, added)
 
 
 def _streams(reads: BlockReads) -> list[Tensor]:
@@ -125,7 +135,8 @@ def _added(reads: BlockReads, cross: str, entry: ResolvedSite) -> str | None:
     for whole, (before, after) in product(sums, product(streams, streams)):
         if before is not after and same(before + whole, after, own):
             return None
-    if any(True for _ in reads.block.parameters(recurse=False)):
+    block = reads.block
+    if any(True for _ in (*block.parameters(recurse=False), *block.buffers(recurse=False))):
         return (
             "the block scales it by a parameter of its own before it is added. Remedy: "
             f"'module_output:{entry.module_path}', scaled as the block does"
@@ -147,17 +158,14 @@ def _middle(reads: BlockReads, cross: str, entry: ResolvedSite) -> str | None:
     if norm is not None:
         remedy = f"'module_input:{norm.module_path}' where that norm stands behind the attention"
     if entry.bypass and has_cross_attention(reads.block):
-        if mlp is None or after is None or same(read.reshape(-1) + mlp.reshape(-1), after, mlp):
+        if mlp is None or after is None or _sums(read, mlp, after):
             return None
         return f"it and mlp_output do not add up to residual_output. Remedy: {remedy}"
     if (
         before is None
         or attention is None
-        or same(before.reshape(-1) + attention.reshape(-1), read, attention)
+        or any(_sums(stream, attention, read) for stream in _streams(reads))
     ):
-        return None
-    flat = attention.reshape(-1)
-    if any(same(stream + flat, read, flat) for stream in _streams(reads) if stream.numel() == flat.numel()):
         return None
     return f"residual_input + attn_output is not what is read there. Remedy: {remedy}"
 
@@ -331,14 +339,25 @@ def _turned(reads: BlockReads, cross: str, entry: ResolvedSite) -> str | None:
     raw = torch.einsum("bqhd,bkhd->bhqk", queries.double(), keys.double())
     if raw.shape[:3] != scores.shape[:3] or raw.shape[-1] > scores.shape[-1]:
         return f"its product is {tuple(raw.shape)}, the scores are {tuple(scores.shape)}"
-    seen = scores[..., : raw.shape[-1]].double()
-    open_ = seen > torch.finfo(scores.dtype).min / 4
+    seen, pattern = scores[..., : raw.shape[-1]].double(), reads.values.get(f"{cross}attn_pattern")
+    if pattern is None:
+        return f"no softmax over keys was seen in {entry.module_path!r}"
+    open_ = pattern[..., : raw.shape[-1]] > 0
     if _correlation(raw[open_], seen[open_]) > 0.99:
+        return None
+    rows = [
+        (value - _row_means(value, open_))[open_] for value in (raw, seen)
+    ]  # a softmax leaves a row's level free
+    if _correlation(*rows) > 0.99:
         return None
     both = open_[0] & open_[-1]  # what depends on positions alone falls out between two texts
     if _correlation((raw[0] - raw[-1])[both], (seen[0] - seen[-1])[both]) > 0.99:
         return None
     return "the scores are not its scaled product with a bias of positions"
+
+
+def _row_means(value: Tensor, open_: Tensor) -> Tensor:
+    return value.masked_fill(~open_, 0).sum(-1, keepdim=True) / open_.sum(-1, keepdim=True).clamp(min=1)
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:

@@ -26,7 +26,7 @@ class BlockReads:
     """Hooks on one block, and what they saw the first time that it ran.
 
     Attributes:
-        values: kind -> its tensor.
+        values: kind -> its tensor; unread: kind -> why it could not be read.
         takes, gives: path -> the tensor that a module received, and gave.
         products: core's path -> the matrix products in that attention's forward.
     """
@@ -36,10 +36,10 @@ class BlockReads:
         self.path = next(e.block_path for e in entries.values() if e.block_path is not None)
         self.block = model.get_submodule(self.path)
         self.values: dict[str, Tensor] = {}
+        self.unread: dict[str, str] = {}
         self.takes: dict[str, Tensor] = {}
         self.gives: dict[str, Tensor] = {}
         self.products: dict[str, list[Product]] = {}
-        self.added: float = 0.0  # what is put on one expert's logits, to see whether it is chosen then
         self.undo = ExitStack()
 
     @property
@@ -86,7 +86,11 @@ class BlockReads:
 
     def _keep(self, entries: list[ResolvedSite], args: tuple, kwargs: dict, output: Any) -> None:
         for entry in entries:
-            value = _quietly(entry.read, args, kwargs, output)
+            try:
+                value = entry.read(args, kwargs, output)
+            except Exception as error:
+                self.unread[entry.site.kind] = str(error)
+                continue
             if value is not None:
                 self.values[entry.site.kind] = value.detach().clone()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tdgeom.model.calls.repeated_calls import CallsSpec, fired_too_often, is_meant
 from tdgeom.model.calls.site_hooks import Place, Places, SiteHooks, Step, runs_again
-from tdgeom.model.calls.structure_check import BlockReads, followers, unverified
+from tdgeom.model.calls.structure_check import FirstCall, followers, unverified
 from tdgeom.model.sites import Site
 from tdgeom.model.structure.readers import read_input, write_input
 from tdgeom.model.structure.resolved_site import ADDED_KINDS, ResolvedSite
@@ -91,7 +91,7 @@ class Reading(SiteHooks):
         self.backward, self.callback, self.disabled = backward, callback, False
         self.which, self.record, self.secure = calls, record, secure
         self.early: Pass | None = None
-        self.doubts: list[BlockReads] = []
+        self.doubts: list[FirstCall] = []
         self.calls: list[TensorDictBase] = []  # what a context has recorded so far
         self.called = False  # whether anything was called that is listened to
 

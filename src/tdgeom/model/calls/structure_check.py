@@ -7,7 +7,7 @@ kept with the model, by what the block is made of: a model that is changed (an a
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -33,8 +33,9 @@ from tdgeom.model.structure.resolved_site import ADDED_KINDS, ResolvedSite
 
 _BATCH, _LENGTH = 2, 5
 _PASSED = ""  # what is kept of a kind that is what it should be
+Key = tuple[Any, ...]
 Facts = dict[
-    Hashable, dict[str, Any]
+    Key, dict[str, Any]
 ]  # what a block is made of -> kind -> why it is refused, or "" where it holds
 
 
@@ -55,10 +56,11 @@ def checked(
     held: list[ResolvedSite] = []
     refused: dict[Site, str] = {}
     for entry in entries:
-        found = facts.get(keys.get((entry.site.stack, entry.site.layer)), {})
+        key = keys.get((entry.site.stack, entry.site.layer))
+        found = {} if key is None else facts.get(key, {})
         reason = found.get(entry.site.kind)
         if _is_reason(reason):
-            refused[entry.site] = reason
+            refused[entry.site] = str(reason)
         elif entry.site.kind == "residual_output" and "element" in found:
             held.append(replace(entry, element=found["element"]))
         else:
@@ -94,10 +96,10 @@ def moves_choice(model: nn.Module, entry: ResolvedSite) -> bool | None:
     return verified(model).get("structure", {}).get(key, {}).get(MOVED)
 
 
-def _block_keys(model: nn.Module, entries: Sequence[ResolvedSite]) -> dict[tuple, Hashable]:
+def _block_keys(model: nn.Module, entries: Sequence[ResolvedSite]) -> dict[tuple, Key]:
     """(stack, layer) -> what the block is made of: classes, shapes, and the parameters of its own as they are now."""
-    made: dict[str, Hashable] = {}
-    keys: dict[tuple, Hashable] = {}
+    made: dict[str, Key] = {}
+    keys: dict[tuple, Key] = {}
     for entry in entries:
         path, place = entry.block_path, (entry.site.stack, entry.site.layer)
         if path is None or entry.site.layer is None or place in keys:
@@ -108,38 +110,56 @@ def _block_keys(model: nn.Module, entries: Sequence[ResolvedSite]) -> dict[tuple
     return keys
 
 
-def _made_of(block: nn.Module) -> Hashable:
+def _made_of(block: nn.Module) -> Key:
     parts = []
     for name, module in block.named_modules():
         shapes = tuple((n, tuple(p.shape)) for n, p in module._parameters.items() if p is not None)
         flags = tuple(
             (n, v)
             for n, v in vars(module).items()
-            if isinstance(v, bool | str) and n != "training" and n[0] != "_"
+            if isinstance(v, bool | str | float) and n != "training" and n[0] != "_"
         )
         parts.append((name, type(module), shapes, flags))
-    own = tuple(p._version for p in block.parameters(recurse=False) if not p.is_inference())
+    scales = (*block.parameters(recurse=False), *block.buffers(recurse=False))  # what it may scale by
+    own = tuple(tensor._version for tensor in scales if not tensor.is_inference())
     return (tuple(parts), own)
 
 
 # ------------------------------------------------------------------------------------------------ the tiny pass
 
 
-def _look(model: nn.Module, entries: Sequence[ResolvedSite], keys: Mapping[tuple, Hashable]) -> Facts:
+def _look(model: nn.Module, entries: Sequence[ResolvedSite], keys: Mapping[tuple, Key]) -> Facts:
     signature, modules = read_signature(model), list(model.modules())
     if not may_stop(modules) or any(p.is_meta for p in model.parameters()):
         return {}
     given = made_up_inputs(model, signature, _BATCH, _LENGTH)
     if given is None:
         return {}
-    return look(model, entries, keys, given, tokens="input_ids" in given)
+    tokens = "input_ids" in given
+    return look(model, entries, keys, _with_different_tokens(model, given), _BATCH, tokens=tokens) or (
+        look(model, entries, keys, given, _BATCH, tokens=tokens) if tokens else {}
+    )
+
+
+def _with_different_tokens(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The same inputs with tokens that differ, of those that the model has embeddings for."""
+    ids = given.get("input_ids")
+    try:
+        rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return dict(given)
+    if not isinstance(ids, torch.Tensor) or not isinstance(rows, int):
+        return dict(given)
+    different = (3 + torch.arange(ids.numel(), device=ids.device)).reshape(ids.shape) % rows
+    return {**given, **{name: different for name in ("input_ids", "decoder_input_ids") if name in given}}
 
 
 def look(
     model: nn.Module,
     entries: Sequence[ResolvedSite],
-    keys: Mapping[tuple, Hashable],
+    keys: Mapping[tuple, Key],
     given: Mapping[str, Any],
+    batch: int,
     *,
     tokens: bool,
 ) -> Facts:
@@ -155,15 +175,17 @@ def look(
         found: dict[str, Any] = {kind: _PASSED for kind in read.entries}
         if anything and not read.ran and not any(r.ran for (s, _), r in reads.items() if s == stack):
             pass  # another part of the model: its first call will tell
-        elif strange := (strange_stream(read, _BATCH) if tokens else None):
-            found |= dict.fromkeys(read.entries, strange)
-        found |= refusals(read)
+        elif strange := (strange_stream(read, batch) if tokens else None):
+            found |= dict.fromkeys([kind for kind in read.entries if kind in STREAM_KINDS], strange)
+        found |= {kind: reason for kind, reason in refusals(read).items() if not found[kind]}
         facts[key] = found
     for order in stacks:
         reason, elements = order.judge()
         for place, key in keys.items():
             if place[0] == order.stack and key in facts:
-                if reason is not None:
+                if reason is not None and not any(
+                    _adds(kinds) for k, kinds in facts.items() if k[0] == order.stack
+                ):
                     facts[key] |= dict.fromkeys([kind for kind in facts[key] if kind in STREAM_KINDS], reason)
                 if (element := elements.get(type(order.blocks[place[1]]))) is not None:
                     facts[key]["element"] = element
@@ -180,8 +202,13 @@ def look(
     return facts
 
 
+def _adds(kinds: Mapping[str, Any]) -> bool:
+    """Whether a block was seen to add to the stream: then it has one, whatever the model does between blocks."""
+    return any(kinds.get(kind) == _PASSED for kind in ADDED_KINDS)
+
+
 def _one_of_each(
-    model: nn.Module, entries: Sequence[ResolvedSite], keys: Mapping[tuple, Hashable]
+    model: nn.Module, entries: Sequence[ResolvedSite], keys: Mapping[tuple, Key]
 ) -> dict[tuple, BlockReads]:
     layers: dict[tuple, dict[str, ResolvedSite]] = {}
     for entry in entries:
@@ -224,7 +251,7 @@ class FirstCall:
     """A look at the first call of the user's of one block, where no pass could be made for it."""
 
     def __init__(
-        self, model: nn.Module, entries: Mapping[str, ResolvedSite], key: Hashable, asked: set[str]
+        self, model: nn.Module, entries: Mapping[str, ResolvedSite], key: Key, asked: set[str]
     ) -> None:
         self.model, self.key, self.asked = model, key, asked
         self.reads = BlockReads(model, entries)
@@ -270,7 +297,7 @@ def unverified(model: nn.Module, entries: Sequence[ResolvedSite]) -> list[FirstC
     for entry in known:
         if entry.call == 0:
             layers.setdefault((entry.site.stack, entry.site.layer), {})[entry.site.kind] = entry
-    looks: dict[Hashable, FirstCall] = {}
+    looks: dict[Key, FirstCall] = {}
     for entry in entries:
         place = (entry.site.stack, entry.site.layer)
         key = keys.get(place)

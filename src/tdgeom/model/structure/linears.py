@@ -70,7 +70,7 @@ def shares(module: nn.Module, value: Tensor, parts: int) -> Tensor:
     if weight is not None:
         return torch.einsum("...hd,ohd->...ho", split.to(weight.dtype), weight.unflatten(-1, (parts, -1)))
     alone = torch.eye(parts, dtype=value.dtype, device=value.device).unsqueeze(-1) * split.unsqueeze(-2)
-    return module.forward(alone.flatten(-2)) - bias_of(module, value)  # type: ignore[operator]
+    return _called(module, alone.flatten(-2)) - bias_of(module, value)  # type: ignore[operator]
 
 
 def bias_of(module: nn.Module, like: Tensor) -> Tensor | None:
@@ -79,13 +79,22 @@ def bias_of(module: nn.Module, like: Tensor) -> Tensor | None:
         bias: Any = getattr(module, "bias", None)
         return bias
     with torch.no_grad():
-        return module.forward(like.new_zeros(1, features(module)[0])).reshape(-1)
+        return _called(module, like.new_zeros(1, features(module)[0])).reshape(-1)
+
+
+def _called(module: nn.Module, value: Tensor) -> Tensor:
+    found = module.forward(value)
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"{type(module).__name__} gives {type(found).__name__}, no tensor: its shares by head cannot be told."
+        )
+    return found
 
 
 def _widths(module: nn.Module) -> tuple[int, int] | None:
     if _is_transposed(module):
-        into, out = module.weight.shape  # type: ignore[union-attr,operator,misc]
-        return int(into), int(out)
+        weight: Any = module.weight
+        return int(weight.shape[0]), int(weight.shape[1])
     widths = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if all(isinstance(width, int) and width > 0 for width in widths):
         return widths  # type: ignore[return-value]

@@ -12,21 +12,26 @@ from tdgeom.model.structure.linears import is_linear, linears
 NORM = re.compile(r"norm|(^|_)ln(_|\d|$)", re.I)
 ATTENTION = re.compile(r"attn|attention", re.I)
 CROSS = re.compile(r"cross|encdec|encoder_?attn|encoder_?attention", re.I)
+_PART = re.compile(r"(output|intermediate|attention|mlp|layer|block|embeddings|encoder|decoder|model)$", re.I)
 MLP = re.compile(r"mlp|ffn|feed_?forward|(^|_)ffw?(_|$)|moe|layerff|denserelu|denseact|densegated", re.I)
 
 
 def is_norm(name: str, module: nn.Module) -> bool:
     """A normalisation, by its class or, where the class does not say, by its attribute's name."""
-    if NORM.search(type(module).__name__):
-        # a block may be named after its norms; a norm that depends on something else has one layer for that
-        return sum(1 for _ in linears(module)) < 2
+    kind = type(module).__name__
+    if NORM.search(kind):
+        # a block and its parts may be named after its norms; a norm that depends on something else has one layer for that
+        inner = sum(1 for _ in linears(module))
+        return inner == 0 or (inner == 1 and not _PART.search(kind))
     return bool(NORM.search(name)) and not any(True for _ in module.children()) and has_weights(module)
 
 
 def is_attention(path: str, module: nn.Module) -> bool:
     """An attention over the block's own sequence."""
     name = path.rpartition(".")[2]
-    return attends(path, module) and not CROSS.search(name) and not CROSS.search(type(module).__name__)
+    if not attends(path, module) or CROSS.search(name):
+        return False
+    return "self" in name.lower() or not CROSS.search(type(module).__name__)
 
 
 def is_cross_attention(path: str, module: nn.Module) -> bool:

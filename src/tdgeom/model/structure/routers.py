@@ -33,7 +33,7 @@ def router_parts(block: nn.Module) -> dict[str, Part]:
     module = block.get_submodule(path)
     count = _expert_count(module)
     owner = path.rpartition(".")[0]
-    if is_linear(module):
+    if is_linear(module) and not _chooses(module):
         return {
             "router_logits": Part(path, "output"),
             "router_choice": Part(owner, "choice", view=Experts(features(module)[1])),
@@ -55,6 +55,15 @@ def _is_router(block: nn.Module, path: str, module: nn.Module) -> bool:
         return True
     beside = block.get_submodule(owner).named_children()
     return name == "gate" and any("expert" in sibling.lower() for sibling, _ in beside)
+
+
+def _chooses(module: nn.Module) -> bool:
+    """Whether a linear layer has a forward of its own that does more than a product."""
+    return (
+        isinstance(module, nn.Linear)
+        and type(module).forward is not nn.Linear.forward
+        and (_ROUTER.search(type(module).__name__) is not None)
+    )
 
 
 def _expert_count(module: nn.Module) -> int | None:
