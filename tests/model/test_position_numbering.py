@@ -192,6 +192,8 @@ def test_one_check_a_model_and_a_side():
     state = torch.get_rng_state()
     left, right = padded("left", 0), padded("right", 0)
     first = tg.Capture(model, "residual_output.-1")
+    assert passes == [(2, 5)]  # the structure, once a model
+    passes.clear()
     first(TensorDict(left))
     # one sequence without its padding; with it as the model numbers and as it is counted; then the batch
     assert passes == [(1, 9), (1, 10), (1, 10), (4, 10)]
