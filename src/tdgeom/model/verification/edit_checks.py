@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from tdgeom.model.calls.attention_kernel import eager_attention
+from tdgeom.model.calls.attention_kernel import visible_attention
 from tdgeom.model.capture import Capture
 from tdgeom.model.intervene import Intervene
 from tdgeom.model.sites import Site
@@ -192,7 +192,7 @@ def _no_heads(found: Evidence, site: Site, tolerance: float) -> Check:
 def _no_pattern(found: Evidence, site: Site, tolerance: float) -> Check:
     """A pattern of zeros leaves no head an output, as zeros at the output projection do."""
     z = found.site(site, "z")
-    return _as_without_heads(found, site, z, tolerance, eager_attention(found.model))
+    return _as_without_heads(found, site, z, tolerance, visible_attention(found.model))
 
 
 def _no_values(found: Evidence, site: Site, tolerance: float) -> Check:
@@ -225,7 +225,7 @@ def _halved_scores(found: Evidence, site: Site, tolerance: float) -> Check:
         return unchecked(site, "edit", "the model gives no attentions of this stack to tell it by")
     if distance(scores.double().softmax(-1), pattern) > tolerance:
         return unchecked(site, "edit", "the softmax runs over more than these scores (a sink, say)")
-    with eager_attention(found.model), Intervene(found.model, {str(site): partial(mul, 0.5)}):
+    with visible_attention(found.model), Intervene(found.model, {str(site): partial(mul, 0.5)}):
         output = found.call(output_attentions=True)
     name = f"{site.stack}_attentions" if site.stack in ("encoder", "decoder") else "attentions"
     far = distance(output[name][site.layer], (0.5 * scores.double()).softmax(-1))

@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from tdgeom.model.calls.attention_kernel import eager_attention
+from tdgeom.model.calls.attention_kernel import visible_attention
 from tdgeom.model.calls.bound_model import eval_mode
 from tdgeom.model.calls.checked_sites import available_sites
 from tdgeom.model.capture import Capture
@@ -102,7 +102,7 @@ def gather(
     found.runs = runs
     found.hidden = _given(found, "hidden_states")
     if any(site.kind in PATTERN_KINDS for site in found.acts):
-        with eager_attention(model):
+        with visible_attention(model):
             found.attentions = _given(found, "attentions")
     return found
 
