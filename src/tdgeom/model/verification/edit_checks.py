@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from operator import add, mul
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from tdgeom.model.calls.attention_kernel import visible_attention
 from tdgeom.model.capture import Capture
 from tdgeom.model.intervene import Intervene
 from tdgeom.model.sites import Site
 from tdgeom.model.structure.resolved_site import ADDED_KINDS
-from tdgeom.model.verification.plain_hooks import Run, changed, columns_in, distance, ratio, recorded
+from tdgeom.model.verification.plain_hooks import (
+    Run,
+    changed,
+    columns_in,
+    distance,
+    eager_attention,
+    ratio,
+    recorded,
+)
 from tdgeom.model.verification.read_checks import Check, compared, unchecked
 from tdgeom.model.verification.site_evidence import Evidence, answer
 
@@ -56,6 +61,7 @@ def _verdict(
     plain = answer(found.output)
     if edited is None or right is None or plain is None:
         return unchecked(site, "edit", "the model's answer holds no floating tensor")
+    edited, right, plain = found.attended(edited), found.attended(right), found.attended(plain)
     far = distance(edited, right)
     if distance(right, plain) <= 1e-7 and distance(edited, plain) <= 1e-7:
         return unchecked(
@@ -192,7 +198,7 @@ def _no_heads(found: Evidence, site: Site, tolerance: float) -> Check:
 def _no_pattern(found: Evidence, site: Site, tolerance: float) -> Check:
     """A pattern of zeros leaves no head an output, as zeros at the output projection do."""
     z = found.site(site, "z")
-    return _as_without_heads(found, site, z, tolerance, visible_attention(found.model))
+    return _as_without_heads(found, site, z, tolerance)
 
 
 def _no_values(found: Evidence, site: Site, tolerance: float) -> Check:
@@ -200,19 +206,17 @@ def _no_values(found: Evidence, site: Site, tolerance: float) -> Check:
     check = _same_as_plain_hook(found, site, tolerance)
     if check.outcome != "unchecked":
         return check
-    return _as_without_heads(found, site, found.site(site, "z"), tolerance, nullcontext())
+    return _as_without_heads(found, site, found.site(site, "z"), tolerance)
 
 
-def _as_without_heads(
-    found: Evidence, site: Site, z: Site, tolerance: float, around: AbstractContextManager[Any]
-) -> Check:
+def _as_without_heads(found: Evidence, site: Site, z: Site, tolerance: float) -> Check:
     entry = found.entries.get(z)
     runs = [] if entry is None else [run for run in found.runs if run.path == entry.module_path]
     if entry is None or z not in found.acts or len(runs) != 1:
         return unchecked(site, "edit", "z, whose module a plain hook could reach, is not read here")
     width = found.acts[z].flatten(-2).shape[-1]
     edited = _under(found, site, torch.zeros_like)
-    with around, changed(runs[0].module, "input", torch.zeros_like, width):
+    with changed(runs[0].module, "input", torch.zeros_like, width):
         right = answer(found.call())
     return _verdict(found, site, edited, right, tolerance, "zeros there are zeros at the output projection")
 
@@ -223,12 +227,13 @@ def _halved_scores(found: Evidence, site: Site, tolerance: float) -> Check:
     scores = found.acts[site]
     if given is None or pattern is None or len(given) != found.depth(site.stack):
         return unchecked(site, "edit", "the model gives no attentions of this stack to tell it by")
-    if distance(scores.double().softmax(-1), pattern) > tolerance:
+    looks = pattern.sum(-1) > 0
+    if not distance(scores.double().softmax(-1)[looks], pattern[looks]) <= tolerance:
         return unchecked(site, "edit", "the softmax runs over more than these scores (a sink, say)")
-    with visible_attention(found.model), Intervene(found.model, {str(site): partial(mul, 0.5)}):
+    with eager_attention(found.model), Intervene(found.model, {str(site): partial(mul, 0.5)}):
         output = found.call(output_attentions=True)
     name = f"{site.stack}_attentions" if site.stack in ("encoder", "decoder") else "attentions"
-    far = distance(output[name][site.layer], (0.5 * scores.double()).softmax(-1))
+    far = distance(output[name][site.layer][looks], (0.5 * scores.double()).softmax(-1)[looks])
     return compared(
         site, "edit", far, tolerance, "the model's own attentions are the softmax of the halved scores"
     )

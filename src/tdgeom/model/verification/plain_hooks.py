@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_KERNEL = "_attn_implementation_internal"
 _RECORDS = "_output_capturing_hooks_installed"
 
 
@@ -56,6 +57,20 @@ def no_hooks_left(model: nn.Module) -> Iterator[None]:
                     del hooks[number]
             if not records:  # else it would not install them again when it is asked again
                 module.__dict__.pop(_RECORDS, None)
+
+
+@contextmanager
+def eager_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, every configuration in a model of transformers names its eager attention, the one that gives patterns out."""
+    configs = {id(c): c for m in model.modules() if hasattr(c := m.__dict__.get("config"), _KERNEL)}
+    own = {key: getattr(config, _KERNEL) for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            setattr(config, _KERNEL, "eager")
+        yield
+    finally:
+        for key, config in configs.items():
+            setattr(config, _KERNEL, own[key])
 
 
 @contextmanager

@@ -10,13 +10,12 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from tdgeom.model.calls.attention_kernel import visible_attention
 from tdgeom.model.calls.bound_model import eval_mode
 from tdgeom.model.calls.checked_sites import available_sites
 from tdgeom.model.capture import Capture
 from tdgeom.model.sites import PATTERN_KINDS, Site
 from tdgeom.model.structure.resolved_site import ResolvedSite
-from tdgeom.model.verification.plain_hooks import Run, floats, recorded
+from tdgeom.model.verification.plain_hooks import Run, distance, eager_attention, floats, recorded
 
 # the names under which a model's output holds what it is called for
 _ANSWERS = ("logits", "sentence_embedding", "last_hidden_state", "prediction_outputs", "pooler_output")
@@ -40,6 +39,7 @@ class Evidence:
     output: Any = None
     hidden: dict[str | None, tuple[Tensor, ...]] = field(default_factory=dict)
     attentions: dict[str | None, tuple[Tensor, ...]] = field(default_factory=dict)
+    eager: float = 0.0  # how far the answer with the eager attention is from the model's own
 
     def site(self, like: Site, kind: str) -> Site:
         """The site of another kind in the same block."""
@@ -69,6 +69,13 @@ class Evidence:
             return 0
         whole = self.entries.get(Site.of("residual_input", entry.site.layer, stack=entry.site.stack), entry)
         return whole.call
+
+    def attended(self, value: Tensor) -> Tensor:
+        """The rows (B, T, ...) of attended tokens: what is computed at padding differs from kernel to kernel."""
+        mask = self.batch.get("attention_mask", None)
+        if isinstance(mask, Tensor) and mask.ndim == 2 and value.shape[:2] == mask.shape and value.ndim > 2:
+            return value[mask.bool().to(value.device)]
+        return value
 
     def inside(self, site: Site) -> list[Run]:
         """The runs of modules within that block's."""
@@ -102,8 +109,11 @@ def gather(
     found.runs = runs
     found.hidden = _given(found, "hidden_states")
     if any(site.kind in PATTERN_KINDS for site in found.acts):
-        with visible_attention(model):
+        with eager_attention(model):
             found.attentions = _given(found, "attentions")
+            own, eager = answer(found.output), answer(call())
+        if own is not None and eager is not None:
+            found.eager = distance(found.attended(eager), found.attended(own))
     return found
 
 
