@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 
@@ -21,7 +21,15 @@ def steady(device: torch.device) -> AbstractContextManager[None]:
     """
     if torch.compiler.is_compiling():  # which follows autocast, and compiles for the rest as it stands
         return torch.autocast(device.type, enabled=False)
+    plain = not torch.is_autocast_enabled(device.type) and torch.get_default_dtype() == torch.float32
+    # a default device is a mode on torch's stack, and asking for it by name takes as long as all the rest
+    if plain and torch.get_float32_matmul_precision() == "highest" and not _modes():
+        return nullcontext()
     return _steady(device)
+
+
+# a torch that does not count says: some
+_modes = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
 
 
 @contextmanager

@@ -226,7 +226,8 @@ class Capture(HookingContext):
         counting = self.calls is None and not bound.is_counted()
         stop = not self.model_outputs and not backward and self.calls not in ("last", "all")
         stop = stop and may_stop(modules) and not has_other_forwards(modules)
-        session = self._session = self._reading(stop and not counting)
+        session = self._reading(stop and not counting)
+        self._use(session)
         try:
             session.open()
             with eval_mode(modules), differentiable(model) if backward else self._grad_mode():
@@ -237,7 +238,8 @@ class Capture(HookingContext):
                     # what runs behind the last site may have written to what was read: the pass that stops does not get there
                     bound.count(fired)
                     session.close()
-                    session = self._session = self._reading(stop)
+                    session = self._reading(stop)
+                    self._use(session)
                     session.open()
                     session.begin()
                     output = self._called(model, args, kwargs, None)
@@ -250,7 +252,7 @@ class Capture(HookingContext):
                 values = self._values(done, output)
         finally:
             session.close()
-            self._session = None
+            self._use(None)
         del output, done
         bound.watched = True
         if not self.keep_graph:
@@ -332,11 +334,13 @@ class Capture(HookingContext):
         self._bound.refuse_compiled(self)
         session = self._reading(stop=False, context=True)
         session.open()
-        self._session, self._part = session, None
+        self._use(session)
+        self._part = None
         return session.calls
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        session, self._session = self._session, None
+        session = self._session
+        self._use(None)
         if not isinstance(session, Reading):
             return
         try:
@@ -346,7 +350,8 @@ class Capture(HookingContext):
             session.close()
         if kind is not None:
             return
-        calls, session.calls, self._part = session.calls, [], None
+        calls, session.calls = session.calls, []
+        self._part = None
         if calls and self.direction == "forward":
             self._bound.watched = True
             read = {key for call in calls for key in call.keys(True)}

@@ -157,7 +157,7 @@ class Intervene(HookingContext):
             (edit, name, str(entry.site), wanted)
             for entry, edits in self.plan
             for edit in edits
-            if isinstance(edit, Edit)
+            if isinstance(edit, Edit) and type(edit).wanted_runs is not Edit.wanted_runs
             for name, wanted in edit.wanted_runs().items()
         ]
 
@@ -236,7 +236,7 @@ class Intervene(HookingContext):
             self._run_others(tensordict)
             session, session.special = self._editing, special
             session.open()
-            self._session = session
+            self._use(session)
         except BaseException:
             self._forget_others()
             raise
@@ -256,7 +256,8 @@ class Intervene(HookingContext):
 
     def _leave(self, stacklevel: int = 0) -> None:
         """Take the hooks away; with a ``stacklevel``, say what had no effect."""
-        session, self._session = self._session, None
+        session = self._session
+        self._use(None)
         if not isinstance(session, Editing):
             return
         try:

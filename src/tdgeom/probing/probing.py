@@ -217,6 +217,7 @@ class Probing:
                 yield phase
             finally:
                 handle.remove()
+        use()  # calls of a part of the model, which its own hook has not seen
         if not pass_.batches:
             raise ValueError(f"no model call was made in this {kind} block, so there is nothing to {kind}.")
         found = pass_.end()

@@ -116,6 +116,10 @@ class HookingContext(Configured, TensorDictModuleBase):
     def _grad_mode(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.keep_graph else torch.no_grad()
 
+    def _use(self, session: SiteHooks | None) -> None:
+        """Note whose hooks are open; not by an attribute's assignment, in which a module looks for modules and parameters."""
+        self.__dict__["_session"] = session
+
     def _refuse_entered(self) -> None:
         kind = type(self).__name__
         if self._session is not None:
