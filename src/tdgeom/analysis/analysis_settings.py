@@ -13,6 +13,7 @@ from tdgeom.core.pair_stage import PairStage
 from tdgeom.core.stage_settings import Configured, plain_setting
 from tdgeom.measures.normalization import NormalizationAblation
 from tdgeom.measures.registry import named_stages
+from tdgeom.model.calls.repeated_calls import CallsSpec, check_calls
 from tdgeom.model.sites import LayerSpec
 
 __all__ = ["DIAGNOSTICS", "FAMILIES", "AnalysisSettings", "ComparisonSettings", "stage_record"]
@@ -30,6 +31,7 @@ class Settings:
 
     sites: str | Sequence[str] = "residual_input"
     layers: LayerSpec = "all"
+    calls: CallsSpec = None
     max_rows: int | None = MAX_ROWS
     sample_size: int = 4096
     seed: int = 0
@@ -38,6 +40,7 @@ class Settings:
     def record(self) -> dict[str, Any]:
         """Every setting that changes a number, as the metadata keep it; the sites themselves stand there already."""
         return {
+            "calls": self.calls,
             "sample_size": self.sample_size,
             "seed": self.seed,
             "select": {name: plain_setting(value) for name, value in self.select.items()},
@@ -49,7 +52,8 @@ class AnalysisSettings(Settings):
     """What an analysis is asked, checked once and frozen; ``analyze_model`` makes it of its arguments of the same names.
 
     Args:
-        metrics, diagnostics: which measures: families, names of measures, stages. sites, layers, output_router_logits: where.
+        metrics, diagnostics: which measures: families, names of measures, stages. sites, layers, calls, output_router_logits:
+            where.
         max_rows, sample_size, select, seed: of which rows. novelty_k, neighbors: how many directions and neighbours.
 
     Attributes: ``families``, the families among the metrics; ``stages``, the named measures and the stages of one's own.
@@ -71,6 +75,10 @@ class AnalysisSettings(Settings):
     stages: tuple[TensorDictModuleBase, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        if check_calls(self.calls) == "all":
+            raise ValueError(
+                "analyze_model: calls='all' has several values for one row. Remedy: calls='first', 'last' or a number."
+            )
         given = [self.metrics] if isinstance(self.metrics, str | nn.Module) else list(self.metrics or [])
         families = ("default", *FAMILIES)
         names = [one for one in given if isinstance(one, str) and one in families]

@@ -18,6 +18,7 @@ from tdgeom.analysis.seed_names import also_called
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import Key
 from tdgeom.files.bundle import check_target
+from tdgeom.model.calls.repeated_calls import CallsSpec
 from tdgeom.model.capture import Capture
 from tdgeom.model.loading import load_model
 from tdgeom.model.sites import LayerSpec
@@ -63,6 +64,7 @@ def analyze_model(
     in_keys: Sequence[Key] | None = None,
     overwrite: bool = False,
     verify: bool = False,
+    calls: CallsSpec = None,
 ) -> AnalysisResults | None:
     """Measure the representation geometry of a model over a dataloader.
 
@@ -102,6 +104,8 @@ def analyze_model(
         overwrite: replace an earlier bundle in ``save_dir``.
         verify: compare the sites with the model itself on the loader's first batch (``verify_sites``), before the analysis:
             ``results.diagnostics["verified_sites"]``, kept in the bundle. The loader must be one that can be read twice.
+        calls: which call is measured of a module that runs several times in one pass: "first", "last" or a number from 0.
+            Default: such a module is an error.
 
     Returns:
         AnalysisResults. Column ``layer_norm_depth`` = layer / last analysed layer; ``relative_depth`` = layer / last layer
@@ -122,6 +126,7 @@ def analyze_model(
     settings = AnalysisSettings(
         sites=hook_point if sites is None else sites,
         layers=layers,
+        calls=calls,
         max_rows=max_rows,
         sample_size=sample_size,
         seed=seed,
@@ -171,7 +176,7 @@ def _verified(
     model: nn.Module, dataloader: Iterable[Any], settings: AnalysisSettings, in_keys: Sequence[Key] | None
 ) -> pd.DataFrame:
     """The checks of the analysis' sites on the loader's first batch."""
-    asked = Capture(model, settings.sites, layers=settings.layers)
+    asked = Capture(model, settings.sites, layers=settings.layers, calls=settings.calls)
     batch = next(iter(dataloader), None)
     if batch is None:
         raise ValueError("analyze_model: verify= found no batch: the dataloader is empty.")

@@ -51,7 +51,7 @@ def analyzed(
     **run_options: Any,
 ) -> AnalysisResults | None:
     """One model's analysis, on rank 0: a pass for each stack, and the tables of all; further options go to ``run``."""
-    asked = Capture(model, settings.sites, layers=settings.layers)
+    asked = Capture(model, settings.sites, layers=settings.layers, calls=settings.calls)
     routers = _router_sites(model, asked, settings)
     name = dict(zip(("model_key", "model_label"), model_identity(model, label)))
     depths: dict[str | None, int] = {}
@@ -141,7 +141,7 @@ def _stack_pipeline(
         select = {"mask_key": "decoder_attention_mask", **settings.select}
         settings = replace(settings, select=select)
     top_k = int(getattr(getattr(model, "config", None), "num_experts_per_tok", None) or 2)
-    capture = Capture(model, [*map(str, sites), *map(str, routers)])
+    capture = Capture(model, [*map(str, sites), *map(str, routers)], calls=settings.calls)
     return analysis_pipeline(capture, sites, settings, routers=routers, router_top_k=top_k)
 
 

@@ -164,7 +164,6 @@ class Capture(HookingContext):
         self._leaves = self._name_leaves(root if out_keys is None else out_keys)
         self._last = LastRecord(self._leaves)
         self._readings: tuple[tuple, Reading] | None = None
-        self._part: tuple[Pass, TensorDictBase] | None = None
         self._recording = Lock()
         self.out_keys: list[Any] = list(self._leaves)
 
@@ -335,7 +334,6 @@ class Capture(HookingContext):
         session = self._reading(stop=False, context=True)
         session.open()
         self._use(session)
-        self._part = None
         return session.calls
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
@@ -350,8 +348,7 @@ class Capture(HookingContext):
             session.close()
         if kind is not None:
             return
-        calls, session.calls = session.calls, []
-        self._part = None
+        calls, session.calls, session.part = session.calls, [], None
         if calls and self.direction == "forward":
             self._bound.watched = True
             read = {key for call in calls for key in call.keys(True)}
@@ -403,11 +400,11 @@ class Capture(HookingContext):
             write_entries(td, values, "Capture")
             self._last.keep(td)
             self._fill_cache(values)
-            self._part = None if whole else (done, td)
+            session.part = None if whole else (done, td)
 
     def _part_of(self, session: Reading, done: Pass) -> TensorDictBase:
         """A new entry, or the one of a part that ran on its own right before a call of the whole that did not run it."""
-        calls, part = session.calls, self._part
+        calls, part = session.calls, session.part
         if part is not None and calls and calls[-1] is part[1]:
             inside = is_inside(part[0].path, done.path)
             if inside and part[0].acts.keys().isdisjoint(done.acts):
@@ -435,7 +432,7 @@ class Capture(HookingContext):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"_last": LastRecord(self._leaves), "_readings": None, "_part": None, "_recording": None}
+        fresh = {"_last": LastRecord(self._leaves), "_readings": None, "_recording": None}
         return {**super().__getstate__(), **fresh}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tdgeom.core.stage_settings import Configured
 from tdgeom.model.aggregate import AggregateActs, GroupAttention, over_first
+from tdgeom.model.calls.repeated_calls import CallsSpec, check_calls
 from tdgeom.model.capture import Capture
 from tdgeom.model.positions import Positions, check_positions
 from tdgeom.model.sites import PATTERN_KINDS
@@ -25,7 +26,7 @@ class CaptureSpec(Configured):
     """What to capture and how to reduce it on the way out; plain data, so that it can be stored with results.
 
     Args:
-        sites, layers, heads, model_outputs: as for :class:`Capture`.
+        sites, layers, heads, model_outputs, calls: as for :class:`Capture`.
         positions, reduce, over_examples: as for :class:`AggregateActs`; the defaults keep everything.
         row_groups, column_groups: name -> positions; patterns become averages between groups (:class:`GroupAttention`).
 
@@ -45,6 +46,7 @@ class CaptureSpec(Configured):
     row_groups: Mapping[str, Positions] = field(default_factory=dict)
     column_groups: Mapping[str, Positions] = field(default_factory=dict)
     model_outputs: Sequence[str] = ()
+    calls: CallsSpec = None
 
     def __post_init__(self) -> None:
         layers, heads = self.layers, self.heads
@@ -53,6 +55,7 @@ class CaptureSpec(Configured):
             "layers": layers if isinstance(layers, str | int | slice) else tuple(layers),
             "heads": _tidy_heads(heads),
             "model_outputs": _listed(self.model_outputs),
+            "calls": check_calls(self.calls),
         }
         for name, value in tidy.items():
             object.__setattr__(self, name, value)
@@ -82,6 +85,7 @@ class CaptureSpec(Configured):
             positions=positions,
             reduce=reduce,
             model_outputs=capture.model_outputs,
+            calls=capture.calls,
         )
 
     def build(self, model: nn.Module, **settings: Any) -> TensorDictSequential:
@@ -93,6 +97,7 @@ class CaptureSpec(Configured):
             layers=layers,
             heads=self.heads,
             model_outputs=list(self.model_outputs) or None,
+            calls=self.calls,
             **settings,
         )
         stages: list[nn.Module] = [capture]

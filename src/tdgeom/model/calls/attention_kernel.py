@@ -9,8 +9,9 @@ other is the eager one while a context is entered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -34,13 +35,13 @@ _CUTTERS: WeakKeyDictionary[nn.Module, list[ref]] = WeakKeyDictionary()
 
 
 @contextmanager
-def visible_attention(model: nn.Module) -> Iterator[None]:
-    """Inside, kernels that nobody can look into are the eager one in every configuration of ``model``; afterwards as before."""
+def eager_attention(model: nn.Module, *, keep: Container[str | None] = ("eager", None)) -> Iterator[None]:
+    """Inside, every configuration of ``model`` names the eager attention kernel, or one of ``keep``; afterwards as before."""
     changed: list[tuple[Any, Any]] = []
     try:
         for config in _configs(model):
             own = config._attn_implementation_internal
-            if own not in _VISIBLE:
+            if own not in keep:
                 changed.append((config, own))
                 # not the public setter: it also writes to configurations below, which are restored one by one
                 config._attn_implementation_internal = "eager"
@@ -48,6 +49,11 @@ def visible_attention(model: nn.Module) -> Iterator[None]:
     finally:
         for config, own in reversed(changed):
             config._attn_implementation_internal = own
+
+
+def visible_attention(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, kernels that nobody can look into are the eager one; afterwards as before."""
+    return eager_attention(model, keep=_VISIBLE)
 
 
 def _configs(model: nn.Module) -> list[Any]:
@@ -210,23 +216,16 @@ class _Softmax(TorchFunctionMode):
                 scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
             else:
                 scores = scores + attn_mask
-        empty = None
-        if attn_mask is not None:
-            allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
-            empty = ~allowed.any(-1, keepdim=True).expand(*scores.shape[:-1], 1)
-
-        def normalise(x: Tensor) -> Tensor:
-            pattern = x.softmax(-1)
-            # who attends to nothing (padding) gets nothing, unlike in a softmax over lowest scores
-            return pattern if empty is None else pattern.masked_fill(unpacked(empty), 0)
-
         # one query of several heads that share keys may come as several queries of one head
         groups = self.heads // scores.shape[1] if self.heads and scores.ndim == 4 else 1
+        normalise = partial(torch.softmax, dim=-1)
         if groups > 1 and self.heads == groups * scores.shape[1] and scores.shape[2] % groups == 0:
-            unpacked = lambda x: x.unflatten(2, (groups, -1)).flatten(1, 2)
-            pattern = self.softmax(unpacked(scores), normalise)
+            pattern = self.softmax(scores.unflatten(2, (groups, -1)).flatten(1, 2), normalise)
             pattern = pattern.unflatten(1, (-1, groups)).flatten(2, 3)
         else:
-            unpacked = lambda x: x
             pattern = self.softmax(scores, normalise)
+        if attn_mask is not None:
+            # who attends to nothing (padding) gets nothing, where a softmax of lowest scores has equal weights
+            allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
+            pattern = pattern.masked_fill(~allowed.any(-1, keepdim=True), 0)
         return functional.dropout(pattern, dropout_p, dropout_p > 0) @ value

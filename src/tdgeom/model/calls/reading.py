@@ -93,6 +93,9 @@ class Reading(SiteHooks):
         self.early: Pass | None = None
         self.doubts: list[FirstCall] = []
         self.calls: list[TensorDictBase] = []  # what a context has recorded so far
+        self.part: tuple[Pass, TensorDictBase] | None = (
+            None  # the newest call, where it was one of a part of the model
+        )
         self.called = False  # whether anything was called that is listened to
 
     def around(self) -> None:
@@ -112,7 +115,7 @@ class Reading(SiteHooks):
 
     def open(self) -> None:
         """Install the hooks; what a call of the user's has to check comes first."""
-        self.early, self.disabled, self.calls, self.called = None, False, [], False
+        self.early, self.part, self.disabled, self.calls, self.called = None, None, False, [], False
         self.doubts = unverified(self.places.model, self.places.sites) if self.watch else []
         try:
             for reads in self.doubts:
