@@ -9,8 +9,8 @@ other is the eager one while a context is entered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -35,13 +35,13 @@ _CUTTERS: WeakKeyDictionary[nn.Module, list[ref]] = WeakKeyDictionary()
 
 
 @contextmanager
-def eager_attention(model: nn.Module, *, keep: Container[str | None] = ("eager", None)) -> Iterator[None]:
-    """Inside, every configuration of ``model`` names the eager attention kernel, or one of ``keep``; afterwards as before."""
+def visible_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, kernels that nobody can look into are the eager one in every configuration of ``model``; afterwards as before."""
     changed: list[tuple[Any, Any]] = []
     try:
         for config in _configs(model):
             own = config._attn_implementation_internal
-            if own not in keep:
+            if own not in _VISIBLE:
                 changed.append((config, own))
                 # not the public setter: it also writes to configurations below, which are restored one by one
                 config._attn_implementation_internal = "eager"
@@ -49,11 +49,6 @@ def eager_attention(model: nn.Module, *, keep: Container[str | None] = ("eager",
     finally:
         for config, own in reversed(changed):
             config._attn_implementation_internal = own
-
-
-def visible_attention(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside, kernels that nobody can look into are the eager one; afterwards as before."""
-    return eager_attention(model, keep=_VISIBLE)
 
 
 def _configs(model: nn.Module) -> list[Any]:
