@@ -433,6 +433,8 @@ def optional_inputs() -> dict[object, torch.Tensor]:
         "special_tokens_mask": (torch.arange(12).reshape(3, 4) % 4 == 3).long(),
         "row_id": ids(),
         "sample_row_id": ids(),
+        ("eigenvalues", "a"): torch.linspace(2, 1, D, dtype=torch.float64),
+        ("eigenvalues", "b"): torch.linspace(3, 1, D, dtype=torch.float64),
         ("moments", "count"): torch.tensor(N),
         ("moments", "relative_error"): torch.tensor(1e-15, dtype=torch.float64),
         ("moments", "covariance"): torch.diag(torch.linspace(3, 0.1, 30, dtype=torch.float64) ** 2),

@@ -38,7 +38,7 @@ class UndefinedMeasureWarning(UserWarning):
 
 
 class FewRowsWarning(UserWarning):
-    """A number that so few rows decide more than what they were drawn from."""
+    """A number that the rows decide more than what they were drawn from: they are few, or vary in few directions."""
 
 
 class UnresolvedMeasureWarning(UserWarning):

@@ -11,7 +11,7 @@ from torch import Tensor
 from tdgeom.core.keys import Key
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.core.warnings import UndefinedMeasureWarning
-from tdgeom.numerics.centring import upcast
+from tdgeom.numerics.centring import real_rows
 from tdgeom.numerics.moments import add_rows, merge_moments
 from tdgeom.numerics.products import Precision, check_precision, gram, product_dtype, product_error
 
@@ -21,16 +21,13 @@ _STATE = ("count", "mean", "scatter", "norm2_x", "norm4", "relative_error")
 
 
 def covariance(rows: Tensor) -> Tensor:
-    """Unbiased covariance Σ(x-x̄)(x-x̄)ᵀ/(N-1): (*B, N, D) -> (*B, D, D), from float64 products.
-
-    In float64 for float64 and integer rows, else rounded to float32.
+    """Unbiased covariance Σ(x-x̄)(x-x̄)ᵀ/(N-1) in float64: (*B, N, D) of any real dtype, scale and offset -> (*B, D, D).
 
     >>> covariance(torch.tensor([[0.0], [2.0]]))
-    tensor([[2.]])
+    tensor([[2.]], dtype=torch.float64)
     """
-    dtype = upcast(rows).dtype
-    rows = rows.double()
-    return (gram(rows - rows.mean(-2, keepdim=True)) / (rows.shape[-2] - 1)).to(dtype)
+    rows = real_rows(rows, "covariance").double()
+    return gram(rows - rows.mean(-2, keepdim=True)) / (rows.shape[-2] - 1)
 
 
 class StreamingCovariance(StreamingStage):

@@ -19,6 +19,7 @@ from tdgeom.measures.dimension.decimation import Decimation
 from tdgeom.measures.dimension.gride import Gride
 from tdgeom.measures.dimension.likelihood import LevinaBickel
 from tdgeom.measures.dimension.pca import (
+    PCA_RULES,
     GlobalPCA,
     ParticipationRatio,
     global_pca,
@@ -64,7 +65,7 @@ def test_rules_by_hand():
 @pytest.mark.parametrize("n, width", [(200, 12), (15, 40)])
 def test_the_spectrum_is_that_of_pca(n, width):
     x = torch.randn(n, width, dtype=torch.float64) * torch.linspace(0.1, 2, width)
-    values = PCA().fit(x.numpy()).explained_variance_
+    values = PCA().fit(x.numpy()).explained_variance_[: n - 1]  # n centred rows have no more
     for rule in ("fukunaga_olsen", "participation_ratio", "ratio", "kaiser"):
         expected = pca_dimension(torch.from_numpy(values), rule=rule)
         torch.testing.assert_close(global_pca(x, rule=rule).estimate, expected)
@@ -117,7 +118,18 @@ def test_global_pca_of_eigenvalues_is_that_of_all_rows():
     torch.testing.assert_close(
         result["estimate"], global_pca(x, rule="participation_ratio").estimate, rtol=1e-5, atol=0
     )
-    assert result["rows"] == -1 and result["duplicates"] == -1
+    assert result["rows"] == 90 and result["duplicates"] == -1
+    alone = GlobalPCA(source="eigenvalues", rule="kaiser")(TensorDict(eigenvalues=td["eigenvalues"]))
+    assert alone["dimension", "global_pca", "rows"] == -1
+
+
+@pytest.mark.parametrize("rule", PCA_RULES)
+@pytest.mark.parametrize(("n", "width"), [(40, 100), (100, 100), (101, 100), (300, 100), (2, 5)])
+def test_rules_agree_whatever_they_read(rule, n, width):
+    x = torch.randn(n, width) * torch.linspace(3, 0.1, width)
+    td = EigenSpectrum(k=2)(StreamingCovariance()(TensorDict(tokens=x)))
+    GlobalPCA(source="eigenvalues", rule=rule)(td)
+    torch.testing.assert_close(td["dimension", "global_pca", "estimate"], global_pca(x, rule=rule).estimate)
 
 
 def test_participation_ratio_is_the_average_over_disjoint_rows():

@@ -10,7 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tensordict import TensorDict
 
+import tdgeom as tg
 from tdgeom.core.warnings import UndefinedMeasureWarning
 from tdgeom.measures.similarity.subspace import (
     LayerCosine,
@@ -36,7 +38,7 @@ def _basis(d, k, seed):
 @pytest.mark.parametrize("i", range(3))
 def test_golden_novelty_and_cosine(i):
     a, b = LAYERS[i], LAYERS[i + 1]
-    novelty = SubspaceNovelty(k=16)(eigenvectors_a=_eigenvectors(a), eigenvectors_b=_eigenvectors(b))
+    novelty, _ = SubspaceNovelty(k=16)(eigenvectors_a=_eigenvectors(a), eigenvectors_b=_eigenvectors(b))
     assert novelty.item() == pytest.approx(NOVELTY[i]["feature_subspace_novelty"], rel=1e-6)
     cosine = LayerCosine()(sample_a=a.float(), sample_b=b.float())
     assert cosine.item() == pytest.approx(NOVELTY[i]["layer_cosine_sim"], rel=1e-6)
@@ -71,7 +73,41 @@ def test_novelty_ignores_the_basis_and_a_common_rotation(seed, k):
 def test_k_is_cut_to_the_columns_there_are():
     u, v = _basis(12, 5, 0), _basis(12, 3, 1)
     expected = feature_subspace_novelty(u[:, :3], v)
-    assert SubspaceNovelty(k=32)(eigenvectors_a=u, eigenvectors_b=v) == expected
+    novelty, k_used = SubspaceNovelty(k=32)(eigenvectors_a=u, eigenvectors_b=v)
+    assert novelty == expected and k_used == 3
+
+
+@pytest.mark.parametrize(("n", "rank"), [(20, 19), (5, 4), (3000, 16)])
+def test_no_direction_beyond_the_rank_is_used(n, rank):
+    basis = torch.randn(16, 64)
+    x = torch.randn(n, 16) @ basis if rank == 16 else torch.randn(n, 64)
+    y = x * (1 + 1e-4 * torch.rand(64)) if rank == 16 else x + 1e-4 * torch.randn(n, 64)
+    td = TensorDict({("tokens", "a"): x, ("tokens", "b"): y})
+    for stage in (tg.StreamingCovariance(), tg.EigenSpectrum(k=32)):
+        td = tg.ForEach(stage, ["a", "b"])(td)
+    with pytest.warns(
+        tg.FewRowsWarning, match=rf"SubspaceNovelty: few directions, {rank} of the k=32.*at a->b"
+    ):
+        td = tg.ForEachPair(tg.SubspaceNovelty(), ["a", "b"])(td)
+    u, v = (
+        torch.linalg.svd((t - t.mean(0)).double(), full_matrices=False)[2][:rank]
+        for t in (x.double(), y.double())
+    )
+    expected = (1 - torch.linalg.svdvals(u @ v.T).square()).clamp(min=0).sqrt().mean()
+    assert int(td["between", "a->b", "k_used"]) == rank
+    assert float(td["between", "a->b", "feature_subspace_novelty"]) == pytest.approx(
+        float(expected), abs=1e-6
+    )
+
+
+def test_items_of_a_batch_have_their_own_rank():
+    u, v = torch.stack([_basis(9, 4, s) for s in (0, 1)]), torch.stack([_basis(9, 4, s) for s in (2, 3)])
+    values = torch.tensor([[4.0, 3, 2, 1, 0, 0, 0, 0, 0], [4.0, 3, 1e-16, 1e-17, 0, 0, 0, 0, 0]])
+    with pytest.warns(tg.FewRowsWarning, match="few directions, 2 of the k=4"):
+        novelty, k_used = SubspaceNovelty()(u, v, values, values)
+    assert k_used.tolist() == [4, 2]
+    for i, k in enumerate(k_used.tolist()):
+        assert float(novelty[i]) == pytest.approx(float(feature_subspace_novelty(u[i, :, :k], v[i, :, :k])))
 
 
 def test_novelty_batches_over_leading_dimensions():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -74,8 +74,8 @@ def pca_dimension(
     if rule == "fukunaga_olsen":
         above = values > alpha
     elif rule == "ratio":
-        # one more than the leading sums that fall short; the last one reaches 1 up to rounding
-        short = values.cumsum(-1) / total < share * (1 - 1e-12)
+        # one more than the leading sums that fall short, to 1e-9 as k90 is
+        short = values.cumsum(-1) / total < share - 1e-9
         above = torch.cat((torch.ones_like(short[..., :1]), short[..., :-1]), -1)
     elif rule == "kaiser":
         above = values > total / size
@@ -133,7 +133,8 @@ def global_pca(
     kept = first_alike(rows.detach(), rounding_radius(x.dtype)) == own
     number = kept.sum(-1)
     copies = Copies(n - number, (first_copies(rows.detach()) == own).sum(-1) - number)
-    return _counted(spectrum_of(rows, kept), counting_rule(rule, alpha, share), number, copies, number)
+    rank = number - 1  # of centred rows
+    return _counted(spectrum_of(rows, kept), counting_rule(rule, alpha, share), number, copies, rank)
 
 
 def _counted(
@@ -214,8 +215,10 @@ class GlobalPCA(DimensionStage):
         alpha: share of λ₁ that an eigenvalue must exceed under ``"fukunaga_olsen"``.
         share: share of the variance to hold under ``"ratio"``.
         source: ``"sample"`` (copies dropped and counted) or ``"eigenvalues"`` (of ``EigenSpectrum``, over all
-            rows: then ``rows``, ``duplicates`` and ``near_duplicates`` are -1, unknown).
-        in_keys, out_keys: default ``"sample"`` or ``"eigenvalues"``, and root ``("dimension",
+            rows: then ``duplicates`` and ``near_duplicates`` are -1, unknown). Rules count over min(N-1, D) eigenvalues from
+            either; N, and ``rows``, come from ``("moments", "count")`` where that is present, else ``rows`` is -1 and rules
+            count over D.
+        in_keys, out_keys: default ``"sample"`` or ``"eigenvalues"`` and ``("moments", "count")``, and root ``("dimension",
             "global_pca")``.
 
     Writes ``estimate``, ``standard_error`` (NaN), ``scale``, ``rows``, ``duplicates``, ``near_duplicates``, each ().
@@ -227,7 +230,11 @@ class GlobalPCA(DimensionStage):
     """
 
     name = "global_pca"
-    sources: ClassVar = {"sample": {"sample": "N D"}, "eigenvalues": {"eigenvalues": "D"}}
+    sources: ClassVar = {
+        "sample": {"sample": "N D"},
+        "eigenvalues": {"eigenvalues": "D", ("moments", "count"): ""},
+    }
+    optional: ClassVar = frozenset({"count"})
 
     def __init__(
         self,
@@ -243,12 +250,14 @@ class GlobalPCA(DimensionStage):
         self.rule, self.alpha, self.share = rule, alpha, share
         self.count = counting_rule(rule, alpha, share)
 
-    def compute(self, *inputs: Tensor) -> DimensionEstimate:
+    def compute(self, *inputs: Any) -> DimensionEstimate:
         """The five outputs."""
         if self.source == "sample":
             return global_pca(inputs[0], rule=self.rule, alpha=self.alpha, share=self.share)
-        unknown = torch.full(inputs[0].shape[:-1], -1, dtype=torch.int64, device=inputs[0].device)
-        return _counted(inputs[0], self.count, unknown, Copies(unknown.clone(), unknown.clone()))
+        values, count = inputs
+        unknown = torch.full(values.shape[:-1], -1, dtype=torch.int64, device=values.device)
+        rows, rank = (unknown, None) if count is None else (count.expand_as(unknown), count - 1)
+        return _counted(values, self.count, rows.clone(), Copies(unknown, unknown.clone()), rank)
 
 
 class ParticipationRatio(DimensionStage):

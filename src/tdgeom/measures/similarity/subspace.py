@@ -9,7 +9,9 @@ from torch import Tensor
 
 from tdgeom.core.keys import Keys
 from tdgeom.core.pair_stage import PairStage, check_spread
-from tdgeom.numerics.centring import as_rows, check_matched, warn_undefined
+from tdgeom.core.warnings import FewRowsWarning, tell
+from tdgeom.numerics.centring import as_rows, check_matched, occurs, warn_undefined
+from tdgeom.numerics.numerical_rank import numerical_rank
 
 __all__ = ["LayerCosine", "SubspaceNovelty", "feature_subspace_novelty", "layer_cosine_sim"]
 
@@ -48,42 +50,78 @@ def feature_subspace_novelty(u: Tensor, v: Tensor) -> Tensor:
         )
     check_spread(u, v, "feature_subspace_novelty")
     u, v = as_rows(u, "feature_subspace_novelty").double(), as_rows(v, "feature_subspace_novelty").double()
-    outside = v - u @ (u.mT @ v)
-    # LAPACK raises on NaN: such a pair goes in as zeros and comes out as NaN.
-    undefined = ~torch.isfinite(outside).all(-1).all(-1)
-    sines = torch.linalg.svdvals(torch.where(undefined[..., None, None], 0.0, outside)).clamp(max=1)
-    value = torch.where(undefined, torch.nan, sines.mean(-1))
+    value = _mean_sine(u, v, torch.full((), u.shape[-1], device=u.device))
     return warn_undefined(value, "feature_subspace_novelty", "one side's vectors are not finite.")
 
 
+def _mean_sine(u: Tensor, v: Tensor, k: Tensor) -> Tensor:
+    """Mean sine between the spans of the first k columns, k (...); NaN where k is 0 or a vector is not finite."""
+    kept = torch.arange(u.shape[-1], device=u.device) < k[..., None, None]
+    u, v = torch.where(kept, u, 0.0), torch.where(kept, v, 0.0)
+    outside = v - u @ (u.mT @ v)
+    # LAPACK raises on NaN: such a pair goes in as zeros and comes out as NaN.
+    undefined = ~torch.isfinite(outside).all(-1).all(-1) | (k == 0)
+    sines = torch.linalg.svdvals(torch.where(undefined[..., None, None], 0.0, outside)).clamp(max=1)
+    return torch.where(undefined, torch.nan, sines.sum(-1) / k)
+
+
+class _Leading(NamedTuple):
+    vectors: Tensor  # (..., D, k)
+    rank: Tensor  # (...) how many of them are directions of the rows
+
+
 class SubspaceNovelty(PairStage):
-    """``feature_subspace_novelty`` between the leading k eigenvectors of two sites.
+    """``feature_subspace_novelty`` between the leading eigenvectors of two sites, as many as both have.
 
     Args:
-        k: how many leading directions; fewer are used where the eigenvectors have fewer columns.
-        in_keys, out_keys: see ``Stage``. Default: ``("eigenvectors", side)`` (D, k) of EigenSpectrum.
+        k: how many leading directions at most. ``k_used`` is the smaller of this, the columns there are and the numerical rank
+            of either side: eigenvectors beyond it are any vectors of the space in which the rows do not vary. Fewer than k (and
+            the features) come with one ``FewRowsWarning``.
+        in_keys, out_keys: see ``Stage``. Default: ``("eigenvectors", side)`` (D, k) of EigenSpectrum, and where present
+            ``("eigenvalues", side)`` (D,), without which every column counts as a direction.
+
+    Writes ``("between", "feature_subspace_novelty" | "k_used")``, each (). NaN with one warning where a side has no direction.
 
         >>> SubspaceNovelty(k=2)(eigenvectors_a=torch.eye(4), eigenvectors_b=torch.eye(4))
-        tensor(0., dtype=torch.float64)
+        (tensor(0., dtype=torch.float64), tensor(2))
     """
 
-    reads = {("eigenvectors", "a"): "D k", ("eigenvectors", "b"): "D l"}
-    writes = [("between", "feature_subspace_novelty")]
+    reads = {
+        ("eigenvectors", "a"): "D k",
+        ("eigenvectors", "b"): "D l",
+        ("eigenvalues", "a"): "D",
+        ("eigenvalues", "b"): "D",
+    }
+    writes = [("between", "feature_subspace_novelty"), ("between", "k_used")]
 
     def __init__(self, *, k: int = 32, in_keys: Keys = None, out_keys: Keys = None) -> None:
         if k < 1:
             raise ValueError(f"SubspaceNovelty: k counts directions, expected 1 or more, got {k}.")
-        super().__init__(in_keys=in_keys, out_keys=out_keys)
+        optional = [("eigenvalues", "a"), ("eigenvalues", "b")]
+        super().__init__(in_keys=in_keys, out_keys=out_keys, optional=optional)
         self.k = k
 
-    def prepare(self, vectors: Tensor) -> Tensor:
-        """The first k columns."""
-        return vectors[..., : self.k]
+    def prepare(self, vectors: Tensor, values: Tensor | None = None) -> _Leading:
+        """The first k columns, and how many of them are directions of the rows."""
+        vectors = vectors[..., : self.k].double()
+        rank = torch.full(vectors.shape[:-2], vectors.shape[-1], device=vectors.device)
+        return _Leading(
+            vectors, rank if values is None else torch.minimum(rank, numerical_rank(values).clamp(min=0))
+        )
 
-    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+    def compare(self, a: _Leading, b: _Leading) -> tuple[Tensor, Tensor]:
         """One (k, k) product and one singular value decomposition of (D, k)."""
-        k = min(a.shape[-1], b.shape[-1])
-        return feature_subspace_novelty(a[..., :k], b[..., :k])
+        columns = min(a.vectors.shape[-1], b.vectors.shape[-1])
+        k = torch.minimum(a.rank, b.rank).clamp(max=columns)
+        value = _mean_sine(a.vectors[..., :columns], b.vectors[..., :columns], k)
+        if occurs((k > 0) & (k < columns)):
+            tell(
+                f"SubspaceNovelty: few directions, {int(k.min())} of the k={columns} asked for: the rows of one side vary in no "
+                f"more, and novelty is over these (k_used). Give more rows, or take a smaller k.",
+                FewRowsWarning,
+            )
+        reason = "one side's vectors are not finite, or its rows do not vary."
+        return warn_undefined(value, "feature_subspace_novelty", reason), k
 
 
 def layer_cosine_sim(x: Tensor, y: Tensor) -> Tensor:
