@@ -115,7 +115,7 @@ def test_single_stages_on_tensors(layers, rel, i):
     if i:
         _, _, before, *_ = tg.StreamingCovariance()(tokens=layers[i - 1])
         _, vectors_before = tg.EigenSpectrum(k=16)(moments_covariance=before)
-        novelty = tg.SubspaceNovelty(k=16)(eigenvectors_a=vectors_before, eigenvectors_b=vectors)
+        novelty, _ = tg.SubspaceNovelty(k=16)(eigenvectors_a=vectors_before, eigenvectors_b=vectors)
         close(novelty, REFERENCE["novelty"][i - 1]["feature_subspace_novelty"], rel)
         cka = tg.LinearCKA()(sample_a=layers[i - 1], sample_b=rows)
         close(cka, REFERENCE["linear_cka_float64_same_formula"][i - 1][i], rel)

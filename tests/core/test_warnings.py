@@ -67,4 +67,4 @@ def test_what_a_thread_of_ours_tells_is_told_where_it_was_started():
     finally:
         torch.set_num_threads(threads)
     assert {w.filename for w in seen} == {__file__}
-    assert sorted(str(w.message)[-6:] for w in seen) == ["[at x]", "[at y]"]
+    assert [str(w.message)[-9:] for w in seen] == ["[at x, y]"]

@@ -20,6 +20,7 @@ from tdgeom.core.for_each_pair import ForEachPair
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import key_tuple
 from tdgeom.core.pair_stage import PairStage
+from tdgeom.core.warnings import gathered
 from tdgeom.measures.neighbors.nearest_neighbors import NearestNeighbors
 from tdgeom.measures.registry import DEFAULT_MEASURES, named_stages
 from tdgeom.model.capture import Capture
@@ -125,8 +126,15 @@ def compare(
     ]
     pipeline = TensorDictSequential(*captures, *_stages_behind(captures, settings))
     loader = _loader(dataloader, tokenizer_a, tokenizer_b, settings.align, batch_size, max_length)
-    result = run(pipeline, loader, max_rows=max_rows, keep=["between"], progress=None if progress else False)
-    return None if result is None else _comparison(result, nets, captures, names, settings)
+    with gathered() as told:
+        result = run(
+            pipeline, loader, max_rows=max_rows, keep=["between"], progress=None if progress else False
+        )
+    if result is None:
+        return None
+    compared = _comparison(result, nets, captures, names, settings)
+    compared.metadata["warnings"] = told.texts()
+    return compared
 
 
 def _alignment(align: str, tokenizer_a: Any, tokenizer_b: Any) -> str:

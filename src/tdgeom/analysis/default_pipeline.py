@@ -84,7 +84,7 @@ def analysis_pipeline(
         ends.append(ForEach(NormalizationAblation(), sites))
     if "novelty" in settings.families and pairs:
         asked = {key for stage in settings.stages if isinstance(stage, PairStage) for key in stage.out_keys}
-        changes = (SubspaceNovelty(k=settings.novelty_k), LinearCKA(), LayerCosine())
+        changes = (SubspaceNovelty(k=settings.novelty_k), LinearCKA(estimator="both"), LayerCosine())
         ends += [
             ForEachPair(stage, sites, pairs=pairs) for stage in changes if not asked & set(stage.out_keys)
         ]

@@ -26,6 +26,7 @@ from tdgeom.analysis.result_tables import (
 from tdgeom.analysis.results import AnalysisResults
 from tdgeom.core.keys import key_tuple
 from tdgeom.core.renamed import RenamedStream
+from tdgeom.core.warnings import gathered
 from tdgeom.model.calls.checked_sites import available_sites
 from tdgeom.model.capture import Capture
 from tdgeom.model.loading import model_identity
@@ -58,15 +59,18 @@ def analyzed(
     for entry in available_sites(model):
         depths[entry.site.stack] = max(depths.get(entry.site.stack, 0), entry.site.layer or 0)
     passes: list[Measured] = []
+    said: list[str] = []
     neighbors: dict[str, TensorDict] = {}
     for number, (stack, sites) in enumerate(_by_stack(asked.sites, dataloader).items()):
         own_routers = [site for site in routers if site.stack == stack]
         pipeline = _stack_pipeline(model, sites, own_routers, settings)
         beside = f"{checkpoint}.{stack}" if checkpoint is not None and number else checkpoint
         kept = _kept(pipeline, settings)
-        result = run(
-            pipeline, dataloader, max_rows=settings.max_rows, keep=kept, checkpoint=beside, **run_options
-        )
+        with gathered() as told:
+            result = run(
+                pipeline, dataloader, max_rows=settings.max_rows, keep=kept, checkpoint=beside, **run_options
+            )
+        said += told.texts()
         if result is None:
             continue
         if settings.neighbors:
@@ -86,6 +90,7 @@ def analyzed(
         eigenvalues=eigenvalue_arrays(passes),
         metadata={
             **analysis_metadata(model, label, asked, [one.result for one in passes], settings),
+            "warnings": list(dict.fromkeys(said)),
             "router_sites": [str(site) for site in routers],
         },
         neighbors=_one_or_by_stack(neighbors),

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from tensordict import TensorDict
+from torch import Tensor
 
+from tdgeom.measures.spectrum_metrics import marked_measures
 from tdgeom.model.sites import Site
 from tdgeom.run.to_frame import cell, leaves, site_parts, whole_numbers
 
@@ -68,8 +70,13 @@ def metrics_rows(one: Measured) -> Iterator[dict[str, Any]]:
             "tokens_observed": int(one.result["run", "rows" if one.unit == "tokens" else "tokens"]),
             "rows_observed": int(one.result["run", "rows"]),
             "hidden_dim": one.widths.get(site),
-            **{"_".join(path[1:]) or root: cell(value) for root, path, value in values if path[0] == site},
+            **{"_".join(path[1:]) or root: _cell(path, value) for root, path, value in values if path[0] == site},
         }
+
+
+def _cell(path: tuple[str, ...], value: Tensor) -> Any:
+    """Which measures are unresolved is told by their names."""
+    return ", ".join(marked_measures(value)) if path[-1] == "unresolved" else cell(value)
 
 
 def _place(site: str) -> dict[str, Any]:
@@ -98,6 +105,10 @@ def novelty_rows(one: Measured) -> Iterable[dict[str, Any]]:
                 "novelty_k": min(one.novelty_k, one.widths.get(a, one.novelty_k)),
             }
             rows.setdefault(path[0], row)["_".join(path[1:]) or root] = cell(value)
+    for row in rows.values():
+        widths = [one.widths[site] for site in (row["a"], row["b"]) if site in one.widths]
+        if "linear_cka" in row and widths:  # it is biased upwards then
+            row["few_rows"] = one.sample < 4 * max(widths)
     return rows.values()
 
 
@@ -126,7 +137,7 @@ def ablation_rows(one: Measured) -> Iterator[dict[str, Any]]:
 
 
 def _cells(branch: TensorDict) -> dict[str, Any]:
-    return {name: cell(value) for (name,), value in leaves(branch)}
+    return {path[-1]: _cell(path, value) for path, value in leaves(branch)}
 
 
 def eigenvalue_arrays(passes: Sequence[Measured]) -> dict[str, np.ndarray]:

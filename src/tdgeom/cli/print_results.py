@@ -27,6 +27,7 @@ ROUTER = (
 IDENTITY = {
     "model_key", "model_label", "site", "kind", "stack", "layer", "num_layers", "layer_norm_depth", "relative_depth",
     "tokens_observed", "rows_observed", "hidden_dim", "a", "b", "transition", "novelty_k", "variant", "tokens", "rows",
+    "numerical_rank", "sv_numerical_rank", "k_used", "few_rows", "sv_few_rows", "unresolved",
 }  # fmt: skip
 UNIT = {"feature_subspace_novelty", "linear_cka", "layer_cosine_sim", "router_entropy_norm"}  # bars end at 1
 
@@ -89,6 +90,8 @@ def _print(console: Console, title: str, table: pd.DataFrame, wanted: Sequence[s
     own = [name for name in table.select_dtypes(["number", "bool"]) if name not in IDENTITY]
     columns = [name for name in wanted if name in table] or own
     name, labels = _label(table)
+    marked = _marked(table)
+    labels = [f"{label} *" if mark else label for label, mark in zip(labels, marked)]
     room = console.width - max(map(len, [name, *labels])) - 2 - LEAST_BAR
     shown: list[str] = []
     cells: list[list[str]] = []
@@ -118,8 +121,16 @@ def _print(console: Console, title: str, table: pd.DataFrame, wanted: Sequence[s
     notes = [
         f"{name}: {note.format(width=features, rows=unit)}." for name, note in NOTES.items() if name in table
     ]
+    if any(marked):
+        notes.append(f"* so few {unit}, or so rounded, that they decide some of these numbers: see the warnings.")
     if notes:
         console.print(Text(" ".join(notes), style="dim"))
+
+
+def _marked(table: pd.DataFrame) -> list[bool]:
+    """Which rows hold a number that few rows or rounding decide."""
+    marks = [table[name] for name in ("few_rows", "sv_few_rows", "unresolved") if name in table]
+    return [any(bool(mark) and mark == mark for mark in row) for row in zip(*marks)] or [False] * len(table)
 
 
 def _print_ablation(console: Console, name: str, table: pd.DataFrame, unit: str) -> None:

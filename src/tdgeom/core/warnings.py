@@ -16,10 +16,13 @@ import torch
 
 __all__ = [
     "FewRowsWarning",
+    "Gathered",
     "UndefinedMeasureWarning",
     "UnresolvedMeasureWarning",
     "at_site",
     "from_line",
+    "gathered",
+    "gathering",
     "tell",
     "tell_few_rows",
     "users_line",
@@ -29,7 +32,9 @@ _INSIDE = tuple(
     os.path.dirname(str(file)) + os.sep
     for file in (os.path.dirname(__file__), torch.__file__, tensordict.__file__)
 )
+_SITES = 6  # named in one warning
 _site: ContextVar[str | None] = ContextVar("site", default=None)
+_gathered: ContextVar[Gathered | None] = ContextVar("gathered", default=None)
 _started: ContextVar[Line | None] = ContextVar("started", default=None)
 
 
@@ -61,10 +66,77 @@ def tell_few_rows(stage: str, measures: str, rows: object, needed: str, remedy: 
 
 def tell(message: str, category: type[Warning] = UndefinedMeasureWarning) -> None:
     """Warn at the user's line, naming the site, if any."""
-    where, line = _site.get(), users_line()
-    text = message if where is None else f"{message} [at {where}]"
+    where, gathered = _site.get(), _gathered.get()
+    if gathered is None:
+        _say(message if where is None else f"{message} [at {where}]", category)
+    else:
+        gathered.add(message, category, where)
+
+
+def _say(text: str, category: type[Warning]) -> None:
+    line = users_line()
     registry = line.space.setdefault("__warningregistry__", {})
     warnings.warn_explicit(text, category, line.file, line.number, line.space.get("__name__"), registry)
+
+
+class Gathered:
+    """What was told, once each, with the sites it was told of."""
+
+    def __init__(self) -> None:
+        self._told: dict[tuple[type[Warning], str], list[str]] = {}
+
+    def add(self, message: str, category: type[Warning], where: str | None) -> None:
+        """Once more, of another site."""
+        sites = self._told.setdefault((category, message), [])
+        if where is not None and where not in sites:
+            sites.append(where)
+
+    def texts(self) -> list[str]:
+        """Every message with its sites; those of few rows are one."""
+        return [text for _, text in self.warnings()]
+
+    def warnings(self) -> list[tuple[type[Warning], str]]:
+        """Category and text of each."""
+        few, found = [], []
+        for (category, message), sites in self._told.items():
+            more = f" and {len(sites) - _SITES} more" if len(sites) > _SITES else ""
+            text = f"{message} [at {', '.join(sites[:_SITES])}{more}]" if sites else message
+            if category is FewRowsWarning:
+                few.append(text)
+            else:
+                found.append((category, text))
+        return [*found, (FewRowsWarning, "\n".join(few))] if few else found
+
+
+@contextmanager
+def gathered(into: Gathered | None = None) -> Iterator[Gathered]:
+    """What is told inside is told at its end, each message once with all its sites: once a run, not once a site.
+
+    Inside another it is the other that tells. ``into``: in a thread of our own, what the thread that started it gathers in.
+
+    >>> with warnings.catch_warnings(record=True) as told, gathered():
+    ...     warnings.simplefilter("always")
+    ...     for site in ("x.0", "x.1"):
+    ...         with at_site(site):
+    ...             tell("rankme is undefined.")
+    >>> [str(one.message) for one in told]
+    ['rankme is undefined. [at x.0, x.1]']
+    """
+    outer = _gathered.get()
+    held = into or outer or Gathered()
+    token = _gathered.set(held)
+    try:
+        yield held
+    finally:
+        _gathered.reset(token)
+    if outer is None and into is None:
+        for category, text in held.warnings():
+            _say(text, category)
+
+
+def gathering() -> Gathered | None:
+    """Where what is told here is gathered, if it is."""
+    return _gathered.get()
 
 
 class Line(NamedTuple):

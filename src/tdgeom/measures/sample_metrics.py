@@ -33,7 +33,7 @@ SAMPLE_METRICS = (
     "sv_effective_rank", "sv_stable_rank", "sv_participation_ratio", "cos_sim_mean", "cos_sim_std",
     "ve_4", "ve_8", "ve_16", "ve_32",
     "norm_mean", "norm_q05", "norm_q50", "norm_q95", "norm_max", "top_feature_share",
-    "numerical_rank", "few_rows",
+    "sv_numerical_rank", "sv_few_rows",
 )  # fmt: skip
 PRODUCTS: dict[Key, str] = {
     "sample_eigenvalues": "E", "sample_covariance": "E E", "sample_unit_covariance": "E E", "sample_fingerprint": "",
@@ -174,8 +174,8 @@ def sample_metrics(
         "norm_q95": high,
         "norm_max": norms.amax(-1),
         "top_feature_share": spread.amax(-1) / spread.sum(-1),
-        "numerical_rank": numerical_rank(values),
-        "few_rows": sample.shape[-2] < 10 / p.square().sum(-1),
+        "sv_numerical_rank": numerical_rank(values),
+        "sv_few_rows": sample.shape[-2] < 10 / p.square().sum(-1),
     }
 
 
@@ -245,8 +245,8 @@ class SampleMetrics(SampleStage):
     ``ve_4`` ... ``ve_32`` = share of variance in the first components. ``cos_sim_mean``, ``cos_sim_std``: cosine over
     ordered pairs of different rows, *uncentred*, std unbiased. Beyond these: row norms (``norm_mean``, quantiles
     ``norm_q05``, ``norm_q50``, ``norm_q95``, ``norm_max``) and ``top_feature_share``, the share of variance in the single
-    largest feature (near 1: massive activations). ``numerical_rank``: eigenvalues that are more than rounding, the others
-    count as 0; ``few_rows``: there are fewer rows than 10·sv_participation_ratio, which say more of the sample than of what it
+    largest feature (near 1: massive activations). ``sv_numerical_rank``: eigenvalues that are more than rounding, the others
+    count as 0; ``sv_few_rows``: there are fewer rows than 10·sv_participation_ratio, which say more of the sample than of what it
     was drawn from. Products are float64; rows of any dtype, scale and offset count as float64 rows of the same numbers do.
 
     Reads ``"sample"`` (*B, N, D), and where present what ``SampleSpectrum`` wrote of the same rows; writes
@@ -270,7 +270,7 @@ class SampleMetrics(SampleStage):
         metrics = sample_metrics(self.checked(sample), *self.products_of(sample, products))
         reason = f"all rows of {self.in_keys[0]!r} are the same."
         warn_undefined(metrics["sv_stable_rank"], "SampleMetrics (what is spectral)", reason)
-        if holds(metrics["few_rows"].any()):
+        if holds(metrics["sv_few_rows"].any()):
             called = "10 for each of sv_participation_ratio's dimensions"
             tell_few_rows(
                 "SampleMetrics",

@@ -16,7 +16,7 @@ from tdgeom.core.keys import NOT_WRITTEN, KeyTable, key_tuple
 from tdgeom.core.renamed import Renamed, describe, stage_of
 from tdgeom.core.stage import Stage
 from tdgeom.core.surroundings import steady
-from tdgeom.core.warnings import from_line, users_line
+from tdgeom.core.warnings import from_line, gathered, gathering, users_line
 
 __all__ = ["call", "give", "run_end"]
 
@@ -124,10 +124,10 @@ def _side_by_side(group: Sequence[Any], td: TensorDict) -> None:
         for unit in group:
             call(unit, td)
         return
-    grad, line = torch.is_grad_enabled(), users_line()
+    grad, line, told = torch.is_grad_enabled(), users_line(), gathering()
 
     def one(unit: Renamed) -> TensorDictBase:
-        with torch.set_grad_enabled(grad), from_line(line):
+        with torch.set_grad_enabled(grad), from_line(line), gathered(told):
             return unit.inner(td)
 
     try:

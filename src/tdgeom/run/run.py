@@ -16,6 +16,7 @@ from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import Key, as_key, key_tuple
 from tdgeom.core.process_groups import sum_over_ranks
 from tdgeom.core.renamed import stage_of
+from tdgeom.core.warnings import gathered
 from tdgeom.run.batch_rows import BatchRows
 from tdgeom.run.checkpoint import Checkpoint
 from tdgeom.run.finish import run_end
@@ -117,7 +118,7 @@ def run(
             leave=False,
         ) as bar:
             one_pass.read(dataloader, bar)
-        with one_pass.timed("finish"):
+        with one_pass.timed("finish"), gathered():
             ended = end_of(one_pass, inputs, keep)
     except BaseException:
         for unit in plan.stream:
