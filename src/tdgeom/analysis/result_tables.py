@@ -70,7 +70,11 @@ def metrics_rows(one: Measured) -> Iterator[dict[str, Any]]:
             "tokens_observed": int(one.result["run", "rows" if one.unit == "tokens" else "tokens"]),
             "rows_observed": int(one.result["run", "rows"]),
             "hidden_dim": one.widths.get(site),
-            **{"_".join(path[1:]) or root: _cell(path, value) for root, path, value in values if path[0] == site},
+            **{
+                "_".join(path[1:]) or root: _cell(path, value)
+                for root, path, value in values
+                if path[0] == site
+            },
         }
 
 

@@ -122,7 +122,9 @@ def _print(console: Console, title: str, table: pd.DataFrame, wanted: Sequence[s
         f"{name}: {note.format(width=features, rows=unit)}." for name, note in NOTES.items() if name in table
     ]
     if any(marked):
-        notes.append(f"* so few {unit}, or so rounded, that they decide some of these numbers: see the warnings.")
+        notes.append(
+            f"* so few {unit}, or so rounded, that they decide some of these numbers: see the warnings."
+        )
     if notes:
         console.print(Text(" ".join(notes), style="dim"))
 
