@@ -92,7 +92,7 @@ GUESSES = [
     (lambda: tg.analyze_model(MODEL, [], output_dir="x"), "save_dir="),
     (lambda: tg.analyze_model(MODEL, [], tokenizer=None), "TextBatches"),
     (lambda: tg.analyze_model(MODEL, [], pool="mean"), "select="),
-    (lambda: tg.compare(MODEL, MODEL, [], measures="cka"), "metrics="),
+    (lambda: tg.compare(MODEL, MODEL, [], score="cka"), "It takes .*metrics"),
     (lambda: tg.compare(MODEL, MODEL, [], tokenizer=None), "tokenizer_a="),
     (lambda: tg.functional.twonn(torch.zeros(3, 2), fraction=0.9), "discard="),
     (lambda: tg.functional.nearest_neighbors(torch.zeros(3, 2), n_neighbors=2), "k="),

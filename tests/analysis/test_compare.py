@@ -354,3 +354,11 @@ def test_the_command_and_the_function_have_one_default():
     assert ",".join(function["metrics"].default) == command["metrics"].default
     for name in ("sites", "layers", "align", "sketch", "batch_size", "seed"):
         assert function[name].default == command[name].default, name
+
+
+def test_the_earlier_name_of_metrics_is_taken(wide):
+    settings = {"layers": [0], "progress": False}
+    by_alias = tg.compare(models.gpt2(), wide, loader(), measures=["cka"], **settings)
+    assert by_alias.matrix().equals(tg.compare(models.gpt2(), wide, loader(), ["cka"], **settings).matrix())
+    with pytest.raises(TypeError, match="measures= is another name of metrics=; got both"):
+        tg.compare(models.gpt2(), wide, loader(), metrics="cka", measures="cka", **settings)

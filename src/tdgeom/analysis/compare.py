@@ -15,6 +15,7 @@ from torch import nn
 from tdgeom.analysis.analysis_settings import MAX_ROWS, ComparisonSettings
 from tdgeom.analysis.comparison import Comparison
 from tdgeom.analysis.metadata import model_record, run_record
+from tdgeom.analysis.seed_names import also_called
 from tdgeom.core.for_each import ForEach
 from tdgeom.core.for_each_pair import ForEachPair
 from tdgeom.core.guessed_names import answer_guesses
@@ -41,6 +42,7 @@ __all__ = ["compare"]
 ALIGNMENTS = ("rows", "characters", "document")
 
 
+@also_called(measures="metrics")
 @answer_guesses
 def compare(
     model_a: nn.Module | str,
@@ -73,7 +75,7 @@ def compare(
         metrics: names (those of the pure functions; ``tdgeom.measures.MEASURES`` lists them, and so does the command
             line) or pair stages. Default: debiased linear CKA over *all* rows (``"linear_cka_debiased"``, short
             ``"cka"``: ``LinearCKA(estimator="debiased", source="moments")``) and ``"neighborhood_overlap"`` of a sample
-            (``NeighborhoodOverlap(k=10)``).
+            (``NeighborhoodOverlap(k=10)``). ``measures`` is an earlier name of it.
         sites, layers: as for ``Capture``; the same for both models.
         tokenizer_a, tokenizer_b: for documents; ``tokenizer_b`` None: the same.
         align: "rows": the tokens are the same, matched by ``row_id``. "characters": tokens of the two tokenizers that end at

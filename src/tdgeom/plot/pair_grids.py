@@ -25,7 +25,11 @@ def pair_grid(
     table: pd.DataFrame, measure: str | None, symmetric: bool, diagonal: float | str | None
 ) -> tuple[np.ndarray, list[str], list[str]]:
     """A table of pairs as (the matrix, its row sites, its column sites); NaN where nothing was measured."""
-    numbers = [name for name in table.select_dtypes("number") if not name.startswith(("layer", "novelty_k", "k_used"))]
+    numbers = [
+        name
+        for name in table.select_dtypes("number")
+        if not name.startswith(("layer", "novelty_k", "k_used"))
+    ]
     if not {"a", "b"} <= set(table) or (measure is None and len(numbers) != 1):
         raise ValueError(
             f"matrix needs the columns a and b and measure=, one of {numbers}; got {list(table.columns)}."
