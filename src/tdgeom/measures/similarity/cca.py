@@ -43,7 +43,8 @@ def cca_mean(x: Tensor, y: Tensor) -> Tensor:
     Invariances: every invertible linear map and offset of either side. Bias: strongly upwards unless N is many times
     D; at N <= D + 1 it is 1 for any data, so compare at equal N and D only. NaN with one warning without variance.
     Directions no longer than the rounding of the given values (constant features, or ones that depend on each other) do
-    not count: give rows in the precision they were computed in, for rounding cannot be told once they are widened.
+    not count, whatever offset the features have. Float32 rows widened to float64 are known by their values; half precision
+    is given as it was computed, for its rounding cannot be told once it is widened.
 
     Hotelling 1936; Raghu et al. 2017, arXiv 1706.05806.
 

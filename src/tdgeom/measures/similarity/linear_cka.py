@@ -22,72 +22,40 @@ _REASON_DEBIASED = (
     "variance, or too few rows for it, has none)."
 )
 
-_LARGEST = 8  # features a side whose products are always float64
-
 
 class _Side(NamedTuple):
-    """What one side contributes: centred rows, or where N < D their Gram matrix without its diagonal."""
+    """What one side contributes: centred rows, or where N < D their Gram matrix without its diagonal. All in float64."""
 
     rows: Tensor
     gram: Tensor | None
-    norm2: Tensor  # (..., N) squared row norms, float64
-    sums: Tensor  # (..., N) sum over j != i of K_ij, float64
-    off: Tensor  # sum over i != j of K_ij², float64
-    largest: Tensor  # (..., m) the features of most variance
+    norm2: Tensor  # (..., N) squared row norms
+    sums: Tensor  # (..., N) sum over j != i of K_ij
+    off: Tensor  # sum over i != j of K_ij²
 
 
 def _prepare(x: Tensor, measure: str) -> _Side:
-    x = finite_rows(x, measure)
-    few = x.shape[-2] < x.shape[-1]
-    rows = centre(x.double() if few else x).rows  # the fewer the rows, the more a massive one weighs
-    norm2 = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).square()
-    if few:
+    # A massive row's fourth power would round all others away in float32.
+    rows = centre(finite_rows(x, measure).double()).rows
+    norm2 = torch.linalg.vector_norm(rows, dim=-1).square()
+    if rows.shape[-2] < rows.shape[-1]:
         # The diagonal is the largest part of K when N < D: left out here, never subtracted later.
         product = rows @ rows.mT
         off = product - torch.diag_embed(torch.diagonal(product, dim1=-2, dim2=-1))
-        largest = _most_varied(rows.detach().square().sum(-2))
-        return _Side(rows, off, norm2, off.sum(-1, dtype=torch.float64), _square_sum(off), largest)
-    # -norm2 but for what rounding left of the rows' mean, which beside a massive row is not small
-    rest = rows.sum(-2, dtype=torch.float64).to(rows.dtype)
-    sums = (rows @ rest.unsqueeze(-1)).squeeze(-1) - norm2
-    product = gram(rows)
-    largest = _most_varied(product.detach().diagonal(dim1=-2, dim2=-1))
-    side = _Side(rows, None, norm2, sums, norm2, largest)
-    return side._replace(off=_product_sum(product, side, side) - norm2.square().sum(-1))
-
-
-def _most_varied(variance: Tensor) -> Tensor:
-    return variance.topk(min(_LARGEST, variance.shape[-1])).indices
+        return _Side(rows, off, norm2, off.sum(-1), _square_sum(off))
+    # -norm2 but for what rounding left of the rows' mean
+    sums = (rows @ rows.sum(-2).unsqueeze(-1)).squeeze(-1) - norm2
+    return _Side(rows, None, norm2, sums, _square_sum(gram(rows)) - norm2.square().sum(-1))
 
 
 def _square_sum(matrix: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64).square()
-
-
-def _product_sum(product: Tensor, a: _Side, b: _Side) -> Tensor:
-    """||XᵀY||²_F in float64. Where a few features hold nearly all variance (a massive row will do), what its diagonal
-    leaves of it is far smaller than float32's rounding: the products among each side's largest features are float64."""
-    total = _square_sum(product)
-    if product.dtype == torch.float64:
-        return total
-    lead, width = product.shape[:-2], product.shape[-1]  # of both sides together, where they are broadcast
-    i, j = a.largest.unsqueeze(-1), b.largest.unsqueeze(-2)
-    rounded = product.gather(-2, i.expand(*lead, i.shape[-2], width))
-    rounded = rounded.gather(-1, j.expand(*lead, i.shape[-2], j.shape[-1]))
-    return total - _square_sum(rounded) + _square_sum(_columns(a).mT @ _columns(b))
-
-
-def _columns(side: _Side) -> Tensor:
-    index = side.largest.unsqueeze(-2).expand(*side.rows.shape[:-1], side.largest.shape[-1])
-    return side.rows.gather(-1, index).double()
+    return torch.linalg.vector_norm(matrix, dim=(-2, -1)).square()
 
 
 def _off_product(a: _Side, b: _Side) -> Tensor:
     """Sum over i != j of K_ij L_ij."""
     if a.gram is not None and b.gram is not None:
-        return (a.gram * b.gram).sum((-2, -1), dtype=torch.float64)
-    dtype = torch.promote_types(a.rows.dtype, b.rows.dtype)
-    return _product_sum(a.rows.to(dtype).mT @ b.rows.to(dtype), a, b) - (a.norm2 * b.norm2).sum(-1)
+        return (a.gram * b.gram).sum((-2, -1))
+    return _square_sum(a.rows.mT @ b.rows) - (a.norm2 * b.norm2).sum(-1)
 
 
 def _aligned(a: _Side, b: _Side, off: Tensor, name: str) -> Tensor:
@@ -107,9 +75,7 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
     """Linear CKA, biased: ``||XᵀY||²_F / (||XᵀX||_F ||YᵀY||_F)`` of centred rows. Alias: RV coefficient.
 
     Args:
-        x: (..., N, D) rows. y: (..., N, E) the same rows on the other side. Half precision is upcast to
-            float32, in which the products are taken (but for those of the largest features, and all where N < D); sums are
-            float64.
+        x: (..., N, D) rows. y: (..., N, E) the same rows on the other side. Centred and multiplied in float64.
 
     Returns:
         (...) float64 in [0, 1]; 1 for identical rows.

@@ -41,7 +41,7 @@ def factor_rows(x: Tensor, measure: str, *, standardise: bool, share: float | No
     u, s, vt = torch.linalg.svd(torch.nan_to_num(rows) / used.unsqueeze(-2), full_matrices=False)
     keep = s > s[..., :1] * max(x.shape[-2:]) * torch.finfo(torch.float64).eps
     if standardise:
-        steps = torch.linalg.vector_norm(_steps(wide, x.dtype) / scale[..., None, None], dim=-2)
+        steps = torch.linalg.vector_norm(_steps(wide, x.dtype, rows, scale), dim=-2)
         above = s > _along(vt, steps / used.detach())
         keep = keep & (above | ~above.any(-1, keepdim=True))
     keep = keep & _leading(s.square(), share)
@@ -50,16 +50,20 @@ def factor_rows(x: Tensor, measure: str, *, standardise: bool, share: float | No
     return Factor(u * keep.unsqueeze(-2), s, coefficients, rank, None)
 
 
-def _steps(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What rounding may have moved each value by, in float64, before it was ``x``.
+def _steps(x: Tensor, dtype: torch.dtype, rows: Tensor, scale: Tensor) -> Tensor:
+    """What rounding may have moved each value by before it was ``x``, in units of ``scale``; ``rows`` are the centred values.
 
-    Half precision: 2.4 standard deviations of rounding to the nearest, which singular values of pure rounding stay
-    below. Wider types: eight steps of the type, for the sums that values come from are rounded too.
+    To the nearest: 2.4 standard deviations of it at the size of the value, which singular values of pure rounding stay
+    below. In wider types than half precision also eight steps at the size of what is left without the mean, for the sums
+    that values come from are rounded too. Float64 values that float32 holds are taken for float32 ones that were widened.
     """
-    if not dtype.is_floating_point:
-        dtype = torch.float64
-    share = 0.7 if dtype.itemsize < 4 else 8.0
-    return share * torch.finfo(dtype).eps * x.detach().abs().log2().floor().exp2()
+    floating = dtype if dtype.is_floating_point else torch.float64
+    eps = x.new_full((1, 1), torch.finfo(floating).eps)
+    if floating == torch.float64 and dtype.is_floating_point:
+        widened = (x.detach().float() == x.detach()).all(-1, keepdim=True).all(-2, keepdim=True)
+        eps = torch.where(widened, torch.finfo(torch.float32).eps, eps)
+    stored = 0.7 * eps * x.detach().abs().log2().floor().exp2() / scale[..., None, None]
+    return stored if floating.itemsize < 4 else torch.hypot(stored, 8 * eps * rows.detach().nan_to_num())
 
 
 def _along(directions: Tensor, steps: Tensor) -> Tensor:
@@ -90,8 +94,10 @@ def factor_moments(
     n = count.to(torch.float64)
     keep = (values > values[..., :1] * 1e-12) & (values > lost) & _leading(values, share)
     if standardise:
-        sizes = (variance.clamp(min=0) + mean.to(torch.float64).square()).sqrt() * inverse
-        keep = keep & (values > _along(vectors.mT, 8 * torch.finfo(torch.float32).eps * sizes).square())
+        # as ``_steps`` of float32 rows
+        stored = 0.7 * mean.to(torch.float64).abs().log2().floor().exp2()
+        steps = torch.finfo(torch.float32).eps * torch.hypot(stored, 8 * variance.clamp(min=0).sqrt())
+        keep = keep & (values > _along(vectors.mT, steps * inverse).square())
     keep = keep & (torch.arange(values.shape[-1], device=values.device) < (n - 1)[..., None])
     s = (values * (n - 1)[..., None]).sqrt()
     weights = torch.where(keep, 1 / torch.where(keep, s, 1), 0)
