@@ -11,7 +11,7 @@ from tdgeom.core.keys import Keys
 from tdgeom.core.pair_stage import PairStage
 from tdgeom.measures.similarity.pair_sources import MATCHED_ROWS
 from tdgeom.measures.similarity.row_distances import condensed, distances, squared_distances
-from tdgeom.measures.similarity.row_pairs import MEMORY, RowPairs, pair_sums, sampled_pairs
+from tdgeom.measures.similarity.row_pairs import MEMORY, Block, RowPairs, pair_sums, sampled_pairs
 from tdgeom.numerics.centring import centre, check_matched, finite_rows, warn_undefined
 from tdgeom.numerics.differentiation import is_differentiated
 from tdgeom.numerics.opaque import opaque
@@ -93,7 +93,9 @@ def _row_pairs(x: Tensor, kind: str) -> tuple[RowPairs, Tensor]:
     """Rows (N, D) of one data set whose squared distances are its dissimilarities, but for ``_of_squares``."""
     if kind == "euclidean":
         rows, scale = centre(x)
-        unit = torch.where(scale > 0, scale, 1).log2().floor().exp2()  # dividing by a power of two loses no digit
+        unit = (
+            torch.where(scale > 0, scale, 1).log2().floor().exp2()
+        )  # dividing by a power of two loses no digit
         return RowPairs(torch.nan_to_num(rows * (scale / unit)), x / unit), unit
     rows = _directions(x, kind)
     undefined = rows.isnan().any(-1)
@@ -248,16 +250,19 @@ def _pearson_by_blocks(x: Tensor, y: Tensor, kind: str) -> Tensor:
     """Pearson's correlation of all dissimilarities, none kept."""
     lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     x, y = (side.expand(*lead, *side.shape[-2:]).reshape(-1, *side.shape[-2:]) for side in (x, y))
-    values = [_pearson(*(_row_pairs(side, kind) for side in sides), kind) for sides in zip(x, y)]
+    values = [_pearson(_row_pairs(a, kind)[0], _row_pairs(b, kind)[0], kind) for a, b in zip(x, y)]
     return torch.stack(values).reshape(lead) if values else x.new_empty(lead)
 
 
-def _pearson(a: tuple[RowPairs, Tensor], b: tuple[RowPairs, Tensor], kind: str) -> Tensor:
-    n = len(a[0])
+def _pearson(a: RowPairs, b: RowPairs, kind: str) -> Tensor:
+    n = len(a)
     m = n * (n - 1)
-    one = torch.ones_like(a[1])  # the unit does not matter to a correlation
-    sides = [lambda i, j, pairs=side[0]: _of_squares(pairs.squares(i, j), kind, one) for side in (a, b)]
-    sums = pair_sums(*sides, n, diagonal=False)
+    one = a.rows.new_ones(())  # the unit does not matter to a correlation
+
+    def block(pairs: RowPairs) -> Block:
+        return lambda i, j: _of_squares(pairs.squares(i, j), kind, one)
+
+    sums = pair_sums(block(a), block(b), n, diagonal=False)
     first, second = sums.rows_a.sum(), sums.rows_b.sum()
     covariance = sums.ab - first * second / m
     spreads = [sums.aa - first**2 / m, sums.bb - second**2 / m]
