@@ -1,4 +1,4 @@
-"""Argument names that are kept for users of the seed, and of earlier versions, beside the names that everything here has."""
+"""Argument names of the seed and of earlier versions, kept beside the names that everything here has."""
 
 from __future__ import annotations
 

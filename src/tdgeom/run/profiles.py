@@ -31,8 +31,8 @@ def intrinsic_dimension_profile(result: Any) -> pd.DataFrame:
     Columns: ``site``, ``kind``, ``layer``, ``stack``, ``relative_depth``, ``estimator`` (the key part under which the stage
     wrote), ``step`` (0 for the finest scale; estimators that give one number have only that), ``estimate``,
     ``standard_error``, ``scale`` (the distance the estimate looks at), ``rows`` used, ``duplicates`` dropped first and
-    ``near_duplicates`` among them (-1 where unknown). Gride has a row for every n, the decimation profile one for every subset size. Of an analysis with an
-    untrained baseline both, told apart by ``weights``.
+    ``near_duplicates`` among them (-1 where unknown). Gride has a row for every n, the decimation profile one for every
+    subset size. Of an analysis with an untrained baseline both, told apart by ``weights``.
 
     Relative depth runs from 0 (the input of the first block, or the embedding) to 1 (the last site of the stack: the final
     norm stands one layer after the last block's input).

@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import nn
 
+from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.model.calls.checked_sites import available_sites, resolve_sites
 from tdgeom.model.calls.model_inputs import InKeys
 from tdgeom.model.sites import LayerSpec, select_layers
@@ -24,6 +25,7 @@ __all__ = ["verify_sites"]
 COLUMNS = ["site", "stack", "kind", "layer", "check", "difference", "outcome", "note"]
 
 
+@answer_guesses
 def verify_sites(
     model: nn.Module,
     batch: Mapping[str, Any] | TensorDictBase,
