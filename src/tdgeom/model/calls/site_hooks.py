@@ -21,6 +21,7 @@ from tdgeom.model.calls.attention_kernel import (
     whole_batches,
 )
 from tdgeom.model.calls.call_paths import is_inside, paths_of_calls
+from tdgeom.model.calls.checkpointing import runs_again
 from tdgeom.model.calls.own_hooks import CHANGING, Hung, OwnHook, hang, hook_after, hook_before, take_down
 from tdgeom.model.calls.router_kernel import router_look
 from tdgeom.model.structure.readers import read_input
@@ -284,15 +285,6 @@ class SiteHooks:
     def _on_softmax(self, place: Place, side: str, value: Tensor) -> Tensor:
         new = self.visit(place, (), {}, value) if side == place[1] else None
         return value if new is None else new
-
-
-def runs_again() -> bool:
-    """Whether this thread computes gradients: what runs then is a pass that is run again (checkpointing).
-
-    >>> runs_again()
-    False
-    """
-    return torch._C._current_graph_task_id() != -1
 
 
 def only_reads(hook: Any) -> bool:

@@ -9,6 +9,7 @@ from functools import partial
 from threading import get_ident
 from typing import Any
 
+import torch
 from tensordict import NonTensorData, TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from tdgeom.model.calls.call_info import CallInfo
 from tdgeom.model.calls.model_inputs import Signature, bound_tensors, read_signature
 from tdgeom.model.calls.own_hooks import CHANGING, OwnId, lead
+from tdgeom.model.calls.checkpointing import is_checkpointed, refuse_later_backward, runs_again
 from tdgeom.model.calls.repeated_calls import CallsSpec, fired_too_often, is_meant
-from tdgeom.model.calls.site_hooks import Place, Places, SiteHooks, Step, runs_again
+from tdgeom.model.calls.site_hooks import Place, Places, SiteHooks, Step
 from tdgeom.model.edits.edit import Edit
 from tdgeom.model.positions import positions_second
 from tdgeom.model.structure.readers import read_output, write_output
@@ -68,10 +70,11 @@ def _owner(model: nn.Module, entry: ResolvedSite, signatures: dict[str, Signatur
 class EditStep(Step):
     """One running call of the model under edits, and what it was given."""
 
-    __slots__ = ("past_block", "past_module", "told")
+    __slots__ = ("checkpointed", "grad", "past_block", "past_module", "told")
 
     def __init__(self, path: str = "") -> None:
         super().__init__(path)
+        self.grad, self.checkpointed = torch.is_grad_enabled(), False
         self.told: dict[str, CallInfo] = {}
         self.past_block: dict[str, list[Tensor]] = {}
         self.past_module: dict[int, list[Tensor]] = {}
@@ -104,6 +107,9 @@ class Editing(SiteHooks):
         self.between: EditStep | None = None
         self.acted: set[int] = set()
         self.called = self.failed = False
+        self.entered = [
+            False
+        ]  # whether this entering of the context goes on, for passes that may be run again
 
     def around(self) -> None:
         """Hooks that learn what a call was given, and those that carry a change past the module where it was made."""
@@ -129,6 +135,7 @@ class Editing(SiteHooks):
     def open(self) -> None:
         """Install the hooks, in front of everybody else's."""
         self.acted, self.called, self.failed, self.between = set(), False, False, None
+        self.entered = [True]
         self.histories.clear()
         for edit in self.plan.selective:
             edit.watch_selection(True)
@@ -143,6 +150,7 @@ class Editing(SiteHooks):
     def close(self) -> None:
         """Remove the hooks and forget every tensor."""
         super().close()
+        self.entered[0] = False
         self.histories.clear()
         self.between = None
 
@@ -165,6 +173,8 @@ class Editing(SiteHooks):
 
     def ended(self, step: Any, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """A call is over."""
+        if step.checkpointed:
+            refuse_later_backward(output, self.entered)
         if self.which == "last":
             for place, total in self.totals.items():
                 fired = step.fired.get(place, 0)
@@ -247,6 +257,8 @@ class Editing(SiteHooks):
             raise fired_too_often(self.places.at[place][0], count + 1)
         if calls == 1 and not is_meant(self.which, count, self.totals.get(place)):
             return None
+        if step.grad and not step.checkpointed and is_checkpointed():
+            step.checkpointed = True
         for planned in self.plan.at[place]:
             entry = planned.entry
             if calls > 1 and entry.call != count:

@@ -53,6 +53,8 @@ def plain_weight(module: nn.Module) -> Tensor | None:
     torch.Size([5, 3])
     """
     weight: Any = getattr(module, "weight", None)
+    if "forward" in vars(module) or getattr(weight, "is_meta", False):
+        return None  # somebody loads the weight, or does more, in a forward of their own
     if _is_transposed(module):
         return weight.T
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and _is_float(weight):
@@ -68,7 +70,8 @@ def shares(module: nn.Module, value: Tensor, parts: int) -> Tensor:
     weight = plain_weight(module)
     split = value.unflatten(-1, (parts, -1))
     if weight is not None:
-        return torch.einsum("...hd,ohd->...ho", split.to(weight.dtype), weight.unflatten(-1, (parts, -1)))
+        own = weight.to(value.device).unflatten(-1, (parts, -1))  # a replica's input may be elsewhere
+        return torch.einsum("...hd,ohd->...ho", split.to(weight.dtype), own)
     alone = torch.eye(parts, dtype=value.dtype, device=value.device).unsqueeze(-1) * split.unsqueeze(-2)
     return _called(module, alone.flatten(-2)) - bias_of(module, value)  # type: ignore[operator]
 
@@ -77,7 +80,7 @@ def bias_of(module: nn.Module, like: Tensor) -> Tensor | None:
     """What a linear layer adds to any product: its bias, or what it gives for zeros of the type of ``like``."""
     if plain_weight(module) is not None:
         bias: Any = getattr(module, "bias", None)
-        return bias
+        return None if bias is None else bias.to(like.device)
     with torch.no_grad():
         return _called(module, like.new_zeros(1, features(module)[0])).reshape(-1)
 
