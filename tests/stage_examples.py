@@ -432,6 +432,7 @@ def optional_inputs() -> dict[object, torch.Tensor]:
         "input_ids": torch.arange(12).reshape(3, 4),
         "special_tokens_mask": (torch.arange(12).reshape(3, 4) % 4 == 3).long(),
         "row_id": ids(),
+        "chosen": torch.arange(2 * N).reshape(N, 2) % D,
         "sample_row_id": ids(),
         ("eigenvalues", "a"): torch.linspace(2, 1, D, dtype=torch.float64),
         ("eigenvalues", "b"): torch.linspace(3, 1, D, dtype=torch.float64),

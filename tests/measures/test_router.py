@@ -90,3 +90,36 @@ def test_half_precision_logits(dtype):
     assert torch.equal(half["router", "load"], full["router", "load"])
     assert half["router", "mean_probability"].dtype == torch.float64
     torch.testing.assert_close(half["router", "mean_probability"], full["router", "mean_probability"])
+
+
+def test_the_choice_is_counted_where_it_is_told():
+    logits = torch.randn(40, 6, generator=torch.Generator().manual_seed(3))
+    chosen = torch.randint(-1, 6, (40, 3), generator=torch.Generator().manual_seed(4))
+    expected = torch.bincount(chosen[chosen >= 0], minlength=6)
+    whole = tg.RouterLoad()(TensorDict(tokens=logits, chosen=chosen))["router"]
+    assert int(whole["routed_assignments"]) == int(expected.sum())
+    torch.testing.assert_close(whole["load"], expected.double() / expected.sum())
+    parts = tg.RouterLoad()
+    for rows in (slice(0, 7), slice(7, 40)):
+        parts.update(TensorDict(tokens=logits[rows], chosen=chosen[rows]))
+    assert torch.equal(parts.counts, expected)
+    assert torch.equal(tg.RouterLoad()(tokens=logits, chosen=chosen)[5], whole["routed_assignments"])
+
+
+def test_a_model_that_does_not_tell_is_said():
+    logits = torch.randn(10, 4)
+    with pytest.warns(UserWarning, match="does not tell which experts its router chose"):
+        found = tg.RouterLoad(top_k=1)(
+            TensorDict(tokens=logits, chosen=torch.empty(10, 0, dtype=torch.int64))
+        )
+    torch.testing.assert_close(
+        found["router", "load"], torch.bincount(logits.argmax(-1), minlength=4).double() / 10
+    )
+
+
+def test_rows_of_logits_without_a_choice_beside_them():
+    td = TensorDict({"acts": {"router_logits.0": torch.randn(2, 5, 4)}})
+    rows = tg.SelectTokens(["router_logits.0"])(td)
+    assert rows["chosen", "router_logits.0"].shape == (10, 0)
+    with pytest.warns(UserWarning, match="does not tell"):
+        tg.ForEach(tg.RouterLoad(), ["router_logits.0"])(rows)

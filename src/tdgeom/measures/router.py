@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -42,14 +43,17 @@ def router_load(counts: Tensor, probability: Tensor | None = None) -> dict[str, 
 
 
 class RouterLoad(StreamingStage):
-    """Load of each expert, from router logits, counted over all selected rows.
+    """Load of each expert of a router, counted over all selected rows: the experts that ran.
 
-    Each row's ``top_k`` largest logits are its assignments. load = assignments / all assignments;
-    ``router_entropy`` = -Σ load ln load, ``router_entropy_norm`` = that / ln E, ``load_imbalance`` = max load x E (1 is
-    even), ``most_used_expert``, ``top_expert_load``, ``routed_assignments``; the ``load`` vector (E,) and
-    ``mean_probability`` (E,), the mean softmax over experts. Padding never counts: rows come from ``SelectTokens``.
+    They are what the router has chosen, ``"chosen"`` (N, k), -1 for none (a token beyond an expert's capacity). Where nobody
+    told, they are each row's ``top_k`` largest logits, which many routers choose by; a warning says so where the rows come
+    from a model. load = assignments / all assignments; ``router_entropy`` = -Σ load ln load, ``router_entropy_norm`` =
+    that / ln E, ``load_imbalance`` = max load x E (1 is even), ``most_used_expert``, ``top_expert_load``,
+    ``routed_assignments``; the ``load`` vector (E,) and ``mean_probability`` (E,), the mean softmax over experts' logits.
+    Padding never counts: rows come from ``SelectTokens``.
 
-    Reads ``"tokens"`` (N, E), the rows of a site ``router_logits``; writes ``("router", name)``.
+    Reads ``"tokens"`` (N, E), the rows of a site ``router_logits``, and ``"chosen"`` where ``SelectTokens`` has found it
+    beside; writes ``("router", name)``. Raises ``ValueError`` for rows of another number of experts.
 
         >>> import torch, tdgeom as tg
         >>> from tensordict import TensorDict
@@ -57,9 +61,12 @@ class RouterLoad(StreamingStage):
         >>> td = tg.RouterLoad(top_k=1)(TensorDict(tokens=logits))
         >>> td["router", "load"]
         tensor([0.5000, 0.0000, 0.5000], dtype=torch.float64)
+        >>> tg.RouterLoad()(TensorDict(tokens=logits, chosen=torch.tensor([[1], [2]])))["router", "load"]
+        tensor([0.0000, 0.5000, 0.5000], dtype=torch.float64)
     """
 
-    reads = {"tokens": "N E"}
+    reads = {"tokens": "N E", "chosen": "N K"}
+    optional = frozenset({"chosen"})
     writes = [("router", name) for name in ROUTER_LEAVES]
 
     counts: Tensor
@@ -75,20 +82,32 @@ class RouterLoad(StreamingStage):
         self.add_state("rows", torch.int64)
         self.add_state("probability", torch.float64)
 
-    def start(self, tokens: Tensor) -> dict[str, Tensor]:
+    def start(self, tokens: Tensor, chosen: Tensor | None = None) -> dict[str, Tensor]:
         """No assignments yet."""
         counts = torch.zeros(tokens.shape[-1], dtype=torch.int64, device=tokens.device)
         return {"counts": counts, "rows": counts.sum(), "probability": counts.double()}
 
-    def accumulate(self, tokens: Tensor) -> None:
+    def accumulate(self, tokens: Tensor, chosen: Tensor | None = None) -> None:
         """Count the assignments of a block of rows."""
-        if tokens.shape[-1] != self.counts.shape[0]:
+        experts = self.counts.shape[0]
+        if tokens.shape[-1] != experts:
             raise ValueError(
-                f"RouterLoad has seen rows of {self.counts.shape[0]} experts and now gets {self.in_keys[0]!r} of shape "
+                f"RouterLoad has seen rows of {experts} experts and now gets {self.in_keys[0]!r} of shape "
                 f"{tuple(tokens.shape)}. Use one stage a router, or reset()."
             )
-        chosen = tokens.topk(min(self.top_k, tokens.shape[-1]), dim=-1).indices.flatten()
-        self.counts += torch.zeros_like(self.counts).scatter_add_(0, chosen, torch.ones_like(chosen))
+        if chosen is None or not chosen.shape[-1]:
+            if chosen is not None and not torch.compiler.is_compiling():
+                warnings.warn(
+                    f"RouterLoad at {self.in_keys[0]!r}: the model does not tell which experts its router chose, so the "
+                    f"{self.top_k} largest logits of each row are counted, which may be others.",
+                    stacklevel=2,
+                )
+            chosen = tokens.topk(min(self.top_k, experts), dim=-1).indices
+        # -1 is counted behind the last expert, and left out
+        places = torch.where(chosen < 0, experts, chosen.long()).flatten()
+        self.counts += self.counts.new_zeros(experts + 1).scatter_add_(0, places, torch.ones_like(places))[
+            :-1
+        ]
         self.rows += tokens.shape[0]
         self.probability += tokens.double().softmax(-1).sum(0)
 

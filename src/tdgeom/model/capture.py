@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tdgeom.core.keys import Key, key_tuple
 from tdgeom.model.calls.bound_model import eval_mode, has_other_forwards, may_stop
 from tdgeom.model.calls.call_paths import is_inside
-from tdgeom.model.calls.checked_sites import resolve_sites
+from tdgeom.model.calls.checked_sites import choices_beside, resolve_sites
 from tdgeom.model.calls.hooking_context import HookingContext
 from tdgeom.model.calls.model_inputs import (
     InKeys,
@@ -62,6 +62,7 @@ class Capture(HookingContext):
         sites: kinds, concrete names (``"residual_output.-1"``), ``"module_output:<glob>"``, compiled regular expressions
             (they match a whole module path and stand for its output), or a list of them. ``[1]`` or ``['name']`` behind a path
             is that tensor of a tuple, mapping or dataclass; ``"module_output:<root>"`` is what the model itself gives.
+            ``"router_logits"`` brings what the routers have chosen along, under the names of ``router_choice``.
         layers: ``"all"``, an int, a list (negative counts from the end), a slice or ``"0,3,7"``; applies to kinds, and to
             globs and expressions, of which those in the blocks of these layers are kept.
         heads: query heads to read at sites with heads, (B, T, heads, Dh) or (B, heads, Tq, Tk), or a mapping from layers to
@@ -144,6 +145,8 @@ class Capture(HookingContext):
             "classes": tuple(classes),
             "skip_classes": tuple(skip_classes),
         }
+        # what a router has chosen comes with its logits, where nothing counts the sites one by one
+        self._with_choices = direction == "forward" and callback is None and not isinstance(out_keys, list)
         super().__init__(
             model,
             model_outputs=model_outputs,
@@ -159,7 +162,8 @@ class Capture(HookingContext):
             )
         self.direction, self.target, self.callback, self.heads = direction, target, callback, heads
         self.nested, self.cache, self.prefix, self.clone = nested, cache, prefix, clone
-        self.sites = [entry.site for entry in self._bound.sites]
+        self._all_sites = [entry.site for entry in self._bound.sites]
+        self.sites = self._all_sites[: self._asked_for]
         root: Key = "acts" if direction == "forward" else "grads"
         self._leaves = self._name_leaves(root if out_keys is None else out_keys)
         self._last = LastRecord(self._leaves)
@@ -168,15 +172,17 @@ class Capture(HookingContext):
         self.out_keys: list[Any] = list(self._leaves)
 
     def resolve(self, model: nn.Module) -> list[ResolvedSite]:
-        """The sites asked for, in a model."""
-        return resolve_sites(model, **self._asked)
+        """The sites asked for, in a model, and behind them those that come along."""
+        entries = resolve_sites(model, **self._asked)
+        self._asked_for = len(entries)
+        return [*entries, *(choices_beside(model, entries) if self._with_choices else ())]
 
     def _name_leaves(self, out_keys: Key | list[Key]) -> list[Key]:
         outputs = [self.prefix + name for name in self.model_outputs]
         if isinstance(out_keys, str | tuple):
             root = key_tuple(out_keys)
-            return [*((*root, *self._parts(site)) for site in self.sites), *outputs]
-        if len(out_keys) != len(self.sites) + len(outputs):
+            return [*((*root, *self._parts(site)) for site in self._all_sites), *outputs]
+        if len(out_keys) != len(self._all_sites) + len(outputs):
             raise ValueError(
                 f"out_keys= expected {len(self.sites) + len(outputs)} keys, for "
                 f"{[*map(str, self.sites), *outputs]}, got {len(out_keys)}. Remedy: give one root key "
@@ -318,8 +324,8 @@ class Capture(HookingContext):
             write_entries(self.cache, values, "Capture")
 
     def _values(self, done: Pass, output: Any, *, whole: bool = True) -> dict[Key, Tensor]:
-        values = {key: done.acts[s] for key, s in zip(self._leaves, self.sites) if s in done.acts}
-        for key, name in zip(self._leaves[len(self.sites) :], self.model_outputs):
+        values = {key: done.acts[s] for key, s in zip(self._leaves, self._all_sites) if s in done.acts}
+        for key, name in zip(self._leaves[len(self._all_sites) :], self.model_outputs):
             # a part that is called instead of the model (an encoder) need not have all of them
             named = read_named_outputs(output, [name]) if whole or _has(output, name) else {}
             for value in named.values():
@@ -352,7 +358,7 @@ class Capture(HookingContext):
         if calls and self.direction == "forward":
             self._bound.watched = True
             read = {key for call in calls for key in call.keys(True)}
-            self._refuse_missing(site for site, key in zip(self.sites, self._leaves) if key in read)
+            self._refuse_missing(site for site, key in zip(self._all_sites, self._leaves) if key in read)
         elif not session.called:
             self._refuse_foreign(session)
             warnings.warn(
@@ -393,9 +399,9 @@ class Capture(HookingContext):
                 # the caller may fill the same tensors again for the next call
                 td.set(name, value if value.requires_grad else value.clone())
             if self.direction == "backward":
-                leaves = dict(zip(self.sites, self._leaves))
+                leaves = dict(zip(self._all_sites, self._leaves))
                 await_gradients(done, self._bound.sites, leaves, td, clone=self.clone)
-                values = {k: v for k, v in values.items() if k in self._leaves[len(self.sites) :]}
+                values = {k: v for k, v in values.items() if k in self._leaves[len(self._all_sites) :]}
             values = self._last.own(values)
             write_entries(td, values, "Capture")
             self._last.keep(td)

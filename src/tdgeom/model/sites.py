@@ -174,6 +174,26 @@ def is_pattern(site: str | None, *, scores: bool = False) -> bool:
     return ":" not in name and not set(name.split(".")).isdisjoint(SCORE_KINDS if scores else PATTERN_KINDS)
 
 
+def choice_beside(site: str) -> str:
+    """The site where the choice of a router lies whose logits are at ``site``.
+
+    >>> choice_beside("b/encoder.router_logits.1")
+    'b/encoder.router_choice.1'
+    """
+    prefix, slash, name = site.rpartition("/")
+    return prefix + slash + ".".join("router_choice" if p == "router_logits" else p for p in name.split("."))
+
+
+def is_router(site: str | None) -> bool:
+    """Whether a site holds the logits of a router, by the text of its name.
+
+    >>> is_router("encoder.router_logits.1"), is_router("module_output:h.router_logits")
+    (True, False)
+    """
+    name = "" if site is None else site.rpartition("/")[2]
+    return ":" not in name and "router_logits" in name.split(".")
+
+
 def token_side(site: str | None) -> str:
     """What the names of a site's mask and token ids begin with: a decoder has tokens, and padding, of its own.
 

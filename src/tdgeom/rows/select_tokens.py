@@ -14,7 +14,7 @@ from tdgeom.core.keys import Key, key_tuple, site_key
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.stage import Stage
 from tdgeom.model.positions import Positions, is_position, position_mask
-from tdgeom.model.sites import HEAD_KINDS, is_pattern
+from tdgeom.model.sites import HEAD_KINDS, choice_beside, is_pattern, is_router
 from tdgeom.numerics.centring import upcast
 
 __all__ = ["SelectTokens", "selection_mask"]
@@ -101,7 +101,8 @@ class SelectTokens(Stage):
 
     Reads ``("acts", site)``, the keys of ``also``, and where present ``"attention_mask"``, ``"src_key_padding_mask"`` and
     ``"tgt"`` (torch's own transformers), ``"sequence_id"``, ``"input_ids"`` and ``"special_tokens_mask"``; writes
-    ``("tokens", site)``, ``("carried", name)`` and ``"row_id"`` (int64).
+    ``("tokens", site)``, ``("carried", name)`` and ``"row_id"`` (int64). Beside ``router_logits`` it reads what the router has
+    chosen, where the batch has it, and writes its rows as ``("chosen", site)``, (N, k) int64.
 
     Raises:
         ValueError: activations that do not fit the mask, a sequence beyond 2^20 attended tokens, no special-token mask.
@@ -143,23 +144,28 @@ class SelectTokens(Stage):
         carried = [key_tuple(key)[-1] for key in also]
         by_key = isinstance(positions, str | tuple) and not is_position(positions)
         given: list[Any] = [*(("acts", *name) for name in names), *also, *([positions] if by_key else [])]
+        routers = [name for name in names if is_router(str(name[-1]))]
+        choices: list[Any] = [("acts", *name[:-1], choice_beside(str(name[-1]))) for name in routers]
         told = [mask_key, _TORCH_PADDING, "tgt", "sequence_id", "input_ids", "special_tokens_mask"]
         free = [key for key in told if key not in given]
         if in_keys is not None:  # renaming the activations leaves the mask where it is
             listed = in_keys if isinstance(in_keys, list) else [in_keys]
-            in_keys = listed + free[len(listed) - len(given) :] if len(listed) >= len(given) else listed
+            further = [*free, *choices]
+            in_keys = listed + further[len(listed) - len(given) :] if len(listed) >= len(given) else listed
         self._places = [given.index(positions) if by_key else None, *map([*given, *free].index, told)]
         super().__init__(
             in_keys=in_keys,
             out_keys=out_keys,
-            reads=[*given, *free],
-            optional=free,
+            reads=[*given, *free, *choices],
+            optional=[*free, *choices],
             writes=[
                 *(("tokens", *name) for name in names),
                 *(("carried", name) for name in carried),
                 "row_id",
+                *(("chosen", *name) for name in routers),
             ],
         )
+        self._routers = len(choices)
         self._sites, self._also, self._by_key = len(names), len(also), by_key
         self.positions, self.pool, self.skip_first = positions, pool, skip_first
         self.skip_special = skip_special or bool(special_ids)
@@ -182,6 +188,7 @@ class SelectTokens(Stage):
     def compute(self, *inputs: Any) -> list[Tensor]:
         """Select the rows of one batch."""
         acts, carried = inputs[: self._sites], inputs[self._sites : self._sites + self._also]
+        choices = inputs[len(inputs) - self._routers :]
         batch = self._told(inputs)
         attended = self._attended(acts[0], batch)
         guessed = batch.mask is None and batch.padding is None and batch.input_ids is None
@@ -203,7 +210,7 @@ class SelectTokens(Stage):
             rows = [_rows(value, keep, whole) for value in fitted]
             extra = [_rows(self._per_position(value, key, keep), keep, whole) for key, value in named]
             ids = row_id.flatten() if whole else row_id[keep]
-        return [*rows, *extra, ids]
+        return [*rows, *extra, ids, *(self._chosen(choice, keep, ids) for choice in choices)]
 
     def reset(self) -> None:
         """Start counting sequences at 0 again (for batches without ``sequence_id``)."""
@@ -361,6 +368,12 @@ class SelectTokens(Stage):
             f"SelectTokens(also=[{key!r}]) expects a value a token, {tuple(keep.shape)} first, or a value a sequence, "
             f"({keep.shape[0]},) first; got {tuple(value.shape)}."
         )
+
+    def _chosen(self, choice: Tensor | None, keep: Tensor, ids: Tensor) -> Tensor:
+        """The experts of each row, (N, k), of none where nobody told (or rows are means of positions)."""
+        if choice is None or self.pool or choice.shape[:2] != keep.shape:
+            return ids.new_empty(ids.shape[0], 0)
+        return choice[keep.to(choice.device)].long()
 
     def _one_per_sequence(self, value: Tensor, key: Key, keep: Tensor) -> Tensor:
         if value.shape[:2] == keep.shape and keep.shape[1] > 1:

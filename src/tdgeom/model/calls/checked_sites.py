@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.model.calls.structure_check import SiteRefused, checked, moves_choice, refusal
-from tdgeom.model.sites import Site
+from tdgeom.model.sites import Site, choice_beside
 from tdgeom.model.structure.resolve import find_sites, select_sites
 from tdgeom.model.structure.resolved_site import ResolvedSite
 
-__all__ = ["available_sites", "refuse_edits", "resolve_sites"]
+__all__ = ["available_sites", "choices_beside", "refuse_edits", "resolve_sites"]
 
 
 @answer_guesses
@@ -63,6 +64,19 @@ def resolve_sites(
                 model, {s: r for s, r in wrong.items() if (s.stack, s.kind) == (site.stack, site.kind)}
             )
     return [entry for entry in select_sites(model, wanted, held, **choice)]
+
+
+def choices_beside(model: nn.Module, entries: Iterable[ResolvedSite]) -> list[ResolvedSite]:
+    """What the routers of ``router_logits`` among ``entries`` have chosen, where that is told and not asked for already."""
+    listed = list(entries)
+    logits = [entry.site for entry in listed if entry.site.kind == "router_logits"]
+    if not logits:
+        return []
+    held = {entry.site: entry for entry in checked(model, find_sites(model))[0]}
+    wanted = [Site(choice_beside(site)) for site in logits]
+    known = {entry.site for entry in listed}
+    found = [(site, held.get(site.with_prefix(""))) for site in wanted if site not in known]
+    return [replace(entry, site=site) for site, entry in found if entry is not None]
 
 
 def refuse_edits(model: nn.Module, entries: Iterable[ResolvedSite]) -> None:

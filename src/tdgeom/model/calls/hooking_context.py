@@ -74,7 +74,7 @@ class HookingContext(Configured, TensorDictModuleBase):
     def bind(self, model: nn.Module) -> Any:
         """Give an unpickled context its model again, or another one with the same sites. Returns itself."""
         self._refuse_entered()
-        bound, before = self._bind(model), self.sites
+        bound, before = self._bind(model), getattr(self, "_all_sites", self.sites)
         if list(dict.fromkeys(entry.site for entry in bound.sites)) != before:
             raise ValueError(f"expected a model with the sites {before}, {type(model).__name__} has others.")
         self._take(bound)

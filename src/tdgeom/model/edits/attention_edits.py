@@ -65,6 +65,11 @@ class BlockAttention(Edit):
                 f"BlockAttention expects 'attn_scores' or 'attn_pattern', (B, Tq, H, Tk), got {tuple(value.shape)} at "
                 f"{call.site!r}."
             )
+        if call.keys_elsewhere and not (isinstance(self.keys, str) and self.keys == "all"):
+            raise ValueError(
+                f"BlockAttention(keys={self.keys!r}) at {call.site!r}: its keys are those of the other sequence, whose mask and "
+                "tokens this call does not tell. Remedy: keys='all', or a function of the pattern."
+            )
         size = value.shape[-1]
         whole = value.new_ones((value.shape[0], size), dtype=torch.bool)
         mask = whole if call.mask is None else call.mask.to(value.device)

@@ -102,6 +102,11 @@ class Edit(Stage):
         """The activation with its new values where they are wanted."""
         call = EditCall(site, groups or 1, mask, ids, special)
         if not (isinstance(self.positions, str) and self.positions == "all"):
+            if call.is_elsewhere:
+                raise ValueError(
+                    f"{type(self).__name__}(positions={self.positions!r}) at {call.site!r}: its positions are those of the other "
+                    "sequence, whose mask and tokens this call does not tell. Remedy: positions='all', or a function."
+                )
             keep = call.select(value, self.positions, self)
             self.note_selection(call, keep)
             call = dataclasses.replace(call, keep=keep)

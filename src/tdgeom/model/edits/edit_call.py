@@ -40,6 +40,18 @@ class EditCall:
         """Whether they are those before the softmax."""
         return is_pattern(self.site, scores=True)
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the activation lies at the positions of another sequence: keys and values of a cross-attention."""
+        return self.site is not None and not {"cross_k", "cross_v"}.isdisjoint(_words(self.site))
+
+    @property
+    def keys_elsewhere(self) -> bool:
+        """Whether the keys of a pattern are another sequence's."""
+        return self.site is not None and not {"cross_attn_scores", "cross_attn_pattern"}.isdisjoint(
+            _words(self.site)
+        )
+
     def attended(self, value: Tensor) -> Tensor:
         """(B, S) booleans beside an activation."""
         return attended_tokens(self.mask, value)
@@ -54,3 +66,8 @@ class EditCall:
         return selected_tokens(
             value, positions, self.mask, input_ids=self.input_ids, special=self.special, owner=owner
         )
+
+
+def _words(site: str) -> list[str]:
+    name = site.rpartition("/")[2]
+    return [] if ":" in name else name.split(".")
