@@ -42,7 +42,7 @@ def finished():
 def test_most_measures_have_one_output():
     names = {kind.__name__ for kind in ONE_OUTPUT}
     assert {"LinearCKA", "SVCCA", "RBFCKA", "RSA", "CKNNA", "DistanceCorrelation", "SoftMatching"} <= names
-    assert {"NeighborhoodOverlap", "JaccardKNN", "LayerCosine", "SubspaceNovelty"} <= names
+    assert {"NeighborhoodOverlap", "JaccardKNN", "LayerCosine"} <= names
 
 
 @pytest.mark.parametrize("kind", ONE_OUTPUT, ids=lambda kind: kind.__name__)
