@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["bar_of", "broken", "cell", "cells_of", "columns_table", "plain_table", "titled"]
+__all__ = ["bar_of", "broken", "cells_of", "columns_table", "plain_table", "titled"]
 
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 COUNTS = ("most_used_expert", "routed_assignments")  # whole numbers, as are k90, k95, ...
@@ -52,7 +52,7 @@ def cells_of(values: Iterable[Any], column: str) -> list[str]:
     """A column's values as text, in one precision."""
     values = list(values)
     decimals = decimals_of(values)
-    return [cell(value, column, decimals) for value in values]
+    return [_cell(value, column, decimals) for value in values]
 
 
 def decimals_of(values: Iterable[Any]) -> int:
@@ -62,7 +62,7 @@ def decimals_of(values: Iterable[Any]) -> int:
     return 0 if largest >= 1000 else 1 if largest >= 10 else 3
 
 
-def cell(value: Any, column: str, decimals: int) -> str:
+def _cell(value: Any, column: str, decimals: int) -> str:
     """One value as text: ``-`` where there is none, whole numbers of counts without a fraction."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"

@@ -24,9 +24,9 @@ from tdgeom.files.errors import StoreError
 from tdgeom.files.json_text import canonical_json, plain, read_json
 from tdgeom.files.shard_writing import bytes_of, write_shard
 from tdgeom.files.shards import Shard
-from tdgeom.run.batch_rows import selections
+from tdgeom.run.batch_stages import selections
+from tdgeom.run.identity import pipeline_identity
 from tdgeom.run.plan import Plan
-from tdgeom.run.signature import pipeline_signature
 
 __all__ = ["Checkpoint"]
 
@@ -45,7 +45,7 @@ class Checkpoint:
         settings: the run's own settings that change a number.
 
     What the state must fit is that, and for every stage up to the streaming ones its name, keys, settings, weights, and the
-    model it runs (``tdgeom.run.signature``).
+    model it runs (``tdgeom.run.identity``).
 
     Raises:
         ValueError: every below 1, or no folder.
@@ -68,7 +68,7 @@ class Checkpoint:
         self.stages = [stage_of(unit) for unit in plan.stream]
         self.selects = selections(plan)
         self.row_keys = {"/".join(key_tuple(key)): key for key in (*plan.stream_keys, "row_id")}
-        self.fits = {"format": FORMAT, "settings": plain(dict(settings)), "stages": pipeline_signature(plan)}
+        self.fits = {"format": FORMAT, "settings": plain(dict(settings)), "stages": pipeline_identity(plan)}
 
     def save(self, rows: Mapping[Key, Tensor], place: Mapping[str, Any]) -> None:
         """Write the state of all stages, the rows not yet handed to them, and the place in the loader."""

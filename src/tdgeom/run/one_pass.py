@@ -17,11 +17,11 @@ from tdgeom.core.process_groups import Repeats, rank_and_world
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.streaming_stage import rows_finite
 from tdgeom.rows.batches import iterate
-from tdgeom.run.batch_rows import BatchRows
+from tdgeom.run.batch_stages import BatchStages
 from tdgeom.run.checkpoint import Checkpoint
+from tdgeom.run.gathered_rows import BLOCK_ROWS, GatheredRows
+from tdgeom.run.identity import tensors_sha256
 from tdgeom.run.plan import Plan
-from tdgeom.run.row_blocks import BLOCK_ROWS, RowBlocks
-from tdgeom.run.signature import fingerprint
 
 __all__ = ["OnePass"]
 
@@ -37,19 +37,19 @@ class OnePass:
     def __init__(
         self,
         plan: Plan,
-        batch_rows: BatchRows,
+        batch_stages: BatchStages,
         *,
         max_rows: int | None = None,
         block_rows: int = BLOCK_ROWS,
         drop_nonfinite: bool = False,
         sharded: bool = False,
     ) -> None:
-        self.plan, self.batch_rows = plan, batch_rows
+        self.plan, self.batch_stages = plan, batch_stages
         self.max_rows, self.drop_nonfinite, self.sharded = max_rows, drop_nonfinite, sharded
-        self.blocks = {ids: RowBlocks(block_rows) for ids in batch_rows.keys}
+        self.blocks = {ids: GatheredRows(block_rows) for ids in batch_stages.keys}
         self.readers = {
             ids: [unit for unit in plan.stream if set(unit.in_keys) <= set(keys)]
-            for ids, keys in batch_rows.keys.items()
+            for ids, keys in batch_stages.keys.items()
         }
         if len(self.blocks) > 1 and (max_rows is not None or sharded):
             raise ValueError(
@@ -67,7 +67,7 @@ class OnePass:
         self.checkpoint: Checkpoint | None = None
         self.skipped = 0  # batches of the loader that an earlier run has seen
         self.first_batch: str | None = None
-        for unit in (*plan.stream, *batch_rows.selects):
+        for unit in (*plan.stream, *batch_stages.selects):
             unit.reset()
 
     @contextmanager
@@ -88,7 +88,7 @@ class OnePass:
         while True:
             with self.timed("load"):
                 index, batch = next(batches, (-1, None))
-                td = None if index < 0 else self.batch_rows.td(batch)
+                td = None if index < 0 else self.batch_stages.td(batch)
             fresh = None
             if self.repeats is not None:
                 fresh, everyone_done = self.repeats.step(None if td is None else _sequence_ids(td))
@@ -102,7 +102,7 @@ class OnePass:
                 continue  # only a sharded loader comes here: others still announce their batches
             if self._seen_before(td, index):
                 continue
-            self.batch_rows.number(td)
+            self.batch_stages.number(td)
             self.take(td, index, fresh, bar)
             if self._spent():
                 self.stopped = "max_rows"
@@ -123,14 +123,14 @@ class OnePass:
     def take(self, td: TensorDict, index: int, fresh: Tensor | None, bar: tqdm) -> None:
         """One batch: counted, or run and its rows handed on; ``fresh`` are the sequences that no rank has had before."""
         if not self.sharded and index % self.world != self.rank:
-            self.claimed += self.batch_rows.count(td) if self.max_rows is not None else 0
+            self.claimed += self.batch_stages.count(td) if self.max_rows is not None else 0
             return
         with self.timed("batch"):
-            rows, count = self.batch_rows.rows(td)
-        main = self.batch_rows.main
+            rows, count = self.batch_stages.rows(td)
+        main = self.batch_stages.main
         if fresh is not None:
             rows[main], count = self._without_repeats(rows[main], count, fresh)
-        tokens, padding = self.batch_rows.tokens_and_padding(td)
+        tokens, padding = self.batch_stages.tokens_and_padding(td)
         self.counts["tokens"] += tokens
         self.counts["padding_rows"] += padding
         self.counts["batches"] += 1
@@ -149,7 +149,7 @@ class OnePass:
     def _without_repeats(
         self, rows: dict[Key, Tensor], count: int, fresh: Tensor
     ) -> tuple[dict[Key, Tensor], int]:
-        sequences = rows[self.batch_rows.main] >> POSITION_BITS
+        sequences = rows[self.batch_stages.main] >> POSITION_BITS
         new = torch.isin(sequences, fresh.to(sequences.device))
         left = int(new.sum())
         if left == count:
@@ -164,7 +164,7 @@ class OnePass:
             block = self._finite(ids, block, origin)
             count = block[ids].shape[0]
             if count:
-                self.counts["rows"] += count if ids == self.batch_rows.main else 0
+                self.counts["rows"] += count if ids == self.batch_stages.main else 0
                 td = TensorDict(block, batch_size=[])
                 for unit in self.readers[ids]:
                     unit.update(td)
@@ -205,20 +205,20 @@ class OnePass:
                 f"each shard by itself, or leave the checkpoint out."
             )
         self.checkpoint = checkpoint
-        found = checkpoint.load(self.batch_rows.device)
+        found = checkpoint.load(self.batch_stages.device)
         if found is None:
             return
         rows, place = found
-        self.blocks[self.batch_rows.main].restore(rows, place["origin"])
+        self.blocks[self.batch_stages.main].restore(rows, place["origin"])
         self.counts.update(place["counts"])
         self.seconds.update(place["seconds"])
-        self.claimed, self.batch_rows.sequences = int(place["claimed"]), int(place["sequences"])
+        self.claimed, self.batch_stages.sequences = int(place["claimed"]), int(place["sequences"])
         self.skipped, self.first_batch = int(place["batches"]), place["first_batch"]
 
     def _keep_place(self, batches: int) -> None:
         if self.checkpoint is None or batches % self.checkpoint.every:
             return
-        rows, origin = self.blocks[self.batch_rows.main].held()
+        rows, origin = self.blocks[self.batch_stages.main].held()
         place = {
             "batches": batches,
             "first_batch": self.first_batch,
@@ -226,14 +226,14 @@ class OnePass:
             "counts": self.counts,
             "seconds": self.seconds,
             "claimed": self.claimed,
-            "sequences": self.batch_rows.sequences,
+            "sequences": self.batch_stages.sequences,
         }
         self.checkpoint.save(rows, place)
 
     def _seen_before(self, td: TensorDict, index: int) -> bool:
         """Whether an earlier run has had this batch; the first must be the one that it started with."""
         if self.checkpoint is not None and index == 0:
-            found = fingerprint(td)
+            found = tensors_sha256(td)
             if self.first_batch is not None and found != self.first_batch:
                 raise ValueError(
                     f"run resumes from {self.checkpoint.path}, but the loader's first batch is not the one of then: its order or "

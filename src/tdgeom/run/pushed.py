@@ -6,7 +6,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tqdm import tqdm
 
-from tdgeom.run.batch_rows import BatchRows
+from tdgeom.run.batch_stages import BatchStages
 from tdgeom.run.one_pass import OnePass
 from tdgeom.run.plan import make_plan
 from tdgeom.run.run import end_of
@@ -23,14 +23,14 @@ class Pushed:
 
     def __init__(self, pipeline: TensorDictModuleBase) -> None:
         plan = make_plan(pipeline)
-        self.one_pass = OnePass(plan, BatchRows(plan))
+        self.one_pass = OnePass(plan, BatchStages(plan))
         self.bar = tqdm(disable=True)
         self.batches = 0
 
     def feed(self, batch: TensorDictBase) -> None:
         """One batch: its rows to every streaming stage."""
-        td = self.one_pass.batch_rows.td(batch)
-        self.one_pass.batch_rows.number(td)
+        td = self.one_pass.batch_stages.td(batch)
+        self.one_pass.batch_stages.number(td)
         self.one_pass.take(td, self.batches, None, self.bar)
         self.batches += 1
 

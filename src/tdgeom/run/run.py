@@ -17,13 +17,13 @@ from tdgeom.core.keys import Key, as_key, key_tuple
 from tdgeom.core.process_groups import sum_over_ranks
 from tdgeom.core.renamed import stage_of
 from tdgeom.core.warnings import gathered
-from tdgeom.run.batch_rows import BatchRows
+from tdgeom.run.batch_stages import BatchStages
 from tdgeom.run.checkpoint import Checkpoint
 from tdgeom.run.finish import run_end
+from tdgeom.run.gathered_rows import BLOCK_ROWS
+from tdgeom.run.identity import tensors_sha256
 from tdgeom.run.one_pass import OnePass
 from tdgeom.run.plan import Plan, make_plan
-from tdgeom.run.row_blocks import BLOCK_ROWS
-from tdgeom.run.signature import fingerprint
 
 __all__ = ["end_of", "run"]
 
@@ -99,14 +99,14 @@ def run(
         )
     one_pass = OnePass(
         plan,
-        BatchRows(plan, inputs, in_keys, device),
+        BatchStages(plan, inputs, in_keys, device),
         max_rows=max_rows,
         block_rows=block_rows,
         drop_nonfinite=nonfinite == "drop",
         sharded=sharded,
     )
     if checkpoint is not None:
-        read = None if inputs is None else fingerprint(inputs)
+        read = None if inputs is None else tensors_sha256(inputs)
         settings = {"max_rows": max_rows, "block_rows": block_rows, "nonfinite": nonfinite, "inputs": read}
         one_pass.resume(Checkpoint(checkpoint, every, plan, settings))
     try:

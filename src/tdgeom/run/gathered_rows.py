@@ -9,13 +9,13 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key
 
-__all__ = ["BLOCK_ROWS", "RowBlocks"]
+__all__ = ["BLOCK_ROWS", "GatheredRows"]
 
 BLOCK_ROWS = 2048
 Block = tuple[dict[Key, Tensor], list[int]]
 
 
-class RowBlocks:
+class GatheredRows:
     """Rows of many batches, handed on in blocks of ``block_rows``; remembers which batch each row came from.
 
     Rows are copied as they arrive, so that a loader may fill its tensors again; only a block that lies whole in one batch is

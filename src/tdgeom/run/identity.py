@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,14 +19,14 @@ from tdgeom.files.shard_writing import bytes_of
 from tdgeom.model.loading import config_summary
 from tdgeom.run.plan import Plan
 
-__all__ = ["fingerprint", "pipeline_signature", "weights_signature"]
+__all__ = ["pipeline_identity", "tensors_sha256", "weights_identity"]
 
 _HASHED = 1 << 20  # bytes of each tensor of a batch that are compared
 _SAMPLED = 1024  # values of each tensor of a model that are compared
 _LONGEST_LIST = 4096  # characters of JSON
 
 
-def weights_signature(module: nn.Module) -> dict[str, Any]:
+def weights_identity(module: nn.Module) -> dict[str, Any]:
     """{"tensors": how many, "values": how many, "sha256": of their names, shapes, dtypes and sampled values}.
 
     Of each tensor in the ``state_dict`` 1,024 values are compared, evenly spaced from the first to the last: a model trained
@@ -34,16 +35,21 @@ def weights_signature(module: nn.Module) -> dict[str, Any]:
 
         >>> import torch
         >>> a, b = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-        >>> weights_signature(a) == weights_signature(a), weights_signature(a) == weights_signature(b)
+        >>> weights_identity(a) == weights_identity(a), weights_identity(a) == weights_identity(b)
         (True, False)
     """
-    digest, tensors, values = hashlib.sha256(), 0, 0
-    for name, value in sorted(module.state_dict().items()):
-        if isinstance(value, Tensor):
-            tensors, values = tensors + 1, values + value.numel()
-            digest.update(repr((name, tuple(value.shape), str(value.dtype))).encode())
-            digest.update(_sampled(value))
-    return {"tensors": tensors, "values": values, "sha256": digest.hexdigest()}
+    held = {name: value for name, value in sorted(module.state_dict().items()) if isinstance(value, Tensor)}
+    values = sum(value.numel() for value in held.values())
+    return {"tensors": len(held), "values": values, "sha256": _sha256(held, _sampled)}
+
+
+def _sha256(tensors: Mapping[Any, Tensor], read: Callable[[Tensor], bytes | memoryview]) -> str:
+    """SHA-256 of tensors' names, shapes, dtypes and what is read of each."""
+    digest = hashlib.sha256()
+    for name, value in tensors.items():
+        digest.update(repr((name, tuple(value.shape), str(value.dtype))).encode())
+        digest.update(read(value))
+    return digest.hexdigest()
 
 
 def _sampled(value: Tensor) -> bytes | memoryview:
@@ -60,18 +66,14 @@ def _sampled(value: Tensor) -> bytes | memoryview:
         return b""
 
 
-def fingerprint(td: TensorDictBase) -> str:
+def tensors_sha256(td: TensorDictBase) -> str:
     """SHA-256 of a batch's tensors (their names, shapes and first MiB), to see that a loader starts as it did before."""
-    digest = hashlib.sha256()
-    for key in sorted(td.keys(True, True), key=lambda key: key_tuple(key)):
-        value = td.get(key)
-        if isinstance(value, Tensor):
-            digest.update(repr((key_tuple(key), tuple(value.shape), str(value.dtype))).encode())
-            digest.update(bytes_of(value)[:_HASHED])
-    return digest.hexdigest()
+    named = {key_tuple(key): td.get(key) for key in td.keys(True, True)}
+    held = {key: value for key, value in sorted(named.items()) if isinstance(value, Tensor)}
+    return _sha256(held, lambda value: bytes_of(value)[:_HASHED])
 
 
-def pipeline_signature(plan: Plan) -> list[dict[str, Any]]:
+def pipeline_identity(plan: Plan) -> list[dict[str, Any]]:
     """Every stage up to the streaming ones: its name, its keys, and what else changes its numbers.
 
     That is the settings of the stage, its own weights, and, where it runs a model, the model's class, configuration and
@@ -111,13 +113,13 @@ def _shortened(values: Any) -> Any:
 
 def _computes_with(unit: TensorDictModuleBase, models: dict[int, dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    own = weights_signature(unit)
+    own = weights_identity(unit)
     if own.get("tensors"):
         found["weights"] = own
     model = getattr(unit, "model", None)
     if isinstance(model, nn.Module):
         if id(model) not in models:
             about = {"class": type(model).__name__, "config": plain(config_summary(model))}
-            models[id(model)] = {**about, "weights": weights_signature(model)}
+            models[id(model)] = {**about, "weights": weights_identity(model)}
         found["model"] = models[id(model)]
     return found

@@ -18,10 +18,10 @@ from tdgeom.rows.batches import as_batch, batch_length
 from tdgeom.run.finish import call, give
 from tdgeom.run.plan import Plan
 
-__all__ = ["BatchRows"]
+__all__ = ["BatchStages"]
 
 
-class BatchRows:
+class BatchStages:
     """The per-batch part of a plan.
 
     Args:

@@ -18,8 +18,8 @@ from torch import nn
 import models
 import tdgeom as tg
 from tdgeom.core.stage_settings import differences
+from tdgeom.run.identity import pipeline_identity, tensors_sha256, weights_identity
 from tdgeom.run.plan import make_plan
-from tdgeom.run.signature import fingerprint, pipeline_signature, weights_signature
 
 TESTS = Path(__file__).parent.parent
 
@@ -47,26 +47,26 @@ def doubled(site, x):
     return 2 * x
 
 
-doubled.__module__ = "test_signature"  # pytest imports this file under a name of its own
+doubled.__module__ = "test_identity"  # pytest imports this file under a name of its own
 
 
-def signature(**changes) -> list:
+def identity(**changes) -> list:
     torch.manual_seed(0)
-    return pipeline_signature(make_plan(pipeline(**changes)))
+    return pipeline_identity(make_plan(pipeline(**changes)))
 
 
-def test_the_same_pipeline_made_again_has_the_same_signature() -> None:
-    assert signature() == signature() == json.loads(json.dumps(signature()))
+def test_the_same_pipeline_made_again_has_the_same_identity() -> None:
+    assert identity() == identity() == json.loads(json.dumps(identity()))
 
 
-def test_another_process_makes_the_same_signature() -> None:
-    program = "import json, test_signature; print(json.dumps(test_signature.signature()))"
+def test_another_process_makes_the_same_identity() -> None:
+    program = "import json, test_identity; print(json.dumps(test_identity.identity()))"
     paths = os.pathsep.join([str(TESTS), str(TESTS / "run"), str(Path(tg.__file__).parents[1])])
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
     said = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
-    assert json.loads(said.stdout.splitlines()[-1]) == signature()
+    assert json.loads(said.stdout.splitlines()[-1]) == identity()
 
 
 def changed_weight(place) -> nn.Module:
@@ -91,57 +91,57 @@ def changed_weight(place) -> nn.Module:
     ids=["first weight", "last weight", "half", "wider", "edit", "own weights", "positions", "skip_first"],
 )  # fmt: skip
 def test_what_changes_a_number_shows(changes, difference) -> None:
-    found = differences(signature(), signature(**changes))
+    found = differences(identity(), identity(**changes))
     assert found and any(re.search(difference, one) for one in found), found
 
 
 def test_every_tensor_of_a_model_counts() -> None:
     model = models.mixtral()
-    before = weights_signature(model)
-    assert before["tensors"] == len(model.state_dict()) and before == weights_signature(models.mixtral())
+    before = weights_identity(model)
+    assert before["tensors"] == len(model.state_dict()) and before == weights_identity(models.mixtral())
     for name, value in model.state_dict().items():
         kept = value.clone()
         with torch.no_grad():
             value.add_(0.5)
-        assert weights_signature(model)["sha256"] != before["sha256"], name
+        assert weights_identity(model)["sha256"] != before["sha256"], name
         with torch.no_grad():
             value.copy_(kept)
-    assert weights_signature(model) == before
+    assert weights_identity(model) == before
 
 
-def test_weights_of_any_kind_have_a_signature() -> None:
+def test_weights_of_any_kind_have_an_identity() -> None:
     with torch.device("meta"):
         absent = nn.Linear(3, 2)
     found = {
-        str(weights_signature(nn.Linear(40, 40).to(dtype))) for dtype in (torch.float32, torch.float8_e4m3fn)
+        str(weights_identity(nn.Linear(40, 40).to(dtype))) for dtype in (torch.float32, torch.float8_e4m3fn)
     }
-    found |= {str(weights_signature(module)) for module in (absent, nn.Linear(3, 2), nn.Identity())}
+    found |= {str(weights_identity(module)) for module in (absent, nn.Linear(3, 2), nn.Identity())}
     assert len(found) == 5
     transposed = nn.Linear(50, 50)
     plain = nn.Linear(50, 50)
     plain.load_state_dict(transposed.state_dict())
     transposed.weight.data = transposed.weight.data.T.contiguous().T  # the same values, laid out otherwise
-    assert weights_signature(plain) == weights_signature(transposed)
+    assert weights_identity(plain) == weights_identity(transposed)
 
 
 def test_long_settings_count_by_their_hash() -> None:
     wide = [tg.MaxActivating("x", directions=torch.full((4, 5000), value)) for value in (1.0, 1.0, 2.0)]
-    first, same, other = (pipeline_signature(make_plan(TensorDictSequential(stage))) for stage in wide)
+    first, same, other = (pipeline_identity(make_plan(TensorDictSequential(stage))) for stage in wide)
     assert len(json.dumps(first)) < 2000 and first == same and first != other
 
 
 def test_functions_of_rows_count_by_name() -> None:
     stages = [tg.MeanDifferenceProbe(preprocess=function) for function in (torch.abs, doubled, pipeline)]
-    with_functions = [pipeline_signature(make_plan(TensorDictSequential(stage))) for stage in stages[1:]]
+    with_functions = [pipeline_identity(make_plan(TensorDictSequential(stage))) for stage in stages[1:]]
     [found] = differences(*with_functions)
     assert re.fullmatch(r"\[0\].settings.preprocess.function is \S*doubled there and \S*pipeline here", found)
 
 
-def test_a_fingerprint_sees_names_shapes_dtypes_and_values() -> None:
+def test_a_hash_sees_names_shapes_dtypes_and_values() -> None:
     batches = [
         {"x": torch.ones(2)}, {"y": torch.ones(2)}, {"x": torch.ones(1, 2)}, {"x": torch.ones(2).double()},
         {"x": torch.zeros(2)}, {"x": {"y": torch.ones(2)}}, {},
     ]  # fmt: skip
-    found = [fingerprint(TensorDict(batch, batch_size=[])) for batch in batches]
+    found = [tensors_sha256(TensorDict(batch, batch_size=[])) for batch in batches]
     assert len(set(found)) == len(batches)
-    assert found[0] == fingerprint(TensorDict({"x": torch.ones(2)}, batch_size=[2]))
+    assert found[0] == tensors_sha256(TensorDict({"x": torch.ones(2)}, batch_size=[2]))
