@@ -117,16 +117,18 @@ class ShardLayout:
             StoreError: it is no layout; ``what`` opens the message.
         """
         try:
-            raw = read_json(text, what)
+            raw = {"stacks": [], **read_json(text, what)}
             layout = cls(
-                entries=tuple(_entry(one) for one in raw["entries"]),
-                rows=_flag(raw["rows"]),
-                batch_size=_shape(raw["batch_size"]),
-                several=_flag(raw["several"]),
-                values=tuple((_key(key), value) for key, value in raw["values"]),
-                stacks=tuple(map(_key, raw.get("stacks", []))),
+                entries=tuple(map(_entry, raw["entries"])),
+                rows=bool(raw["rows"]),
+                batch_size=tuple(map(int, raw["batch_size"])),
+                several=bool(raw["several"]),
+                values=tuple((tuple(map(str, key)), value) for key, value in raw["values"]),
+                stacks=tuple(tuple(map(str, key)) for key in raw["stacks"]),
             )
-            _refuse_clashes(layout)
+            if layout.to_json() != canonical_json(raw):
+                raise ValueError("it is not as it was written")
+            _refuse_impossible(layout)
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{what} is damaged: {error}.") from error
         return layout
@@ -171,34 +173,16 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _entry(raw: Any) -> StoredTensor:
-    if not isinstance(raw, dict) or not isinstance(raw["name"], str):
-        raise TypeError(f"{str(raw)[:80]} is no entry")
-    return StoredTensor(
-        _key(raw["key"]), raw["name"], _DTYPES[raw["dtype"]], _DTYPES[raw["stored"]], _shape(raw["shape"])
-    )
+def _entry(raw: Mapping[str, Any]) -> StoredTensor:
+    key, shape = tuple(map(str, raw["key"])), tuple(map(int, raw["shape"]))
+    return StoredTensor(key, str(raw["name"]), _DTYPES[raw["dtype"]], _DTYPES[raw["stored"]], shape)
 
 
-def _key(raw: Any) -> tuple[str, ...]:
-    if not isinstance(raw, list) or not raw or not all(isinstance(part, str) for part in raw):
-        raise TypeError(f"{str(raw)[:80]} is no key")
-    return tuple(raw)
-
-
-def _shape(raw: Any) -> tuple[int, ...]:
-    naturals = isinstance(raw, list) and all(type(one) is int and one >= 0 for one in raw)
-    if not naturals or len(raw) > MOST_DIMENSIONS or math.prod(one or 1 for one in raw) >= MOST_VALUES:
-        raise TypeError(f"{str(raw)[:80]} is no shape")
-    return tuple(raw)
-
-
-def _flag(raw: Any) -> bool:
-    if not isinstance(raw, bool):
-        raise TypeError(f"{str(raw)[:80]} is neither true nor false")
-    return raw
-
-
-def _refuse_clashes(layout: ShardLayout) -> None:
+def _refuse_impossible(layout: ShardLayout) -> None:
+    for shape in (layout.batch_size, *(one.shape for one in layout.entries)):
+        is_huge = len(shape) > MOST_DIMENSIONS or math.prod(size or 1 for size in shape) >= MOST_VALUES
+        if is_huge or min(shape, default=0) < 0:
+            raise ValueError(f"{str(shape)[:80]} is no shape")
     names = [name for one in layout.entries for name in one.parts]
     keys = [one.key for one in layout.entries] + [key for key, _ in layout.values]
     if len(set(names)) != len(names) or len(set(keys)) != len(keys):
@@ -206,5 +190,5 @@ def _refuse_clashes(layout: ShardLayout) -> None:
     values = dict(layout.values)
     if not all(isinstance(values.get(key), list) for key in layout.stacks):
         raise ValueError("a stack is no list")
-    if {key[:n] for key in keys for n in range(1, len(key))} & set(keys):
-        raise ValueError("a key is the parent of another")
+    if not all(keys) or {key[:n] for key in keys for n in range(1, len(key))} & set(keys):
+        raise ValueError("a key is empty, or the parent of another")
