@@ -19,25 +19,16 @@ import tdgeom as tg
 from tdgeom.analysis.analyze_model import analyze_model
 from tdgeom.cli.options import Model, OneModelOptions, listed, with_options
 from tdgeom.cli.print_profile import print_profiles
+from tdgeom.measures.registry import SITE_MEASURES, named_stages
 from tdgeom.model.calls.hidden_states import hidden_state_sites
 from tdgeom.model.capture import Capture
 from tdgeom.run.profiles import intrinsic_dimension_profile, overlap_profile
 
 __all__: list[str] = []
 
-ESTIMATORS = {
-    "twonn": "TwoNN",
-    "gride": "Gride",
-    "decimation": "Decimation",
-    "levina_bickel": "LevinaBickel",
-    "mom": "MOM",
-    "tle": "TLE",
-    "local_knn": "LocalKNN",
-    "local_pca": "LocalPCA",
-    "global_pca": "GlobalPCA",
-    "ca_pca": "CAPCA",
-    "participation_ratio": "ParticipationRatio",
-}
+ESTIMATORS = [
+    name for name, measure in SITE_MEASURES.items() if measure.stage().out_keys[0][0] == "dimension"
+]
 PROFILES = {
     "dimension": ("intrinsic_dimension", intrinsic_dimension_profile),
     "overlap": ("overlap", overlap_profile),
@@ -88,7 +79,7 @@ def dimension(
         raise typer.BadParameter(
             f"--estimator takes any of {', '.join(ESTIMATORS)}, got {', '.join(unknown)}"
         )
-    stages = [getattr(tg, ESTIMATORS[name])() for name in names]
+    stages = named_stages(names)
     _measure("dimension", model, options, lambda sites: stages)
 
 

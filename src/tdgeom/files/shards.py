@@ -52,7 +52,6 @@ LARGEST_HEADER = 16 * 2**20
 MOST_DIMENSIONS = 16
 MOST_VALUES = 1 << 48  # of one tensor, its empty dimensions counted as 1
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
-_BITS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
 @dataclass(frozen=True)
@@ -168,9 +167,9 @@ class Shard:
         return Placed(dtype, shape, base + entry["data_offsets"][0])
 
 
-def bits_of(dtype: torch.dtype) -> type[np.generic]:
+def bits_of(dtype: torch.dtype) -> np.dtype[Any]:
     """NumPy's integers of the same item size: it has no bfloat16 and no float8."""
-    return _BITS[dtype.itemsize]
+    return np.dtype(f"i{dtype.itemsize}")
 
 
 def from_bits(bits: np.ndarray, dtype: torch.dtype) -> Tensor:
