@@ -29,6 +29,7 @@ from tdgeom.measures.dimension.pca import GlobalPCA, ParticipationRatio
 from tdgeom.measures.dimension.tle import TLE
 from tdgeom.measures.dimension.twonn import TwoNN
 from tdgeom.measures.eigen_spectrum import EigenSpectrum
+from tdgeom.measures.neighbors.foreign_tables import neighbors_from
 from tdgeom.measures.neighbors.information_imbalance import InformationImbalance
 from tdgeom.measures.neighbors.label_overlap import LabelOverlap
 from tdgeom.measures.neighbors.nearest_neighbors import NearestNeighbors
@@ -182,6 +183,7 @@ __all__ = [
     "SoftMatching",
     # neighbourhoods
     "NearestNeighbors",
+    "neighbors_from",
     "NeighborhoodOverlap",
     "JaccardKNN",
     "LabelOverlap",

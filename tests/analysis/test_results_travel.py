@@ -19,6 +19,7 @@ def loader(seed=0):
     return [{"input_ids": ids(), "decoder_input_ids": ids()} for _ in range(4)]
 
 
+@pytest.mark.filterwarnings("ignore:.*the ceiling:UserWarning")  # few tokens, that come again and again
 @pytest.mark.parametrize("mode", ["bundle", "json"])
 @pytest.mark.parametrize("model, stacks", [(models.gpt2, None), (models.t5, {"encoder", "decoder"})])
 def test_profiles_of_a_loaded_analysis_are_those_of_the_fresh_one(model, stacks, mode, tmp_path):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key, Keys
 from tdgeom.core.stage import Stage
+from tdgeom.measures.neighbors.foreign_tables import own_distances, own_index
 from tdgeom.measures.neighbors.nearest_neighbors import distinct_neighbors
 from tdgeom.numerics.centring import holds, warn_undefined
 
@@ -52,13 +53,13 @@ class Copies(NamedTuple):
 
 
 def need_columns(distances: Tensor, k: int, name: str) -> Tensor:
-    """The first k columns of a neighbour table, in float64."""
+    """The first k columns of a table of distances among distinct rows, in float64; refused where it is not one of ours."""
     if distances.shape[-1] < k:
         raise ValueError(
             f"{name} needs the distances to {k} neighbours, the table has {distances.shape[-1]} (shape "
             f"{tuple(distances.shape)}). Use NearestNeighbors(k={k}) or more."
         )
-    return distances[..., :k].double()
+    return own_distances(distances[..., :k].double(), name, distinct=True)
 
 
 def copies_in(distances: Tensor, counted: Tensor | None = None, near: Tensor | None = None) -> Copies:
@@ -218,6 +219,8 @@ class NeighborhoodStage(LocalStage):
     def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The outputs in the order of ``DimensionEstimate``."""
         x, *table = inputs
+        if table:
+            own_index(table[0], type(self).__qualname__)
         if not table or not holds(~table[2].any()):
             found = distinct_neighbors(x, self.neighbors_needed(x.shape[-2]), memory=self.memory)
             table = [found.index, found.distance, found.duplicates, found.near_duplicates]

@@ -15,11 +15,13 @@ from tdgeom.measures.neighbors.distance_blocks import (
     key_error,
     key_of,
 )
+from tdgeom.measures.neighbors.foreign_tables import own_index
 from tdgeom.measures.neighbors.nearest_neighbors import nearest_neighbors
-from tdgeom.measures.neighbors.neighbor_table import check_rows, minkowski, searchable
-from tdgeom.measures.neighbors.search import search_distinct
+from tdgeom.measures.neighbors.neighbor_table import Neighbors, check_rows, minkowski, searchable
+from tdgeom.measures.neighbors.search import search_distinct, search_rows_exactly
+from tdgeom.measures.neighbors.tie_weights import weighted_table
 from tdgeom.numerics.centring import check_matched, warn_undefined
-from tdgeom.numerics.copies import all_alike, first_copies
+from tdgeom.numerics.copies import SAME, all_alike, first_copies
 from tdgeom.numerics.differences import budget, pair_distances
 from tdgeom.numerics.opaque import opaque
 
@@ -39,7 +41,7 @@ def information_imbalance(
 
     Exact over all ranks: a rank is one plus the number of rows nearer in B, counted block by block without
     sorting and without an N x N table; rows that float32 cannot place are compared in float64. Ties in B count half
-    (the mean rank of the tied rows); ties in A go to the row that occurs first.
+    (the mean rank of the tied rows); where a rows are as near in A as the k-th, each counts r/a of the r places left.
 
     Args:
         x, y: (\*B, N, D) and (\*B, N, E), rows matched. k: 1 <= k < N. metric: as in ``nearest_neighbors``.
@@ -104,18 +106,75 @@ def _both_directions(x: Tensor, y: Tensor, k: int, p: float, memory: int | None)
     own = torch.arange(n, device=x.device)
     if not all(bool((first_copies(rows) == own).all()) for rows in (x, y)):
         # Copies are searched among distinct rows but ranked among all: no pass serves both.
-        near_x, near_y = (nearest_neighbors(rows, k, metric=p, memory=memory).index for rows in (x, y))
-        to_y, to_x = (_ranks(rows, near, p, memory) for rows, near in ((y, near_x), (x, near_y)))
+        tables = [nearest_neighbors(rows, k, metric=p, memory=memory) for rows in (x, y)]
+        to_y, to_x = (
+            _mean_rank(rows, other, table.index, table.tied_beyond, p, memory)
+            for rows, other, table in ((x, y, tables[0]), (y, x, tables[1]))
+        )
     else:
         # x's keys are kept for the last step if they fit; y's serve the ranks and the search in one pass.
         kept: list[_Block] | None = [] if 4 * b * n * (n + 1024) // 2 <= budget(memory) else None
         note = None if kept is None else lambda *block: kept.append(block)
-        _, near_x, _ = search_distinct(x, k, p=p, memory=memory, keep=kept is not None, also=note)
-        ranks = _Ranks(y, near_x, p, memory)
-        _, near_y, _ = search_distinct(y, k, p=p, memory=memory, also=ranks.take)
-        to_y = ranks.result()
-        to_x = _ranks(x, near_y, p, memory, kept)
-    return 2 / n * to_y.mean((-1, -2)), 2 / n * to_x.mean((-1, -2))
+        _, near_x, tied_x = search_distinct(x, k, p=p, memory=memory, keep=kept is not None, also=note)
+        ranks = None if bool(tied_x.any()) else _Ranks(y, near_x, p, memory)
+        _, near_y, tied_y = search_distinct(y, k, p=p, memory=memory, also=ranks.take if ranks else None)
+        to_y = ranks.result().mean((-1, -2)) if ranks else _mean_rank(x, y, near_x, tied_x, p, memory)
+        to_x = _mean_rank(y, x, near_y, tied_y, p, memory, kept)
+    return 2 / n * to_y, 2 / n * to_x
+
+
+@opaque(lambda x, *others: x.new_empty(x.shape[:-2], dtype=torch.float64))
+def mean_rank(
+    x: Tensor, y: Tensor, near: Tensor, tied: Tensor, p: float, cosine: bool, memory: int | None
+) -> Tensor:
+    """Mean rank in ``y`` (*B, N, E) of the nearest in ``x`` (*B, N, D), ``near`` (*B, N, k), ties beyond these averaged."""
+    rows, others, n = searchable(x, cosine), searchable(y, cosine), x.shape[-2]
+    at, ties = near.reshape(-1, n, near.shape[-1]), tied.reshape(-1, n)
+    step = max(1, budget(memory) // (8 * n * n))
+    blocks = [slice(s, s + step) for s in range(0, len(rows), step)]
+    parts = [_mean_rank(rows[s], others[s], at[s], ties[s], p, memory) for s in blocks]
+    return torch.cat(parts).view(x.shape[:-2]) if parts else x.new_empty(x.shape[:-2], dtype=torch.float64)
+
+
+def _mean_rank(
+    x: Tensor,
+    y: Tensor,
+    near: Tensor,
+    tied: Tensor,
+    p: float,
+    memory: int | None,
+    kept: list[_Block] | None = None,
+) -> Tensor:
+    """(b,) from (b, N, D), (b, N, E), (b, N, k) and (b, N); ``kept`` are the blocks of y's keys, if they are at hand."""
+    if not bool(tied.any()):
+        return _ranks(y, near, p, memory, kept).mean((-1, -2))
+    return torch.stack([_mean_rank_of_ties(a, b, near.shape[-1], p, memory) for a, b in zip(x, y)])
+
+
+def _mean_rank_of_ties(x: Tensor, y: Tensor, k: int, p: float, memory: int | None) -> Tensor:
+    """() for one data set: rows as near as the k-th share the places left, so the ranks of all of them are needed."""
+    n, alike = len(x), all_alike(x)
+    if bool(alike | all_alike(y)):
+        return x.new_full((), torch.nan, dtype=torch.float64)
+
+    def search(width: int) -> Neighbors:
+        return nearest_neighbors(x, width, metric=p, memory=memory)
+
+    index, weight = weighted_table(search, k, k, n, alike)
+    total = x.new_zeros((), dtype=torch.float64)
+    for part in torch.arange(n, device=x.device).split(max(1, budget(memory) // (64 * n))):
+        distance, at, _ = search_rows_exactly(y, part, n - 1, p=p, memory=memory)
+        place = torch.arange(1, n, dtype=torch.float64, device=x.device)
+        farther = distance[:, 1:] > SAME * distance[:, :-1]
+        edge = torch.ones_like(farther[:, :1])
+        # A row's rank is the mean of the first and last places at its distance.
+        first = torch.where(torch.cat((edge, farther), -1), place, 0.0).cummax(-1).values
+        last = (
+            torch.where(torch.cat((farther, edge), -1), place, float(n)).flip(-1).cummin(-1).values.flip(-1)
+        )
+        ranks = distance.new_zeros(len(part), n).scatter(-1, at, (first + last) / 2)
+        total = total + (ranks.gather(-1, index[part]) * weight[part]).sum()
+    return total / (n * k)
 
 
 def conditional_ranks(
@@ -133,6 +192,7 @@ def conditional_ranks(
     >>> conditional_ranks(torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[2], [2], [0]])).flatten().tolist()
     [2.0, 2.0, 2.0]
     """
+    index = own_index(index, "conditional_ranks")
     return ranks_of(check_rows(x, index.shape[-1])[0].detach(), index, *minkowski(metric), memory)
 
 
@@ -210,7 +270,7 @@ class _Ranks:
         i, j = item * self.n + row, item * self.n + column + other.start
         distance = pair_distances(self.flat, i, j, p=self.p, memory=self.memory)
         asked = self.distance[place, item, row]
-        share = (distance < asked).double() + (distance == asked).double() / 2
+        share = (distance * SAME < asked).double() / 2 + (distance <= SAME * asked).double() / 2
         self.count[place].index_put_((item, row), share, accumulate=True)
 
     def result(self) -> Tensor:
@@ -257,16 +317,21 @@ class InformationImbalance(PairStage):
         """Both directions of one pair: fewer passes than ``compare`` of two prepared sides."""
         return information_imbalance(a, b, k=self.k, metric=self.metric, memory=self.memory)
 
-    def prepare(self, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows and the indices of their k nearest neighbours."""
-        return sample, nearest_neighbors(sample, self.k, metric=self.metric, memory=self.memory).index
+    def prepare(self, sample: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows, the indices of their k nearest neighbours, and whether others are as near as the last."""
+        table = nearest_neighbors(sample, self.k, metric=self.metric, memory=self.memory)
+        return sample, table.index, table.tied_beyond
 
-    def compare(self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def compare(
+        self, a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Both directions."""
-        n = a[0].shape[-2]
-        rows_a, near_b = _spread(a[0], b[1])
-        rows_b, near_a = _spread(b[0], a[1])
-        to_b = conditional_ranks(rows_b, near_a, metric=self.metric, memory=self.memory)
-        to_a = conditional_ranks(rows_a, near_b, metric=self.metric, memory=self.memory)
-        ab, ba = (2 / n * ranks.mean((-1, -2)) for ranks in (to_b, to_a))
+        rows_a, rows_b = _spread(check_rows(a[0], 1)[0].detach(), check_rows(b[0], 1)[0].detach())
+        lead, settings = rows_a.shape[:-2], (*minkowski(self.metric), self.memory)
+        ab, ba = (
+            2
+            / rows.shape[-2]
+            * mean_rank(rows, others, near.expand(*lead, *near.shape[-2:]), tied.expand(*lead, -1), *settings)
+            for rows, others, near, tied in ((rows_a, rows_b, *a[1:]), (rows_b, rows_a, *b[1:]))
+        )
         return _defined(ab, ba, all_alike(a[0]) | all_alike(b[0]))

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from tdgeom.core.keys import Keys
 from tdgeom.core.pair_stage import PairStage
+from tdgeom.measures.neighbors.tie_weights import warn_of_ties
 from tdgeom.measures.similarity.hsic import alignment, hsic1
 from tdgeom.measures.similarity.pair_sources import MATCHED_ROWS
-from tdgeom.numerics.centring import check_matched, finite_rows, warn_undefined
+from tdgeom.numerics.centring import check_matched, finite_rows, occurs, warn_undefined
 
 __all__ = ["CKNNA", "cknna"]
 
@@ -22,11 +23,15 @@ _REASON = (
 
 
 class _Neighbours(NamedTuple):
-    """The k largest inner products of each row, self excluded."""
+    """The k largest inner products of each row, self excluded, and all that are as large as the k-th."""
 
-    near: Tensor  # (..., N, k) which rows
-    value: Tensor  # (..., N, k) float64
+    near: Tensor  # (..., N, K) which rows
+    value: Tensor  # (..., N, K) float64
+    weight: Tensor | None  # (..., N, K) of a neighbour, None if all are 1
     own: Tensor  # (...) unbiased HSIC of the masked kernel with itself
+    ceiling: (
+        Tensor  # (...) the measure of the side with itself, of which each draws its own places among ties
+    )
 
 
 def _neighbours(x: Tensor, k: int, measure: str) -> _Neighbours:
@@ -37,46 +42,81 @@ def _neighbours(x: Tensor, k: int, measure: str) -> _Neighbours:
     rows = rows / rows.abs().amax(
         (-2, -1), keepdim=True
     )  # an isotropic scale cancels, and squares stay in range
+    size = torch.linalg.vector_norm(rows.detach(), dim=-1, keepdim=True)
+    rounding = 1e-12 * size * size.amax(-2, keepdim=True)
+    width = (
+        n - 1 if torch.compiler.is_compiling() else min(k + 1, n - 1)
+    )  # a graph can't widen as it learns of ties
+    while True:
+        near, value = _largest(rows, width)
+        weight = _weights(value.detach(), k, rounding)
+        if width == n - 1 or not occurs(weight[..., -1] > 0):
+            break
+        width = min(4 * width, n - 1)
+    plain = not (occurs(weight[..., :k] != 1) or torch.compiler.is_compiling())
+    if plain:
+        near, value = near[..., :k], value[..., :k]
+    nothing = value.new_zeros(())
+    side = _Neighbours(near, value, None if plain else weight, nothing, nothing)
+    own = _hsic(side, side._replace(weight=None))  # a row's weight for itself is its mask once, not squared
+    return side._replace(own=own, ceiling=torch.ones_like(own) if plain else _hsic(side, side) / own)
+
+
+def _largest(rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Which other rows have the largest inner products with each row, and these, descending."""
     tops = []
-    for start in range(0, n, _BLOCK):
+    for start in range(0, rows.shape[-2], _BLOCK):
         block = rows[..., start : start + _BLOCK, :] @ rows.mT
-        here = torch.arange(start, start + block.shape[-2], device=x.device).unsqueeze(-1)
-        tops.append(block.scatter(-1, here.expand(*block.shape[:-1], 1), -torch.inf).topk(k, dim=-1))
+        here = torch.arange(start, start + block.shape[-2], device=rows.device).unsqueeze(-1)
+        tops.append(block.scatter(-1, here.expand(*block.shape[:-1], 1), -torch.inf).topk(width, dim=-1))
     near, value = (torch.cat([top[part] for top in tops], -2) for part in (1, 0))
-    side = _Neighbours(near, value, value.new_zeros(()))
-    return side._replace(own=_hsic(side, side))
+    return near, value
+
+
+def _weights(value: Tensor, k: int, rounding: Tensor) -> Tensor:
+    """1 above the k-th value, r/a for each of the a equal to it with r places left, 0 below."""
+    last = value[..., k - 1 : k]
+    above, equal = value > last + rounding, (value - last).abs() <= rounding
+    share = (k - above.sum(-1, keepdim=True).double()) / equal.sum(-1, keepdim=True).double()
+    return above.double() + torch.where(equal, share, 0.0)
 
 
 def _hsic(a: _Neighbours, b: _Neighbours) -> Tensor:
-    """n(n-3) HSIC₁ of K and L on the pairs (i, j) where j is a neighbour of i on both sides; never N x N.
+    """n(n-3) HSIC₁ of α∘K and α∘L, α_ij the product of the weights that j has for i on both sides; never N x N.
 
     The mask is not symmetric, so the transposes of the formula are kept: ``Σ K∘Lᵀ`` and ``Σ KL``.
     """
-    n, k = a.near.shape[-2:]
+    n = a.near.shape[-2]
     lead = torch.broadcast_shapes(a.near.shape[:-2], b.near.shape[:-2])
     row = torch.arange(n, device=a.near.device).unsqueeze(-1) * n
-    (wanted, k_values), (given, l_values) = (
-        [part.expand(*lead, n, k).flatten(-2) for part in (side.near + row, side.value)] for side in (a, b)
-    )
-    mutual, l_values = _looked_up(wanted, given, l_values)
-    k_values, l_values = torch.where(mutual, k_values, 0), torch.where(mutual, l_values, 0)
+
+    def listed(part: Tensor) -> Tensor:
+        return part.expand(*lead, n, part.shape[-1]).flatten(-2)
+
+    wanted, k_values = listed(a.near + row), listed(a.value)
+    mutual, place = _looked_up(wanted, listed(b.near + row))
+    mask = mutual.double() if a.weight is None else torch.where(mutual, listed(a.weight), 0.0)
+    mask = mask if b.weight is None else mask * listed(b.weight).gather(-1, place)
+    k_values = torch.where(mutual, mask * k_values, 0)
+    l_values = torch.where(mutual, mask * listed(b.value).gather(-1, place), 0)
     i, j = wanted // n, wanted % n
-    found, turned = _looked_up(j * n + i, wanted, l_values)  # L_ji
-    trace = torch.where(found, k_values * turned, 0).sum(-1)
+    found, place = _looked_up(j * n + i, wanted)
+    trace = torch.where(found, k_values * l_values.gather(-1, place), 0).sum(-1)  # K_ij L_ji
     columns = k_values.new_zeros(*lead, n).scatter_add(-1, j, k_values)
-    middle = (columns * l_values.unflatten(-1, (n, k)).sum(-1)).sum(-1)
+    middle = (columns * l_values.unflatten(-1, (n, -1)).sum(-1)).sum(-1)
     return hsic1(trace, middle, k_values.sum(-1), l_values.sum(-1), n)
 
 
-def _looked_up(wanted: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether each wanted number (..., M) is among different keys (..., M), and the value at that key (else any)."""
+def _looked_up(wanted: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether each wanted number (..., M) is among different keys (..., L), and where (else anywhere)."""
     keys, order = keys.sort(-1)
     place = torch.searchsorted(keys.contiguous(), wanted.contiguous()).clamp(max=keys.shape[-1] - 1)
-    return keys.gather(-1, place) == wanted, values.gather(-1, order.gather(-1, place))
+    return keys.gather(-1, place) == wanted, order.gather(-1, place)
 
 
 def _compare(a: _Neighbours, b: _Neighbours) -> Tensor:
     value = alignment(_hsic(a, b), a.own, b.own)
+    warn_of_ties(torch.minimum(a.ceiling, b.ceiling).detach(), "cknna")
     value = value if a.near.shape[-2] >= 4 else torch.full_like(value, torch.nan)
     return warn_undefined(value, "cknna", _REASON)
 
@@ -84,10 +124,12 @@ def _compare(a: _Neighbours, b: _Neighbours) -> Tensor:
 def cknna(x: Tensor, y: Tensor, k: int = 10) -> Tensor:
     """CKNNA of Huh et al.: linear CKA (unbiased HSIC) over pairs that are neighbours on both sides.
 
-    With ``α_ij = 1`` where j is among the k rows of largest inner product with i in x and in y (self excluded),
-    ``HSIC₁(α∘K, α∘L)/sqrt(HSIC₁(α_K∘K, α_K∘K) HSIC₁(α_L∘L, α_L∘L))``, K = XXᵀ, L = YYᵀ, and each denominator over
-    that side's own neighbours. Uncentred; Huh et al. give it rows of unit L2 norm (and then inner products order like
-    distances): normalise first to compare with their numbers. No absolute 1e-6 in the denominator.
+    With ``α_ij = w_ij w'_ij``, w_ij = 1 where j is among the k rows of largest inner product with i in x (self excluded; a rows
+    as large as the k-th share the r places left, r/a each), w'_ij the same in y,
+    ``HSIC₁(α∘K, α∘L)/sqrt(HSIC₁(w∘K, w∘K) HSIC₁(w'∘L, w'∘L))``, K = XXᵀ, L = YYᵀ, and each denominator over
+    that side's own neighbours. With ties a side compared with itself is below 1, its ceiling; one warning says so
+    below 0.98. Uncentred; Huh et al. give it rows of unit L2 norm (and then inner products order like distances): normalise
+    first to compare with their numbers. No absolute 1e-6 in the denominator.
 
     Args:
         x: (..., N, D) rows. y: (..., N, E) the same rows on the other side. k: neighbours a row, 2 <= k < N.
