@@ -68,6 +68,7 @@ class Checkpoint:
         self.stages = [stage_of(unit) for unit in plan.stream]
         self.selects = selections(plan)
         self.row_keys = {"/".join(key_tuple(key)): key for key in (*plan.stream_keys, "row_id")}
+        self.optional = {"/".join(key_tuple(key)) for key in plan.optional_stream_keys}
         self.fits = {"format": FORMAT, "settings": plain(dict(settings)), "stages": pipeline_identity(plan)}
 
     def save(self, rows: Mapping[Key, Tensor], place: Mapping[str, Any]) -> None:
@@ -140,9 +141,11 @@ class Checkpoint:
             stage.set_state({name: value.to(device=device)})
 
     def _refuse_other_rows(self, rows: Mapping[str, Tensor], count: int) -> None:
-        """Held rows are those of every key, as many as the place says; none are held where it says none."""
+        """Held rows are those of every key (optional ones may be absent), as many as the place says; none where it says none."""
         wanted = set(self.row_keys) if count else set()
-        if set(rows) != wanted or any(value.shape[:1] != (count,) for value in rows.values()):
+        if not wanted - self.optional <= set(rows) <= wanted or any(
+            value.shape[:1] != (count,) for value in rows.values()
+        ):
             found = {name: tuple(value.shape) for name, value in rows.items()}
             raise ValueError(
                 f"the checkpoint {self.path} should hold {count} rows of {sorted(wanted)}, it holds {found}: it was changed. "
