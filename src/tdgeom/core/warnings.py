@@ -65,7 +65,9 @@ def tell_few_rows(stage: str, measures: str, rows: object, needed: str, remedy: 
 
 
 def tell(message: str, category: type[Warning] = UndefinedMeasureWarning) -> None:
-    """Warn at the user's line, naming the site, if any."""
+    """Warn at the user's line, naming the site, if any. A graph being traced tells nothing."""
+    if torch.compiler.is_compiling():
+        return
     where, gathered = _site.get(), _gathered.get()
     if gathered is None:
         _say(message if where is None else f"{message} [at {where}]", category)

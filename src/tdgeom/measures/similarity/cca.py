@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdgeom.measures.similarity.orthonormal_sides import Factor, LinearPairStage, factor_rows, overlap
+from tdgeom.measures.similarity.orthonormal_sides import (
+    Factor,
+    LinearPairStage,
+    factor_rows,
+    overlap,
+    tell_few,
+)
 from tdgeom.numerics.centring import check_matched, warn_undefined
 
 __all__ = ["CCA", "PWCCA", "SVCCA", "cca_mean", "cca_r2", "pwcca_ab", "pwcca_ba", "svcca"]
@@ -19,6 +25,8 @@ _TIE = 1e-9  # correlations no further apart are equal, but for rounding
 def _factors(x: Tensor, y: Tensor, measure: str, share: float | None = None) -> tuple[Factor, Factor]:
     check_matched(x, y, measure)
     a, b = (factor_rows(side, measure, standardise=share is None, share=share) for side in (x, y))
+    if share is None:
+        tell_few(measure, measure, a, b)
     return a, b
 
 
@@ -41,7 +49,8 @@ def cca_mean(x: Tensor, y: Tensor) -> Tensor:
         (...) float64 in [0, 1]; 1 where one side is a linear function of the other.
 
     Invariances: every invertible linear map and offset of either side. Bias: strongly upwards unless N is many times
-    D; at N <= D + 1 it is 1 for any data, so compare at equal N and D only. NaN with one warning without variance.
+    D; at N <= D + 1 it is 1 for any data (a warning says so), so compare at equal N and D only. NaN with one warning without
+    variance.
     Directions no longer than the rounding of the given values (constant features, or ones that depend on each other) do
     not count, whatever offset the features have. Float32 rows widened to float64 are known by their values; half precision
     is given as it was computed, for its rounding cannot be told once it is widened.
@@ -172,6 +181,7 @@ class CCA(LinearPairStage):
 
     def compare(self, a: Factor, b: Factor, *rest: Tensor) -> dict[str, Tensor]:
         """One product and its singular values."""
+        tell_few("CCA", "cca_mean and cca_r2", a, b)
         correlations = _correlations(overlap(a, b, *rest))
         values = {"cca_mean": _mean(correlations, a, b), "cca_r2": _mean(correlations.square(), a, b)}
         warn_undefined(values["cca_mean"], "cca_mean and cca_r2", _REASON)
@@ -212,6 +222,7 @@ class PWCCA(LinearPairStage):
 
     def compare(self, a: Factor, b: Factor, *rest: Tensor) -> dict[str, Tensor]:
         """One product and its singular vectors on both sides."""
+        tell_few("PWCCA", "pwcca_ab and pwcca_ba", a, b)
         m = overlap(a, b, *rest)
         values = {"pwcca_ab": _weighted(m, a, b), "pwcca_ba": _weighted(m.mT, b, a)}
         warn_undefined(values["pwcca_ab"], "pwcca_ab and pwcca_ba", _REASON)

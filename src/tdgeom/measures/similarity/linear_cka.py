@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Keys
+from tdgeom.measures.similarity.enough_rows import tell_few_for_bias
 from tdgeom.measures.similarity.hsic import alignment, hsic1
 from tdgeom.measures.similarity.pair_sources import MomentPairStage, Source, refuse_sketch
 from tdgeom.measures.similarity.projected_cka import block_squares, group_traces, ratio_over_groups
@@ -82,7 +83,8 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
 
     Invariances: orthogonal maps and isotropic scale of either side, and offsets; not invertible linear
     maps. Bias: upwards when rows are few, about ``E/(N+E)`` for independent data (0.75 at N = 256, D = E =
-    768): use ``linear_cka_debiased``. NaN with one warning where a side has no variance.
+    768; a warning where rows are fewer than four for each feature): use ``linear_cka_debiased``. NaN with one warning where a
+    side has no variance.
 
     Kornblith et al. 2019, arXiv 1905.00414; Robert & Escoufier 1976 (RV).
 
@@ -92,6 +94,7 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
     """
     check_matched(x, y, "linear_cka")
     a, b = (_prepare(side, "linear_cka") for side in (x, y))
+    tell_few_for_bias("linear_cka", "linear_cka", x.shape[-2], max(x.shape[-1], y.shape[-1]))
     return warn_undefined(_aligned(a, b, _off_product(a, b), "linear_cka"), "linear_cka", _REASON)
 
 
@@ -145,7 +148,8 @@ class LinearCKA(MomentPairStage):
     """Linear CKA between two sites: ``linear_cka`` and ``linear_cka_debiased`` as a stage.
 
     Args:
-        estimator: ``"biased"`` writes ``linear_cka``, ``"debiased"`` ``linear_cka_debiased``, ``"both"`` both.
+        estimator: ``"biased"`` writes ``linear_cka``, and warns where rows are fewer than four for each feature; ``"debiased"``
+            writes ``linear_cka_debiased``, ``"both"`` both.
         source: ``"sample"`` reads matched rows, (N, D) and (N, E). ``"moments"`` reads the leaves of
             ``StreamingCrossMoments``, so that the value is exact over all rows of the run; per side
             ``count``, ``covariance``, ``norm4``, then the pair's ``cross_covariance`` and
@@ -194,6 +198,13 @@ class LinearCKA(MomentPairStage):
 
     def compare(self, a: Any, b: Any, *rest: Tensor) -> list[Tensor]:
         """One product, and sums of float64 scalars."""
+        if self.estimates == ["linear_cka"] and self.source != "sketch":
+            rows, widths = (
+                (a.n, (rest[0].shape[-1], rest[0].shape[-2]))
+                if self.source == "moments"
+                else (a.norm2.shape[-1], (a.rows.shape[-1], b.rows.shape[-1]))
+            )
+            tell_few_for_bias("LinearCKA", "linear_cka", rows, max(widths))
         if self.source == "sample":
             off = _off_product(a, b)
             found = [[_aligned(a, b, off, name)] for name in self.estimates]

@@ -6,7 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from tdgeom.measures.similarity.orthonormal_sides import Factor, LinearPairStage, factor_rows, overlap
+from tdgeom.measures.similarity.orthonormal_sides import (
+    Factor,
+    LinearPairStage,
+    factor_rows,
+    overlap,
+    tell_few,
+)
 from tdgeom.numerics.centring import check_matched, warn_undefined
 
 __all__ = ["LinearR2", "linear_r2_ab", "linear_r2_ba"]
@@ -39,6 +45,8 @@ def linear_r2_ab(x: Tensor, y: Tensor, ridge: float = 0.0) -> Tensor:
     check_matched(x, y, "linear_r2_ab")
     plain = _check(ridge) == 0
     a, b = (factor_rows(side, "linear_r2_ab", standardise=plain) for side in (x, y))
+    if plain:
+        tell_few("linear_r2_ab", "linear_r2_ab", a, b)
     return warn_undefined(_r2(overlap(a, b), a, b, ridge), "linear_r2_ab", _REASON)
 
 
@@ -53,6 +61,8 @@ def linear_r2_ba(x: Tensor, y: Tensor, ridge: float = 0.0) -> Tensor:
     check_matched(x, y, "linear_r2_ba")
     plain = _check(ridge) == 0
     a, b = (factor_rows(side, "linear_r2_ba", standardise=plain) for side in (x, y))
+    if plain:
+        tell_few("linear_r2_ba", "linear_r2_ba", a, b)
     return warn_undefined(_r2(overlap(b, a), b, a, ridge), "linear_r2_ba", _REASON)
 
 
@@ -97,6 +107,8 @@ class LinearR2(LinearPairStage):
 
     def compare(self, a: Factor, b: Factor, *rest: Tensor) -> dict[str, Tensor]:
         """Two products."""
+        if self.ridge == 0:
+            tell_few("LinearR2", "linear_r2_ab and linear_r2_ba", a, b)
         m = overlap(a, b, *rest)
         forth, back = _r2(m, a, b, self.ridge), _r2(m.mT, b, a, self.ridge)
         warn_undefined(forth + back, "linear_r2_ab and linear_r2_ba", _REASON)

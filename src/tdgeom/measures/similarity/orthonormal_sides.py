@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tdgeom.measures.similarity.enough_rows import tell_beyond_features
 from tdgeom.measures.similarity.pair_sources import MomentPairStage, refuse_sketch
 from tdgeom.numerics.centring import centre, finite_rows
 
-__all__ = ["Factor", "LinearPairStage", "factor_moments", "factor_rows", "overlap"]
+__all__ = ["Factor", "LinearPairStage", "factor_moments", "factor_rows", "overlap", "tell_few"]
 
 
 class Factor(NamedTuple):
@@ -108,11 +109,17 @@ def factor_moments(
 
 
 def _leading(variances: Tensor, share: float | None) -> Tensor:
-    """True for the fewest leading components that hold ``share`` of the variance."""
+    """True for the fewest leading components that hold ``share`` of the variance, to 1e-9."""
     if share is None:
         return torch.ones_like(variances, dtype=torch.bool)
     cumulative = variances.cumsum(-1) / variances.sum(-1, keepdim=True)
-    return torch.nn.functional.pad(cumulative[..., :-1] < share, (1, 0), value=True)
+    return torch.nn.functional.pad(cumulative[..., :-1] < share - 1e-9, (1, 0), value=True)
+
+
+def tell_few(stage: str, measures: str, a: Factor, b: Factor) -> None:
+    """One warning where rows are no more than the features of a side."""
+    rows = a.basis.shape[-2] if a.n is None else a.n
+    tell_beyond_features(stage, measures, rows, max(a.coefficients.shape[-1], b.coefficients.shape[-1]))
 
 
 def overlap(a: Factor, b: Factor, cross_covariance: Tensor | None = None) -> Tensor:

@@ -15,9 +15,9 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from tdgeom.model.calls.call_info import CallInfo
+from tdgeom.model.calls.checkpointing import is_checkpointed, refuse_later_backward, runs_again
 from tdgeom.model.calls.model_inputs import Signature, bound_tensors, read_signature
 from tdgeom.model.calls.own_hooks import CHANGING, OwnId, lead
-from tdgeom.model.calls.checkpointing import is_checkpointed, refuse_later_backward, runs_again
 from tdgeom.model.calls.repeated_calls import CallsSpec, fired_too_often, is_meant
 from tdgeom.model.calls.site_hooks import Place, Places, SiteHooks, Step
 from tdgeom.model.edits.edit import Edit
