@@ -1,4 +1,4 @@
-"""Few rows are said, once, with what helps: no more than features for maps between sites, fewer than 4 for each for biased CKA."""
+"""Few rows are said, once, with what helps: no more than features for maps between sites, under 4 for each for biased CKA."""
 
 from __future__ import annotations
 
