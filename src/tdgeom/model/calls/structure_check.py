@@ -85,8 +85,13 @@ def refusal(model: nn.Module, reasons: Mapping[Site, str]) -> SiteRefused:
     reason = next(iter(by_reason))
     layers = sorted({site.layer for site in sites if site.layer is not None})
     where = f" at the layers {layers}" if layers else ""
+    remedy = (
+        ""
+        if "Remedy: " in reason
+        else " Remedy: name the module that you mean, sites='module_output:<path>'; available_sites(model) lists what holds."
+    )
     return SiteRefused(
-        f"{sites[0].kind!r} of {type(model).__name__} is not where its structure says{where}: {reason}."
+        f"{sites[0].kind!r} of {type(model).__name__} is not where its structure says{where}: {reason}.{remedy}"
     )
 
 

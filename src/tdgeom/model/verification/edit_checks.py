@@ -223,9 +223,9 @@ def _as_without_heads(found: Evidence, site: Site, z: Site, tolerance: float) ->
 
 def _halved_scores(found: Evidence, site: Site, tolerance: float) -> Check:
     """Scores halved: the attentions that the model then gives are the softmax of half the scores."""
-    given, pattern = found.attentions.get(site.stack), found.act(site, "attn_pattern")
+    attentions, pattern = found.attentions.get(site.stack), found.act(site, "attn_pattern")
     scores = found.acts[site]
-    if given is None or pattern is None or len(given) != found.depth(site.stack):
+    if attentions is None or pattern is None or len(attentions) != found.depth(site.stack):
         return unchecked(site, "edit", "the model gives no attentions of this stack to tell it by")
     looks = pattern.sum(-1) > 0
     if not distance(scores.double().softmax(-1)[looks], pattern[looks]) <= tolerance:
@@ -233,7 +233,11 @@ def _halved_scores(found: Evidence, site: Site, tolerance: float) -> Check:
     with eager_attention(found.model), Intervene(found.model, {str(site): partial(mul, 0.5)}):
         output = found.call(output_attentions=True)
     name = f"{site.stack}_attentions" if site.stack in ("encoder", "decoder") else "attentions"
-    far = distance(output[name][site.layer][looks], (0.5 * scores.double()).softmax(-1)[looks])
+    given = output[name][site.layer]
+    right = (0.5 * scores.double()).softmax(-1)[
+        ..., : given.shape[-1]
+    ]  # without a sink, as the model gives them
+    far = distance(given[looks], right[looks])
     return compared(
         site, "edit", far, tolerance, "the model's own attentions are the softmax of the halved scores"
     )

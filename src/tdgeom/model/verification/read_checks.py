@@ -172,6 +172,8 @@ def _eager_pattern(found: Evidence, site: Site, tolerance: float) -> Check:
     whole = len(given) == found.depth(site.stack)
     index = site.layer if whole else found.layers_with(site).index(site.layer)
     value, right = found.acts[site], given[index or 0]
+    if value.shape[:-1] == right.shape[:-1] and value.shape[-1] == right.shape[-1] + 1:
+        value = value[..., :-1]  # a sink, which the model leaves out of what it gives
     if value.shape != right.shape:
         return Check(
             site,
@@ -204,6 +206,7 @@ def _weighed(found: Evidence, site: Site, tolerance: float) -> Check:
     value = found.acts[site]
     if pattern is None or z is None or value.ndim != 4 or pattern.ndim != 4:
         return unchecked(site, name, "pattern and z are not both read here")
+    pattern = pattern[..., : value.shape[1]]  # behind them a sink has no value
     if pattern.shape[1] % value.shape[2] or pattern.shape[-1] != value.shape[1]:
         return unchecked(
             site, name, f"the pattern {tuple(pattern.shape)} does not fit the values {tuple(value.shape)}"
