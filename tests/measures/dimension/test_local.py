@@ -124,6 +124,38 @@ def test_local_pca_is_pca_of_each_neighbourhood(width):
     np.testing.assert_allclose(local.numpy(), [s.sum() ** 2 / (s**2).sum() for s in spectra], rtol=1e-9)
 
 
+def largest_gap(values: np.ndarray) -> int:
+    """Before which of the eigenvalues above rounding the quotient of neighbours is largest; all of them where they end."""
+    above = values[values > 1e-13 * values[0]]
+    if len(above) < len(values):
+        return len(above)
+    return int(np.argmax(above[:-1] / above[1:])) + 1
+
+
+@pytest.mark.parametrize("width, k", [(5, 15), (40, 15), (3, 8), (6, "auto")])
+def test_the_largest_gap_of_each_neighbourhood(width, k):
+    x = torch.randn(80, width, dtype=torch.float64) * torch.linspace(0.05, 1, width).square()
+    number = 8 if k == "auto" else k  # the root of 80
+    _, index = neighbours(x.numpy(), number)
+    spectra = [np.linalg.svd(x.numpy()[rows] - x.numpy()[rows].mean(0))[1] ** 2 for rows in index]
+    expected = [largest_gap(values[: min(number - 1, width)]) for values in spectra]
+    local = LocalPCA(k=k, rule="maxgap", pointwise=True)(sample=x)[-1]
+    np.testing.assert_array_equal(local.numpy(), expected)
+    assert local_pca(x, k=k, rule="maxgap").estimate == pytest.approx(np.mean(expected))
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 4])
+def test_flat_rows_end_at_their_dimension(dimension):
+    g = torch.Generator().manual_seed(dimension)
+    flat = (
+        torch.randn(300, dimension, generator=g, dtype=torch.float64)
+        @ torch.randn(dimension, 12, generator=g).double()
+    )
+    noisy = flat + 1e-3 * torch.randn(300, 12, generator=g)
+    for rows in (flat, 1e6 * flat, flat + 7.0, noisy):
+        assert local_pca(rows, k="auto", rule="maxgap").estimate == pytest.approx(dimension, abs=0.02)
+
+
 @pytest.mark.parametrize("width", [4, 30])
 def test_ca_pca_is_the_best_curved_ball_of_each_neighbourhood(width):
     x = torch.randn(70, width, dtype=torch.float64)
@@ -283,7 +315,7 @@ def test_neighbourhoods_of_copies_have_no_part_in_the_gradient():
 
 def test_auto_k_follows_the_number_of_rows():
     x = torch.randn(90, 3)
-    for function in (local_knn, ca_pca):
+    for function in (local_knn, ca_pca, lambda x, k="auto": local_pca(x, k=k)):
         torch.testing.assert_close(function(x).estimate, function(x, k=9).estimate)
         with pytest.raises(ValueError, match=r"rows of shape \(..., N, D\), got \(90,\)"):
             function(x[:, 0])

@@ -19,7 +19,7 @@ from tdgeom.measures.dimension.estimate import (
     need_columns,
 )
 from tdgeom.measures.dimension.neighbourhoods import over_neighbourhoods
-from tdgeom.measures.dimension.pca import counting_rule, spectrum_of
+from tdgeom.measures.dimension.pca import LOCAL_PCA_RULES, counting_rule, spectrum_of
 from tdgeom.measures.neighbors.nearest_neighbors import distinct_neighbors
 
 __all__ = ["LocalKNN", "LocalPCA", "local_knn", "local_knn_from_distances", "local_pca"]
@@ -81,7 +81,7 @@ def local_knn_from_distances(
 def local_pca(
     x: Tensor,
     *,
-    k: int = 100,
+    k: int | Literal["auto"] = 100,
     rule: str = "fukunaga_olsen",
     alpha: float = 0.05,
     share: float = 0.95,
@@ -90,9 +90,9 @@ def local_pca(
     r"""Linear dimension of every row's k nearest neighbours (\*B, N, D), averaged: rules as in ``pca_dimension``.
 
     A neighbourhood is the k neighbours without the row itself, about their own mean (scikit-dimension's
-    ``lPCA().fit_pw``; tdhook adds the row). Copies, exact or up to rounding, are dropped first and counted. ``scale`` is mean
-    r_k; ``standard_error`` sd/√n over rows, which share neighbours (the actual spread on spheres is up to a
-    third larger).
+    ``lPCA().fit_pw``; tdhook adds the row); rules count over its min(k-1, D) eigenvalues. ``k="auto"``: max(2, min(int(√N),
+    (N-1)//2)). Copies, exact or up to rounding, are dropped first and counted. ``scale`` is mean r_k; ``standard_error`` sd/√n
+    over rows, which share neighbours (the actual spread on spheres is up to a third larger).
 
     >>> import torch
     >>> angle = 6.28 * torch.rand(500, 1, generator=torch.Generator().manual_seed(0))
@@ -100,8 +100,9 @@ def local_pca(
     >>> print(f"{local_pca(circle, k=20).estimate:.1f}")
     1.0
     """
+    k = auto_k(k, x.shape[-2:][0])  # a single dimension is refused by the search, in words
     table = distinct_neighbors(x, k, memory=memory)
-    count = counting_rule(rule, alpha, share)
+    count = counting_rule(rule, alpha, share, LOCAL_PCA_RULES)
     copies = table.duplicates, table.near_duplicates
     return _local_pca(x, table.index, table.distance, *copies, k=k, memory=memory, count=count)[0]
 
@@ -118,7 +119,12 @@ def _local_pca(
     count: Callable[..., Tensor],
 ) -> tuple[DimensionEstimate, Tensor]:
     near = need_columns(distances, k, "LocalPCA")
-    local = over_neighbourhoods(x, near, index, k, memory, lambda rows, _: count(spectrum_of(rows)))
+
+    def measure(rows: Tensor, _: Tensor) -> Tensor:
+        number = torch.full((len(rows),), min(k - 1, x.shape[-1]), device=rows.device)
+        return count(spectrum_of(rows), number=number)
+
+    local = over_neighbourhoods(x, near, index, k, memory, measure)
     copies = copies_in(distances, duplicates, near_duplicates)
     return mean_estimate(local, near[..., -1], copies, "LocalPCA", f"no row has {k} distinct neighbours")
 
@@ -153,7 +159,7 @@ class LocalPCA(NeighborhoodStage):
     r"""Linear dimension of the k neighbours of every row, averaged: see ``local_pca``, rules in ``pca_dimension``.
 
     Args:
-        k: neighbours a row, at least 2.
+        k: neighbours a row, at least 2. ``"auto"``: max(2, min(int(√N), (N-1)//2)).
         rule, alpha, share: as in ``pca_dimension``.
         pointwise, source, memory, in_keys, out_keys: as in ``NeighborhoodStage``.
 
@@ -164,18 +170,19 @@ class LocalPCA(NeighborhoodStage):
     """
 
     name = "local_pca"
+    auto = True
 
     def __init__(
         self,
         *,
-        k: int = 100,
+        k: int | Literal["auto"] = 100,
         rule: str = "fukunaga_olsen",
         alpha: float = 0.05,
         share: float = 0.95,
         **others: Any,
     ) -> None:
         super().__init__(k=k, **others)
-        self.count = counting_rule(rule, alpha, share)
+        self.count = counting_rule(rule, alpha, share, LOCAL_PCA_RULES)
 
     def local(self, *table: Tensor, k: int) -> tuple[DimensionEstimate, Tensor]:
         """The estimate and the rows' own."""

@@ -17,6 +17,7 @@ from tdgeom.numerics.eigenvalues import refuse_truncated
 from tdgeom.numerics.near_copies import rounding_radius
 
 __all__ = [
+    "LOCAL_PCA_RULES",
     "PCA_RULES",
     "GlobalPCA",
     "ParticipationRatio",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 PCA_RULES = ("fukunaga_olsen", "participation_ratio", "ratio", "kaiser", "broken_stick")
+LOCAL_PCA_RULES = (*PCA_RULES, "maxgap")  # of a neighbourhood also
 
 
 def pca_dimension(
@@ -47,20 +49,23 @@ def pca_dimension(
       scikit-dimension's ``alphaRatio`` is this share, with the default 0.05);
     - ``"kaiser"``: the number of λ above their mean;
     - ``"broken_stick"``: the leading λ/Σλ that reach their expectation under a stick broken at random,
-      (1/n) Σ_{j>=i} 1/j.
+      (1/n) Σ_{j>=i} 1/j;
+    - ``"maxgap"``: the number of λ before the largest quotient λ_i/λ_{i+1}, 1 to n-1 (scikit-dimension's and tdhook's of that
+      name); where λ end, at their number: eigenvalues below 1e-13·λ₁ are rounding and count as 0. For neighbourhoods: over all
+      rows the gap to the last noise is often the largest, and ``GlobalPCA`` does not take it.
 
     Eigenvalues are those of the centred covariance, clipped at 0; their unit does not matter. No variance
     gives NaN. ``number`` (\*B,): how many of the n are meant at most, zeros behind them being padding; None: all.
 
-    Fukunaga & Olsen 1971; Kaiser 1960; Frontier 1976.
+    Fukunaga & Olsen 1971; Kaiser 1960; Frontier 1976; Bruske & Sommer 1998 (the largest gap).
 
     >>> import torch
     >>> spectrum = torch.tensor([4.0, 3.0, 2.0, 0.1])
-    >>> [round(float(pca_dimension(spectrum, rule=rule)), 2) for rule in PCA_RULES]
-    [3.0, 2.85, 3.0, 2.0, 0.0]
+    >>> [round(float(pca_dimension(spectrum, rule=rule)), 2) for rule in LOCAL_PCA_RULES]
+    [3.0, 2.85, 3.0, 2.0, 0.0, 3.0]
     """
-    if rule not in PCA_RULES:
-        raise ValueError(f"rule is one of {list(PCA_RULES)}, got {rule!r}.")
+    if rule not in LOCAL_PCA_RULES:
+        raise ValueError(f"rule is one of {list(LOCAL_PCA_RULES)}, got {rule!r}.")
     if not 0 < alpha < 1 or not 0 < share <= 1:
         raise ValueError(f"alpha lies in (0, 1) and share in (0, 1], got {alpha!r} and {share!r}.")
     refuse_truncated(eigenvalues, "pca_dimension", "eigenvalues")
@@ -79,6 +84,8 @@ def pca_dimension(
         above = torch.cat((torch.ones_like(short[..., :1]), short[..., :-1]), -1)
     elif rule == "kaiser":
         above = values > total / size
+    elif rule == "maxgap":
+        above = _before_largest_gap(values, size)
     else:
         place = torch.arange(1, n + 1, dtype=torch.float64, device=values.device)
         stick = torch.where(place <= size, 1 / place, 0.0).flip(-1).cumsum(-1).flip(-1) / size
@@ -86,8 +93,28 @@ def pca_dimension(
     return torch.where(torch.isnan(total.squeeze(-1)), torch.nan, above.sum(-1).double())
 
 
-def counting_rule(rule: str, alpha: float, share: float) -> Callable[..., Tensor]:
+def _before_largest_gap(values: Tensor, size: Tensor) -> Tensor:
+    """Which of the first ``size`` (*B, 1) of (*B, n) descending shares of λ₁ stand before the largest quotient of neighbours."""
+    n = values.shape[-1]
+    place = torch.arange(1, n + 1, dtype=torch.float64, device=values.device)
+    resolved = torch.where((values > 1e-13) & (place <= size), values, 0.0)
+    upper, lower = resolved[..., :-1], resolved[..., 1:]
+    # Where the eigenvalues end within those meant, the quotient is infinite; beyond there is none.
+    quotient = torch.where(
+        lower > 0, upper / torch.where(lower > 0, lower, 1.0), torch.where(upper > 0, torch.inf, 0.0)
+    )
+    quotient = torch.where(place[1:] <= size, quotient, 0.0)
+    if n == 1:
+        return torch.ones_like(values, dtype=torch.bool)
+    return place <= quotient.argmax(-1, keepdim=True) + 1
+
+
+def counting_rule(
+    rule: str, alpha: float, share: float, rules: tuple[str, ...] = PCA_RULES
+) -> Callable[..., Tensor]:
     """``pca_dimension`` with these settings, refused now if they are wrong."""
+    if rule not in rules:
+        raise ValueError(f"rule is one of {list(rules)}, got {rule!r}.")
     count = partial(pca_dimension, rule=rule, alpha=alpha, share=share)
     count(torch.ones(1, dtype=torch.float64, device="cpu"))
     return count
