@@ -109,8 +109,8 @@ def novelty_rows(one: Measured) -> Iterable[dict[str, Any]]:
                 "novelty_k": min(one.novelty_k, one.widths.get(a, one.novelty_k)),
             }
             rows.setdefault(path[0], row)["_".join(path[1:]) or root] = cell(value)
-    for row in rows.values():
-        widths = [one.widths[site] for site in (row["a"], row["b"]) if site in one.widths]
+    for pair, row in rows.items():
+        widths = [one.widths[site] for site in pair.split("->", 1) if site in one.widths]
         if "linear_cka" in row and widths:  # it is biased upwards then
             row["few_rows"] = one.sample < 4 * max(widths)
     return rows.values()

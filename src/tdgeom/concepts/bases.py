@@ -9,7 +9,10 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key
 from tdgeom.core.stage import Stage
+from tdgeom.core.warnings import FewRowsWarning, tell
 from tdgeom.measures.eigen_spectrum import eigen_spectrum
+from tdgeom.numerics.centring import occurs
+from tdgeom.numerics.numerical_rank import above_rounding, directions_that_vary
 from tdgeom.probing.closed_form import within_scatter
 from tdgeom.probing.label_moments import LEAVES, class_counts, pool_folds
 
@@ -26,7 +29,7 @@ def concept_basis(
     ``basis`` (*B, D, n): eigenvectors C as columns, their signs fixed (largest-magnitude entry positive);
     ``eigenvalues`` (*B, n) descending; ``explained_variance`` (*B, n), shares λ_i/Σλ of all D; ``mean``; ``dual``
     (*B, D, n), what coordinates are multiplied with on the way back: C itself, or with ``whiten`` C·√λ, the basis then
-    being C/√λ, so that coordinates have unit variance. Directions without variance are zero when whitened.
+    being C/√λ, so that coordinates have unit variance. Directions beyond the numerical rank are zero, for any would do.
 
     >>> leaves = concept_basis(torch.diag(torch.tensor([1.0, 3.0])), torch.zeros(2), 1)
     >>> leaves["basis"].flatten().tolist(), leaves["explained_variance"].tolist()
@@ -34,10 +37,12 @@ def concept_basis(
     """
     values, basis = eigen_spectrum(covariance, n)
     leading = values[..., : basis.shape[-1]]
+    exist = above_rounding(values)[..., : basis.shape[-1]] | leading.isnan()
+    basis = torch.where(exist.unsqueeze(-2), basis, 0.0)
     dual = basis
     if whiten:
-        floor = values[..., :1] * values.shape[-1] * torch.finfo(values.dtype).eps
-        scale = torch.where(leading > floor, leading, torch.inf).sqrt()
+        real = directions_that_vary(leading, basis, covariance.double())
+        scale = torch.where(real, leading, torch.inf).sqrt()
         basis, dual = basis / scale[..., None, :], basis * leading.sqrt()[..., None, :]
     return {
         "basis": basis,
@@ -57,7 +62,7 @@ def fisher_basis(
     (1-s)S_w + s·tr(S_w)/D·I. ``basis`` (D, n) with wᵀS_w w = 1 (without shrinkage scikit-learn's
     ``LinearDiscriminantAnalysis(solver="eigen").scalings_`` up to sign), n <= K-1; ``eigenvalues`` λ;
     ``explained_variance`` λ_i/Σλ, shares of the *between*-class variance in units of the within-class one; ``dual`` =
-    S_w·basis; ``mean``.
+    S_w·basis; ``mean``. Where class means span fewer than K-1 dimensions the directions beyond are zero.
 
     Raises:
         ValueError: one class, or S_w singular without shrinkage.
@@ -78,7 +83,7 @@ def fisher_basis(
     eye = torch.eye(d, dtype=torch.float64, device=within.device)
     within = (1 - shrinkage) * within + shrinkage * within.diagonal().mean() * eye
     values, vectors = torch.linalg.eigh(within)
-    if values[0] <= values[-1] * d * torch.finfo(torch.float64).eps:
+    if not directions_that_vary(values, vectors, within).all():
         raise ValueError(
             f"the scatter within classes ({d} x {d}, {int(pooled['count'])} rows) is singular, so Fisher directions are not "
             f"defined. Give more rows, or shrinkage= above 0."
@@ -87,7 +92,8 @@ def fisher_basis(
     ratios, turned = torch.linalg.eigh(whitener.mT @ between @ whitener)
     limit = classes - 1 if n is None else min(n, classes - 1)
     ratios = ratios.flip(-1).clamp(min=0)
-    basis = whitener @ turned.flip(-1)[:, :limit]
+    exist = above_rounding(ratios)[:limit]
+    basis = torch.where(exist, whitener @ turned.flip(-1)[:, :limit], 0.0)
     largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
     basis = basis * torch.where(largest < 0, -1.0, 1.0)
     return {
@@ -99,6 +105,17 @@ def fisher_basis(
     }
 
 
+def tell_few_directions(stage: str, basis: Tensor) -> None:
+    """A warning where columns of a basis (*B, D, n) are zero: the rows vary in fewer directions than were asked for."""
+    columns, exist = basis.shape[-1], (basis != 0).any(-2).sum(-1)
+    if occurs(exist < columns):
+        tell(
+            f"{stage}: few directions, {int(exist.min())} of the {columns} asked for: the rows vary in no more, and the columns "
+            f"beyond are zero. Give more rows, or take fewer directions.",
+            FewRowsWarning,
+        )
+
+
 class ConceptBasis(Stage):
     """The n directions of most variance of a representation, with what each explains.
 
@@ -106,7 +123,7 @@ class ConceptBasis(Stage):
     ``basis`` is a plain (D,) tensor, ready to steer with; all of them a (D, n) basis, ready to project out.
 
     Args:
-        n: directions; at most D are returned.
+        n: directions; at most D are returned. Those beyond the numerical rank are zero, with one ``FewRowsWarning``.
         whiten: divide directions by √λ, so that coordinates have unit variance.
 
     Reads ``("moments", "covariance")`` (*B, D, D) and ``("moments", "mean")`` (*B, D); writes ``("concepts", "basis" |
@@ -137,7 +154,9 @@ class ConceptBasis(Stage):
 
     def compute(self, covariance: Tensor, mean: Tensor) -> Mapping[str, Tensor]:
         """See ``concept_basis``."""
-        return concept_basis(covariance, mean, self.n, whiten=self.whiten)
+        found = concept_basis(covariance, mean, self.n, whiten=self.whiten)
+        tell_few_directions("ConceptBasis", found["basis"])
+        return found
 
 
 class FisherBasis(Stage):
@@ -178,4 +197,6 @@ class FisherBasis(Stage):
 
     def compute(self, *moments: Tensor) -> Mapping[str, Tensor]:
         """See ``fisher_basis``."""
-        return fisher_basis(dict(zip(LEAVES, moments)), self.n, shrinkage=self.shrinkage)
+        found = fisher_basis(dict(zip(LEAVES, moments)), self.n, shrinkage=self.shrinkage)
+        tell_few_directions("FisherBasis", found["basis"])
+        return found

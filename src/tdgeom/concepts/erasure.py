@@ -11,6 +11,7 @@ from torch import Tensor
 from tdgeom.core.keys import Key, resolve_keys
 from tdgeom.core.stage import Stage
 from tdgeom.numerics.centring import in_one_type
+from tdgeom.numerics.numerical_rank import directions_that_vary
 from tdgeom.probing.label_moments import LEAVES, label_moments, pool_folds, row_targets
 from tdgeom.probing.labelled_rows import plain_rows, row_labels
 
@@ -39,7 +40,7 @@ def leace(moments: Mapping[str, Tensor], *, tolerance: float = 1e-8) -> dict[str
     pooled = pool_folds(moments)
     n = pooled["count"].double()
     values, vectors = torch.linalg.eigh(pooled["scatter"] / n)
-    real = values > values[-1].clamp(min=0) * values.shape[0] * torch.finfo(torch.float64).eps
+    real = directions_that_vary(values, vectors, pooled["scatter"] / n)
     if not bool(real.any()):
         raise ValueError(
             f"LEACE: the {int(n)} rows have no variance, so there is nothing to erase. Check which rows and labels were streamed."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["above_rounding", "leading_parts", "numerical_rank", "rounding_floor"]
+__all__ = ["above_rounding", "directions_that_vary", "leading_parts", "numerical_rank", "rounding_floor"]
 
 _INPUT = 2.0**-42
 
@@ -45,6 +45,22 @@ def numerical_rank(
         most = torch.as_tensor(rows, device=rank.device) - 1
         rank = torch.minimum(rank, most.clamp(min=0).to(rank.dtype))
     return torch.where(torch.isnan(eigenvalues).any(-1), -1, rank)
+
+
+def directions_that_vary(values: Tensor, vectors: Tensor, covariance: Tensor) -> Tensor:
+    """(*B, k): which eigenpairs (*B, k), (*B, D, k) of a covariance (*B, D, D) may be inverted.
+
+    As ``above_rounding``, but the rounding of stored values is taken along each direction, 2⁻⁴²·Σ_j v_j² C_jj: features of
+    other units than the largest keep their directions, as far as the eigensolver tells them from it.
+
+    >>> covariance = torch.diag(torch.tensor([1.0, 1e-13, 0.0]).double())
+    >>> directions_that_vary(*torch.linalg.eigh(covariance), covariance).tolist()
+    [False, True, True]
+    """
+    variance = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=0)
+    stored = _INPUT * (variance.unsqueeze(-1) * vectors.square()).sum(-2)
+    solved = values.amax(-1, keepdim=True) * covariance.shape[-1] * torch.finfo(torch.float64).eps
+    return (values > stored) & (values > solved.clamp(min=0))
 
 
 def leading_parts(shares: Tensor, level: float) -> Tensor:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
+from tdgeom.numerics.numerical_rank import above_rounding
 from tdgeom.plot.style import COLOURS, GRADIENT, as_array, axes_or_new, tidy
 from tdgeom.run.to_frame import to_frame
 
@@ -18,7 +20,7 @@ def spectrum(
 ) -> Any:
     """Eigenvalues against their rank, both axes logarithmic, one line a layer from dark (first) to light (last).
 
-    Eigenvalues at rounding level (λ <= D·eps·λ₁) are not drawn: a logarithm would make noise look like a spectrum. A cliff
+    Eigenvalues beyond the numerical rank are not drawn: a logarithm would make noise look like a spectrum. A cliff
     at the last 2 % of ranks (directions that a layer norm removes, say) leaves the picture at its lower edge.
 
     Args:
@@ -54,7 +56,7 @@ def spectrum(
                 f"spectrum expects whole spectra to take shares of, {name or 'it'!r} has {int((~np.isnan(values)).sum())} of "
                 f"{len(values)} eigenvalues (NaN beyond, as StreamingSketch leaves them). normalize=False draws those."
             )
-        shown = values > values[0] * len(values) * np.finfo(np.float64).eps
+        shown = above_rounding(torch.as_tensor(values)).numpy()
         drawn = values / values.sum() if normalize else values
         bottoms.append(drawn[shown][int(0.98 * (shown.sum() - 1))])
         ax.plot(

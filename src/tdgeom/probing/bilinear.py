@@ -11,6 +11,7 @@ from torch import Tensor
 from tdgeom.core.keys import Key
 from tdgeom.core.stage import Stage
 from tdgeom.core.surroundings import steady
+from tdgeom.numerics.numerical_rank import above_rounding
 from tdgeom.probing import rules
 from tdgeom.probing.control_task import type_buckets
 from tdgeom.probing.labelled_rows import labelled_keys, one_hot, plain_rows, row_labels
@@ -47,13 +48,13 @@ def bilinear_ridge(
     alphas = torch.as_tensor(alphas, dtype=torch.float64, device=x.device)
     mean = t.mean(0)
     turned = vectors.mT @ (t - mean)
-    floor = values[-1] * n * torch.finfo(torch.float64).eps
-    filters = torch.where(values > floor, values / (values + alphas[:, None]), 0.0)
+    real = above_rounding(values)
+    filters = torch.where(real, values / (values + alphas[:, None]), 0.0)
     leverage = filters @ vectors.square().mT + 1 / n
     residual = (t - mean) - vectors @ (filters[..., None] * turned)
     errors = (residual / (1 - leverage)[..., None]).square().mean((1, 2))
     best = errors.argmin()
-    inverse = torch.where(values > floor, 1 / (values + alphas[best]), 0.0)
+    inverse = torch.where(real, 1 / (values + alphas[best]), 0.0)
     dual = vectors @ (inverse[:, None] * turned)
     # Centring the kernel centres the products, so the weights come from dual coefficients that sum to 0.
     dual = dual - dual.mean(0)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from tdgeom.numerics.numerical_rank import above_rounding, directions_that_vary
 from tdgeom.probing.label_moments import class_counts, pool_folds
 
 __all__ = [
@@ -58,8 +59,7 @@ def ridge_probe(
     turned = vectors.mT @ pooled["cross_scatter"]
     shrunk = values + alphas[..., None]
     # Directions without variance carry rounding only: with α = 0 they are left out, as in a pseudoinverse.
-    floor = values[-1:] * values.shape[0] * torch.finfo(torch.float64).eps
-    keep = (values > floor) | (alphas[..., None] > 0)
+    keep = directions_that_vary(values, vectors, pooled["scatter"]) | (alphas[..., None] > 0)
     inverse = torch.where(keep, 1 / torch.where(keep, shrunk, 1.0), 0.0)
     weight = (vectors @ (inverse[..., :, None] * turned)).mT
     return weight, pooled["target_mean"] - weight @ pooled["mean"]
@@ -116,7 +116,7 @@ def ridge_loo(rows: Tensor, targets: Tensor, alphas: Sequence[float] | Tensor) -
     x, centred = x - x.mean(0), t - t.mean(0)
     u, s, _ = torch.linalg.svd(x, full_matrices=False)
     alphas = torch.as_tensor(alphas, dtype=torch.float64, device=x.device)[:, None]
-    real = s > s.amax() * max(x.shape) * torch.finfo(torch.float64).eps
+    real = above_rounding(s.square())
     filters = torch.where(real, s.square() / torch.where(real, s.square() + alphas, 1.0), 0.0)
     fitted = torch.einsum("nr,ar,rk->ank", u, filters, u.mT @ centred)
     leverage = torch.einsum("nr,ar->an", u.square(), filters) + 1 / x.shape[0]
@@ -154,8 +154,8 @@ def lda_probe(
     """Linear discriminant analysis from moments with one-hot targets: weight (K, D), bias (K,).
 
     w_c = Σ⁻¹ m_c and b_c = -w_c·m_c/2 + ln π_c, Σ the covariance within classes (divided by n) shrunk to
-    (1-s)Σ + s·tr(Σ)/D·I: scikit-learn's ``LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s)``. ``balanced`` takes
-    equal priors π instead of the classes' shares.
+    (1-s)Σ + s·tr(Σ)/D·I, Σ⁻¹ its pseudoinverse over the directions in which rows vary: scikit-learn's
+    ``LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s)``. ``balanced`` takes equal priors π instead of the classes' shares.
 
     >>> from tdgeom.functional import label_moments
     >>> rows = torch.tensor([[-1.0], [1.0], [9.0], [11.0]])
@@ -172,7 +172,10 @@ def lda_probe(
     covariance = (1 - shrinkage) * covariance + shrinkage * level * torch.eye(d, dtype=torch.float64).to(
         covariance
     )
-    weight = torch.linalg.lstsq(covariance.cpu(), means.mT.cpu(), driver="gelsd").solution.mT.to(means)
+    values, vectors = torch.linalg.eigh(covariance)
+    keep = directions_that_vary(values, vectors, covariance)
+    inverse = torch.where(keep, 1 / torch.where(keep, values, 1.0), 0.0)
+    weight = ((means @ vectors) * inverse) @ vectors.mT
     share = (
         torch.full_like(count, 1 / count.shape[0], dtype=torch.float64)
         if balanced
