@@ -160,15 +160,25 @@ def _components(shares: Tensor, level: float, defined: Tensor) -> Tensor:
 def unresolved(eigenvalues: Tensor, error: Tensor, metrics: Mapping[str, Tensor], **settings: Any) -> Tensor:
     """Which measures the eigenvalues under the products' rounding could move by more than 1e-4: (*B,) int64.
 
-    Bit i stands for measure i of ``SPECTRUM_METRICS``: set where it differs by that between a spectrum without the eigenvalues
-    that are no larger than their ``error``, and one that holds them as they were found.
+    Bit i stands for measure i of ``SPECTRUM_METRICS``. Three spectra are as good as the one found: that with the eigenvalues
+    below their ``error`` as they came out; with all others larger by what rounding can do to a single one, error/√D; and with
+    the leading ones smaller and the last ones larger by it. A measure that differs by 1e-4 between them is set.
     """
-    kept = spectrum_metrics(eigenvalues, **settings)
-    mask = torch.zeros_like(metrics["numerical_rank"])
-    for bit, name in enumerate(SPECTRUM_METRICS):
-        found, other = metrics[name].double(), kept[name].double()
-        moved = (found - other).abs() > 1e-4 * other.abs()
-        mask = mask + (moved | (found.isnan() != other.isnan())).to(mask.dtype) * 2**bit
+    values = _descending(eigenvalues).clamp(min=0)
+    resolved, single = above_rounding(values, error), error / values.shape[-1] ** 0.5
+    tilt = torch.linspace(-1, 1, values.shape[-1], dtype=torch.float64, device=values.device)
+    moved = torch.zeros((len(SPECTRUM_METRICS), *values.shape[:-1]), dtype=torch.bool, device=values.device)
+    for other, kept in (
+        (values, None),
+        (torch.where(resolved, values + single, 0.0), error),
+        (torch.where(resolved, (values + tilt * single).clamp(min=0), 0.0), error),
+    ):
+        again = spectrum_metrics(other, error=kept, **settings)
+        for bit, name in enumerate(SPECTRUM_METRICS):
+            found, new = metrics[name].double(), again[name].double()
+            moved[bit] |= ((found - new).abs() > 1e-4 * new.abs()) | (found.isnan() != new.isnan())
+    bits = 2 ** torch.arange(len(SPECTRUM_METRICS), device=values.device)
+    mask = (moved * bits.reshape(-1, *[1] * (moved.ndim - 1))).sum(0)
     return torch.where((error >= 0).all(-1), mask, 0)
 
 

@@ -32,16 +32,10 @@ Precision = Literal["auto", "float64", "float32"]
 
 _NARROWEST = 64  # columns of a strip: narrower ones cost more than they save
 _STRIPS = 16  # multiply 17/32 of the square
-_FULL_RATE = {
-    (6, 0),
-    (7, 0),
-    (8, 0),
-    (9, 0),
-    (10, 0),
-}  # CUDA capabilities whose float64 units are half of float32's
-_ROUNDINGS = (
-    16.0  # entries of a float32 product of up to 2^20 rows, in blocks, lie within six; see docs/precision.md
-)
+# CUDA capabilities whose float64 units are half of float32's
+_FULL_RATE = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+_ROWS = 256  # of a float32 product
+_ROUNDINGS = 32.0  # what its entries are off by at most, in units of eps/2: docs/precision.md
 
 
 def in_own_precision(function: Callable[..., _Result]) -> Callable[..., _Result]:
@@ -141,5 +135,7 @@ def add_product(total: Tensor, x: Factors, y: Factors) -> None:
     """``total`` (D, E) += xᵀy in place."""
     if x.scale is None or y.scale is None:
         total.addmm_(x.values.mT, y.values)
-    else:
-        total.add_((x.values.mT @ y.values).double() * x.scale.unsqueeze(-1) * y.scale)
+        return
+    # Few rows at a time: what a float32 sum loses grows with them.
+    for left, right in zip(x.values.split(_ROWS), y.values.split(_ROWS)):
+        total.add_((left.mT @ right).double() * x.scale.unsqueeze(-1) * y.scale)
