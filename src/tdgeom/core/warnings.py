@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from types import FrameType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import tensordict
 import torch
@@ -50,7 +50,7 @@ class UnresolvedMeasureWarning(UserWarning):
     """A number that eigenvalues under the rounding of their products could have moved."""
 
 
-def tell_few_rows(stage: str, measures: str, rows: object, needed: str, remedy: str) -> None:
+def tell_few_rows(stage: str, measures: str, rows: Any, needed: str, remedy: str) -> None:
     """Warn that a stage's measures are of few rows: how many there are, how many are called for, what helps.
 
     >>> with warnings.catch_warnings(record=True) as told:
@@ -59,9 +59,8 @@ def tell_few_rows(stage: str, measures: str, rows: object, needed: str, remedy: 
     >>> str(told[0].message)
     'CCA: few rows, 5: cca_mean calls for more than the 8 features. Give more rows.'
     """
-    tell(
-        f"{stage}: few rows, {int(cast(Any, rows))}: {measures} calls for {needed}. {remedy}.", FewRowsWarning
-    )
+    least = int(torch.as_tensor(rows).min())
+    tell(f"{stage}: few rows, {least}: {measures} calls for {needed}. {remedy}.", FewRowsWarning)
 
 
 def tell(message: str, category: type[Warning] = UndefinedMeasureWarning) -> None:
