@@ -102,7 +102,6 @@ class OnePass:
                 continue  # only a sharded loader comes here: others still announce their batches
             if self._seen_before(td, index):
                 continue
-            self.batch_stages.number(td)
             self.take(td, index, fresh, bar)
             if self._spent():
                 self.stopped = "max_rows"
@@ -120,8 +119,9 @@ class OnePass:
     def _spent(self) -> bool:
         return self.max_rows is not None and self.claimed >= self.max_rows
 
-    def take(self, td: TensorDict, index: int, fresh: Tensor | None, bar: tqdm) -> None:
+    def take(self, td: TensorDict, index: int, fresh: Tensor | None = None, bar: tqdm | None = None) -> None:
         """One batch: counted, or run and its rows handed on; ``fresh`` are the sequences that no rank has had before."""
+        self.batch_stages.number(td)
         if not self.sharded and index % self.world != self.rank:
             self.claimed += self.batch_stages.count(td) if self.max_rows is not None else 0
             return
@@ -141,7 +141,7 @@ class OnePass:
         for ids, blocks in self.blocks.items():
             for block, origin in blocks.add(rows[ids], rows[ids][ids].shape[0], index):
                 self._update(ids, block, origin)
-        if not bar.disable:
+        if bar is not None and not bar.disable:
             bar.update(count)
             elapsed = max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix_str(f"{self.counts['tokens'] / elapsed:,.0f} tokens/s")

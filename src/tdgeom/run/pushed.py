@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from tqdm import tqdm
 
 from tdgeom.run.batch_stages import BatchStages
 from tdgeom.run.one_pass import OnePass
@@ -24,14 +23,11 @@ class Pushed:
     def __init__(self, pipeline: TensorDictModuleBase) -> None:
         plan = make_plan(pipeline)
         self.one_pass = OnePass(plan, BatchStages(plan))
-        self.bar = tqdm(disable=True)
         self.batches = 0
 
     def feed(self, batch: TensorDictBase) -> None:
         """One batch: its rows to every streaming stage."""
-        td = self.one_pass.batch_stages.td(batch)
-        self.one_pass.batch_stages.number(td)
-        self.one_pass.take(td, self.batches, None, self.bar)
+        self.one_pass.take(self.one_pass.batch_stages.td(batch), self.batches)
         self.batches += 1
 
     def end(self) -> TensorDict:

@@ -63,8 +63,8 @@ class Catalogue(SqliteFile):
         layout: ShardLayout,
         created: float | None = None,
         shards: Sequence[ShardRecord] | None = None,
-    ) -> bool:
-        """Enter a run in state ``writing``, or with all its shards as ``complete``; False where it is there already."""
+    ) -> None:
+        """Enter a run in state ``writing``, or with all its shards as ``complete``; one that is there already stays as it is."""
         now = time.time()
         names = (about.model, about.revision, about.dataset, about.experiment)
         times = (now if created is None else created, now)
@@ -72,11 +72,9 @@ class Catalogue(SqliteFile):
         values = (run, kind, state, None, *times, *names, canonical_json(about.details), layout.to_json())
         marks = ",".join("?" * len(values))
         with self.writing() as connection:
-            is_new = connection.execute(f"INSERT OR IGNORE INTO runs VALUES ({marks})", values).rowcount > 0
-            if is_new:
+            if connection.execute(f"INSERT OR IGNORE INTO runs VALUES ({marks})", values).rowcount:
                 connection.executemany("INSERT INTO tags VALUES (?, ?)", [(run, tag) for tag in about.tags])
                 connection.executemany(_ENTER_SHARD, [_shard_values(run, shard) for shard in shards or ()])
-        return is_new
 
     def add_shard(self, run: str, shard: ShardRecord) -> None:
         """Enter a finished shard: from here on its rows belong to the run."""
