@@ -31,7 +31,7 @@ class BatchStages:
         device: where batches go; default the first place that a per-batch stage wants (a Capture: its model's).
 
     Attributes: ``device``; ``keys``, what the streaming stages read and ``row_id``, by the row selection that they are of;
-    ``selects``, the stages that select rows.
+    ``main``, the ids of the selection that counts; ``selects``, the stages that select rows.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class BatchStages:
         places = [place for unit in plan.batch if (place := _device_of(unit)) is not None]
         self.device = torch.device(device) if device is not None else places[0] if places else None
         self.keys = keys_by_selection(plan)
+        self.main = next(iter(self.keys))
         self.optional = plan.optional_stream_keys
         self.sequences = 0  # numbered so far
         self._in_keys = in_keys if in_keys is not None else _unwritten(plan)
@@ -67,11 +68,6 @@ class BatchStages:
             length = batch_length(td)
             td.set("sequence_id", torch.arange(self.sequences, self.sequences + length, device="cpu"))
             self.sequences += length
-
-    @property
-    def main(self) -> Key:
-        """The ids of the row selection that counts."""
-        return next(iter(self.keys))
 
     def rows(self, td: TensorDict) -> tuple[dict[Key, dict[Key, Tensor]], int]:
         """Run the per-batch stages on ``td``; (the rows that the streaming stages read, by selection; how many of the main)."""

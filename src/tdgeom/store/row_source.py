@@ -48,13 +48,9 @@ class RowSource:
         self._entries = list(entries)
         self._records = catalogue.shards(run)
         self._starts = np.array([0, *accumulate(one.rows for one in self._records)], dtype=np.int64)
+        self.rows = int(self._starts[-1])
         self._open: dict[int, Shard] = {}
         self._maps: dict[int, Shard] = {}  # the last one used at the end
-
-    @property
-    def rows(self) -> int:
-        """How many rows there are."""
-        return int(self._starts[-1])
 
     def __repr__(self) -> str:
         sites = ", ".join(entry.key[-1] for entry in self._entries if entry.key[0] in ("tokens", "carried"))

@@ -71,7 +71,8 @@ class RunWriter:
     """
 
     def __init__(self, lock: RunLock, layout: ShardLayout, shard_bytes: int, known: np.ndarray) -> None:
-        self._lock, self._entries, self._known = lock, layout.entries, np.sort(known)
+        self.run, self._lock = lock.run, lock
+        self._entries, self._known = layout.entries, np.sort(known)
         self._capacity = max(1, shard_bytes // layout.row_bytes)
         self._held = 0
         self._buffers = {
@@ -83,11 +84,6 @@ class RunWriter:
         mine = [shard.number for shard in lock.catalogue.shards(lock.run) if shard.rank == lock.rank]
         self._number = max(mine, default=-1) + 1
         self._failure: str | None = None
-
-    @property
-    def run(self) -> str:
-        """The run's id."""
-        return self._lock.run
 
     def append(self, values: Sequence[Tensor]) -> None:
         """Copy rows of every entry, in the order of the layout (``row_id`` last); full shards are written.
