@@ -83,6 +83,14 @@ def strange_stream(reads: BlockReads, batch: int) -> str | None:
     return f"the stream lies as {tuple(stream.shape)} for {batch} sequences, not as (B, T, D)"
 
 
+def other_positions(reads: BlockReads, batch: int, length: int) -> str | None:
+    """Why the positions of a block of tokens are not the tokens: padded inside, pooled, or several streams in one."""
+    stream = reads.values.get("residual_input")
+    if stream is None or stream.ndim != 3 or stream.shape[:2].numel() == batch * length:
+        return None
+    return f"the stream lies as {tuple(stream.shape)} for {batch} sequences of {length} tokens: its positions are not theirs"
+
+
 # ------------------------------------------------------------------------------------ what is added to the stream
 
 

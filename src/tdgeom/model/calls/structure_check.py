@@ -17,7 +17,7 @@ from torch import nn
 
 from tdgeom.core.surroundings import steady
 from tdgeom.model.calls.attention_kernel import visible_attention
-from tdgeom.model.calls.block_facts import refusals, strange_stream
+from tdgeom.model.calls.block_facts import other_positions, refusals, strange_stream
 from tdgeom.model.calls.block_reads import BlockReads
 from tdgeom.model.calls.bound_model import eval_mode, may_stop
 from tdgeom.model.calls.model_inputs import made_up_inputs, read_signature
@@ -56,9 +56,10 @@ def checked(
     held: list[ResolvedSite] = []
     refused: dict[Site, str] = {}
     for entry in entries:
-        key = keys.get((entry.site.stack, entry.site.layer))
+        is_embed = entry.site.kind == "embed"  # what the first block is given
+        key = keys.get((entry.site.stack, 0 if is_embed else entry.site.layer))
         found = {} if key is None else facts.get(key, {})
-        reason = found.get(entry.site.kind)
+        reason = found.get("residual_input" if is_embed else entry.site.kind)
         if _is_reason(reason):
             refused[entry.site] = str(reason)
         elif entry.site.kind == "residual_output" and "element" in found:
@@ -182,6 +183,8 @@ def look(
             pass  # another part of the model: its first call will tell
         elif strange := (strange_stream(read, batch) if tokens else None):
             found |= dict.fromkeys([kind for kind in read.entries if kind in STREAM_KINDS], strange)
+        elif strange := (other_positions(read, batch, _LENGTH) if tokens else None):
+            found |= dict.fromkeys(read.entries, strange)
         found |= {kind: reason for kind, reason in refusals(read).items() if not found[kind]}
         facts[key] = found
     for order in stacks:
