@@ -22,7 +22,7 @@ Kind = Literal["correlation", "euclidean", "cosine"]
 Comparison = Literal["spearman", "pearson", "kendall_a"]
 _TIE = 1e-12  # of a dissimilarity: what float64 products round it by is less
 _AT_ONCE = 2**20  # numbers
-_WORK = 48  # bytes a pair that ranking both sides takes at most
+_WORK = {"spearman": 40, "kendall_a": 96}  # bytes a pair that ranking both sides takes at most
 _SHARE = 8  # of ``memory`` that one side's dissimilarities may take, where they are kept for many pairs
 _REASON = "all dissimilarities of one side are equal, there are fewer than 3 rows, or a row has no direction."
 
@@ -221,11 +221,12 @@ def _prepare(x: Tensor, asked: _Settings) -> Tensor | _Rows:
     needed, pearson = (count or m) * lead, asked.comparison == "pearson"
     if pearson and not count and 8 * needed > asked.memory // _SHARE and not is_differentiated(x):
         return _Rows(rows)
-    if not pearson and _WORK * needed > asked.memory:
-        fits = int((2 * asked.memory / _WORK / lead) ** 0.5)
+    work = 0 if pearson else _WORK[asked.comparison]
+    if work * needed > asked.memory:
+        fits = int((2 * asked.memory / work / lead) ** 0.5)
         raise ValueError(
             f"rsa: the ranks of {needed:,} pairs of N = {n:,} rows (shape {tuple(x.shape)}) take about "
-            f"{_WORK * needed / 2**30:.3g} GiB, more than memory={asked.memory:,} bytes ({asked.memory / 2**30:.3g} GiB) allows. "
+            f"{work * needed / 2**30:.3g} GiB, more than memory={asked.memory:,} bytes ({asked.memory / 2**30:.3g} GiB) allows. "
             f"Compare sampled pairs (pairs_sample=1_000_000, the same on both sides by seed=), take comparison='pearson' (any "
             f"number of rows), at most {fits:,} rows, or more memory=."
         )
@@ -303,7 +304,8 @@ def rsa(
             (concordant minus discordant over all pairs of pairs: ties count as neither). Dissimilarities that agree to 1e-12
             of themselves are tied.
         pairs_sample: compare so many pairs of rows, drawn without repetition by ``seed`` and the same on both sides, instead of
-            all N(N-1)/2: an unbiased sample of them, with an error of at least 1/√pairs_sample (pairs share rows).
+            all N(N-1)/2: an unbiased sample of them, with an error of at least 1/√pairs_sample (pairs share rows). Without
+            gradients.
         memory: bytes that may be taken beside float64 copies of the rows. ``pearson`` goes block by block where a condensed
             matrix would take more than an eighth of it.
 
@@ -311,7 +313,7 @@ def rsa(
         (...) float64 in [-1, 1]; 1 for identical rows (``kendall_a``: less, where there are ties).
 
     Raises:
-        ValueError: ranks of all pairs that take more than ``memory`` (from about 10,000 rows at 2 GiB).
+        ValueError: ranks of all pairs that take more than ``memory``: from 10,000 rows at 2 GiB (``kendall_a``: 6,600).
 
     Invariances: isotropic scale; orthogonal maps for ``euclidean`` and ``cosine``; offsets of all rows for ``euclidean``;
     offset and scale of each row for ``correlation`` (rotations mix features with their mean: not). Not invertible

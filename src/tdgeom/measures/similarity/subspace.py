@@ -169,9 +169,9 @@ def _mean_cosine(a: _Directions, b: _Directions) -> Tensor:
     counted = a.directed & b.directed
     cosine = torch.where(counted, torch.linalg.vecdot(a.rows, b.rows), 0.0)
     value = (cosine.sum(-1) / counted.sum(-1)).clamp(-1, 1)
-    return warn_undefined(
-        value, "layer_cosine_sim", "every row is zero on one side, or there are values that are not finite."
-    )
+    unknown = occurs(torch.isnan(a.rows).any() | torch.isnan(b.rows).any())
+    reason = "the rows hold values that are not finite." if unknown else "every row is zero on one side."
+    return warn_undefined(value, "layer_cosine_sim", reason)
 
 
 class LayerCosine(PairStage):
