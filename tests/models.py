@@ -178,3 +178,33 @@ def _seeded(kind, config) -> nn.Module:
             elif parameter.ndim >= 2:
                 parameter.mul_(6.0)
     return model
+
+
+def network(attention, scale=1.0):
+    """A tiny model of token ids, whose blocks add ``scale`` times what their attention and MLP give."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn, self.norm1, self.norm2 = attention(), nn.LayerNorm(8), nn.LayerNorm(8)
+            self.mlp = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+            self.factor = scale
+
+        def forward(self, x):
+            x = x + self.factor * self.attn(self.norm1(x))
+            return x + self.factor * self.mlp(self.norm2(x))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(20, 8)
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+        def forward(self, input_ids):
+            x = self.embed(input_ids)
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    torch.manual_seed(0)
+    return Net().eval()

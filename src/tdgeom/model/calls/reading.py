@@ -13,9 +13,10 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdgeom.model.calls.checkpointing import runs_again
+from tdgeom.model.calls.first_call import FirstCall, unverified
 from tdgeom.model.calls.repeated_calls import CallsSpec, fired_too_often, is_meant
 from tdgeom.model.calls.site_hooks import Place, Places, SiteHooks, Step
-from tdgeom.model.calls.structure_check import FirstCall, followers, unverified
+from tdgeom.model.calls.structure_check import followers
 from tdgeom.model.sites import Site
 from tdgeom.model.structure.readers import read_input, write_input
 from tdgeom.model.structure.resolved_site import ADDED_KINDS, ResolvedSite

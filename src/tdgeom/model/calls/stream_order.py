@@ -14,6 +14,7 @@ from tdgeom.model.sites import BLOCK_KINDS
 from tdgeom.model.structure.readers import Element, locate, read_input, tensors
 from tdgeom.model.structure.resolved_site import ResolvedSite
 
+STREAM_ENDS = ("residual_input", "residual_output")
 STREAM_KINDS = frozenset(
     kind
     for kind in BLOCK_KINDS
@@ -28,6 +29,9 @@ class StackReads:
         own = [e for e in entries if e.site.stack == stack and e.site.kind == "residual_input"]
         self.stack = stack
         self.blocks = {e.site.layer: model.get_submodule(e.block_path or "") for e in own}
+        # a sequence hands on by itself, through whatever lies between two of its blocks
+        homes = [model.get_submodule((e.block_path or "").rpartition(".")[0]) for e in own]
+        self.listed = not any(isinstance(home, nn.Sequential) for home in homes)
         self.before: tuple[type, Any] | None = None
         self.found: dict[type, list[Element | None]] = {}
         self.usual: dict[type, Element | None] = {}
@@ -74,7 +78,7 @@ class StackReads:
         """
         pairs = [element for found in self.found.values() for element in found]
         deep = all(any(True for _ in block.children()) for block in self.blocks.values())
-        if pairs and deep and not any(element is not None for element in pairs):
+        if pairs and deep and self.listed and not any(element is not None for element in pairs):
             names = sorted({type(block).__name__ for block in self.blocks.values()})
             return (
                 f"no block of the list ({', '.join(names)}) receives what the one before it gave: the stream runs outside of "

@@ -23,16 +23,15 @@ from tdgeom.model.calls.bound_model import eval_mode, may_stop
 from tdgeom.model.calls.model_inputs import made_up_inputs, read_signature
 from tdgeom.model.calls.quiet import without_hooks
 from tdgeom.model.calls.router_check import MOVED, moved_logits
-from tdgeom.model.calls.site_hooks import Places, only_reads
+from tdgeom.model.calls.site_hooks import Places
 from tdgeom.model.calls.stream_order import STREAM_KINDS, StackReads
 from tdgeom.model.calls.verified import verified
 from tdgeom.model.sites import Site
 from tdgeom.model.structure.parts import is_neutral, join
-from tdgeom.model.structure.resolve import find_sites
 from tdgeom.model.structure.resolved_site import ADDED_KINDS, ResolvedSite
 
 _BATCH, _LENGTH = 2, 5
-_PASSED = ""  # what is kept of a kind that is what it should be
+PASSED = ""  # what is kept of a kind that is what it should be
 Key = tuple[Any, ...]
 Facts = dict[
     Key, dict[str, Any]
@@ -46,10 +45,10 @@ def checked(
 
     The first question about a model runs it once on made-up inputs (twice where it has routers), in eval mode, without
     gradients, hooks or a trace in the random state. ``again`` asks anew about what did not hold. A model whose inputs
-    cannot be made up is looked at in its first call (:func:`unverified`).
+    cannot be made up is looked at in its first call (``tdgeom.model.calls.first_call``).
     """
     facts: Facts = verified(model).setdefault("structure", {})
-    keys = _block_keys(model, entries)
+    keys = block_keys(model, entries)
     known = {key for key, kinds in facts.items() if not again or not any(map(_is_reason, kinds.values()))}
     if {key for key in keys.values() if key is not None} - known:
         facts.update(_look(model, entries, keys))
@@ -70,7 +69,7 @@ def checked(
 
 
 def _is_reason(found: Any) -> bool:
-    return isinstance(found, str) and found != _PASSED
+    return isinstance(found, str) and found != PASSED
 
 
 class SiteRefused(ValueError, RuntimeError):
@@ -98,11 +97,11 @@ def refusal(model: nn.Module, reasons: Mapping[Site, str]) -> SiteRefused:
 
 def moves_choice(model: nn.Module, entry: ResolvedSite) -> bool | None:
     """Whether an edit of a router's logits changes what it chooses; ``None`` where no pass could tell."""
-    key = _block_keys(model, [entry]).get((entry.site.stack, entry.site.layer))
+    key = block_keys(model, [entry]).get((entry.site.stack, entry.site.layer))
     return verified(model).get("structure", {}).get(key, {}).get(MOVED)
 
 
-def _block_keys(model: nn.Module, entries: Sequence[ResolvedSite]) -> dict[tuple, Key]:
+def block_keys(model: nn.Module, entries: Sequence[ResolvedSite]) -> dict[tuple, Key]:
     """(stack, layer) -> what the block is made of: classes, shapes, and the parameters of its own as they are now."""
     made: dict[str, Key] = {}
     keys: dict[tuple, Key] = {}
@@ -178,7 +177,7 @@ def look(
     anything = any(read.ran for read in reads.values())
     for (stack, _), read in reads.items():
         key = keys[stack, next(iter(read.entries.values())).site.layer]
-        found: dict[str, Any] = {kind: _PASSED for kind in read.entries}
+        found: dict[str, Any] = {kind: PASSED for kind in read.entries}
         if anything and not read.ran and not any(r.ran for (s, _), r in reads.items() if s == stack):
             pass  # another part of the model: its first call will tell
         elif strange := (strange_stream(read, batch) if tokens else None):
@@ -212,7 +211,7 @@ def look(
 
 def _adds(kinds: Mapping[str, Any]) -> bool:
     """Whether a block was seen to add to the stream: then it has one, whatever the model does between blocks."""
-    return any(kinds.get(kind) == _PASSED for kind in ADDED_KINDS)
+    return any(kinds.get(kind) == PASSED for kind in ADDED_KINDS)
 
 
 def _one_of_each(
@@ -250,71 +249,6 @@ def _run(model: nn.Module, given: Mapping[str, Any], looks: Sequence[Any]) -> bo
         except Exception:  # wants other inputs: the user's own call will say what is wrong with them
             return False
     return True
-
-
-# ------------------------------------------------------------------------------------------------ the first call
-
-
-class FirstCall:
-    """A look at the first call of the user's of one block, where no pass could be made for it."""
-
-    def __init__(
-        self, model: nn.Module, entries: Mapping[str, ResolvedSite], key: Key, asked: set[str]
-    ) -> None:
-        self.model, self.key, self.asked = model, key, asked
-        self.reads = BlockReads(model, entries)
-
-    def open(self) -> None:
-        """Install the hooks: beside the call, not inside of forwards."""
-        self.reads.open(inside=False)
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        self.reads.close()
-
-    def check_call(self) -> None:
-        """Raise if the call contradicts the structure, unless hooks of others (edits) may have changed what was read."""
-        self.close()
-        hooks = [
-            h
-            for m in self.reads.block.modules()
-            for kept in (m._forward_hooks, m._forward_pre_hooks)
-            for h in kept.values()
-        ]
-        if (
-            not self.reads.ran
-            or "residual_output" not in self.reads.values
-            or not all(map(only_reads, hooks))
-        ):
-            return
-        inner = {kind for kind, entry in self.reads.entries.items() if entry.in_softmax or entry.in_router}
-        reasons = {kind: why for kind, why in refusals(self.reads).items() if kind not in inner}
-        wrong = {self.reads.entries[kind].site: why for kind, why in reasons.items() if kind in self.asked}
-        if wrong:
-            raise refusal(self.model, wrong)
-        facts: Facts = verified(self.model).setdefault("structure", {})
-        facts[self.key] = {kind: reasons.get(kind, _PASSED) for kind in self.reads.entries}
-
-
-def unverified(model: nn.Module, entries: Sequence[ResolvedSite]) -> list[FirstCall]:
-    """What no pass could check, for want of inputs, and a call of the user's can: a look at that call."""
-    known = find_sites(model)
-    keys = _block_keys(model, known)
-    facts: Facts = verified(model).get("structure", {})
-    layers: dict[tuple, dict[str, ResolvedSite]] = {}
-    for entry in known:
-        if entry.call == 0:
-            layers.setdefault((entry.site.stack, entry.site.layer), {})[entry.site.kind] = entry
-    looks: dict[Key, FirstCall] = {}
-    for entry in entries:
-        place = (entry.site.stack, entry.site.layer)
-        key = keys.get(place)
-        if key is None or key in facts or entry.call:
-            continue
-        if key not in looks:
-            looks[key] = FirstCall(model, layers[place], key, set())
-        looks[key].asked.add(entry.site.kind)
-    return list(looks.values())
 
 
 def followers(places: Places) -> Iterator[tuple[ResolvedSite, str, nn.Module]]:

@@ -147,12 +147,29 @@ def _layers(model: nn.Module, blocks: list[tuple[str, nn.Module]], alone: bool) 
     depth, groups = getattr(config, "num_hidden_layers", None), getattr(config, "num_hidden_groups", None)
     if alone and groups == len(blocks) and isinstance(depth, int) and depth > len(blocks):
         blocks = [blocks[int(i / (depth / groups))] for i in range(depth)]
+    if alone and groups is not None:
+        blocks = [layer for path, module in blocks for layer in _inner_layers(path, module)]
     total, done = Counter(id(module) for _, module in blocks), Counter[int]()
     layers = []
     for path, module in blocks:
         layers.append(Block(path, module, done[id(module)], total[id(module)]))
         done[id(module)] += 1
     return tuple(layers)
+
+
+def _inner_layers(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers of a group that holds nothing but a list of them, or the block itself."""
+    weighted = [(name, child) for name, child in module.named_children() if has_weights(child)]
+    own = any(True for _ in module.parameters(recurse=False))
+    if own or len(weighted) != 1 or not isinstance(weighted[0][1], nn.ModuleList):
+        return [(path, module)]
+    name, listed = weighted[0]
+    inner = [(join(join(path, name), number), child) for number, child in listed.named_children()]
+    return (
+        inner
+        if inner and all(any(True for _ in child.children()) for _, child in inner)
+        else [(path, module)]
+    )
 
 
 def _stack_names(paths: list[str]) -> list[str | None]:
