@@ -65,7 +65,7 @@ class Bound(HeldModel):
         self.watched = self.counted = False
         refuse_compiled(model, self.places.modules, self._inside())
         self._steps = [step for _, *step in _steps(model, self.places.modules)]
-        self._forwards = [(module, module.__dict__.get("forward")) for module in self._owners(model)]
+        self._forwards = [(module, *_forwards_of(module)) for module in self._owners(model)]
 
     def _owners(self, model: nn.Module) -> list[nn.Module]:
         return list(dict.fromkeys([model, *(child for *_, child in self._steps)]))
@@ -82,7 +82,10 @@ class Bound(HeldModel):
                 parent._modules.get(name) is child and child._compiled_call_impl is None
                 for parent, name, child in self._steps
             )
-            or not all(module.__dict__.get("forward") is forward for module, forward in self._forwards)
+            or not all(
+                type(module).forward is usual and module.__dict__.get("forward") is own
+                for module, usual, own in self._forwards
+            )
         ):
             refuse_compiled(model, self.places.modules, self._inside())
 
@@ -144,6 +147,11 @@ def refuse_compiled(model: nn.Module, paths: Iterable[str], inside: Iterable[str
                 f"expected a model whose hooks fire, got a {type(model).__name__} of which {where} is "
                 f"compiled: hooks inside would silently never fire. Remedy: {remedy}."
             )
+
+
+def _forwards_of(module: nn.Module) -> tuple[Any, Any]:
+    """The forward of a module's class, and one that was put in its place."""
+    return type(module).forward, module.__dict__.get("forward")
 
 
 def _is_compiled(forward: Any) -> bool:

@@ -92,6 +92,7 @@ class Reading(SiteHooks):
         self.stop, self.clone, self.keep_graph, self.watch = stop, clone, keep_graph, watch
         self.backward, self.callback, self.disabled = backward, callback, False
         self.which, self.record, self.secure = calls, record, secure
+        self.driven = record is None
         self.early: Pass | None = None
         self.doubts: list[FirstCall] = []
         self.calls: list[TensorDictBase] = []  # what a context has recorded so far
@@ -102,8 +103,7 @@ class Reading(SiteHooks):
 
     def around(self) -> None:
         """Hooks of the check, before those that may stop the pass, and behind norms whose gradients are wanted."""
-        if self.record is not None:
-            self.mark_calls()
+        self.mark_calls()
         if self.watch:
             for entry, path, module in followers(self.places):
                 self.before(module, partial(self._on_follower, entry, path))
@@ -112,8 +112,7 @@ class Reading(SiteHooks):
 
     def _make(self) -> None:
         super()._make()
-        if self.record is not None:
-            self.mark_ends()
+        self.mark_ends()
 
     def open(self) -> None:
         """Install the hooks; what a call of the user's has to check comes first."""

@@ -61,7 +61,9 @@ class Step:
         self.fired: dict[Place, int] = {}
         self.leading: dict[str, torch.Size] = {}
         self.alive: list[threading.Thread] = []
-        self.parts: dict[int, Step] = {}  # threads that the call has started: each has a part of the batch
+        self.parts: dict[
+            threading.Thread, Step
+        ] = {}  # threads that the call has started: each has a part of the batch
         self.during: BaseException | None = None
 
 
@@ -76,6 +78,7 @@ class SiteHooks:
     """
 
     changes = False
+    driven = False  # whether the calls of the own thread are marked by who makes them
     step_type: type[Step] = Step
 
     def __init__(self, places: Places, *, threads: str = "all") -> None:
@@ -85,7 +88,7 @@ class SiteHooks:
         self.undo = ExitStack()
         self.owner = get_ident()
         self.current: Any = None
-        self.others: dict[int, Any] = {}
+        self.others: dict[threading.Thread, Any] = {}  # running calls of other threads
         self.foreign = 0  # calls of threads that are left alone
         self.made = False
 
@@ -187,42 +190,40 @@ class SiteHooks:
         """Whether what runs in this thread belongs to a call that is listened to."""
         if get_ident() == self.owner:
             return True
-        step = self.others.get(get_ident())
+        step = self.others.get(threading.current_thread())
         return step.heard if step is not None else self._starter() is not None or runs_again()
 
     def _on_begin(self, path: str, module: nn.Module, args: tuple, kwargs: Any = None) -> None:
-        ident = get_ident()
-        own = ident == self.owner
-        step = self.current if own else self.others.get(ident)
-        if step is not None and is_inside(path, step.path):
-            return
-        heard = own or self.threads == "all"
-        if not own:
-            starter = self._starter()
+        if get_ident() == self.owner:
+            step = self.current
+            if self.driven or (step is not None and is_inside(path, step.path)):
+                return
+            self.current = step = self.step_type(path)
+        else:
+            thread, heard = threading.current_thread(), self.threads == "all"
+            step, starter = self.others.get(thread), self._starter()
+            if step is not None and is_inside(path, step.path):
+                return
             if starter is not None and (
                 is_inside(path, starter.path) or getattr(module, "_is_replica", False)
             ):
                 return  # a part of a call of which this is one of several threads
             self.foreign += not heard
-        step = self.step_type(path)
-        step.heard, step.alive, step.during = heard, threading.enumerate(), sys.exc_info()[1]
-        if own:
-            self.current = step
-        else:
-            self.others[ident] = step
-        if heard:
+            self.others[thread] = step = self.step_type(path)
+            step.heard = heard
+        step.alive, step.during = threading.enumerate(), sys.exc_info()[1]
+        if step.heard:
             self.began(step)
 
     def _on_end(self, path: str, module: nn.Module, args: tuple, kwargs: Any, output: Any = _NOTHING) -> None:
-        ident = get_ident()
-        own = ident == self.owner
-        step = self.current if own else self.others.get(ident)
-        if step is None or step.path != path or output is _NOTHING:
+        own = get_ident() == self.owner
+        step = self.current if own else self.others.get(threading.current_thread())
+        if step is None or step.path != path or output is _NOTHING or (own and self.driven):
             return
         if own:
             self.current = None
         else:
-            del self.others[ident]
+            del self.others[threading.current_thread()]
         if not step.heard:
             return
         if output is None and sys.exc_info()[1] is not step.during:
@@ -239,12 +240,12 @@ class SiteHooks:
         return None
 
     def _elsewhere(self) -> Any:
-        ident = get_ident()
-        step = self.others.get(ident)
+        thread = threading.current_thread()
+        step = self.others.get(thread)
         if step is None and (starter := self._starter()) is not None:
-            step = starter.parts.get(ident)
+            step = starter.parts.get(thread)
             if step is None:
-                step = starter.parts[ident] = self.step_type(starter.path)
+                step = starter.parts[thread] = self.step_type(starter.path)
                 step.heard = starter.heard
         if step is None and runs_again():  # autograd's own threads
             return self.outside()

@@ -121,7 +121,7 @@ def _made_of(block: nn.Module) -> Key:
         shapes = tuple((n, tuple(p.shape)) for n, p in module._parameters.items() if p is not None)
         flags = tuple(
             (n, v)
-            for n, v in vars(module).items()
+            for n, v in list(vars(module).items())  # another thread may enter a context meanwhile
             if isinstance(v, bool | str | float) and n != "training" and n[0] != "_"
         )
         parts.append((name, type(module), shapes, flags))
