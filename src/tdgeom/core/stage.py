@@ -164,6 +164,9 @@ class Stage(Configured, TensorDictModuleBase):
                 f"{type(self).__name__} reads one tensor at {key!r}, which holds the sites {sites[:6]}. For all of them: "
                 f"tg.ForEach({type(self).__name__}(...), sites); for one: in_keys=[{first!r}]."
             )
+        words = getattr(value, "data", None)
+        if isinstance(words, str):
+            raise TypeError(f"{type(self).__name__} reads a tensor at {key!r}, got words: {words[:300]!r}.")
         raise TypeError(
             f"{type(self).__name__} reads a tensor at {key!r}, got {type(value).__name__}. Give numbers as a tensor; words are "
             f"numbered first (sklearn.preprocessing.LabelEncoder)."

@@ -75,6 +75,7 @@ class _PerSite(Stage):
         self._tokens += ["special_tokens_mask"] if "" in sides else []
         super().__init__(in_keys=in_keys, out_keys=out_keys, reads=[*keys, *self._tokens], writes=keys)
         self._sites = [str(site) for site in sites]
+        self._images = {str(site): getattr(site, "image", None) for site in sites}
 
     def compute(self, *inputs: Any) -> list[Tensor]:
         """Every site of one batch, reduced."""
@@ -96,6 +97,7 @@ class _PerSite(Stage):
             told.get(side + "attention_mask"),
             input_ids=told.get(side + "input_ids"),
             special=None if side else told.get("special_tokens_mask"),
+            image=self._images[site],
             owner=self,
         )
 

@@ -15,22 +15,22 @@ from torch import Tensor, nn
 
 from tdgeom.core.keys import Key, key_tuple
 from tdgeom.model.calls.bound_model import eval_mode, has_other_forwards, may_stop
+from tdgeom.model.calls.call_info import CallInfo
 from tdgeom.model.calls.call_paths import is_inside
 from tdgeom.model.calls.checked_sites import choices_beside, resolve_sites
 from tdgeom.model.calls.hooking_context import HookingContext
 from tdgeom.model.calls.model_inputs import (
     InKeys,
-    bound_tensors,
     ids_beyond_vocabulary,
     needs_decoder_ids,
-    read_signature,
 )
 from tdgeom.model.calls.reading import Pass, Reading, StopForward, read_named_outputs
 from tdgeom.model.calls.recorded_calls import LastRecord, held_elsewhere, write_entries
 from tdgeom.model.calls.repeated_calls import CallsSpec, FiredTooOften
 from tdgeom.model.calls.site_hooks import Place
+from tdgeom.model.calls.token_axis import is_time_first
 from tdgeom.model.gradients import await_gradients, differentiable, replace_by_gradients
-from tdgeom.model.sites import LayerSpec, Site, split_element
+from tdgeom.model.sites import LayerSpec, Site, split_element, token_side
 from tdgeom.model.structure.resolved_site import ResolvedSite
 from tdgeom.model.structure.select_heads import HeadSpec
 
@@ -178,7 +178,10 @@ class Capture(HookingContext):
         return [*entries, *(choices_beside(model, entries) if self._with_choices else ())]
 
     def _name_leaves(self, out_keys: Key | list[Key]) -> list[Key]:
-        outputs = [self.prefix + name for name in self.model_outputs]
+        outputs = [
+            (self.prefix + name[0], *name[1:]) if isinstance(name, tuple) else self.prefix + name
+            for name in self.model_outputs
+        ]
         if isinstance(out_keys, str | tuple):
             root = key_tuple(out_keys)
             return [*((*root, *self._parts(site)) for site in self._all_sites), *outputs]
@@ -250,6 +253,7 @@ class Capture(HookingContext):
                     output = self._called(model, args, kwargs, None)
                 done = session.end()
                 self._refuse_missing(done.acts, fired)
+                self._turn(done, self._bound.inputs.tokens(args, kwargs))
                 if counting or self.calls in ("last", "all"):
                     bound.count(fired)
                 if backward and self.target is not None:
@@ -323,6 +327,20 @@ class Capture(HookingContext):
         if self.cache is not None:
             write_entries(self.cache, values, "Capture")
 
+    def _turn(self, done: Pass, tokens: Callable[[str], tuple[int, int] | None]) -> None:
+        """Make (B, T, ...) of (T, B, ...), where a model works on that."""
+        for entry in self._bound.sites:
+            value = done.acts.get(entry.site)
+            if value is None or value.ndim < 3:
+                continue
+            if is_time_first(self.model, entry, value, tokens(token_side(entry.site)), self._bound.sites):
+                if self.direction == "backward":
+                    raise RuntimeError(
+                        f"the site {str(entry.site)!r} is (T, B, D), of which gradients cannot be given as (B, T, D). Remedy: "
+                        "direction='forward', or torch.autograd.grad of what it gives with keep_graph=True."
+                    )
+                done.acts[entry.site] = value.transpose(0, 1)
+
     def _values(self, done: Pass, output: Any, *, whole: bool = True) -> dict[Key, Tensor]:
         values = {key: done.acts[s] for key, s in zip(self._leaves, self._all_sites) if s in done.acts}
         for key, name in zip(self._leaves[len(self._all_sites) :], self.model_outputs):
@@ -393,11 +411,12 @@ class Capture(HookingContext):
     ) -> None:
         with self._recording:
             whole = module is not None and not done.path
-            signature = self._bound.inputs.signature if whole or module is None else read_signature(module)
+            info = done.told.get(done.path) or CallInfo()
+            self._turn(done, info.tokens)
             values, td = self._values(done, output, whole=whole), self._part_of(session, done)
-            for name, value in bound_tensors(signature, args, kwargs).items():
+            for name, value in info.recorded(done.acts.values(), self._bound.inputs.recorded).items():
                 # the caller may fill the same tensors again for the next call
-                td.set(name, value if value.requires_grad else value.clone())
+                td.set(name, value if not isinstance(value, Tensor) or value.requires_grad else value.clone())
             if self.direction == "backward":
                 leaves = dict(zip(self._all_sites, self._leaves))
                 await_gradients(done, self._bound.sites, leaves, td, clone=self.clone)
@@ -446,5 +465,7 @@ class Capture(HookingContext):
 
 
 def _has(output: Any, name: str) -> bool:
-    value = output.get(name) if isinstance(output, dict) else getattr(output, name, None)
+    value = (
+        output.get(name, None) if isinstance(output, dict | TensorDictBase) else getattr(output, name, None)
+    )
     return isinstance(value, Tensor)

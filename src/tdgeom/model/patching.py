@@ -139,7 +139,7 @@ def activation_patching(
         along = by or ("head" if own[0].kind in HEAD_KINDS else "position")
         masks = {name: _mask(td, decodes and "dec" in (own[0].stack or "")) for name, td in read.items()}
         both = torch.minimum(masks["clean"].sum(1), masks["corrupted"].sum(1))
-        cells = _heads(capture, own[0]) if along == "head" else _columns(masks[base], positions)
+        cells = _heads(capture, own[0]) if along == "head" else _columns(masks[base], positions, own[0])
         aligned = _align(read[other], own, masks[base], masks[other], both)
         todo = [(str(site), cell) for site in own for cell in cells]
         bar.total += len(todo)
@@ -241,10 +241,12 @@ def _batch(inputs: Mapping[str, Tensor] | TensorDictBase) -> TensorDictBase:
     return TensorDict(dict(inputs), batch_size=[])
 
 
-def _columns(mask: Tensor, positions: Positions) -> list[int]:
+def _columns(mask: Tensor, positions: Positions, site: Site) -> list[int]:
     """The positions to patch, counted over the longest sequence."""
     length = int(mask.sum(1).max())
-    wanted, _ = position_mask(torch.ones(1, length, dtype=torch.bool, device="cpu"), positions)
+    wanted, _ = position_mask(
+        torch.ones(1, length, dtype=torch.bool, device="cpu"), positions, image=site.image
+    )
     return wanted[0].nonzero().flatten().tolist()
 
 

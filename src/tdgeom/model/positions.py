@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from tdgeom.core.stage_settings import Configured
+from tdgeom.model.padding_masks import UNCOUNTED, refuse_unknown
 from tdgeom.model.sites import is_pattern
 from tdgeom.numerics.hashing import hash_ids
 
 VOCABULARY = (
-    "one of all, last, first, cls (the first), last-N (N before the last), patches (all but the first), special, "
-    "random-N, an int, a list of ints, a range, a slice, Between(start, stop), SpecialTokens(ids), RandomPositions(n, seed) or a "
-    "boolean (B, T) mask"
+    "one of all, last, first, cls (the first), last-N (N before the last), patches (of an image; all but the first of a text), "
+    "registers, special, random-N, an int, a list of ints, a range, a slice, Between(start, stop), SpecialTokens(ids), "
+    "RandomPositions(n, seed) or a boolean (B, T) mask"
 )
-_WORDS = re.compile(r"all|first|cls|last(-\d+)?|patches|special|random-\d+")
+_WORDS = re.compile(r"all|first|cls|last(-\d+)?|patches|registers|special|random-\d+")
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def position_mask(
     *,
     input_ids: Tensor | None = None,
     special: Tensor | None = None,
+    image: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Which positions are meant, and each position's rank among attended tokens: two (B, T) tensors.
 
@@ -124,8 +126,10 @@ def position_mask(
         positions: a word of the vocabulary; numbers are counted over attended tokens, negative from the end.
         input_ids: (B, T), for pivots and special ids; shorter where the earlier tokens are cached.
         special: (B, T), true at special tokens.
+        image: what a site knows of the tokens before an image's patches (``site.image`` of a site that a context has found);
+            without, "patches" is all but the first.
 
-    Raises ``ValueError`` for anything else, with the vocabulary.
+    Raises ``ValueError`` for anything else, with the vocabulary, and for tokens that an image does not have.
 
     >>> mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
     >>> position_mask(mask, "last")[0].int().tolist()
@@ -136,7 +140,7 @@ def position_mask(
     rank = attended.cumsum(-1) - 1
     length = attended.sum(-1, keepdim=True)
     if isinstance(positions, str):
-        keep = _word(positions, attended, rank, length, input_ids, special)
+        keep = _word(positions, attended, rank, length, input_ids, special, image)
     elif isinstance(positions, Tensor):
         if positions.dtype != torch.bool or positions.shape != attended.shape:
             raise ValueError(
@@ -160,20 +164,25 @@ def position_mask(
     return keep, rank
 
 
-def attended_tokens(mask: Tensor | None, value: Tensor) -> Tensor:
-    """The mask as booleans beside an activation (B, T, ...); everything is attended where there is none."""
+def attended_tokens(mask: Any, value: Tensor) -> Tensor:
+    """The mask as booleans beside an activation (B, T, ...); everything is attended where there is none.
+
+    Raises ``ValueError`` where there is a mask that is not known.
+    """
     if mask is None:
         return value.new_ones(value.shape[:2], dtype=torch.bool)
+    refuse_unknown(mask, "positions are counted over attended tokens")
     return mask.bool().to(value.device)
 
 
 def selected_tokens(
     value: Tensor,
     positions: Positions,
-    mask: Tensor | None,
+    mask: Any,
     *,
     input_ids: Tensor | None = None,
     special: Tensor | None = None,
+    image: Any = None,
     owner: object,
 ) -> Tensor:
     """(B, T), true at the positions meant in an activation (B, T, ...), the last T of the S that ``mask`` (B, S) tells.
@@ -184,6 +193,13 @@ def selected_tokens(
     tensor([[False]])
     """
     who = type(owner).__name__
+    if (
+        positions == "last"
+        and value.ndim > 2
+        and value.shape[1] == 1
+        and getattr(mask, "data", None) == UNCOUNTED
+    ):
+        return value.new_ones(value.shape[:2], dtype=torch.bool)  # the newest token, however many came before
     if value.ndim < 3:
         raise ValueError(
             f"{who}: positions={positions!r} needs an activation (B, T, ...), got {tuple(value.shape)}: this site has no "
@@ -198,7 +214,7 @@ def selected_tokens(
     if isinstance(positions, Tensor) and value.shape[1] < whole.shape[1] > positions.shape[1]:
         # a step with a cache: a mask of the prompt says nothing of the tokens after it
         positions = torch.nn.functional.pad(positions, (0, whole.shape[1] - positions.shape[1]))
-    keep, _ = position_mask(whole, positions, input_ids=input_ids, special=special)
+    keep, _ = position_mask(whole, positions, input_ids=input_ids, special=special, image=image)
     return keep[:, whole.shape[1] - value.shape[1] :]
 
 
@@ -207,19 +223,46 @@ def positions_second(acts: Tensor, site: str | None) -> Tensor:
     return acts.transpose(1, 2) if is_pattern(site) else acts
 
 
-def _word(word: str, attended: Tensor, rank: Tensor, length: Tensor, ids: Any, special: Any) -> Tensor:
+def _word(
+    word: str, attended: Tensor, rank: Tensor, length: Tensor, ids: Any, special: Any, image: Any
+) -> Tensor:
     if word == "all":
         return attended
-    if word in ("first", "cls"):
+    if word in ("patches", "registers", "cls"):
+        begin, end = _of_an_image(word, image)
+        return attended & (rank >= begin) & (rank < (attended.shape[1] if end is None else end))
+    if word == "first":
         return attended & (rank == 0)
-    if word == "patches":
-        return attended & (rank > 0)
     if word == "special":
         return attended & _special(attended, ids, special, ())
     name, _, number = word.partition("-")
     if name == "random":
         return _random(attended, rank, length, RandomPositions(int(number)))
     return attended & (rank == length - 1 - int(number or 0))
+
+
+def _of_an_image(word: str, image: Any) -> tuple[int, int | None]:
+    """From which rank on, and before which, the tokens are that a word means."""
+    if not image:
+        if word == "registers":
+            raise ValueError(
+                "positions='registers' needs the sites of a model of images, as a Capture's sites are. Remedy: a slice, such as "
+                "slice(1, 5)."
+            )
+        return (0, 1) if word == "cls" else (1, None)
+    front = image.front()
+    if front is None:
+        raise ValueError(
+            f"positions={word!r} asks which tokens of an image are patches, and no image can be made up for the model to see it. "
+            "Remedy: a slice, such as slice(1, None)."
+        )
+    others = front.count - front.registers
+    if (word == "cls" and not others) or (word == "registers" and not front.registers):
+        raise ValueError(
+            f"positions={word!r}: the model has {others} class tokens and {front.registers} registers before its patches. "
+            "Remedy: 'patches', 'first' or a number."
+        )
+    return {"cls": (0, 1), "registers": (others, front.count), "patches": (front.count, None)}[word]
 
 
 def _in_slice(rank: Tensor, length: Tensor, positions: slice) -> Tensor:

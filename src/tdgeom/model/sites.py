@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import partial
+from typing import Any
 
 # In the order in which a block meets them; a block that runs attention and MLP side by side keeps this order
 # too.
@@ -86,6 +87,9 @@ class Site(str):
     kind: str
     layer: int | None
     path: str | None
+    image: Any = (
+        None  # what a context knows of the tokens before an image's patches; False at sites of a text
+    )
 
     def __new__(cls, name: str) -> Site:
         """Parse a name."""
@@ -132,7 +136,9 @@ class Site(str):
 
     def with_prefix(self, prefix: str) -> Site:
         """The same place under another prefix."""
-        return Site.of(self.kind, self.layer, stack=self.stack, path=self.path, prefix=prefix)
+        site = Site.of(self.kind, self.layer, stack=self.stack, path=self.path, prefix=prefix)
+        site.image = self.image
+        return site
 
     def __reduce__(self) -> tuple:
         made = partial(Site.of, self.kind, self.layer, stack=self.stack, path=self.path, prefix=self.prefix)

@@ -13,6 +13,7 @@ from torch import Tensor
 from tdgeom.core.keys import Key, key_tuple, site_key
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.stage import Stage
+from tdgeom.model.padding_masks import refuse_unknown, token_mask
 from tdgeom.model.positions import Positions, is_position, position_mask
 from tdgeom.model.sites import HEAD_KINDS, choice_beside, is_pattern, is_router
 from tdgeom.numerics.centring import upcast
@@ -32,18 +33,20 @@ def selection_mask(
     chosen: Tensor | None = None,
     special: Tensor | None = None,
     skip_first: int = 0,
+    image: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Which positions become rows, and each position's rank among attended tokens: two (B, T) tensors.
 
     Args:
         mask: (B, T), true where a token is attended.
         positions: what is selected, in the vocabulary of :mod:`tdgeom.model.positions`: "all", "last", "first" (alias
-            "cls"), "patches" (all but the first), "last-N", "special", "random-N", ints, slices, ``Between`` pivots; counted
+            "cls"), "patches", "registers", "last-N", "special", "random-N", ints, slices, ``Between`` pivots; counted
             over attended tokens, negative from the end, sequence by sequence.
         input_ids: (B, T), for pivots. special_tokens: (B, T), for "special".
         chosen: (B, T) boolean mask that replaces ``positions``.
         special: (B, T), true at special tokens, which are left out (before positions are counted out, not renumbered).
         skip_first: leave out this many attended tokens at the start.
+        image: ``site.image`` of a site, for "patches" and "registers".
 
     >>> mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
     >>> selection_mask(mask, "last")[0].int().tolist()
@@ -54,6 +57,7 @@ def selection_mask(
         "all" if chosen is not None else positions,
         input_ids=input_ids,
         special=special_tokens,
+        image=image,
     )
     if chosen is not None:
         keep = keep & chosen.bool()
@@ -68,7 +72,7 @@ class _Batch(NamedTuple):
     """What a batch tells about its positions, each where it is known."""
 
     chosen: Any  # a Tensor where ``positions`` is a key
-    mask: Tensor | None
+    mask: Any  # a Tensor, or what says that there is a mask that is not known
     padding: Tensor | None
     tgt: Tensor | None
     sequence_id: Tensor | None
@@ -87,7 +91,7 @@ class SelectTokens(Stage):
 
     Args:
         sites: the sites to select from, such as ``capture.sites``.
-        positions: "all" (default), "last", "first", "cls", "patches" (all but the first), "last-N", "special", "random-N", an
+        positions: "all" (default), "last", "first", "cls", "patches", "registers", "last-N", "special", "random-N", an
             int, a list of ints, a slice, ``Between`` pivots, ``SpecialTokens(ids)``, counted over attended tokens; or the key of
             a boolean (B, T) mask in the batch.
         pool: "mean" averages a sequence's selected rows into one (in float32 at least); its position is 0.
@@ -134,7 +138,8 @@ class SelectTokens(Stage):
     ) -> None:
         if isinstance(sites, str) or isinstance(also, str):
             raise TypeError(f"SelectTokens: sites and also are lists, got {sites!r} and {also!r}.")
-        names = [site_key(site) for site in sites]
+        listed_sites = list(sites)
+        names = [site_key(site) for site in listed_sites]
         if not names:
             raise ValueError("SelectTokens needs at least one site, such as capture.sites, got none.")
         if pool not in (None, "mean"):
@@ -167,6 +172,8 @@ class SelectTokens(Stage):
         )
         self._routers = len(choices)
         self._sites, self._also, self._by_key = len(names), len(also), by_key
+        self._images = [getattr(site, "image", None) for site in listed_sites]
+        self.models_image: Any = None  # run says it of sites that are only named
         self.positions, self.pool, self.skip_first = positions, pool, skip_first
         self.skip_special = skip_special or bool(special_ids)
         self.special_ids = tuple(int(i) for i in special_ids)
@@ -183,6 +190,8 @@ class SelectTokens(Stage):
                 f"SelectTokens makes rows of positions, got a TensorDict of batch size {list(tensordict.batch_size)}, which "
                 f"rows do not have. Give it a TensorDict with batch_size=[] (td.auto_batch_size_(0))."
             )
+        words = f"SelectTokens makes rows of what {self.mask_key!r} says is no padding"
+        refuse_unknown(tensordict.get(self.mask_key, None), words)
         return super().read(tensordict)
 
     def compute(self, *inputs: Any) -> list[Tensor]:
@@ -221,7 +230,8 @@ class SelectTokens(Stage):
 
     def count_rows(self, tensordict: TensorDictBase) -> int | None:
         """How many rows a batch will give, from the batch alone; None when only the model's output tells."""
-        batch = self._told([tensordict.get(key, None) for key in self.in_keys])
+        given = [tensordict.get(key, None) for key in self.in_keys]
+        batch = self._told([value if isinstance(value, Tensor) else None for value in given])
         known = (batch.mask, batch.padding, batch.input_ids, batch.chosen)
         shape = next((value.shape for value in known if value is not None and value.ndim == 2), None)
         if shape is None:
@@ -235,6 +245,9 @@ class SelectTokens(Stage):
         A call with a cache (a step of ``generate``) sees its last positions only, its mask all of them.
         """
         mask, acts = tensordict.get(self.mask_key, None), tensordict.get(self.in_keys[0], None)
+        mask = mask if isinstance(mask, Tensor) else None
+        if mask is not None and acts is not None and acts.ndim > 2:
+            mask = token_mask(mask, *acts.shape[:2]) if mask.ndim > 2 else mask
         if mask is None:
             return None
         if acts is not None and acts.ndim > 2 and mask.ndim == 2 and acts.shape[1] < mask.shape[1]:
@@ -246,6 +259,14 @@ class SelectTokens(Stage):
         mask = batch.mask
         if mask is None:
             mask = _not_padding(batch, shape)
+        elif mask.ndim > 2:
+            read = token_mask(mask, shape[0], shape[1])
+            if read is None:
+                raise ValueError(
+                    f"SelectTokens expects {self.mask_key!r} of shape (B, T), got {tuple(mask.shape)}. Put the (B, T) padding "
+                    f"mask there; this attention bias does not say which positions are padding."
+                )
+            mask = read
         if mask is None:
             self._warn_about_padding(batch)
             return torch.ones(tuple(shape), dtype=torch.bool, device=device)
@@ -257,8 +278,7 @@ class SelectTokens(Stage):
         mask = self._mask(batch, first.shape[:2], first.device)
         if mask.ndim != 2:
             raise ValueError(
-                f"SelectTokens expects {self.mask_key!r} of shape (B, T), got {tuple(mask.shape)}. Put the (B, T) padding "
-                f"mask there; a (B, 1, T, T) attention bias does not say which positions are padding."
+                f"SelectTokens expects {self.mask_key!r} of shape (B, T), got {tuple(mask.shape)}."
             )
         return mask
 
@@ -285,7 +305,20 @@ class SelectTokens(Stage):
             chosen=chosen,
             special=special,
             skip_first=self.skip_first,
+            image=self._image(),
         )
+
+    def _image(self) -> Any:
+        """What is known of the tokens before an image's patches, the same at all sites."""
+        if self.positions not in ("patches", "registers", "cls"):
+            return None
+        known = {id(image): image for image in (*self._images, self.models_image) if image}
+        if not known:
+            return None
+        fronts = [image.front() for image in known.values()]
+        if any(front != fronts[0] for front in fronts):
+            raise ValueError(f"SelectTokens: the sites have different tokens before their patches, {fronts}.")
+        return next(iter(known.values()))
 
     @staticmethod
     def _is_cached_step(acts: Tensor, attended: Tensor, batch: _Batch) -> bool:

@@ -44,7 +44,7 @@ class BatchStages:
         self.plan, self.inputs = plan, inputs
         self.selects = selections(plan)
         for select in self.selects:
-            select.models_pad_id = _pad_id(plan)
+            select.models_pad_id, select.models_image = _pad_id(plan), _image(plan)
         places = [place for unit in plan.batch if (place := _device_of(unit)) is not None]
         self.device = torch.device(device) if device is not None else places[0] if places else None
         self.keys = keys_by_selection(plan)
@@ -181,6 +181,12 @@ def _pad_id(plan: Plan) -> int | None:
     """The padding id that a captured model's configuration names."""
     told = (getattr(unit, "pad_token_id", None) for unit in plan.batch)
     return next((pad for pad in told if isinstance(pad, int)), None)
+
+
+def _image(plan: Plan) -> Any:
+    """What a captured model's sites know of the tokens before an image's patches."""
+    sites = [site for unit in plan.batch for site in getattr(unit, "sites", ())]
+    return next((image for site in sites if (image := getattr(site, "image", None))), None)
 
 
 def selections(plan: Plan) -> list[Any]:

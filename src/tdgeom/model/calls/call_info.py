@@ -1,67 +1,219 @@
-"""What an edit may know of the running call: mask, ids, and how many tokens are cached."""
+"""What the running call of a (part of a) model says of its tokens: which are attended, and how many came before."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from tdgeom.core.keys import Key
+from tdgeom.model.calls.cached_tokens import CachedTokens, find_cache, told_length
+from tdgeom.model.calls.call_tensors import call_tensors
+from tdgeom.model.calls.model_inputs import read_signature
+from tdgeom.model.padding_masks import UNCOUNTED, UNSEEN, token_mask, unknown_mask
+
+_PADDING = ("src_key_padding_mask", "key_padding_mask")  # true (or -inf) at padding
+_NO_PADDING_MASKS = (
+    "head_mask",
+    "special_tokens_mask",
+    "encoder_attention_mask",
+    "perm_mask",
+    "global_attention_mask",
+)
 
 
-def attended_keys(bias: Tensor, past: int) -> Tensor:
-    """Which tokens are attended, (B, past + Tq), from an attention bias (B, 1, Tq, Tk) that allows or forbids keys.
+def mask_tellers(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[tuple[str, ...], list[str]]]:
+    """Modules on the way to places at ``paths`` that are given masks; none where the model itself is.
 
-    Those that the newest token sees, and what these see in turn (an attention window hides the first ones from the last).
+    Path -> names of all arguments, and of those that hold masks.
 
-    >>> bias = torch.tensor([[[[1, 1, 1, 0], [0, 1, 0, 0], [0, 1, 1, 0]]]]).bool()  # left padding, a cache with room
-    >>> attended_keys(bias, 0)
-    tensor([[False,  True,  True]])
+    >>> class Wrapper(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.inner = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2), 1, enable_nested_tensor=False)
+    ...     def forward(self, batch):
+    ...         return self.inner(batch["x"], src_key_padding_mask=batch["padding"])
+    >>> sorted(mask_tellers(Wrapper(), ["inner.layers.0"])["inner"][1])
+    ['mask', 'src_key_padding_mask']
     """
-    allowed = bias if bias.dtype == torch.bool else bias > torch.finfo(bias.dtype).min / 2
-    allowed = allowed.any(1)[:, :, : past + bias.shape[2]]
-    seen = allowed[:, -1]
-    while True:
-        more = seen | (allowed & seen[:, past:, None]).any(1)
-        if torch.equal(more, seen):
-            return seen
-        seen = more
+    if _mask_names(model):
+        return {}
+    found: dict[str, tuple[tuple[str, ...], list[str]]] = {}
+    for path in paths:
+        parts = path.split(".") if path else []
+        for depth in range(1, len(parts) + 1):
+            here = ".".join(parts[:depth])
+            if here not in found:
+                module = model.get_submodule(here)
+                found[here] = read_signature(module).names, _mask_names(module)
+    return {path: told for path, told in found.items() if told[1]}
+
+
+def hear(
+    infos: Iterable[CallInfo],
+    names: Sequence[str],
+    masks: Sequence[str],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> None:
+    """A module inside is called: note the masks among its arguments."""
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    for info in infos:
+        info.heard += [(name, named.get(name)) for name in masks]
+
+
+def _mask_names(module: nn.Module) -> list[str]:
+    names = read_signature(module).names
+    return [name for name in names if "mask" in name and name not in _NO_PADDING_MASKS]
 
 
 class CallInfo:
-    """What the running call of a (part of a) model was given: mask, ids and how many tokens are cached."""
+    """One call after another: ``tensors``, what it was given; ``past``, tokens in its cache; ``history``, ids of the whole.
+
+    ``attended`` is (B, past + T), true at attended tokens; ``None`` where nothing speaks of padding, and not a tensor where
+    something does that cannot be read.
+    """
 
     def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self.past = 0
+        self.tensors: dict[Key, Any] = {}
+        self.past: int | None = 0
         self.history: Tensor | None = None
-        self.attended: Tensor | None = None
+        self.attended: Any = None
+        self.side = ""
+        self.caches = CachedTokens()
+        self.shape: tuple[int, int] | None = None
+        self.expects, self.heard = False, list[tuple[str, Any]]()
 
-    def begin(self, tensors: dict[str, Tensor], past: int) -> None:
-        """A call starts."""
-        self.tensors, self.past = tensors, past
-        ids = tensors.get("input_ids")
-        if ids is None or not past:
-            self.history = ids
-        elif self.history is not None and self.history.shape == (ids.shape[0], past):
-            self.history = torch.cat([self.history, ids], 1)  # pivots may lie in cached tokens
+    def begin(
+        self,
+        names: Sequence[str],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        expects: bool = False,
+    ) -> None:
+        """A call starts. ``expects`` says that a mask, if the call itself has none, reaches a module inside (:func:`hear`)."""
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        self.tensors = call_tensors(names, args, kwargs)
+        self.expects, self.heard = expects, []
+        self.side = "decoder_" if "decoder_input_ids" in names else ""
+        tokens = [self.tensors.get(self.side + name) for name in ("input_ids", "inputs_embeds")]
+        first = next((value for value in tokens if isinstance(value, Tensor) and value.ndim > 1), None)
+        self.shape = None if first is None else (first.shape[0], first.shape[1])
+        cache = find_cache(named)
+        mask = self.tensors.get(self.side + "attention_mask")
+        if self.shape is None:
+            self.past, self.history, self.attended = told_length(cache), None, None
+            return
+        width = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        position = named.get("cache_position")
+        start = int(position.flatten()[0]) if isinstance(position, Tensor) and position.numel() else None
+        self.past = self.caches.past(cache, told_length(cache), self.shape[1], width, start)
+        self.caches.holds(cache, None if self.past is None else self.past + self.shape[1])
+        self._remember(tokens[0])
+        self.attended = self._attended(mask)
+
+    def returned(self, output: Any) -> None:
+        """The call is over: a cache that it has made holds its tokens."""
+        if self.past is not None and self.shape is not None:
+            self.caches.holds(find_cache(output), self.past + self.shape[1])
+
+    def _remember(self, ids: Tensor | None) -> None:
+        past, history = self.past, self.history
+        if ids is not None and past and history is not None and history.shape == (ids.shape[0], past):
+            self.history = torch.cat([history, ids], 1)  # pivots may lie in cached tokens
         else:
             self.history = ids
-        bias = tensors.get("attention_mask")
-        self.attended = None if bias is None or bias.ndim != 4 else self._attended(bias, past)
 
-    def _attended(self, bias: Tensor, past: int) -> Tensor | None:
-        """The padding mask behind a (B, 1, Tq, Tk) bias, which generate makes itself for caches of fixed size."""
-        known, (batch, length) = self.attended, (bias.shape[0], bias.shape[2])
-        if past and known is not None and known.shape == (batch, past):
-            return torch.cat([known, known.new_ones(batch, length)], 1)
-        return attended_keys(bias, past) if bias.shape[3] >= past + length else None
-
-    def mask(self, value: Tensor, length: int) -> Tensor | None:
-        """(B, past + length) attention mask of an activation with ``length`` positions; ``None`` without padding."""
-        mask = self.tensors.get("attention_mask")
-        whole = self.past + length
-        if mask is not None and mask.ndim == 2 and mask.shape[1] >= whole and mask.shape[0] == value.shape[0]:
-            return mask[:, :whole]
-        if self.attended is not None and self.attended.shape == (value.shape[0], whole):
-            return self.attended
+    def _attended(self, mask: Any) -> Any:
+        if self.shape is None:
+            return None
+        batch, length = self.shape
+        before = self.attended
+        known = before is None or isinstance(before, Tensor)
+        if self.past is None:
+            return unknown_mask(UNCOUNTED)
+        for name in _PADDING:
+            padding = self.tensors.get(name)
+            if isinstance(padding, Tensor) and padding.shape == self.shape:
+                return ~padding if padding.dtype == torch.bool else padding == 0
+        found = token_mask(mask, batch, length, self.past)
+        if self.past and isinstance(before, Tensor) and before.shape == (batch, self.past):
+            new = before.new_ones(batch, length) if found is None else found[:, self.past :]
+            return torch.cat(
+                [before, new.to(before.device)], 1
+            )  # a window hides the first ones from the last
+        if found is not None:
+            return found
+        if mask is not None or (self.past and not known):
+            return unknown_mask(UNSEEN)
         if not self.past:
             return None
-        return torch.ones(value.shape[0], whole, dtype=torch.bool, device=value.device)
+        first = next(value for value in self.tensors.values() if isinstance(value, Tensor))
+        return torch.ones(batch, self.past + length, dtype=torch.bool, device=first.device)
+
+    def told(self, batch: int, length: int) -> Any:
+        """``attended`` beside ``length`` tokens of ``batch`` sequences, from what modules inside were given where need be."""
+        mask = self.tensors.get(self.side + "attention_mask")
+        if self.shape is not None and self.shape != (batch, length):
+            return None  # other places than the call's tokens: an image's patches
+        if self.attended is not None or mask is not None:
+            return self.attended if self.shape is not None else token_mask(mask, batch, length, self.past)
+        unread = [name for name in self.tensors if _may_be_padding(name, self.tensors[name], (batch, length))]
+        if not self.expects:
+            return unknown_mask(UNSEEN) if unread else None
+        for name, value in self.heard:
+            if value is None:
+                continue
+            found = self._heard(name, value, batch, length)
+            if found is not None:
+                return found
+            unread.append(name)
+        return unknown_mask(UNSEEN) if unread or not self.heard else None
+
+    def _heard(self, name: str, value: Any, batch: int, length: int) -> Tensor | None:
+        if name in _PADDING:
+            fits = isinstance(value, Tensor) and value.shape == (batch, length)
+            return (~value if value.dtype == torch.bool else value == 0) if fits else None
+        additive = isinstance(value, Tensor) and value.ndim > 2 and value.is_floating_point()
+        return token_mask(value, batch, length, self.past) if additive or name == "attention_mask" else None
+
+    def tokens(self, side: str) -> tuple[int, int] | None:
+        """How many sequences and tokens the call has, for the prefix of a site's token ids; ``None`` where it has none."""
+        if side == self.side:
+            return self.shape
+        given = [self.tensors.get(side + name) for name in ("input_ids", "inputs_embeds")]
+        return next(((v.shape[0], v.shape[1]) for v in given if isinstance(v, Tensor) and v.ndim > 1), None)
+
+    def mask(self, value: Tensor, side: str) -> Any:
+        """``attended`` beside an activation (B, T, ...), for the prefix of a site's token ids."""
+        if side == self.side:
+            return self.told(value.shape[0], value.shape[1])
+        return token_mask(self.tensors.get(side + "attention_mask"), value.shape[0], value.shape[1], 0)
+
+    def recorded(self, read: Iterable[Tensor], keep: Iterable[Key] | None = None) -> dict[Key, Any]:
+        """What a record of the call holds beside what was ``read``: its tensors, or those to ``keep``; masks as (B, S)."""
+        found = {
+            key: value for key, value in self.tensors.items() if isinstance(value, Tensor) or "mask" in key
+        }
+        shape = self.shape or next(((v.shape[0], v.shape[1]) for v in read if v.ndim > 2), None)
+        name = self.side + "attention_mask"
+        mask = found.get(name)
+        attended = None if shape is None else self.told(*shape)
+        if isinstance(mask, Tensor) and isinstance(attended, Tensor) and attended.shape == mask.shape:
+            attended = mask  # the user's own
+        if attended is not None and any(n in self.tensors for n in _PADDING) and mask is None:
+            attended = None  # told by another mask, which is there
+        if attended is not None:
+            found[name] = attended
+        found = {key: value for key, value in found.items() if isinstance(value, Tensor) or key == name}
+        return found if keep is None else {key: found[key] for key in (*keep, name) if key in found}
+
+
+def _may_be_padding(name: Key, value: Any, shape: tuple[int, int]) -> bool:
+    own = name if isinstance(name, str) else name[-1]
+    return (
+        "mask" in own and own not in _NO_PADDING_MASKS and isinstance(value, Tensor) and value.shape == shape
+    )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tdgeom.core.keys import Key
 from tdgeom.core.stage_settings import Configured
 from tdgeom.model.calls.bound_model import Bound, refuse_compiled
+from tdgeom.model.calls.image_tokens import attach_images
 from tdgeom.model.calls.input_device import where_inputs_go
 from tdgeom.model.calls.model_inputs import InKeys, ModelInputs, on_one_device
 from tdgeom.model.calls.position_numbering import SIDES, number_padded
@@ -68,6 +69,7 @@ class HookingContext(Configured, TensorDictModuleBase):
             raise TypeError(f"{type(self).__name__} expects an nn.Module, got {type(model).__name__}.")
         refuse_compiled(model, ())
         entries = self.resolve(model)
+        attach_images(model, entries)
         inputs = ModelInputs(model, self, self._asked_in_keys, self.withhold)
         return Bound(model, entries, inputs)
 

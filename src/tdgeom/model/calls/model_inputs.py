@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,6 +160,27 @@ class ModelInputs:
         """The position arguments that the model may be given."""
         names = ("position_ids", "decoder_position_ids")
         return [n for n in names if n in self.signature.names and n not in self.withhold]
+
+    @property
+    def recorded(self) -> list[Key] | None:
+        """Which of a call's tensors are inputs; all of them where a model does not write to what it is called with."""
+        return list(self.called.in_keys) if isinstance(self.called, TensorDictModuleBase) else None
+
+    def tokens(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Callable[[str], tuple[int, int] | None]:
+        """How many sequences and tokens a call has, by the prefix of the names of their ids."""
+        named = dict(zip(self.signature.positional_only, args, strict=False)) | dict(kwargs)
+        if args and isinstance(args[0], Mapping | TensorDictBase):
+            named = dict(args[0].items())
+
+        def count(side: str) -> tuple[int, int] | None:
+            given = [named.get(side + name) for name in ("input_ids", "inputs_embeds")]
+            return next(
+                ((v.shape[0], v.shape[1]) for v in given if isinstance(v, Tensor) and v.ndim > 1), None
+            )
+
+        return count
 
     def _demanded(self, model: nn.Module, in_keys: InKeys | None) -> dict[str, Key]:
         if isinstance(in_keys, Mapping):
@@ -334,9 +355,3 @@ def made_up_inputs(
 def is_target(name: str) -> bool:
     """Whether an argument of forward is what a loss is computed from."""
     return name in _TARGETS or name.endswith("labels")
-
-
-def bound_tensors(signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of one call under their forward names."""
-    named = {**dict(zip(signature.names, args, strict=False)), **kwargs}
-    return {name: value for name, value in named.items() if isinstance(value, Tensor)}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tdgeom.model.calls.checkpointing import runs_again
 from tdgeom.model.calls.first_call import FirstCall, unverified
+from tdgeom.model.calls.model_inputs import read_signature
 from tdgeom.model.calls.repeated_calls import CallsSpec, fired_too_often, is_meant
 from tdgeom.model.calls.site_hooks import Place, Places, SiteHooks, Step
 from tdgeom.model.calls.structure_check import followers
@@ -100,10 +101,13 @@ class Reading(SiteHooks):
             None  # the newest call, where it was one of a part of the model
         )
         self.called = False  # whether anything was called that is listened to
+        self.names: dict[str, Sequence[str]] = {}
 
     def around(self) -> None:
         """Hooks of the check, before those that may stop the pass, and behind norms whose gradients are wanted."""
         self.mark_calls()
+        if self.record is not None:
+            self.listen()
         if self.watch:
             for entry, path, module in followers(self.places):
                 self.before(module, partial(self._on_follower, entry, path))
@@ -170,11 +174,18 @@ class Reading(SiteHooks):
 
     # ------------------------------------------------------------------------------------ the user's calls
 
-    def began(self, step: Any) -> None:
+    def began(self, step: Any, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """A call of the user's starts."""
         self.called = True
+        if self.record is not None:
+            self.learn(step, step.path, self._names_of(step.path, module), args, kwargs)
         if self.secure is not None:
             self.secure()
+
+    def _names_of(self, path: str, module: nn.Module) -> Sequence[str]:
+        if path not in self.names:
+            self.names[path] = read_signature(module).names
+        return self.names[path]
 
     def ended(self, step: Any, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """A call of the user's is over: what fired since the last one (an encoder run on its own) belongs to it."""
@@ -184,6 +195,8 @@ class Reading(SiteHooks):
                 step.add(early)
             elif early is not None:
                 self._emit(early)
+        for info in step.told.values():
+            info.returned(output)
         done = self._finished(step)
         if self.record is not None and not self.disabled:
             self.record(self, done, module, args, kwargs, output)
@@ -373,9 +386,10 @@ def read_named_outputs(output: Any, names: Sequence[str]) -> dict[str, Tensor]:
         return {names[0]: output}
     found = {}
     for name in names:
-        value = output.get(name) if isinstance(output, dict) else getattr(output, name, None)
+        keyed = isinstance(output, dict | TensorDictBase)
+        value = output.get(name, None) if keyed else getattr(output, name, None)
         if not isinstance(value, Tensor):
-            has = [k for k in output if isinstance(output[k], Tensor)] if isinstance(output, dict) else []
+            has = [k for k in output.keys() if isinstance(output[k], Tensor)] if keyed else []
             raise ValueError(
                 f"model_outputs= expected a tensor {name!r} in the model's output, got "
                 f"{type(value).__name__} from a "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from threading import get_ident
@@ -20,6 +20,7 @@ from tdgeom.model.calls.attention_kernel import (
     watch_softmax,
     whole_batches,
 )
+from tdgeom.model.calls.call_info import CallInfo, hear, mask_tellers
 from tdgeom.model.calls.call_paths import is_inside, paths_of_calls
 from tdgeom.model.calls.checkpointing import runs_again
 from tdgeom.model.calls.own_hooks import CHANGING, Hung, OwnHook, hang, hook_after, hook_before, take_down
@@ -49,17 +50,19 @@ class Places:
         self.softmax = any(entry.in_softmax for entry in self.sites)
         self.inside = {p: own for p, own in self.at.items() if own[0].in_softmax or own[0].in_router}
         self.calls = paths_of_calls(model, [e.block_path or e.module_path for e in self.sites])
+        self.tellers = mask_tellers(model, [e.block_path or e.module_path for e in self.sites[:1]])
 
 
 class Step:
     """What one running call of the model has given so far. ``path`` is the part that was called, "" the model itself."""
 
-    __slots__ = ("alive", "during", "fired", "heard", "leading", "parts", "path")
+    __slots__ = ("alive", "during", "fired", "heard", "leading", "parts", "path", "told")
 
     def __init__(self, path: str = "") -> None:
         self.path, self.heard = path, True
         self.fired: dict[Place, int] = {}
         self.leading: dict[str, torch.Size] = {}
+        self.told: dict[str, CallInfo] = {}  # what it, or a part of it, was given
         self.alive: list[threading.Thread] = []
         self.parts: dict[
             threading.Thread, Step
@@ -89,6 +92,9 @@ class SiteHooks:
         self.owner = get_ident()
         self.current: Any = None
         self.others: dict[threading.Thread, Any] = {}  # running calls of other threads
+        self.histories: dict[
+            tuple[int, str], CallInfo
+        ] = {}  # by thread and path: what earlier, cached steps were given
         self.foreign = 0  # calls of threads that are left alone
         self.made = False
 
@@ -103,6 +109,7 @@ class SiteHooks:
         """Install the hooks, all of them or none."""
         self.owner, self.current, self.foreign = get_ident(), None, 0
         self.others.clear()
+        self.histories.clear()
         if not self.made:
             self._make()
             self.made = True
@@ -144,6 +151,7 @@ class SiteHooks:
             self.undo.close()
         self.current = None
         self.others.clear()
+        self.histories.clear()
 
     def before(self, module: nn.Module, hook: Callable, *, front: bool = False) -> None:
         """A hook in front of a module, called with its arguments."""
@@ -165,7 +173,32 @@ class SiteHooks:
         for path, module in self.places.calls:
             self.after(module, partial(self._on_end, path), with_kwargs=True, always=True)
 
-    def began(self, step: Any) -> None:
+    def learn(self, step: Any, path: str, names: Sequence[str], args: tuple, kwargs: dict) -> None:
+        """A module that knows the tokens is called: the model, or the part of it at ``path``."""
+        key = (get_ident(), path)
+        if key not in self.histories:
+            self.histories[key] = CallInfo()
+        step.told[path] = self.histories[key]
+        step.told[path].begin(names, args, kwargs, expects=bool(self.places.tellers))
+
+    def listen(self) -> None:
+        """Hooks that hear what modules inside are given as masks, where the model itself is given none."""
+        for path, (names, masks) in self.places.tellers.items():
+            self.before(self.places.model.get_submodule(path), partial(self._on_teller, names, masks))
+
+    def _on_teller(
+        self,
+        names: Sequence[str],
+        masks: Sequence[str],
+        module: nn.Module,
+        args: tuple,
+        kwargs: dict | None = None,
+    ) -> None:
+        step = None if kwargs is None else self.step()
+        if step is not None and kwargs is not None:
+            hear(step.told.values(), names, masks, args, kwargs)
+
+    def began(self, step: Any, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """A call has begun."""
 
     def ended(self, step: Any, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -213,7 +246,7 @@ class SiteHooks:
             step.heard = heard
         step.alive, step.during = threading.enumerate(), sys.exc_info()[1]
         if step.heard:
-            self.began(step)
+            self.began(step, module, args, kwargs or {})
 
     def _on_end(self, path: str, module: nn.Module, args: tuple, kwargs: Any, output: Any = _NOTHING) -> None:
         own = get_ident() == self.owner

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from tdgeom.model.calls.call_info import CallInfo
 from tdgeom.model.calls.checkpointing import is_checkpointed, refuse_later_backward, runs_again
-from tdgeom.model.calls.model_inputs import Signature, bound_tensors, read_signature
+from tdgeom.model.calls.model_inputs import Signature, read_signature
 from tdgeom.model.calls.own_hooks import CHANGING, OwnId, lead
 from tdgeom.model.calls.repeated_calls import CallsSpec, fired_too_often, is_meant
 from tdgeom.model.calls.site_hooks import Place, Places, SiteHooks, Step
+from tdgeom.model.calls.token_axis import is_time_first
 from tdgeom.model.edits.edit import Edit
 from tdgeom.model.positions import positions_second
+from tdgeom.model.sites import token_side
 from tdgeom.model.structure.readers import read_output, write_output
 from tdgeom.model.structure.resolved_site import ResolvedSite
 
@@ -34,6 +36,7 @@ class Planned:
     edits: Sequence[Any]
     owner: str
     words: dict[str, NonTensorData]
+    side: str
 
 
 class EditPlan:
@@ -41,14 +44,15 @@ class EditPlan:
 
     def __init__(self, places: Places, edits: Sequence[Sequence[Any]]) -> None:
         self.places = places
-        self.owners: dict[str, Signature] = {}
+        self.owners: dict[str, Signature] = {"": read_signature(places.model)}
         self.at: dict[Place, list[Planned]] = defaultdict(list)
-        signatures: dict[str, Signature] = {"": read_signature(places.model)}
+        signatures: dict[str, Signature] = dict(self.owners)
         for entry, listed in zip(places.sites, edits, strict=True):
             owner = _owner(places.model, entry, signatures)
             self.owners[owner] = signatures[owner]
-            words = {"site": NonTensorData(str(entry.site)), "groups": NonTensorData(entry.groups)}
-            self.at[entry.module_path, entry.side].append(Planned(entry, listed, owner, words))
+            words = {"site": NonTensorData(entry.site), "groups": NonTensorData(entry.groups)}
+            side = "" if owner else token_side(entry.site)
+            self.at[entry.module_path, entry.side].append(Planned(entry, listed, owner, words, side))
         self.everything = [planned for here in self.at.values() for planned in here]
         given = [edit for planned in self.everything for edit in planned.edits]
         self.selective = [edit for edit in dict.fromkeys(given) if isinstance(edit, Edit) and edit.selects()]
@@ -70,12 +74,11 @@ def _owner(model: nn.Module, entry: ResolvedSite, signatures: dict[str, Signatur
 class EditStep(Step):
     """One running call of the model under edits, and what it was given."""
 
-    __slots__ = ("checkpointed", "grad", "past_block", "past_module", "told")
+    __slots__ = ("checkpointed", "grad", "past_block", "past_module")
 
     def __init__(self, path: str = "") -> None:
         super().__init__(path)
         self.grad, self.checkpointed = torch.is_grad_enabled(), False
-        self.told: dict[str, CallInfo] = {}
         self.past_block: dict[str, list[Tensor]] = {}
         self.past_module: dict[int, list[Tensor]] = {}
 
@@ -101,9 +104,6 @@ class Editing(SiteHooks):
     ) -> None:
         super().__init__(plan.places, threads=threads)
         self.plan, self.special, self.which, self.totals = plan, special, calls, totals or {}
-        self.histories: dict[
-            tuple[int, str], CallInfo
-        ] = {}  # by thread and owner: tokens of earlier, cached steps
         self.between: EditStep | None = None
         self.acted: set[int] = set()
         self.called = self.failed = False
@@ -116,6 +116,7 @@ class Editing(SiteHooks):
         model = self.places.model
         for owner, signature in self.plan.owners.items():
             self.before(model.get_submodule(owner), partial(self._on_call, owner, signature), front=True)
+        self.listen()
         self.mark_calls()  # in front of what learns about the call
         for path in self.plan.bypassed:
             # before every other hook on the block's output: it belongs to what the block gives
@@ -136,7 +137,6 @@ class Editing(SiteHooks):
         """Install the hooks, in front of everybody else's."""
         self.acted, self.called, self.failed, self.between = set(), False, False, None
         self.entered = [True]
-        self.histories.clear()
         for edit in self.plan.selective:
             edit.watch_selection(True)
         try:
@@ -151,7 +151,6 @@ class Editing(SiteHooks):
         """Remove the hooks and forget every tensor."""
         super().close()
         self.entered[0] = False
-        self.histories.clear()
         self.between = None
 
     def _lead(self) -> None:
@@ -162,7 +161,7 @@ class Editing(SiteHooks):
 
     # ----------------------------------------------------------------------------------------- calls
 
-    def began(self, step: Any) -> None:
+    def began(self, step: Any, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """A call starts: hooks that others have put in front of ours since then go behind them again."""
         self.called = True
         for module, name in self.edited:
@@ -173,6 +172,8 @@ class Editing(SiteHooks):
 
     def ended(self, step: Any, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """A call is over."""
+        for info in step.told.values():
+            info.returned(output)
         if step.checkpointed:
             refuse_later_backward(output, self.entered)
         if self.which == "last":
@@ -205,17 +206,7 @@ class Editing(SiteHooks):
         step = None if kwargs is None else self.step()
         if step is None or kwargs is None:
             return
-        count: Any = getattr(kwargs.get("past_key_values"), "get_seq_length", lambda: 0)
-        tensors = bound_tensors(signature, args, kwargs)
-        masks = kwargs.get("attention_mask")
-        if isinstance(masks, Mapping):  # one for each kind of layer
-            mask = masks.get("full_attention", next(iter(masks.values()), None))
-            tensors.update({"attention_mask": mask} if isinstance(mask, Tensor) else {})
-        key = (get_ident(), owner)
-        if key not in self.histories:
-            self.histories[key] = CallInfo()
-        step.told[owner] = self.histories[key]
-        step.told[owner].begin(tensors, int(count()))
+        self.learn(step, owner, signature.names, args, kwargs)
 
     def on_block(self, path: str, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
         """A block begins: what an earlier call that failed has left is gone."""
@@ -270,8 +261,12 @@ class Editing(SiteHooks):
                     "Remedy: choose another module, 'module_output:<path>'."
                 )
             value = self.tokens(step, entry, before)
+            told = self._info(planned, step).tokens(planned.side)
+            turned = is_time_first(self.places.model, entry, value, told, self.places.sites)
+            value = value.transpose(0, 1) if turned else value
             for edit in planned.edits:
                 value = self._apply(edit, planned, value, step)
+            value = value.transpose(0, 1) if turned else value
             self.acted.add(id(planned))
             value = value.reshape(before.shape).contiguous()  # models take views of what they computed
             if entry.bypass:
@@ -308,7 +303,7 @@ class Editing(SiteHooks):
         if isinstance(edit, TensorDictModuleBase):
             told = self._told(planned, given, step)
             if isinstance(edit, Edit) and edit.is_plain():  # the short way to the same numbers
-                new = edit.computed([given, *told.values(), str(site), planned.entry.groups])
+                new = edit.computed([given, *told.values(), site, planned.entry.groups])
             else:
                 known = {name: entry for name, entry in told.items() if entry is not None}
                 td = TensorDict({"activation": given, **known, **planned.words}, batch_size=[])
@@ -328,13 +323,17 @@ class Editing(SiteHooks):
             )
         return positions_second(new, site) if isinstance(edit, Edit) else new
 
+    def _info(self, planned: Planned, step: EditStep) -> CallInfo:
+        """What the nearest part that knows the tokens was given, or else the model: parts may run without being called."""
+        return step.told.get(planned.owner) or step.told.get("") or CallInfo()
+
     def _told(self, planned: Planned, value: Tensor, step: EditStep) -> dict[str, Tensor | None]:
         """What the model's call was given beside an activation."""
-        info, special = step.told.get(planned.owner) or CallInfo(), self.special
+        info, special = self._info(planned, step), self.special
         here = value.ndim > 2
         fits = here and special is not None and special.shape == value.shape[:2]
         return {
-            "attention_mask": info.mask(value, value.shape[1]) if here else None,
+            "attention_mask": info.mask(value, planned.side) if here else None,
             "input_ids": info.history,
             "special_tokens_mask": special if fits else None,
         }

@@ -72,8 +72,11 @@ class BlockAttention(Edit):
             )
         size = value.shape[-1]
         whole = value.new_ones((value.shape[0], size), dtype=torch.bool)
-        mask = whole if call.mask is None else call.mask.to(value.device)
-        columns, _ = position_mask(mask, self.keys, input_ids=call.input_ids, special=call.special)
+        mask = whole if call.mask is None else call.attended(whole).to(value.device)
+        image = getattr(call.site, "image", None)
+        columns, _ = position_mask(
+            mask, self.keys, input_ids=call.input_ids, special=call.special, image=image
+        )
         self.note_selection(call, columns if call.keep is None else columns.any() & call.keep.any())
         # a cache with a window holds the newest keys only; behind the keys there may be room for more, or a sink
         columns = torch.nn.functional.pad(columns, (0, max(size - columns.shape[1], 0)))[:, -size:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -17,15 +18,15 @@ class EditCall:
     Attributes:
         site: name of the place, ``None`` where the edit is called on its own.
         groups: query heads that share one head of the activation.
-        mask: (B, S), true at attended tokens, or ``None`` for all. In a step with a cache S exceeds the activation's T,
-            and the last T columns are the activation's.
+        mask: (B, S), true at attended tokens, or ``None`` for all; not a tensor where that is not known. In a step with a
+            cache S exceeds the activation's T, and the last T columns are the activation's.
         input_ids, special: (B, S), the tokens and which of them are special, where known.
         keep: (B, T), the positions to edit, or ``None`` for all.
     """
 
     site: str | None = None
     groups: int = 1
-    mask: Tensor | None = None
+    mask: Any = None
     input_ids: Tensor | None = None
     special: Tensor | None = None
     keep: Tensor | None = None
@@ -64,7 +65,13 @@ class EditCall:
     def select(self, value: Tensor, positions: Positions, owner: object) -> Tensor:
         """(B, T), true at positions of an activation."""
         return selected_tokens(
-            value, positions, self.mask, input_ids=self.input_ids, special=self.special, owner=owner
+            value,
+            positions,
+            self.mask,
+            input_ids=self.input_ids,
+            special=self.special,
+            image=getattr(self.site, "image", None),
+            owner=owner,
         )
 
 

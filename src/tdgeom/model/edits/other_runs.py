@@ -112,7 +112,9 @@ class Patch(_FromOtherRuns):
         steps = mask.shape[1] - value.shape[1]
         own = mask[:, steps:] if call.keep is None else call.keep
         if self.source_positions is not None:
-            theirs, _ = position_mask(other_mask, self.source_positions)
+            theirs, _ = position_mask(
+                other_mask, self.source_positions, image=getattr(call.site, "image", None)
+            )
             rank, used = own.cumsum(1) - 1, theirs
         else:
             theirs, rank = other_mask, call.rank(value)

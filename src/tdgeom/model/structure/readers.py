@@ -155,7 +155,7 @@ def _is_record(value: Any) -> bool:
 
 def _items(value: Any) -> list[tuple[Any, Any]]:
     if isinstance(value, Mapping):
-        names = [name for name in HIDDEN_NAMES if name in value] + list(value)
+        names = [name for name in HIDDEN_NAMES if name in value] + list(value.keys())
         return [(name, value[name]) for name in names]
     if isinstance(value, tuple | list):
         return list(enumerate(value))
