@@ -16,7 +16,7 @@ def paths_of_calls(model: nn.Module, paths: Iterable[str]) -> list[tuple[str, nn
     A wrapper's ``generate`` calls the model inside and never the wrapper; an encoder may be called without its decoder. The
     outermost of these that runs is one call.
 
-    >>> model = nn.Transformer(8, 2, num_encoder_layers=2)
+    >>> model = nn.Transformer(8, 2, num_encoder_layers=2, batch_first=True)
     >>> [path for path, _ in paths_of_calls(model, ["encoder.layers.0", "encoder.layers.1", "decoder.layers.0"])]
     ['', 'decoder', 'encoder']
     """
