@@ -325,7 +325,7 @@ def needs_decoder_ids(signature: Signature, given: Mapping[str, Any]) -> bool:
 def made_up_inputs(
     model: nn.Module, signature: Signature, batch: int, length: int
 ) -> dict[str, Tensor | bool] | None:
-    """Inputs of the right form for a model of token ids or pixels; ``None`` for any other model."""
+    """Inputs of the right form for a model of token ids, pixels or sound; ``None`` for any other model."""
     first = next(model.parameters(), torch.zeros(()))
     device, config = where_inputs_go(model), getattr(model, "config", None)
     given: dict[str, Tensor | bool] = {}
@@ -345,11 +345,27 @@ def made_up_inputs(
         plane = torch.linspace(-1, 1, height * width, device=device, dtype=first.dtype)
         channels = int(getattr(config, "num_channels", 3))
         given["pixel_values"] = plane.reshape(1, 1, height, width).expand(batch, channels, height, width)
+    elif (sound := _made_up_sound(signature, config, batch, length)) is not None:
+        name, shape = sound
+        count = torch.arange(torch.Size(shape).numel(), device=device, dtype=torch.float32)
+        given[name] = torch.sin(0.7 * count + 0.001 * count.square()).reshape(shape).to(first.dtype)
     else:
         return None
     if "use_cache" in signature.names:
         given["use_cache"] = False
     return given
+
+
+def _made_up_sound(
+    signature: Signature, config: Any, batch: int, length: int
+) -> tuple[str, tuple[int, ...]] | None:
+    """The argument and shape of some sound: frames of features, or a wave that convolutions make into frames."""
+    width, strides = (getattr(config, name, None) for name in ("feature_projection_input_dim", "conv_stride"))
+    if "input_features" in signature.names and isinstance(width, int):
+        return "input_features", (batch, 2 * length, width)
+    if "input_values" in signature.names and isinstance(strides, list | tuple):
+        return "input_values", (batch, (2 * length + 2) * torch.Size(strides).numel())
+    return None
 
 
 def is_target(name: str) -> bool:
