@@ -345,13 +345,11 @@ def rankme(count: Tensor, mean: Tensor, covariance: Tensor, relative_error: Tens
     mean, covariance = (real_rows(moment, "rankme").double() for moment in (mean, covariance))
     scatter, offset = (n - 1)[..., None, None] * covariance, n.sqrt().unsqueeze(-1) * mean
     error = None if relative_error is None else eigenvalue_error(scatter, relative_error)
-    values = _uncentred_eigenvalues(scatter, offset, count)
-    real = above_rounding(values, error)
-    return entropy_dimension(torch.where(real | values.isnan(), values, 0.0).sqrt())
+    return entropy_dimension(_uncentred_eigenvalues(scatter, offset, count, error).sqrt())
 
 
-def _uncentred_eigenvalues(scatter: Tensor, offset: Tensor, count: Tensor) -> Tensor:
-    """Eigenvalues of ``scatter`` + offset·offsetᵀ, descending, at most ``count`` of them not 0.
+def _uncentred_eigenvalues(scatter: Tensor, offset: Tensor, count: Tensor, error: Tensor | None) -> Tensor:
+    """Eigenvalues of ``scatter`` + offset·offsetᵀ, descending, 0 where they are no more than rounding or beyond ``count``.
 
     An offset a thousand times the spread would round the spread away, and leaves it alone: then the largest eigenvalue is the
     offset's, and the others are those of the scatter orthogonal to it, to second order in the ratio of their sizes.
@@ -373,6 +371,7 @@ def _uncentred_eigenvalues(scatter: Tensor, offset: Tensor, count: Tensor) -> Te
     whole = scatter + offset.unsqueeze(-1) * offset.unsqueeze(-2)
     rank = torch.where(apart, count - 1, count)
     values = covariance_eigenvalues(torch.where(apart[..., None, None], within, whole), rank)
+    values = torch.where(above_rounding(values, error) | values.isnan(), values, 0.0)
     first = (size + along).unsqueeze(-1)
     return torch.where(apart.unsqueeze(-1), torch.cat((first, values[..., :-1]), -1), values)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key
 from tdgeom.core.streaming_stage import StreamingStage
-from tdgeom.core.warnings import UndefinedMeasureWarning
+from tdgeom.core.warnings import tell
 from tdgeom.numerics.centring import real_rows
 from tdgeom.numerics.moments import add_rows, merge_moments
 from tdgeom.numerics.products import Precision, check_precision, gram, product_dtype, product_error
@@ -115,11 +114,7 @@ class StreamingCovariance(StreamingStage):
     def result(self) -> Mapping[str, Tensor]:
         """The moments of all rows so far."""
         if not torch.compiler.is_compiling() and int(self.count) == 1:
-            warnings.warn(
-                "StreamingCovariance: the covariance of one row is undefined: NaN",
-                UndefinedMeasureWarning,
-                stacklevel=2,
-            )
+            tell("StreamingCovariance: the covariance of one row is undefined: NaN.")
         return {
             "count": self.count.clone(),
             "mean": self.mean.clone(),
