@@ -165,10 +165,9 @@ class Stage(Configured, TensorDictModuleBase):
                 f"tg.ForEach({type(self).__name__}(...), sites); for one: in_keys=[{first!r}]."
             )
         words = getattr(value, "data", None)
-        if isinstance(words, str):
-            raise TypeError(f"{type(self).__name__} reads a tensor at {key!r}, got words: {words[:300]!r}.")
+        got = f"words: {words[:300]!r}" if isinstance(words, str) else type(value).__name__
         raise TypeError(
-            f"{type(self).__name__} reads a tensor at {key!r}, got {type(value).__name__}. Give numbers as a tensor; words are "
+            f"{type(self).__name__} reads a tensor at {key!r}, got {got}. Give numbers as a tensor; words are "
             f"numbered first (sklearn.preprocessing.LabelEncoder)."
         )
 
