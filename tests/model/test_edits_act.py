@@ -269,3 +269,18 @@ def test_patterns_leave_the_user_s_call_what_it_is():
                 (heads, 1, 8),
                 (heads, 1, 9),
             ]
+
+
+def test_a_kernel_that_nobody_can_look_into_is_said_once():
+    model, batch = models.llama(attn_implementation="eager"), models.text_batch()
+    right = Capture(model, "attn_pattern")(TensorDict(batch))["acts"]
+    other = models.llama()
+    other.config._attn_implementation_internal = "flex_attention"
+    with pytest.warns(
+        UserWarning, match="attention kernel 'flex_attention' of LlamaForCausalLM.*eager kernel"
+    ):
+        found = Capture(other, "attn_pattern")(TensorDict(batch))["acts"]
+    Capture(other, "attn_pattern.1")(TensorDict(batch))
+    assert other.config._attn_implementation_internal == "flex_attention"
+    for site, value in right.items():
+        torch.testing.assert_close(found[site], value)

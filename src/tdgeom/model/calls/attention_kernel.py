@@ -9,6 +9,7 @@ other is the eager one while a context is entered.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +22,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from tdgeom.model.calls.own_hooks import CleanCopies, release
+from tdgeom.model.calls.verified import verified
 
 # what a watcher gets: the side ("queries", "keys", "scores", "pattern") and the tensor; it returns the tensor to go on with
 Watcher = Callable[[str, Tensor], Tensor]
@@ -45,6 +47,14 @@ def visible_attention(model: nn.Module) -> Iterator[None]:
                 changed.append((config, own))
                 # not the public setter: it also writes to configurations below, which are restored one by one
                 config._attn_implementation_internal = "eager"
+        if changed and not verified(model).setdefault("other kernel is said", False):
+            verified(model)["other kernel is said"] = True
+            warnings.warn(
+                f"nobody can look into the attention kernel {changed[0][1]!r} of {type(model).__name__}: while patterns are read "
+                "or edited, calls run with the eager kernel, and what they give may differ from the model's own by more than "
+                "rounding. Remedy: model.set_attn_implementation('sdpa') or 'eager' for what is compared with them.",
+                stacklevel=2,
+            )
         yield
     finally:
         for config, own in reversed(changed):

@@ -42,8 +42,10 @@ def resolve_sites(
     Raises ``RuntimeError`` with the reason for a layer, or for a kind at all layers, that does not hold.
     """
     wanted = [sites] if isinstance(sites, str | re.Pattern) else list(sites)
+    if not any(isinstance(name, str) and ":" not in name for name in wanted):
+        return select_sites(model, wanted, **choice)
     found = find_sites(model)
-    if not found or not any(isinstance(name, str) and ":" not in name for name in wanted):
+    if not found:
         return select_sites(model, wanted, found, **choice)
     held, refused = checked(model, found)
     asked = select_sites(model, wanted, found, **choice)

@@ -6,7 +6,9 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -20,6 +22,9 @@ from tdgeom.model.calls.input_device import where_inputs_go
 CARRIED = ("sequence_id", "document_id", "row_id", "sample_row_id")
 _TARGETS = ("label", "label_ids", "start_positions", "end_positions")
 _NO_TENSORS = {"class", "bool", "int", "float", "str", "None", "NoneType", "Optional", "Union"}
+
+_PARAMETERS: WeakKeyDictionary[FunctionType, tuple[inspect.Parameter, ...]] = WeakKeyDictionary()
+_SIGNATURES: WeakKeyDictionary[FunctionType, Signature] = WeakKeyDictionary()
 
 InKeys = Sequence[Key] | Mapping[str, Key]
 
@@ -46,7 +51,15 @@ def read_signature(model: nn.Module) -> Signature:
     if isinstance(model, TensorDictModuleBase):
         keys = tuple(key for key in model.in_keys if isinstance(key, str))
         return Signature(keys, tuple(k for k in keys if k not in optional_in_keys(model)), (), keys)
-    parameters = inspect.signature(model.forward).parameters.values()
+    function = _usual_forward(model)
+    if function is None:
+        return _signature(_parameters(model))
+    if function not in _SIGNATURES:  # asked for at every context that is made
+        _SIGNATURES[function] = _signature(_parameters(model))
+    return _SIGNATURES[function]
+
+
+def _signature(parameters: Sequence[inspect.Parameter]) -> Signature:
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     required = tuple(p.name for p in named if p.default is p.empty)
     return Signature(
@@ -55,6 +68,21 @@ def read_signature(model: nn.Module) -> Signature:
         tuple(p.name for p in named if p.kind is p.POSITIONAL_ONLY),
         tuple(p.name for p in named if p.name in required or _may_hold_tensor(p)),
     )
+
+
+def _parameters(model: nn.Module) -> tuple[inspect.Parameter, ...]:
+    function = _usual_forward(model)
+    if function is None:
+        return tuple(inspect.signature(model.forward).parameters.values())
+    if function not in _PARAMETERS:
+        _PARAMETERS[function] = tuple(inspect.signature(model.forward).parameters.values())
+    return _PARAMETERS[function]
+
+
+def _usual_forward(model: nn.Module) -> FunctionType | None:
+    """The forward of a model's class; ``None`` where another was put in its place."""
+    function = type(model).forward
+    return function if isinstance(function, FunctionType) and "forward" not in vars(model) else None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -66,7 +94,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     bare = on_one_device(model)
     if bare is not model:
         return unwrapped(bare)
-    kinds = {p.kind for p in inspect.signature(model.forward).parameters.values()}
+    kinds = {p.kind for p in _parameters(model)}
     inner = getattr(model, "get_base_model", None)
     if kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} and callable(inner):
         return unwrapped(inner())

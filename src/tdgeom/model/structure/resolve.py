@@ -66,8 +66,11 @@ def select_sites(
     wanted = [sites] if isinstance(sites, str | re.Pattern) else list(sites)
     if not wanted:
         raise ValueError(f"sites= names no site; kinds: {', '.join(KINDS)}.")
-    stacks = find_stacks(model)
-    found = find_sites(model) if found is None else found
+    # paths of modules alone ask nothing of the structure, which takes longest to find
+    paths = _is_all(layers) and not any(isinstance(name, str) and ":" not in name for name in wanted)
+    stacks = [] if paths else find_stacks(model)
+    if found is None and not paths:
+        found = find_sites(model)
     chosen: list[ResolvedSite] = []
     applied = any(map(takes_layers, wanted))
     for name in wanted:
@@ -86,14 +89,16 @@ def select_sites(
                 own = _in_layers(own, stacks, layers, name)
             else:
                 own = _select(
-                    model, stacks, found, site, layers if takes_layers(name) or not applied else "all"
+                    model, stacks, found or [], site, layers if takes_layers(name) or not applied else "all"
                 )
         chosen += _of_classes(model, own, classes, skip_classes)
     if not _is_all(layers) and not applied and all(entry.site.kind in STACK_KINDS for entry in chosen):
         names = ", ".join(sorted({repr(entry.site.kind) for entry in chosen}))
         raise ValueError(f"layers={layers!r} was given, and {names} has no layers. Remedy: leave it out.")
     unique = {entry.site: entry for entry in chosen}
-    ordered = sorted(unique.values(), key=_execution_order(model, found))
+    ordered = list(unique.values())
+    if len(ordered) > 1:
+        ordered.sort(key=_execution_order(model, find_sites(model) if found is None else found))
     if heads is not None:
         ordered = with_heads(ordered, heads)
     return [replace(e, site=e.site.with_prefix(prefix)) for e in ordered] if prefix else ordered
