@@ -81,6 +81,20 @@ def test_metadata_says_what_changes_a_number(results) -> None:
     json.dumps(results.to_dict(), allow_nan=False)
 
 
+def test_numbers_of_few_rows_are_told_recorded_and_marked() -> None:
+    with pytest.warns(tg.FewRowsWarning, match="few rows") as seen:
+        few = tg.analyze_model(model=models.gpt2(), dataloader=loader(), max_rows=10, progress=False)
+    told = [str(w.message) for w in seen if issubclass(w.category, tg.FewRowsWarning)]
+    assert (
+        len(told) == 1 and "SpectrumMetrics: few rows, 10" in told[0] and told[0] in few.metadata["warnings"]
+    )
+    assert (
+        few.metrics["few_rows"].all() and few.metrics["sv_few_rows"].all() and few.novelty["few_rows"].all()
+    )
+    assert (few.metrics["numerical_rank"] <= 9).all() and (few.novelty["k_used"] <= 9).all()
+    assert set(few.metrics["unresolved"]) == {""} and "linear_cka_debiased" in few.novelty
+
+
 def test_the_budget_is_exact_and_recorded() -> None:
     short = tg.analyze_model(models.gpt2(), loader(), max_rows=50, layers="0,-1", progress=False)
     assert set(short.metrics["tokens_observed"]) == {50} and short.metadata["stopped"] == "max_rows"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key
 from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.numerics.products import gram
 from tdgeom.probing.labelled_rows import labelled_keys, one_hot, row_labels
 from tdgeom.probing.splits import fold_index, row_groups
 
@@ -77,7 +78,7 @@ def label_moments(rows: Tensor, targets: Tensor, *, scatter: bool = True) -> Lab
     return {
         "count": torch.full((), x.shape[0], dtype=torch.int64, device=x.device),
         "mean": mean,
-        "scatter": x.mT @ x if scatter else x.new_zeros(0, 0),
+        "scatter": gram(x) if scatter else x.new_zeros(0, 0),
         "target_mean": target_mean,
         "cross_scatter": x.mT @ t,
         "target_scatter": t.mT @ t,
