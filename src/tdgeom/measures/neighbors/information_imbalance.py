@@ -161,20 +161,34 @@ def _mean_rank_of_ties(x: Tensor, y: Tensor, k: int, p: float, memory: int | Non
         return nearest_neighbors(x, width, metric=p, memory=memory)
 
     index, weight = weighted_table(search, k, k, n, alike)
+    # Among distinct rows of y, each as many as it has copies.
+    kept, group = first_copies(y).unique(return_inverse=True)
+    many = torch.bincount(group)
+    order = group.argsort()
     total = x.new_zeros((), dtype=torch.float64)
-    for part in torch.arange(n, device=x.device).split(max(1, budget(memory) // (64 * n))):
-        distance, at, _ = search_rows_exactly(y, part, n - 1, p=p, memory=memory)
-        place = torch.arange(1, n, dtype=torch.float64, device=x.device)
-        farther = distance[:, 1:] > SAME * distance[:, :-1]
-        edge = torch.ones_like(farther[:, :1])
-        # A row's rank is the mean of the first and last places at its distance.
-        first = torch.where(torch.cat((edge, farther), -1), place, 0.0).cummax(-1).values
-        last = (
-            torch.where(torch.cat((farther, edge), -1), place, float(n)).flip(-1).cummin(-1).values.flip(-1)
-        )
-        ranks = distance.new_zeros(len(part), n).scatter(-1, at, (first + last) / 2)
-        total = total + (ranks.gather(-1, index[part]) * weight[part]).sum()
+    for part in order.split(max(1, budget(memory) // (64 * n))):
+        asked, inverse = group[part].unique(return_inverse=True)
+        ranks = _group_ranks(y[kept], asked, many, p, memory)[inverse]
+        total = total + (ranks.gather(-1, group[index[part]]) * weight[part]).sum()
     return total / (n * k)
+
+
+def _group_ranks(y: Tensor, which: Tensor, many: Tensor, p: float, memory: int | None) -> Tensor:
+    """(r, m): mean rank, from the rows ``which`` of distinct rows (m, E), of the ``many`` copies of each, ties included."""
+    m = len(y)
+    if m == 1:
+        return (many / 2).double().expand(len(which), 1)
+    distance, at, _ = search_rows_exactly(y, which, m - 1, p=p, memory=memory)
+    own = which.unsqueeze(-1)
+    distance, at = torch.cat((torch.zeros_like(distance[:, :1]), distance), -1), torch.cat((own, at), -1)
+    count = many[at].double()
+    count[:, 0] -= 1  # a row is not among its own copies
+    end = count.cumsum(-1)
+    farther = distance[:, 1:] > SAME * distance[:, :-1]
+    edge = torch.ones_like(farther[:, :1])
+    begin = torch.where(torch.cat((edge, farther), -1), end - count, 0.0).cummax(-1).values
+    end = torch.where(torch.cat((farther, edge), -1), end, torch.inf).flip(-1).cummin(-1).values.flip(-1)
+    return distance.new_zeros(len(which), m).scatter(-1, at, (begin + end + 1) / 2)
 
 
 def conditional_ranks(

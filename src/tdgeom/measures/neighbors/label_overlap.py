@@ -49,7 +49,11 @@ def label_overlap(
     rows, _ = check_rows(x, 1)
     share = label_shares(rows.detach(), label, each, used, *minkowski(metric), memory)
     value = _mean(share, label, used, balanced)
-    return undefined_where_alike(value, all_alike(x), "label_overlap") if x.shape[-2] else value
+    alike = all_alike(x)
+    undefined_where_alike(
+        torch.zeros_like(value), alike, "label_overlap"
+    )  # its word alone: no labels have another
+    return torch.where(alike, torch.nan, value)
 
 
 @opaque(lambda x, label, *settings: label.new_empty(label.shape, dtype=torch.float64))

@@ -66,7 +66,7 @@ def weighted_table(
         weight, beyond = tie_weights(table.distance, k, table.tied_beyond)
         if width == n - 1 or not occurs(beyond & ~skip.unsqueeze(-1)):
             return table.index, weight
-        width = min(4 * width, n - 1)
+        width = min(16 * width, n - 1)
 
 
 def common_weight(index_a: Tensor, weight_a: Tensor, index_b: Tensor, weight_b: Tensor) -> Tensor:

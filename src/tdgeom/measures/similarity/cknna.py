@@ -52,7 +52,7 @@ def _neighbours(x: Tensor, k: int, measure: str) -> _Neighbours:
         weight = _weights(value.detach(), k, rounding)
         if width == n - 1 or not occurs(weight[..., -1] > 0):
             break
-        width = min(4 * width, n - 1)
+        width = min(16 * width, n - 1)
     plain = not (occurs(weight[..., :k] != 1) or torch.compiler.is_compiling())
     if plain:
         near, value = near[..., :k], value[..., :k]
@@ -82,11 +82,13 @@ def _weights(value: Tensor, k: int, rounding: Tensor) -> Tensor:
 
 
 def _hsic(a: _Neighbours, b: _Neighbours) -> Tensor:
-    """n(n-3) HSIC₁ of α∘K and α∘L, α_ij the product of the weights that j has for i on both sides; never N x N.
+    """n(n-3) HSIC₁ of α∘K and α∘L, α_ij the product of the weights that j has for i on both sides; N x N only if ties are.
 
     The mask is not symmetric, so the transposes of the formula are kept: ``Σ K∘Lᵀ`` and ``Σ KL``.
     """
     n = a.near.shape[-2]
+    if max(a.near.shape[-1], b.near.shape[-1]) > n // 16:
+        return _dense_hsic(a, b)
     lead = torch.broadcast_shapes(a.near.shape[:-2], b.near.shape[:-2])
     row = torch.arange(n, device=a.near.device).unsqueeze(-1) * n
 
@@ -105,6 +107,20 @@ def _hsic(a: _Neighbours, b: _Neighbours) -> Tensor:
     columns = k_values.new_zeros(*lead, n).scatter_add(-1, j, k_values)
     middle = (columns * l_values.unflatten(-1, (n, -1)).sum(-1)).sum(-1)
     return hsic1(trace, middle, k_values.sum(-1), l_values.sum(-1), n)
+
+
+def _dense_hsic(a: _Neighbours, b: _Neighbours) -> Tensor:
+    """The same from N x N matrices, where neighbourhoods are not much smaller."""
+    n = a.near.shape[-2]
+
+    def matrix(side: _Neighbours, part: Tensor | None) -> Tensor:
+        part = torch.ones_like(side.value) if part is None else part
+        return part.new_zeros(*part.shape[:-1], n).scatter(-1, side.near, part)
+
+    mask = matrix(a, a.weight) * matrix(b, b.weight)
+    k_values, l_values = mask * matrix(a, a.value), mask * matrix(b, b.value)
+    trace, middle = (k_values * l_values.mT).sum((-2, -1)), (k_values.sum(-2) * l_values.sum(-1)).sum(-1)
+    return hsic1(trace, middle, k_values.sum((-2, -1)), l_values.sum((-2, -1)), n)
 
 
 def _looked_up(wanted: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
