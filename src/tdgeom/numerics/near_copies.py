@@ -7,6 +7,9 @@ order stands for all within that distance of it, so no two copies are farther ap
 Copies lie within that distance of each other in any projection too. Sorting one projection leaves few pairs to look at in
 float32; half precision leaves many, and a product of a few projections (a hundredth of a search) does it there. What is left is
 compared from differences in float64.
+
+Float32 rows with a mean of a hundred thousand standard deviations or more lie within that distance of one another because of the
+mean: there only exact copies are copies.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ _TIMES = {torch.float64: 16.0, torch.float32: 16.0, torch.bfloat16: 4.0, torch.f
 _LINES = 16  # projections
 _PAIRS = 2**16  # looked at together, and more where few of them are near
 _FEW = 16  # pairs a row, up to which they are listed
+_ENOUGH = 32  # rows whose spread can be told
 
 
 def rounding_radius(dtype: torch.dtype) -> float:
@@ -49,6 +53,8 @@ def near_copies(x: Tensor, radius: float) -> Tensor:
     if n < 2 or radius == 0:
         return own
     lines, size = _projected(x)
+    if _hidden_by_an_offset(x, size, radius):
+        return own
     reach = radius * size
     wide = (
         reach + 4 * product_error(x.shape[-1], torch.float64) * size
@@ -61,6 +67,19 @@ def near_copies(x: Tensor, radius: float) -> Tensor:
             if leader[a] == a and leader[b] == b:
                 leader[b] = a
     return torch.tensor(leader, device=x.device)
+
+
+def _hidden_by_an_offset(x: Tensor, size: Tensor, radius: float) -> bool:
+    """Whether all rows lie within a few radii of their mean, far from 0: then the radius tells nothing about copies.
+
+    Rows much closer than the radius are roundings of one row; few rows are taken at the rule's word.
+    """
+    if len(x) < _ENOUGH:
+        return False
+    mean = x.mean(0, dtype=torch.float64)
+    spread = (size.square().mean() - mean.square().sum()).clamp(min=0).sqrt()
+    within = float(radius * size.square().mean().sqrt() / spread)
+    return (0.25 if radius < 1e-3 else 1.0) < within < 4.0
 
 
 def _projected(x: Tensor) -> tuple[Tensor, Tensor]:

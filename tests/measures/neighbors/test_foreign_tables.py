@@ -1,4 +1,4 @@
-"""Tables of scikit-learn, FAISS and files, with the row itself in any column: converted, or refused where they are given as they come."""
+"""Tables of other libraries and of files, the row itself in any column: converted, or refused if given as they come."""
 
 from __future__ import annotations
 
