@@ -197,3 +197,67 @@ def test_it_is_done_once_and_leaves_nothing_behind():
     model.transformer.h[1].mlp.act = torch.nn.ReLU()  # another class of blocks now
     Capture(model, "v")
     assert len(calls) == 2 and len(verified(model)["structure"]) == 2
+
+
+class Relative(nn.Module):
+    """Its scores hold what queries make of distances, beside the product of queries and keys."""
+
+    def __init__(self, relative):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8) for _ in range(4))
+        self.num_heads, self.relative = 2, relative
+        self.distance = nn.Parameter(torch.randn(4, 3) * 3)
+
+    def forward(self, x):
+        q, k, v = (
+            p(x).unflatten(-1, (2, 4)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        scores = q @ k.transpose(-1, -2) / 2
+        if self.relative:
+            scores = scores + torch.einsum("bhqd,dk->bhqk", q, self.distance)
+        return self.o_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    def __init__(self, relative):
+        super().__init__()
+        self.attn, self.norm = Relative(relative), nn.LayerNorm(8)
+
+    def forward(self, x):
+        return x + self.attn(self.norm(x))
+
+
+class Frames(nn.Module):
+    def __init__(self, relative):
+        super().__init__()
+        self.blocks = nn.ModuleList(Layer(relative) for _ in range(2))
+
+    def forward(self, frames):
+        for block in self.blocks:
+            frames = block(frames)
+        return frames
+
+
+@pytest.mark.parametrize("form", ["module", "context"])
+def test_what_lies_inside_a_forward_is_checked_in_the_first_call_too(form):
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    for relative in (False, True):
+        torch.manual_seed(1)
+        model = Frames(relative).eval()
+
+        def call(kind, model=model):
+            capture = Capture(model, kind)
+            if form == "module":
+                return capture(TensorDict({"frames": x}))
+            with capture as calls:
+                model(x)
+            return calls[0]
+
+        call("residual_output")
+        assert call(["attn_pattern", "z"])["acts", "attn_pattern.1"].shape == (2, 2, 3, 3)
+        if relative:
+            with pytest.raises(RuntimeError, match="not its scaled product with a bias of positions.*Remedy"):
+                call("q_rotary")
+        else:
+            assert call("q_rotary")["acts", "q_rotary.1"].shape == (2, 3, 2, 4)
+        assert not any("forward" in m.__dict__ or m._forward_hooks for m in model.modules())

@@ -24,12 +24,13 @@ class BlockCall:
     def __init__(
         self, model: nn.Module, entries: Mapping[str, ResolvedSite], key: Key, asked: set[str]
     ) -> None:
-        self.model, self.key, self.asked = model, key, asked
+        self.model, self.key, self.asked, self.inside = model, key, asked, False
         self.reads = BlockReads(model, entries)
 
     def open(self) -> None:
-        """Install the hooks: beside the call, not inside of forwards."""
-        self.reads.open(inside=False)
+        """Install the hooks; inside of forwards only where what lies there is read anyway."""
+        self.inside = bool(self.asked & self._inner())
+        self.reads.open(inside=self.inside)
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -41,13 +42,17 @@ class BlockCall:
         seen = self.reads.ran and "residual_output" in self.reads.values
         if not seen or not _is_left_alone(self.reads.block):
             return
-        inner = {kind for kind, entry in self.reads.entries.items() if entry.in_softmax or entry.in_router}
-        reasons = {kind: why for kind, why in refusals(self.reads).items() if kind not in inner}
+        unseen = set() if self.inside else self._inner()
+        reasons = {kind: why for kind, why in refusals(self.reads).items() if kind not in unseen}
         wrong = {self.reads.entries[kind].site: why for kind, why in reasons.items() if kind in self.asked}
         if wrong:
             raise refusal(self.model, wrong)
         facts: Facts = verified(self.model).setdefault("structure", {})
-        facts[self.key] = {kind: reasons.get(kind, PASSED) for kind in self.reads.entries}
+        found = {kind: reasons.get(kind, PASSED) for kind in self.reads.entries if kind not in unseen}
+        facts[self.key] = {**facts.get(self.key, {}), **found}
+
+    def _inner(self) -> set[str]:
+        return {kind for kind, entry in self.reads.entries.items() if entry.in_softmax or entry.in_router}
 
 
 class StackCall:
@@ -129,7 +134,7 @@ def unverified(model: nn.Module, entries: Sequence[ResolvedSite]) -> list[FirstC
     for entry in entries:
         place = (entry.site.stack, entry.site.layer)
         key = keys.get(place)
-        if key is None or key in facts or entry.call:
+        if key is None or entry.site.kind in facts.get(key, {}) or entry.call:
             continue
         if key not in looks:
             looks[key] = BlockCall(model, layers[place], key, set())

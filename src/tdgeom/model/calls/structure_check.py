@@ -85,6 +85,8 @@ def refusal(model: nn.Module, reasons: Mapping[Site, str]) -> SiteRefused:
     reason = next(iter(by_reason))
     layers = sorted({site.layer for site in sites if site.layer is not None})
     where = f" at the layers {layers}" if layers else ""
+    if "Remedy:" not in reason:
+        reason += ". Remedy: other layers where there are some, or 'module_output:<path>' and what the model does with it"
     remedy = (
         ""
         if "Remedy: " in reason
