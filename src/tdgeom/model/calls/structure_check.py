@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -27,12 +28,14 @@ from tdgeom.model.calls.site_hooks import Places
 from tdgeom.model.calls.stream_order import STREAM_KINDS, StackReads
 from tdgeom.model.calls.verified import verified
 from tdgeom.model.sites import Site
+from tdgeom.model.structure.module_roles import module_tree
 from tdgeom.model.structure.parts import is_neutral, join
 from tdgeom.model.structure.resolved_site import ADDED_KINDS, ResolvedSite
 
 _BATCH, _LENGTH = 2, 5
 PASSED = ""  # what is kept of a kind that is what it should be
 Key = tuple[Any, ...]
+_MADE_OF: WeakKeyDictionary[nn.Module, tuple[list, Key]] = WeakKeyDictionary()
 Facts = dict[
     Key, dict[str, Any]
 ]  # what a block is made of -> kind -> why it is refused, or "" where it holds
@@ -85,8 +88,6 @@ def refusal(model: nn.Module, reasons: Mapping[Site, str]) -> SiteRefused:
     reason = next(iter(by_reason))
     layers = sorted({site.layer for site in sites if site.layer is not None})
     where = f" at the layers {layers}" if layers else ""
-    if "Remedy:" not in reason:
-        reason += ". Remedy: other layers where there are some, or 'module_output:<path>' and what the model does with it"
     remedy = (
         ""
         if "Remedy: " in reason
@@ -118,18 +119,21 @@ def block_keys(model: nn.Module, entries: Sequence[ResolvedSite]) -> dict[tuple,
 
 
 def _made_of(block: nn.Module) -> Key:
-    parts = []
-    for name, module in block.named_modules():
-        shapes = tuple((n, tuple(p.shape)) for n, p in module._parameters.items() if p is not None)
-        flags = tuple(
-            (n, v)
-            for n, v in list(vars(module).items())  # another thread may enter a context meanwhile
-            if isinstance(v, bool | str | float) and n != "training" and n[0] != "_"
-        )
-        parts.append((name, type(module), shapes, flags))
-    scales = (*block.parameters(recurse=False), *block.buffers(recurse=False))  # what it may scale by
-    own = tuple(tensor._version for tensor in scales if not tensor.is_inference())
-    return (tuple(parts), own)
+    tree = module_tree(block)
+    known = _MADE_OF.get(block)
+    if known is None or known[0] != tree:
+        parts = [(n, type(m), tuple((k, tuple(p.shape)) for k, p in m._parameters.items() if p is not None))
+                 for n, m in block.named_modules()]  # fmt: skip
+        known = _MADE_OF[block] = tree, tuple(parts)
+    # what it may scale by, as it is now
+    flags = tuple(
+        (n, v)
+        for n, v in list(vars(block).items())  # another thread may enter a context meanwhile
+        if isinstance(v, bool | str | float) and n != "training" and n[0] != "_"
+    )
+    scales = (*block._parameters.values(), *block._buffers.values())
+    own = tuple(t._version for t in scales if t is not None and not t.is_inference())
+    return (known[1], flags, own)
 
 
 # ------------------------------------------------------------------------------------------------ the tiny pass

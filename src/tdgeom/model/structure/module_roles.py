@@ -78,3 +78,18 @@ def has_weights(module: nn.Module) -> bool:
 def join(path: str, name: str) -> str:
     """The path of what lies at ``name`` inside ``path``; either may be empty."""
     return f"{path}.{name}" if path and name else path or name
+
+
+def module_tree(root: nn.Module) -> list[tuple[str, type, nn.Module]]:
+    """Every module below a root with its name and class, in order: equal where nothing was put in another's place."""
+    found: list[tuple[str, type, nn.Module]] = []
+    waiting = [root]
+    seen: set[int] = set()
+    while waiting:
+        for name, child in waiting.pop()._modules.items():
+            if child is not None:
+                found.append((name, type(child), child))
+                if id(child) not in seen:
+                    seen.add(id(child))
+                    waiting.append(child)
+    return found

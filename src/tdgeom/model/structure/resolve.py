@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -22,10 +23,16 @@ from tdgeom.model.sites import (
     split_element,
 )
 from tdgeom.model.structure.blocks import Stack, find_final_norm, find_stacks
+from tdgeom.model.structure.module_roles import module_tree
 from tdgeom.model.structure.parts import Part, find_parts, join
 from tdgeom.model.structure.readers import spelled
 from tdgeom.model.structure.resolved_site import ResolvedSite
 from tdgeom.model.structure.select_heads import HeadSpec, with_heads
+
+# the tree of a model's modules, its stacks and its sites: held by the model's own life, and never the model itself
+_FOUND: WeakKeyDictionary[nn.Module, tuple[list[tuple], list[Stack], list[ResolvedSite]]] = (
+    WeakKeyDictionary()
+)
 
 
 def find_sites(model: nn.Module) -> list[ResolvedSite]:
@@ -38,7 +45,18 @@ def find_sites(model: nn.Module) -> list[ResolvedSite]:
     >>> [(entry.site, entry.module_path) for entry in find_sites(model)][:2]
     [('embed', '0'), ('residual_input.0', '0')]
     """
-    return [entry for stack in find_stacks(model) for entry in _stack_sites(model, stack)]
+    return list(_found(model)[1])
+
+
+def _found(model: nn.Module) -> tuple[list[Stack], list[ResolvedSite]]:
+    """Stacks and sites of a model, found anew where a module of it is another one than before."""
+    modules = module_tree(model)
+    known = _FOUND.get(model)
+    if known is None or known[0] != modules:
+        stacks = find_stacks(model)
+        entries = [entry for stack in stacks for entry in _stack_sites(model, stack)]
+        known = _FOUND[model] = modules, stacks, entries
+    return known[1], known[2]
 
 
 def select_sites(
@@ -68,9 +86,9 @@ def select_sites(
         raise ValueError(f"sites= names no site; kinds: {', '.join(KINDS)}.")
     # paths of modules alone ask nothing of the structure, which takes longest to find
     paths = _is_all(layers) and not any(isinstance(name, str) and ":" not in name for name in wanted)
-    stacks = [] if paths else find_stacks(model)
-    if found is None and not paths:
-        found = find_sites(model)
+    stacks, all_found = ([], []) if paths else _found(model)
+    if found is None:
+        found = all_found
     chosen: list[ResolvedSite] = []
     applied = any(map(takes_layers, wanted))
     for name in wanted:
@@ -96,9 +114,12 @@ def select_sites(
         names = ", ".join(sorted({repr(entry.site.kind) for entry in chosen}))
         raise ValueError(f"layers={layers!r} was given, and {names} has no layers. Remedy: leave it out.")
     unique = {entry.site: entry for entry in chosen}
+    rank = {entry.site: i for i, entry in enumerate(found)}
     ordered = list(unique.values())
-    if len(ordered) > 1:
-        ordered.sort(key=_execution_order(model, find_sites(model) if found is None else found))
+    if all(site in rank for site in unique):
+        ordered.sort(key=lambda entry: rank[entry.site])
+    elif len(ordered) > 1:
+        ordered.sort(key=_execution_order(model, find_sites(model) if paths else found))
     if heads is not None:
         ordered = with_heads(ordered, heads)
     return [replace(e, site=e.site.with_prefix(prefix)) for e in ordered] if prefix else ordered
