@@ -303,3 +303,31 @@ def test_positions_in_three_dimensions_are_the_models_own():
                 }
                 right = hidden(model, alone, capture.module_paths[site])[0]
                 torch.testing.assert_close(acts[row][mask[row].bool()], right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_adapters_and_wrappers_for_several_devices_are_numbered_as_the_model_inside(task):
+    from peft import LoraConfig, get_peft_model
+
+    batch, site = padded("left", 0), "residual_output.2"
+    right = tg.Capture(models.gpt2(), site)(TensorDict(batch))["acts", site]
+    adapted = get_peft_model(
+        models.gpt2(), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, task_type=task)
+    ).eval()
+    for model in (adapted, nn.DataParallel(models.gpt2())):
+        acts = tg.Capture(model, site)(TensorDict(batch))["acts", site]
+        mask = batch["attention_mask"].bool()
+        torch.testing.assert_close(acts[mask], right[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_ranks_share_is_refused_rather_than_run_by_one_of_them():
+    """A pass of one rank alone would wait for the others for ever."""
+    model, batch = build("gpt2"), padded("left", 0)
+    block = model.transformer.h[0]
+    block.__class__ = type("FSDPModule", (type(block),), {})
+    capture = tg.Capture(model, "residual_output.-1")
+    with pytest.raises(ValueError, match="ranks share its weights. Remedy: 'position_ids' in the batch"):
+        capture(TensorDict(batch))
+    mask = batch["attention_mask"]
+    capture(TensorDict({**batch, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}))
+    capture(TensorDict(models.text_batch()))

@@ -59,7 +59,10 @@ def token_mask(mask: Any, batch: int, length: int, past: int | None = None) -> T
     if mask.ndim == 2:
         whole = mask.shape[1] if past is None else past + length
         fits = length <= whole <= mask.shape[1] and not mask.is_floating_point()
-        return mask[:, :whole].bool().expand(batch, -1) if fits else None
+        if not fits:
+            return None
+        own = mask.bool() if whole == mask.shape[1] else mask[:, :whole].bool()
+        return own if len(own) == batch else own.expand(batch, -1)
     if mask.is_floating_point() and float(mask.max()) > 0 and float(mask.min()) > _FORBIDDEN:
         return None  # zeros and ones: nothing says which of them allow
     allowed = _allowed(mask if mask.ndim == 4 else mask[:, None]).expand(batch, -1, -1)

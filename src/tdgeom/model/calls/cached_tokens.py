@@ -13,8 +13,9 @@ from tdgeom.model.calls.call_tensors import CACHES
 
 def find_cache(arguments: Any) -> Any:
     """The cache among a call's arguments or a model's outputs (a mapping, or an object's attributes); None without one."""
+    named = isinstance(arguments, dict | Mapping)
     for name in CACHES:
-        has = arguments.get(name) if isinstance(arguments, Mapping) else getattr(arguments, name, None)
+        has = arguments.get(name) if named else getattr(arguments, name, None)
         if has is not None and not isinstance(has, Tensor | bool | int | str):
             return has
     return None

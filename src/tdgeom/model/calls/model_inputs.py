@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -53,10 +53,18 @@ def read_signature(model: nn.Module) -> Signature:
         return Signature(keys, tuple(k for k in keys if k not in optional_in_keys(model)), (), keys)
     function = _usual_forward(model)
     if function is None:
-        return _signature(_parameters(model))
-    if function not in _SIGNATURES:  # asked for at every context that is made
-        _SIGNATURES[function] = _signature(_parameters(model))
-    return _SIGNATURES[function]
+        signature = _signature(_parameters(model))
+    elif function in _SIGNATURES:  # asked for at every context that is made
+        signature = _SIGNATURES[function]
+    else:
+        signature = _SIGNATURES[function] = _signature(_parameters(model))
+    base = getattr(model, "get_base_model", None)
+    if not callable(base) or all(p.kind is not p.VAR_KEYWORD for p in _parameters(model)):
+        return signature
+    # adapters hand on what they do not name
+    inner, own = read_signature(base()), set(signature.names)
+    more = [tuple(name for name in names if name not in own) for names in (inner.names, inner.tensors)]
+    return replace(signature, names=signature.names + more[0], tensors=signature.tensors + more[1])
 
 
 def _signature(parameters: Sequence[inspect.Parameter]) -> Signature:
