@@ -55,7 +55,7 @@ def neighbors_from(
     >>> table["neighbors", "index"].shape
     torch.Size([200, 8])
     >>> round(float(tg.TwoNN(source="neighbors")(table)["dimension", "twonn", "estimate"]), 1)
-    1.9
+    2.1
     """
     if mus is not None:
         if distance is not None or index is not None:
