@@ -172,7 +172,8 @@ def test_sites_verifies_them_against_the_model(command, folder, text):
             for line in out.splitlines()
             if line.startswith("residual_input ") and "hidden states" in line
         ]
-        assert row.split()[-3:] == ["0-2", "0.0e+00", "ok"]
+        layers, error, said = row.split()[-3:]
+        assert (layers, said) == ("0-2", "ok") and float(error) < 1e-6
         assert re.search(r"^\d+ checks ok, 0 failed, \d+ not made\.$", out, re.MULTILINE)
     code, out, _ = command("sites", folder, "--verify", "--layers", "1")
     assert re.search(r"^mlp_output +edit +1 +\S+ +ok", out, re.MULTILINE)
