@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.numerics.centring import occurs
 from tdgeom.numerics.copies import SAME
 
@@ -17,6 +18,7 @@ __all__ = ["neighbors_from", "own_distances", "own_index", "without_self"]
 _REMEDY = "tg.neighbors_from(distance, index) turns the table of another library into one of ours."
 
 
+@answer_guesses
 def neighbors_from(
     distance: Any = None, index: Any = None, *, mus: Any = None, site: str | None = None
 ) -> TensorDict:

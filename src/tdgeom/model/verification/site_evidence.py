@@ -129,10 +129,10 @@ def answer(output: Any) -> Tensor | None:
 
 
 def _read(found: Evidence) -> None:
-    """What the sites give, patterns in a pass of their own (for which the attention kernel is the eager one)."""
-    groups: dict[str, list[Site]] = {}
-    for site in found.entries:
-        groups.setdefault("patterns" if site.kind in PATTERN_KINDS else "others", []).append(site)
+    """What the sites give; those inside the attention kernel in a pass of their own, which takes the kernel apart."""
+    groups: dict[bool, list[Site]] = {}
+    for site, entry in found.entries.items():
+        groups.setdefault(entry.in_softmax, []).append(site)
     for sites in groups.values():
         _read_together(found, sites)
 
