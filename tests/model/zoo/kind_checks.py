@@ -259,11 +259,9 @@ class KindChecks(Examined):
             return
         looks = (scores > -1e4).all(0)
         # a softmax leaves the level of a row free, and what depends on positions alone falls out between two sequences
-        levels = [
-            (t * looks).sum(-1, keepdim=True) / looks.sum(-1, keepdim=True).clamp(min=1)
-            for t in (product, scores)
-        ]
-        level_free = [t - level for t, level in zip((product, scores), levels)]
+        count = looks.sum(-1, keepdim=True).clamp(min=1)
+        shown = [t.masked_fill(~looks, 0.0) for t in (product, scores)]
+        level_free = [t - t.sum(-1, keepdim=True) / count for t in shown]
         one, other = ((t - t[:1])[1:, looks].reshape(-1).double() for t in level_free)
         scale = float(one @ other / (one @ one)) if len(one) else 1.0
         if len(one) and not same(scale * one, other, 1e-3):

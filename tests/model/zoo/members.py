@@ -753,7 +753,7 @@ AUDIO = [
         encoder_num_key_value_heads=4,
         decoder_num_key_value_heads=4,
         like={
-            "batch": lambda: {**waves(1200), "decoder_input_ids": text_pair()["decoder_input_ids"][:2]},
+            "batch": lambda: {**waves(4000), "decoder_input_ids": text_pair()["decoder_input_ids"][:2]},
             "cached": True,
         },
     ),
