@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -170,6 +171,81 @@ def toy(rounds: int, repeat: int) -> None:
         report({name: [t / repeat for t in taken] for name, taken in inside.items()}, "bare", 1e6, "us")
 
 
+def against_tdhook(rounds: int, repeat: int) -> None:
+    """Capture, steer and patch of a tiny GPT-2, entered once, and with the object made for every call."""
+    from tdhook.latent import ActivationCaching, ActivationPatching, SteeringVectors
+
+    model, path = models.gpt2().eval(), "transformer.h.1.mlp"
+    ids = models.text_batch()["input_ids"]
+    other = ids.flip(0).contiguous()
+    keys = {"in_keys": ["input_ids"], "out_keys": ["logits"]}
+    vector = torch.linspace(-1, 1, models.WIDTH)
+    site = f"module_output:{path}"
+    add = lambda module_key, output, v=vector: output + v
+    theirs = {
+        "capture": lambda: ActivationCaching(path.replace(".", r"\.") + "$"),
+        "steer": lambda: SteeringVectors([path], add),
+        "patch": lambda: ActivationPatching([path]),
+    }
+    clean = tg.Capture(model, site)(td_of(input_ids=ids))["acts", site].clone()
+    ours = {
+        "capture": lambda: tg.Capture(model, site, model_outputs="logits"),
+        "steer": lambda: tg.Intervene(model, {site: tg.Steer(vector)}),
+        "patch": lambda: tg.Intervene(model, {site: tg.Patch(clean)}),
+    }
+
+    def given(what: str) -> TensorDict:
+        both = {"input_ids": ids, "patched": td_of(input_ids=other)}
+        return td_of(**(both if what == "patch" else {"input_ids": ids}))
+
+    def use(what: str, own: Any) -> None:
+        """As theirs: the capture called, an edit entered around the model's call; their patching reads the donor as well."""
+        if what == "capture":
+            own(td_of(input_ids=ids))
+            return
+        if what == "patch":
+            model(ids)
+        with own:
+            model(other if what == "patch" else ids)
+
+    def bare(what: str) -> None:
+        model(ids)
+        if what == "patch":  # a donor's pass and the patched one
+            model(other)
+
+    with torch.no_grad():
+        for what in ours:
+            own, prepared = ours[what](), theirs[what]().prepare(model, **keys)
+
+            def own_once(what: str = what, own: Any = own) -> None:
+                use(what, own)
+
+            def their_once(what: str = what, prepared: Any = prepared) -> None:
+                with prepared as hooked:
+                    hooked(given(what))
+
+            def own_anew(what: str = what) -> None:
+                use(what, ours[what]())
+
+            def their_anew(what: str = what) -> None:
+                with theirs[what]().prepare(model, **keys) as hooked:
+                    hooked(given(what))
+
+            for name, pair in (
+                ("", (own_once, their_once)),
+                (", object made each time", (own_anew, their_anew)),
+            ):
+                times = interleaved(
+                    {"bare": lambda what=what: bare(what), "tdgeom": pair[0], "tdhook": pair[1]},
+                    rounds,
+                    repeat,
+                )
+                ratio = statistics.median(a / b for a, b in zip(times["tdgeom"], times["tdhook"]))
+                medians = {who: statistics.median(taken) * 1e6 for who, taken in times.items()}
+                said = ", ".join(f"{who} {value:.0f} us" for who, value in medians.items())
+                print(f"{what + name:34s} {said}: {ratio:.2f} of tdhook")
+
+
 def gpt2_small(rounds: int, length: int) -> None:
     """48 sites of a GPT-2 of the small size with random weights."""
     torch.manual_seed(0)
@@ -200,4 +276,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     parity()
     toy(rounds=11 if short else 31, repeat=20)
+    against_tdhook(rounds=11 if short else 31, repeat=10)
     gpt2_small(rounds=7 if short else 31, length=128 if short else 256)

@@ -14,7 +14,7 @@ from tensordict.nn import dispatch, set_skip_existing
 from torch import Tensor, nn
 
 from tdgeom.core.keys import Key, key_tuple
-from tdgeom.model.calls.bound_model import eval_mode, has_other_forwards, may_stop
+from tdgeom.model.calls.bound_model import eval_mode, has_other_forwards, may_stop, modules_within
 from tdgeom.model.calls.call_info import CallInfo
 from tdgeom.model.calls.call_paths import is_inside
 from tdgeom.model.calls.checked_sites import choices_beside, resolve_sites
@@ -222,7 +222,7 @@ class Capture(HookingContext):
         self._refuse_entered()
         bound.refuse_compiled(self)
         args, kwargs = self._arguments(self._with_named(tensordict, named))
-        modules = list(model.modules())
+        modules = modules_within(model)
         backward = self.direction == "backward"
         if backward and self.target is None:
             raise ValueError(

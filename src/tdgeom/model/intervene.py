@@ -13,7 +13,7 @@ from torch import nn
 
 from tdgeom.core.keys import Key
 from tdgeom.core.stage_settings import plain_setting
-from tdgeom.model.calls.bound_model import Bound, eval_mode
+from tdgeom.model.calls.bound_model import Bound, eval_mode, modules_within
 from tdgeom.model.calls.checked_sites import refuse_edits, resolve_sites
 from tdgeom.model.calls.hooking_context import HookingContext
 from tdgeom.model.calls.model_inputs import InKeys
@@ -205,7 +205,7 @@ class Intervene(HookingContext):
         """Run the model on a batch with the edits; inputs can also be given by keyword."""
         model, source = self.model, self._with_named(tensordict, named)
         args, kwargs = self._arguments(source)
-        with eval_mode(list(model.modules())), self._grad_mode():
+        with eval_mode(modules_within(model)), self._grad_mode():
             self._enter(source)
             try:
                 output = model(*args, **kwargs)

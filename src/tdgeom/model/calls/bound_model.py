@@ -175,6 +175,22 @@ def has_other_forwards(modules: Sequence[nn.Module]) -> bool:
     return any("forward" in module.__dict__ for module in modules)
 
 
+def modules_within(model: nn.Module) -> list[nn.Module]:
+    """``list(model.modules())`` in another order: without a generator a level, which costs more than a small model's pass.
+
+    >>> len(modules_within(nn.Sequential(nn.Linear(1, 1), nn.ReLU())))
+    3
+    """
+    found = {model: None}
+    modules = [model]
+    for module in modules:  # grows while it is walked
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                modules.append(child)
+    return modules
+
+
 @contextmanager
 def eval_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Every module in eval mode inside; each one's own flag is put back, frozen parts stay frozen."""
