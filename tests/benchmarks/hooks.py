@@ -187,11 +187,12 @@ def against_tdhook(rounds: int, repeat: int) -> None:
         "steer": lambda: SteeringVectors([path], add),
         "patch": lambda: ActivationPatching([path]),
     }
-    clean = tg.Capture(model, site)(td_of(input_ids=ids))["acts", site].clone()
     ours = {
         "capture": lambda: tg.Capture(model, site, model_outputs="logits"),
-        "steer": lambda: tg.Intervene(model, {site: tg.Steer(vector)}),
-        "patch": lambda: tg.Intervene(model, {site: tg.Patch(clean)}),
+        "steer": lambda: tg.Intervene(model, {site: tg.Steer(vector)}, model_outputs="logits"),
+        "patch": lambda: tg.Intervene(
+            model, {site: tg.Patch(inputs={"input_ids": ids})}, model_outputs="logits"
+        ),
     }
 
     def given(what: str) -> TensorDict:
@@ -199,14 +200,8 @@ def against_tdhook(rounds: int, repeat: int) -> None:
         return td_of(**(both if what == "patch" else {"input_ids": ids}))
 
     def use(what: str, own: Any) -> None:
-        """As theirs: the capture called, an edit entered around the model's call; their patching reads the donor as well."""
-        if what == "capture":
-            own(td_of(input_ids=ids))
-            return
-        if what == "patch":
-            model(ids)
-        with own:
-            model(other if what == "patch" else ids)
+        """The same work as theirs: tensors in a TensorDict, logits out of it; a patch runs the donor and reads it."""
+        own(td_of(input_ids=other if what == "patch" else ids))
 
     def bare(what: str) -> None:
         model(ids)
