@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from threading import Lock
 from typing import Any
 
-from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import dispatch, set_skip_existing
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from tdgeom.core.keys import Key, key_tuple
-from tdgeom.model.calls.bound_model import eval_mode, has_other_forwards, may_stop, modules_within
-from tdgeom.model.calls.call_info import CallInfo
-from tdgeom.model.calls.call_paths import is_inside
+from tdgeom.core.keys import Key
 from tdgeom.model.calls.checked_sites import choices_beside, resolve_sites
-from tdgeom.model.calls.hooking_context import HookingContext
-from tdgeom.model.calls.model_inputs import (
-    InKeys,
-    ids_beyond_vocabulary,
-    needs_decoder_ids,
-)
-from tdgeom.model.calls.reading import Pass, Reading, StopForward, read_named_outputs
-from tdgeom.model.calls.recorded_calls import LastRecord, held_elsewhere, write_entries
-from tdgeom.model.calls.repeated_calls import CallsSpec, FiredTooOften
-from tdgeom.model.calls.site_hooks import Place
-from tdgeom.model.calls.token_axis import is_time_first
-from tdgeom.model.gradients import await_gradients, differentiable, replace_by_gradients
-from tdgeom.model.sites import LayerSpec, Site, split_element, token_side
+from tdgeom.model.calls.model_inputs import InKeys
+from tdgeom.model.calls.recorded_calls import LastRecord
+from tdgeom.model.calls.repeated_calls import CallsSpec
+from tdgeom.model.capture_batches import CaptureBatches
+from tdgeom.model.capture_calls import CaptureCalls
+from tdgeom.model.capture_keys import name_leaves, prefixed
+from tdgeom.model.sites import LayerSpec, Site
 from tdgeom.model.structure.resolved_site import ResolvedSite
 from tdgeom.model.structure.select_heads import HeadSpec
 
 
-class Capture(HookingContext):
+class Capture(CaptureBatches, CaptureCalls):
     """Reads named places of a model: a TensorDict module, and a context manager around the user's own calls.
 
     **Module form**, ``capture(td)``: runs the model in eval mode without gradients and without a cache, on every
@@ -100,6 +88,7 @@ class Capture(HookingContext):
     range, paths that match nothing, compiled models, and sites that never fire or fire more often than they should.
 
     >>> import torch
+    >>> from tensordict import TensorDict
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     >>> capture = Capture(model, "residual_output", in_keys=["x"])
     >>> td = capture(TensorDict({"x": torch.ones(3, 4)}))
@@ -165,9 +154,15 @@ class Capture(HookingContext):
         self._all_sites = [entry.site for entry in self._bound.sites]
         self.sites = self._all_sites[: self._asked_for]
         root: Key = "acts" if direction == "forward" else "grads"
-        self._leaves = self._name_leaves(root if out_keys is None else out_keys)
+        self._leaves = name_leaves(
+            root if out_keys is None else out_keys,
+            self._all_sites,
+            prefixed(self.model_outputs, prefix),
+            nested=nested,
+            asked=self._asked_for,
+        )
         self._last = LastRecord(self._leaves)
-        self._readings: tuple[tuple, Reading] | None = None
+        self._readings = None
         self._recording = Lock()
         self.out_keys: list[Any] = list(self._leaves)
 
@@ -176,296 +171,3 @@ class Capture(HookingContext):
         entries = resolve_sites(model, **self._asked)
         self._asked_for = len(entries)
         return [*entries, *(choices_beside(model, entries) if self._with_choices else ())]
-
-    def _name_leaves(self, out_keys: Key | list[Key]) -> list[Key]:
-        outputs = [
-            (self.prefix + name[0], *name[1:]) if isinstance(name, tuple) else self.prefix + name
-            for name in self.model_outputs
-        ]
-        if isinstance(out_keys, str | tuple):
-            root = key_tuple(out_keys)
-            return [*((*root, *self._parts(site)) for site in self._all_sites), *outputs]
-        if len(out_keys) != len(self._all_sites) + len(outputs):
-            raise ValueError(
-                f"out_keys= expected {len(self.sites) + len(outputs)} keys, for "
-                f"{[*map(str, self.sites), *outputs]}, got {len(out_keys)}. Remedy: give one root key "
-                "instead of a list."
-            )
-        return list(out_keys)
-
-    def _parts(self, site: Site) -> tuple[str, ...]:
-        if not self.nested or site.path is None:
-            return (str(site),)
-        head, side = site.prefix.rstrip("/"), "input" if site.kind == "module_input" else ""
-        path, element = split_element(site.path)
-        return tuple(part for part in (head, *path.split("."), *map(str, element or ()), side) if part)
-
-    @property
-    def resolved(self) -> tuple[ResolvedSite, ...]:
-        """The sites with their modules, heads and scales, in execution order."""
-        return self._bound.sites
-
-    def call_model(self, tensordict: TensorDictBase, output: str = "logits") -> Tensor:
-        """The model's output on a batch, called as the module form does but read nowhere and run to its end."""
-        args, kwargs = self._arguments(tensordict)
-        return read_named_outputs(self.model(*args, **kwargs), [output])[output]
-
-    # -------------------------------------------------------------------------------------- module form
-
-    @dispatch(auto_batch_size=False)
-    @set_skip_existing(None)
-    def forward(
-        self, tensordict: TensorDictBase, tensordict_out: TensorDictBase | None = None, **named: Tensor
-    ) -> TensorDictBase:
-        """Run the model on a batch (inputs can also be given by keyword) and write what was read."""
-        model, bound = self.model, self._bound
-        self._refuse_entered()
-        bound.refuse_compiled(self)
-        args, kwargs = self._arguments(self._with_named(tensordict, named))
-        modules = modules_within(model)
-        backward = self.direction == "backward"
-        if backward and self.target is None:
-            raise ValueError(
-                "Capture(direction='backward') needs target= in module form, a function of the model's output that gives "
-                "the scalar to differentiate. Remedy: target=lambda out: out.logits[:, -1, token].sum(), or the context "
-                "form around your own backward()."
-            )
-        # a whole pass first: what fires again behind the last site would never be seen by one that stops there
-        counting = self.calls is None and not bound.is_counted()
-        stop = not self.model_outputs and not backward and self.calls not in ("last", "all")
-        stop = stop and may_stop(modules) and not has_other_forwards(modules)
-        session = self._reading(stop and not counting)
-        self._use(session)
-        try:
-            session.open()
-            with eval_mode(modules), differentiable(model) if backward else self._grad_mode():
-                session.begin()
-                output = self._called(model, args, kwargs, session if stop and counting else None)
-                fired = session.current.fired
-                if stop and counting and not session.current.is_as_read():
-                    # what runs behind the last site may have written to what was read: the pass that stops does not get there
-                    bound.count(fired)
-                    session.close()
-                    session = self._reading(stop)
-                    self._use(session)
-                    session.open()
-                    session.begin()
-                    output = self._called(model, args, kwargs, None)
-                done = session.end()
-                self._refuse_missing(done.acts, fired)
-                self._turn(done, self._bound.inputs.tokens(args, kwargs))
-                if counting or self.calls in ("last", "all"):
-                    bound.count(fired)
-                if backward and self.target is not None:
-                    replace_by_gradients(done, bound.sites, self.target(output))
-                values = self._values(done, output)
-        finally:
-            session.close()
-            self._use(None)
-        del output, done
-        bound.watched = True
-        if not self.keep_graph:
-            values |= {key: value.clone() for key, value in held_elsewhere(values).items()}
-        target = tensordict if tensordict_out is None else tensordict_out
-        write_entries(target, values, "Capture")
-        self._fill_cache(values)
-        return target
-
-    def _called(
-        self, model: nn.Module, args: list[Any], kwargs: dict[str, Any], counting: Reading | None
-    ) -> Any:
-        """The model's output; None where the last site stopped it.
-
-        ``counting`` is the session of a pass that could have stopped, and goes on to count: what fails behind the last site (a
-        decoder without inputs) is nobody's concern.
-        """
-        try:
-            return model(*args, **kwargs)
-        except StopForward:
-            return None
-        except Exception as error:
-            if counting is not None and counting.has_all() and not isinstance(error, FiredTooOften):
-                return None
-            self._explain(error, kwargs)
-            raise
-
-    def _explain(self, error: Exception, kwargs: dict[str, Any]) -> None:
-        """Raise an error that says more, where more is known."""
-        if isinstance(error, IndexError) and (said := ids_beyond_vocabulary(self.model, kwargs)) is not None:
-            raise ValueError(said) from error
-        lacks = needs_decoder_ids(self._bound.inputs.signature, kwargs)
-        if lacks and isinstance(error, ValueError | TypeError | AttributeError):
-            raise ValueError(
-                f"{self._bound.name} failed without 'decoder_input_ids', which its decoder may need for "
-                "the sites asked for. Remedy: put 'decoder_input_ids' or 'labels' in the batch, or "
-                "ask for encoder sites only."
-            ) from error
-
-    def _reading(self, stop: bool, *, context: bool = False) -> Reading:
-        """The hooks of one use; made again only where they would not be the same as last time."""
-        bound = self._bound
-        told = (self.clone, self.keep_graph, self.direction, self.calls, self.threads, self.callback)
-        wanted = (bound, stop, context, bound.watched, *told)
-        if self._readings is None or self._readings[0] != wanted:
-            reading = Reading(
-                bound.places,
-                stop=stop,
-                clone=self.clone,
-                keep_graph=self.keep_graph,
-                watch=not bound.watched,
-                backward=self.direction == "backward",
-                calls=self.calls,
-                threads=self.threads if context else "own",
-                callback=self.callback,
-                record=self._record if context else None,
-                secure=self._last.secure if context else None,
-            )
-            self._readings = wanted, reading
-        return self._readings[1]
-
-    def _fill_cache(self, values: dict[Key, Tensor]) -> None:
-        if self.cache is not None:
-            write_entries(self.cache, values, "Capture")
-
-    def _turn(self, done: Pass, tokens: Callable[[str], tuple[int, int] | None]) -> None:
-        """Make (B, T, ...) of (T, B, ...), where a model works on that."""
-        for entry in self._bound.sites:
-            value = done.acts.get(entry.site)
-            if value is None or value.ndim < 3:
-                continue
-            if is_time_first(self.model, entry, value, tokens(token_side(entry.site)), self._bound.sites):
-                if self.direction == "backward":
-                    raise RuntimeError(
-                        f"the site {str(entry.site)!r} is (T, B, D), of which gradients cannot be given as (B, T, D). Remedy: "
-                        "direction='forward', or torch.autograd.grad of what it gives with keep_graph=True."
-                    )
-                done.acts[entry.site] = value.transpose(0, 1)
-
-    def _values(self, done: Pass, output: Any, *, whole: bool = True) -> dict[Key, Tensor]:
-        values = {key: done.acts[s] for key, s in zip(self._leaves, self._all_sites) if s in done.acts}
-        for key, name in zip(self._leaves[len(self._all_sites) :], self.model_outputs):
-            # a part that is called instead of the model (an encoder) need not have all of them
-            named = read_named_outputs(output, [name]) if whole or _has(output, name) else {}
-            for value in named.values():
-                values[key] = self._kept(value).clone() if self.clone else self._kept(value)
-        return values
-
-    # ------------------------------------------------------------------------------------- context form
-
-    def __enter__(self) -> list[TensorDictBase]:
-        self._refuse_entered()
-        self._bound.refuse_compiled(self)
-        session = self._reading(stop=False, context=True)
-        session.open()
-        self._use(session)
-        return session.calls
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        session = self._session
-        self._use(None)
-        if not isinstance(session, Reading):
-            return
-        try:
-            if kind is None:
-                session.flush()
-        finally:
-            session.close()
-        if kind is not None:
-            return
-        calls, session.calls, session.part = session.calls, [], None
-        if calls and self.direction == "forward":
-            self._bound.watched = True
-            read = {key for call in calls for key in call.keys(True)}
-            self._refuse_missing(site for site, key in zip(self._all_sites, self._leaves) if key in read)
-        elif not session.called:
-            self._refuse_foreign(session)
-            warnings.warn(
-                f"no call of {self._bound.name} was seen in this Capture's block. Compiled code (a torch.compile around the "
-                "model, called before) and copies of the model run without hooks. Remedy: call the model that Capture was "
-                "given.",
-                stacklevel=2,
-            )
-
-    @contextmanager
-    def disable_hooks(self) -> Iterator[None]:
-        """Inside, calls of the model are neither read nor listed (this Capture must be entered)."""
-        session = self._session
-        if not isinstance(session, Reading):
-            raise RuntimeError(
-                "disable_hooks() expects an entered Capture. Remedy: call it inside the with block."
-            )
-        before, session.disabled = session.disabled, True
-        try:
-            yield
-        finally:
-            session.disabled = before
-
-    def _record(
-        self,
-        session: Reading,
-        done: Pass,
-        module: nn.Module | None,
-        args: tuple,
-        kwargs: dict,
-        output: Any,
-    ) -> None:
-        with self._recording:
-            whole = module is not None and not done.path
-            info = done.told.get(done.path) or CallInfo()
-            self._turn(done, info.tokens)
-            values, td = self._values(done, output, whole=whole), self._part_of(session, done)
-            for name, value in info.recorded(done.acts.values(), self._bound.inputs.recorded).items():
-                # the caller may fill the same tensors again for the next call
-                td.set(name, value if not isinstance(value, Tensor) or value.requires_grad else value.clone())
-            if self.direction == "backward":
-                leaves = dict(zip(self._all_sites, self._leaves))
-                await_gradients(done, self._bound.sites, leaves, td, clone=self.clone)
-                values = {k: v for k, v in values.items() if k in self._leaves[len(self._all_sites) :]}
-            values = self._last.own(values)
-            write_entries(td, values, "Capture")
-            self._last.keep(td)
-            self._fill_cache(values)
-            session.part = None if whole else (done, td)
-
-    def _part_of(self, session: Reading, done: Pass) -> TensorDictBase:
-        """A new entry, or the one of a part that ran on its own right before a call of the whole that did not run it."""
-        calls, part = session.calls, session.part
-        if part is not None and calls and calls[-1] is part[1]:
-            inside = is_inside(part[0].path, done.path)
-            if inside and part[0].acts.keys().isdisjoint(done.acts):
-                return part[1]
-        calls.append(TensorDict({}, batch_size=[]))
-        return calls[-1]
-
-    def _refuse_missing(self, read: Iterable[str], fired: Mapping[Place, int] | None = None) -> None:
-        have = set(read)
-        missing = [site for site in self.sites if site not in have]
-        if not missing:
-            return
-        paths = ", ".join(f"{site!s} ({self.module_paths[site]})" for site in missing[:5])
-        if isinstance(self.calls, int) and fired is not None:
-            places = [(entry.module_path, entry.side) for entry in self._bound.sites if entry.site in missing]
-            raise RuntimeError(
-                f"calls={self.calls} means the call after {self.calls} others, but {paths} fired "
-                f"{[fired.get(place, 0) for place in places][:5]} times in the pass. Remedy: a smaller number, or 'last'."
-            )
-        raise RuntimeError(
-            f"expected every site to fire, {len(missing)} never did: {paths}. The forward pass did not "
-            "run these modules through their __call__ (skipped, compiled, replaced since the Capture "
-            "was made, or called by another method). Remedy: leave them out, or make a new Capture "
-            "after changing the model."
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        fresh = {"_last": LastRecord(self._leaves), "_readings": None, "_recording": None}
-        return {**super().__getstate__(), **fresh}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "_recording": Lock()})
-
-
-def _has(output: Any, name: str) -> bool:
-    value = (
-        output.get(name, None) if isinstance(output, dict | TensorDictBase) else getattr(output, name, None)
-    )
-    return isinstance(value, Tensor)

@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdgeom.core.keys import Key
-from tdgeom.model.calls.reading import Pass
+from tdgeom.model.calls.read_pass import Pass
 from tdgeom.model.sites import Site
 from tdgeom.model.structure.resolved_site import ResolvedSite
 

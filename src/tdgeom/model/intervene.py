@@ -17,7 +17,7 @@ from tdgeom.model.calls.bound_model import Bound, eval_mode, modules_within
 from tdgeom.model.calls.checked_sites import refuse_edits, resolve_sites
 from tdgeom.model.calls.hooking_context import HookingContext
 from tdgeom.model.calls.model_inputs import InKeys
-from tdgeom.model.calls.reading import read_named_outputs
+from tdgeom.model.calls.named_outputs import read_named_outputs
 from tdgeom.model.calls.recorded_calls import write_entries
 from tdgeom.model.calls.repeated_calls import CallsSpec
 from tdgeom.model.calls.site_hooks import Place

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from threading import get_ident
 from typing import Any
 
-import torch
-from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from tdgeom.model.calls.checkpointing import runs_again
-from tdgeom.model.calls.first_call import FirstCall, unverified
-from tdgeom.model.calls.model_inputs import read_signature
+from tdgeom.model.calls.listening import Listening
+from tdgeom.model.calls.read_pass import Pass
 from tdgeom.model.calls.repeated_calls import CallsSpec, fired_too_often, is_meant
-from tdgeom.model.calls.site_hooks import Place, Places, SiteHooks, Step
+from tdgeom.model.calls.site_hooks import Place, Places
 from tdgeom.model.calls.structure_check import followers
 from tdgeom.model.sites import Site
 from tdgeom.model.structure.readers import read_input, write_input
@@ -27,52 +23,13 @@ class StopForward(Exception):
     """Raised by a hook once the last site has been read; never leaves the module form."""
 
 
-class Pass(Step):
-    """What one forward pass has given so far."""
-
-    __slots__ = ("acts", "raw", "roots", "several", "versions")
-
-    def __init__(self, path: str = "") -> None:
-        super().__init__(path)
-        self.acts: dict[Site, Tensor] = {}
-        self.versions: dict[Site, int] = {}
-        self.raw: dict[Site, Tensor] = {}
-        self.roots: dict[Site, Tensor] = {}
-        self.several: dict[Site, list[Tensor]] = {}
-
-    def check_unmodified(self) -> None:
-        """Raise if a captured tensor was written to after it was read."""
-        for site, version in self.versions.items():
-            if self.acts[site]._version != version:
-                raise RuntimeError(
-                    f"the tensor read at {str(site)!r} was modified in place later in the same forward "
-                    "pass, so it no longer holds what was there. Remedy: Capture(..., clone=True)."
-                )
-
-    def is_as_read(self) -> bool:
-        """Whether what was read is known to be what it was then."""
-        if len(self.versions) < len(self.acts):
-            return False  # inference tensors do not tell
-        return all(self.acts[site]._version == version for site, version in self.versions.items())
-
-    def add(self, other: Pass) -> None:
-        """Take what a part of the model gave that ran on its own, before or beside this pass."""
-        self.acts.update(other.acts)
-        self.roots.update(other.roots)
-        self.versions.update(other.versions)
-
-
-class Reading(SiteHooks):
-    """Hooks that read sites; ``begin`` and ``end`` mark the model's calls in module form.
+class Reading(Listening):
+    """Hooks that read sites.
 
     ``stop`` ends the forward pass once every site has been read. ``watch`` checks, in the first block of each
     stack, that nothing transforms an attention or MLP output before it is added to the stream. ``backward`` keeps the
-    model's own tensors in ``Pass.roots`` for their gradients. ``calls`` says which one is meant of a module that runs several
-    times in a pass. ``disabled`` says whether reading is switched off. ``record`` is called at the end of each call of the
-    user's (context form): with the pass, the module that was called, its arguments and output.
+    model's own tensors in ``Pass.roots`` for their gradients.
     """
-
-    step_type = Pass
 
     def __init__(
         self,
@@ -89,19 +46,9 @@ class Reading(SiteHooks):
         record: Callable[..., None] | None = None,
         secure: Callable[[], None] | None = None,
     ) -> None:
-        super().__init__(places, threads=threads)
-        self.stop, self.clone, self.keep_graph, self.watch = stop, clone, keep_graph, watch
-        self.backward, self.callback, self.disabled = backward, callback, False
-        self.which, self.record, self.secure = calls, record, secure
-        self.driven = record is None
-        self.early: Pass | None = None
-        self.doubts: list[FirstCall] = []
-        self.calls: list[TensorDictBase] = []  # what a context has recorded so far
-        self.part: tuple[Pass, TensorDictBase] | None = (
-            None  # the newest call, where it was one of a part of the model
-        )
-        self.called = False  # whether anything was called that is listened to
-        self.names: dict[str, Sequence[str]] = {}
+        super().__init__(places, watch=watch, calls=calls, threads=threads, record=record, secure=secure)
+        self.stop, self.clone, self.keep_graph = stop, clone, keep_graph
+        self.backward, self.callback = backward, callback
 
     def around(self) -> None:
         """Hooks of the check, before those that may stop the pass, and behind norms whose gradients are wanted."""
@@ -117,119 +64,6 @@ class Reading(SiteHooks):
     def _make(self) -> None:
         super()._make()
         self.mark_ends()
-
-    def open(self) -> None:
-        """Install the hooks; what a call of the user's has to check comes first."""
-        self.early, self.part, self.disabled, self.calls, self.called = None, None, False, [], False
-        self.doubts = unverified(self.places.model, self.places.sites) if self.watch else []
-        try:
-            for reads in self.doubts:
-                reads.open()
-            super().open()
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Remove the hooks and forget every tensor."""
-        super().close()
-        doubts, self.doubts = self.doubts, []
-        for reads in doubts:
-            reads.close()
-        self.early = None
-
-    def begin(self) -> None:
-        """The module form's call starts."""
-        step = Pass()
-        step.alive = threading.enumerate()
-        self.current = step
-
-    def end(self) -> Pass:
-        """The call is over: one pass, of all threads that it has started."""
-        done, self.current = self.current or Pass(), None
-        return self._finished(done)
-
-    def _finished(self, done: Pass) -> Pass:
-        if done.parts:
-            _join(done)
-        done.check_unmodified()
-        doubts, self.doubts = self.doubts, []
-        for reads in doubts:
-            reads.close()
-            reads.check_call()
-        done.raw.clear()
-        if self.which is not None:
-            self._choose(done)
-        return done
-
-    def _choose(self, done: Pass) -> None:
-        for site, values in done.several.items():
-            if len({(value.shape, value.device) for value in values}) > 1:
-                raise RuntimeError(
-                    f"calls='all' at {str(site)!r} expected calls that give one shape, got "
-                    f"{[tuple(value.shape) for value in values]}. Remedy: calls='first', 'last' or a number."
-                )
-            done.acts[site] = torch.stack(values, min(1, values[0].ndim))
-        done.several.clear()
-
-    # ------------------------------------------------------------------------------------ the user's calls
-
-    def began(self, step: Any, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """A call of the user's starts."""
-        self.called = True
-        if self.record is not None:
-            self.learn(step, step.path, self._names_of(step.path, module), args, kwargs)
-        if self.secure is not None:
-            self.secure()
-
-    def _names_of(self, path: str, module: nn.Module) -> Sequence[str]:
-        if path not in self.names:
-            self.names[path] = read_signature(module).names
-        return self.names[path]
-
-    def ended(self, step: Any, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        """A call of the user's is over: what fired since the last one (an encoder run on its own) belongs to it."""
-        if get_ident() == self.owner:
-            early, self.early = self.early, None
-            if early is not None and not early.acts.keys() & step.acts.keys():
-                step.add(early)
-            elif early is not None:
-                self._emit(early)
-        for info in step.told.values():
-            info.returned(output)
-        done = self._finished(step)
-        if self.record is not None and not self.disabled:
-            self.record(self, done, module, args, kwargs, output)
-
-    def broken(self, step: Any) -> None:
-        """A call that failed gives nothing."""
-        if get_ident() == self.owner:
-            self.early = None
-
-    def _emit(self, early: Pass) -> None:
-        if self.record is not None and not self.disabled:
-            self.record(self, self._finished(early), None, (), {}, None)
-
-    def has_all(self) -> bool:
-        """Whether the running pass has read every site."""
-        return self.current is not None and len(self.current.acts) == len(self.places.sites)
-
-    def flush(self) -> None:
-        """What ran outside of any call, a block on its own, makes an entry too."""
-        early, self.early = self.early, None
-        if early is not None and early.acts:
-            self._emit(early)
-
-    def outside(self) -> Any:
-        """What runs outside of any call is kept for the next one; a pass that is run again is no call."""
-        if self.record is None or runs_again():
-            return None
-        self.called = True
-        if self.early is None:
-            self.early = Pass()
-        return self.early
-
-    # ------------------------------------------------------------------------------------------ hooks
 
     def on_output(self, place: Place, module: nn.Module) -> None:
         """The common case, one site that is the output itself, has a short way."""
@@ -351,24 +185,6 @@ class Reading(SiteHooks):
             )
 
 
-def _join(done: Pass) -> None:
-    """Put the parts of a batch together that threads of the call's own have read, in the order of their devices."""
-    parts: list[Any] = sorted(done.parts.values(), key=_device_number)
-    for part in parts:
-        part.check_unmodified()
-    for site in dict.fromkeys(site for part in parts for site in part.acts):
-        values = [part.acts[site] for part in parts if site in part.acts]
-        home = values[0].device
-        done.acts[site] = values[0] if len(values) == 1 else torch.cat([v.to(home) for v in values])
-        if len(values) == 1:  # gradients of several parts would be several
-            done.roots.update((site, part.roots[site]) for part in parts if site in part.roots)
-
-
-def _device_number(part: Any) -> int:
-    first = next(iter(part.acts.values()), None)
-    return -1 if first is None else first.get_device()
-
-
 def _with_graph(entry: ResolvedSite, args: tuple, kwargs: dict, output: Any) -> Tensor:
     raw = entry.raw(args, kwargs, output)
     raw = getattr(raw, "_stream", raw) if entry.bypass else raw
@@ -378,22 +194,3 @@ def _with_graph(entry: ResolvedSite, args: tuple, kwargs: dict, output: Any) -> 
             "inference_mode, and let something before the site require gradients (model.requires_grad_(), or inputs)."
         )
     return raw
-
-
-def read_named_outputs(output: Any, names: Sequence[str]) -> dict[str, Tensor]:
-    """Tensors of a model's output by attribute name; a plain tensor answers to a single name."""
-    if isinstance(output, Tensor) and len(names) == 1:
-        return {names[0]: output}
-    found = {}
-    for name in names:
-        keyed = isinstance(output, dict | TensorDictBase)
-        value = output.get(name, None) if keyed else getattr(output, name, None)
-        if not isinstance(value, Tensor):
-            has = [k for k in output.keys() if isinstance(output[k], Tensor)] if keyed else []
-            raise ValueError(
-                f"model_outputs= expected a tensor {name!r} in the model's output, got "
-                f"{type(value).__name__} from a "
-                f"{type(output).__name__}" + (f" that has the tensors {has}." if has else ".")
-            )
-        found[name] = value
-    return found
