@@ -17,7 +17,7 @@ ROOMS = sorted({path.parent for path in FILES} - {Path()})
 
 def test_the_hall_holds_the_public_names_and_nothing_else():
     here = {path.name for path in SOURCE.iterdir() if path.is_file()}
-    assert here == {"__init__.py", "__main__.py", "functional.py", "py.typed"}
+    assert here == {"__init__.py", "__init__.pyi", "__main__.py", "functional.py", "py.typed"}
 
 
 def test_no_two_files_have_one_name():

@@ -183,7 +183,7 @@ def test_sites_verifies_them_against_the_model(command, folder, text):
 def test_a_failed_check_is_an_exit_code(command, folder, monkeypatch):
     table = tg.verify_sites(models.bert(), models.text_batch(), sites="residual_output", edits=False)
     wrong = table.assign(outcome="failed", note="what came is another tensor")
-    monkeypatch.setattr("tdgeom.cli.look_commands.verify_sites", lambda *given, **more: wrong)
+    monkeypatch.setattr(tg, "verify_sites", lambda *given, **more: wrong)
     code, out, _ = command("sites", folder, "--verify")
     assert (
         code == 1 and "Failed" in out and "residual_output 0-2, own hook: what came is another tensor" in out

@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from tdgeom.analysis.analysis_settings import MAX_ROWS
-from tdgeom.analysis.analyze_model import analyze_model
-from tdgeom.cli.demo import demo_model_path, run_demo
+import tdgeom as tg
 from tdgeom.cli.options import (
+    MAX_ROWS,
     Layers,
     Model,
     OneModelOptions,
@@ -21,7 +20,6 @@ from tdgeom.cli.options import (
     quiet_transformers,
     with_options,
 )
-from tdgeom.cli.print_results import print_results
 
 __all__ = ["analyze", "demo"]
 
@@ -59,12 +57,14 @@ def analyze(
     run_name: Annotated[str | None, typer.Option(help="A name to record.")] = None,
 ) -> None:
     """Measure a model's representations of a text: tables here, a bundle and pictures in DIR."""
+    from tdgeom.cli.print_results import print_results
+
     if max_rows is not None and max_tokens is not None:
         raise typer.BadParameter("--max-tokens is another name of --max-rows: give one of them")
     documents, named = options.documents()
     options.check_out(save_mode)
     net, batches = options.loaded(model, documents)
-    results = analyze_model(
+    results = tg.analyze_model(
         model,
         batches,
         model=net,
@@ -94,6 +94,9 @@ def demo(
     max_rows: Annotated[int, typer.Option(min=2, help="Rows (tokens) to measure.")] = 20_000,
 ) -> None:
     """Measure a real pretrained model on real text, offline (needs the demo extra)."""
+    from tdgeom.cli.demo import demo_model_path, run_demo
+    from tdgeom.cli.print_results import print_results
+
     demo_model_path()
     quiet_transformers()
     TextOptions().finish(run_demo(out, max_rows=max_rows), print_results)

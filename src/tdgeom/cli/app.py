@@ -6,10 +6,12 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
 
+import tdgeom as tg
 from tdgeom.cli.analyze_command import analyze, demo
 from tdgeom.cli.compare_command import compare
 from tdgeom.cli.geometry_commands import dimension, overlap
@@ -89,8 +91,28 @@ def _quiet() -> None:
     warnings.showwarning = one_line
 
 
+VERSIONS = ("torch", "tensordict", "transformers", "numpy")
+
+
+def _version(asked: bool) -> None:
+    """The version of the package, and of those that its numbers depend on: the first lines of a report."""
+    if asked:
+        typer.echo(f"tdgeom {tg.__version__}")
+        for package in VERSIONS:
+            try:
+                typer.echo(f"{package} {version(package)}")
+            except PackageNotFoundError:
+                typer.echo(f"{package} is not installed")
+        typer.echo(f"Python {sys.version.split()[0]}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
+    versions: Annotated[
+        bool,
+        typer.Option("--version", "-V", help="Show the version, and stop.", is_eager=True, callback=_version),
+    ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show tracebacks and other libraries' messages.")
     ] = False,

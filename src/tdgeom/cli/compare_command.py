@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from tdgeom.analysis.analysis_settings import MAX_ROWS
-from tdgeom.analysis.compare import compare as compared
+import tdgeom as tg
 from tdgeom.cli.options import (
+    MAX_ROWS,
     Layers,
     Sites,
     TextOptions,
@@ -17,9 +17,7 @@ from tdgeom.cli.options import (
     quiet_transformers,
     with_options,
 )
-from tdgeom.cli.print_comparison import print_comparison
 from tdgeom.measures.registry import DEFAULT_MEASURES, MEASURES, named_stages
-from tdgeom.model.loading import load_model
 
 __all__: list[str] = []
 
@@ -51,6 +49,9 @@ def compare(
     ] = None,
 ) -> None:
     """Compare every layer of two models, or of two checkpoints, on one text."""
+    from tdgeom.cli.print_comparison import print_comparison
+    from tdgeom.model.loading import load_model
+
     try:
         stages = named_stages(listed(metrics), between=True, sketch=sketch is not None)
     except ValueError as error:
@@ -60,7 +61,7 @@ def compare(
     quiet_transformers()
     tokenizers = [options.tokenizer_of(model) for model in (model_a, model_b)]
     nets = [load_model(model, trust_remote_code=options.trust_remote_code) for model in (model_a, model_b)]
-    result = compared(
+    result = tg.compare(
         nets[0],
         nets[1],
         documents,

@@ -10,29 +10,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from tensordict.nn import TensorDictModuleBase
 
 import tdgeom as tg
-from tdgeom.analysis.analyze_model import analyze_model
 from tdgeom.cli.options import Model, OneModelOptions, listed, with_options
-from tdgeom.cli.print_profile import print_profiles
-from tdgeom.measures.registry import SITE_MEASURES, named_stages
-from tdgeom.model.calls.hidden_states import hidden_state_sites
-from tdgeom.model.capture import Capture
-from tdgeom.run.profiles import intrinsic_dimension_profile, overlap_profile
+from tdgeom.measures.registry import SITE_MEASURES, StageAt, named_stages
+
+if TYPE_CHECKING:
+    from tensordict.nn import TensorDictModuleBase
 
 __all__: list[str] = []
 
 ESTIMATORS = [
-    name for name, measure in SITE_MEASURES.items() if measure.stage().out_keys[0][0] == "dimension"
+    name
+    for name, measure in SITE_MEASURES.items()
+    if isinstance(measure.stage, StageAt) and measure.stage.place.startswith("dimension.")
 ]
-PROFILES = {
-    "dimension": ("intrinsic_dimension", intrinsic_dimension_profile),
-    "overlap": ("overlap", overlap_profile),
-}
 
 
 @dataclass
@@ -127,6 +122,8 @@ def _measure(
     labels: Path | None = None,
 ) -> None:
     """Analyse with these stages, print the profile, save and draw it."""
+    from tdgeom.cli.print_profile import print_profiles
+
     if options.pool not in ("mean", "none"):
         raise typer.BadParameter(f"--pool takes mean or none, got {options.pool!r}")
     if options.neighbors is not None and options.out is None:
@@ -141,8 +138,8 @@ def _measure(
         numbers, recorded["classes"] = read_labels(labels, len(documents))
         select["also"] = ["label"]
     net, batches = options.loaded(model, documents, numbers)
-    sites = Capture(net, listed(options.sites) if options.sites else hidden_state_sites(net)).sites
-    results = analyze_model(
+    sites = tg.Capture(net, listed(options.sites) if options.sites else tg.hidden_state_sites(net)).sites
+    results = tg.analyze_model(
         model,
         batches,
         model=net,
@@ -160,6 +157,8 @@ def _measure(
         run_metadata=recorded,
     )
     if results is not None:
-        name, profile = PROFILES[command]
-        results.diagnostics[name] = profile(results)
+        if command == "dimension":
+            results.diagnostics["intrinsic_dimension"] = tg.intrinsic_dimension_profile(results)
+        else:
+            results.diagnostics["overlap"] = tg.overlap_profile(results)
     options.finish(results, print_profiles)

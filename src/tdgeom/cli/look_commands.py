@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from torch import nn
 
-from tdgeom.analysis.results import AnalysisResults
+import tdgeom as tg
 from tdgeom.cli.options import Model, Remote, TextOptions, console, layer_choice, quiet_transformers
-from tdgeom.cli.print_comparison import print_comparison
-from tdgeom.cli.print_results import print_results
-from tdgeom.cli.print_sites import print_sites
-from tdgeom.cli.print_verification import print_verification
-from tdgeom.model.calls.checked_sites import available_sites
-from tdgeom.model.calls.model_inputs import made_up_inputs, read_signature
-from tdgeom.model.loading import load_model, model_structure
-from tdgeom.model.verification.verify_sites import verify_sites
-from tdgeom.rows.text import TextBatches, read_text
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["show", "sites"]
 
 
 def show(folder: Annotated[Path, typer.Argument(help="A bundle that --out named.", metavar="DIR")]) -> None:
     """Print the tables of a saved analysis."""
-    results = AnalysisResults.load(folder)
+    from tdgeom.cli.print_comparison import print_comparison
+    from tdgeom.cli.print_results import print_results
+
+    results = tg.AnalysisResults.load(folder)
     printed = print_comparison if "align" in results.metadata else print_results
     printed(results, console())
 
@@ -54,16 +49,20 @@ def sites(
 
     With --verify the exit code is 1 where a check failed.
     """
+    from tdgeom.cli.print_sites import print_sites
+    from tdgeom.cli.print_verification import print_verification
+    from tdgeom.model.loading import load_model, model_structure
+
     quiet_transformers()
     if not verify:
         if text is not None:
             raise typer.BadParameter("--text is what --verify runs the model on: add --verify")
         net = model_structure(model, trust_remote_code=trust_remote_code)
-        print_sites(net, available_sites(net), console(), every=every)
+        print_sites(net, tg.available_sites(net), console(), every=every)
         return
     net = load_model(model, trust_remote_code=trust_remote_code)
-    table = verify_sites(net, _batch(net, model, text, trust_remote_code), layers=layer_choice(layers))
-    print_sites(net, available_sites(net), console(), every=every)
+    table = tg.verify_sites(net, _batch(net, model, text, trust_remote_code), layers=layer_choice(layers))
+    print_sites(net, tg.available_sites(net), console(), every=every)
     print_verification(table, console())
     if (table["outcome"] == "failed").any():
         raise typer.Exit(1)
@@ -71,6 +70,11 @@ def sites(
 
 def _batch(net: nn.Module, name: str, text: str | None, trust_remote_code: bool) -> dict[str, Any]:
     """Two short sequences: of a text, or of made-up tokens (or pixels)."""
+    import torch
+
+    from tdgeom.model.calls.model_inputs import made_up_inputs, read_signature
+    from tdgeom.rows.text import TextBatches, read_text
+
     if text is not None:
         options = TextOptions(text=text, trust_remote_code=trust_remote_code)
         tokenizer = options.tokenizer_of(name)

@@ -8,21 +8,21 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from torch import nn
 
-from tdgeom.analysis.results import AnalysisResults
-from tdgeom.files.bundle import check_target
-from tdgeom.model.loading import first_reason, load_model
-from tdgeom.plot.style import require_matplotlib
-from tdgeom.rows.text import TextBatches, read_dataset, read_jsonl, read_text
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+    from tdgeom.analysis.results import AnalysisResults
+    from tdgeom.rows.text import TextBatches
 
 __all__: list[str] = []
 
 STATE = {"debug": False}
+MAX_ROWS = 100_000  # as the library's own: naming an option needs no torch
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face id or a local directory.", metavar="MODEL")]
 Layers = Annotated[str, typer.Option(help="all, or indices such as 0,5,-1, or a range such as 2:8.")]
@@ -66,6 +66,8 @@ class TextOptions:
 
     def documents(self) -> tuple[Iterable[str], str]:
         """The documents that exactly one of the three options names, and their name."""
+        from tdgeom.rows.text import read_dataset, read_jsonl, read_text
+
         readers = {self.text: read_text, self.jsonl: read_jsonl, self.dataset: read_dataset}
         named = [name for name in (self.text, self.jsonl, self.dataset) if name is not None]
         if len(named) != 1:
@@ -76,6 +78,9 @@ class TextOptions:
 
     def check_out(self, save_mode: str = "bundle") -> None:
         """Refuse before the work what would be refused after it."""
+        from tdgeom.files.bundle import check_target
+        from tdgeom.plot.style import require_matplotlib
+
         if save_mode not in ("bundle", "csv", "json"):
             raise typer.BadParameter(f"--save-mode takes bundle, csv or json, got {save_mode!r}")
         if self.plots:
@@ -88,6 +93,8 @@ class TextOptions:
     def tokenizer_of(self, name: str) -> Any:
         """The tokenizer of that name, or an error that names --tokenizer."""
         from transformers import AutoTokenizer
+
+        from tdgeom.model.loading import first_reason
 
         try:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
@@ -157,6 +164,9 @@ class OneModelOptions(TextOptions):
         self, model: str, documents: Iterable[str], labels: Sequence[float] | None = None
     ) -> tuple[nn.Module, TextBatches]:
         """The model with its weights, and its tokenizer's batches of the documents."""
+        from tdgeom.model.loading import load_model
+        from tdgeom.rows.text import TextBatches
+
         quiet_transformers()
         words = self.tokenizer_of(self.tokenizer or model)
         net = load_model(model, trust_remote_code=self.trust_remote_code)
@@ -198,6 +208,8 @@ def quiet_transformers() -> None:
 
 def console() -> Console:
     """Where tables are printed."""
+    from rich.console import Console
+
     return Console(highlight=False, soft_wrap=False)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import tdgeom as tg
 from tdgeom.cli.options import console
-from tdgeom.store.activation_store import ActivationStore
-from tdgeom.store.runs import Runs
+
+if TYPE_CHECKING:
+    from tdgeom.store.activation_store import ActivationStore
+    from tdgeom.store.runs import Runs
 
 __all__ = ["app"]
 
@@ -147,13 +150,13 @@ def _open(path: Path | None, make: bool = False) -> ActivationStore:
         raise typer.BadParameter("name the store: --store DIR, or the environment variable TDGEOM_STORE")
     if not make and not (path / "catalogue.sqlite").exists():
         raise typer.BadParameter(f"{path} holds no store: there is no catalogue.sqlite")
-    return ActivationStore(path)
+    return tg.ActivationStore(path)
 
 
 def _chosen(store: ActivationStore, names: list[str]) -> Runs:
     found = store.query()
     ids = list(dict.fromkeys(found[name]["id"] for name in names))
-    return Runs(store, [store.catalogue.record(run) for run in ids])
+    return tg.Runs(store, [store.catalogue.record(run) for run in ids])
 
 
 def _show(runs: Runs) -> None:

@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, partial
+from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from tensordict.nn import TensorDictModuleBase
-
-from tdgeom.measures.dimension.ca_pca import CAPCA
-from tdgeom.measures.dimension.decimation import Decimation
-from tdgeom.measures.dimension.gride import Gride
-from tdgeom.measures.dimension.likelihood import MOM, LevinaBickel
-from tdgeom.measures.dimension.local import LocalKNN, LocalPCA
-from tdgeom.measures.dimension.pca import GlobalPCA, ParticipationRatio
-from tdgeom.measures.dimension.tle import TLE
-from tdgeom.measures.dimension.twonn import TwoNN
-from tdgeom.measures.neighbors.information_imbalance import InformationImbalance
-from tdgeom.measures.neighbors.label_overlap import LabelOverlap
-from tdgeom.measures.neighbors.neighborhood_overlap import JaccardKNN, NeighborhoodOverlap
-from tdgeom.measures.similarity.cca import CCA, PWCCA, SVCCA
-from tdgeom.measures.similarity.cknna import CKNNA
-from tdgeom.measures.similarity.kernel_alignment import RBFCKA, DistanceCorrelation
-from tdgeom.measures.similarity.linear_cka import LinearCKA
-from tdgeom.measures.similarity.linear_r2 import LinearR2
-from tdgeom.measures.similarity.matching import SoftMatching
-from tdgeom.measures.similarity.procrustes import Procrustes
-from tdgeom.measures.similarity.rsa import RSA
-from tdgeom.measures.similarity.subspace import LayerCosine, SubspaceNovelty
-from tdgeom.measures.spectrum_metrics import RankMe
+if TYPE_CHECKING:
+    from tensordict.nn import TensorDictModuleBase
 
 __all__ = [
     "ALIASES",
@@ -38,6 +19,7 @@ __all__ = [
     "MEASURES",
     "SITE_MEASURES",
     "NamedMeasure",
+    "StageAt",
     "known_measures",
     "named_stages",
 ]
@@ -57,54 +39,112 @@ class NamedMeasure(NamedTuple):
     rows: Literal["sample", "all", "sketch"] = "sample"
 
 
+@dataclass(frozen=True)
+class StageAt:
+    """A stage of this room, imported when it is made: names are listed without torch."""
+
+    place: str
+
+    def __call__(self, **settings: Any) -> TensorDictModuleBase:
+        """The stage, with these settings."""
+        module, _, name = self.place.partition(":")
+        return getattr(import_module(f"tdgeom.measures.{module}"), name)(**settings)
+
+
 MEASURES = {
     "linear_cka_debiased": NamedMeasure(
-        "debiased linear CKA over all rows", partial(LinearCKA, estimator="debiased"), "sketch"
+        "debiased linear CKA over all rows",
+        partial(StageAt("similarity.linear_cka:LinearCKA"), estimator="debiased"),
+        "sketch",
     ),
-    "linear_cka": NamedMeasure("biased linear CKA over all rows", LinearCKA, "sketch"),
-    "neighborhood_overlap": NamedMeasure("mutual 10 nearest neighbours", partial(NeighborhoodOverlap, k=10)),
-    "jaccard_knn": NamedMeasure("Jaccard index of the 10 nearest neighbours", partial(JaccardKNN, k=10)),
-    "rbf_cka": NamedMeasure("RBF CKA", RBFCKA),
-    "rsa": NamedMeasure("RSA", RSA),
-    "procrustes": NamedMeasure("Procrustes distance over all rows", Procrustes, "all"),
-    "angular_shape": NamedMeasure("angular shape distance over all rows", Procrustes, "all"),
-    "cca_mean": NamedMeasure("mean canonical correlation over all rows", CCA, "all"),
-    "cca_r2": NamedMeasure("mean squared canonical correlation over all rows", CCA, "all"),
-    "svcca": NamedMeasure("SVCCA", SVCCA),
-    "pwcca_ab": NamedMeasure("PWCCA weighted by the first over all rows", PWCCA, "all"),
-    "pwcca_ba": NamedMeasure("PWCCA weighted by the second over all rows", PWCCA, "all"),
-    "linear_r2_ab": NamedMeasure("R² of the second from the first over all rows", LinearR2, "all"),
-    "linear_r2_ba": NamedMeasure("R² of the first from the second over all rows", LinearR2, "all"),
-    "cknna": NamedMeasure("CKNNA", CKNNA),
-    "distance_correlation": NamedMeasure("distance correlation", DistanceCorrelation),
-    "soft_matching": NamedMeasure("soft matching of features", SoftMatching),
-    "information_imbalance_ab": NamedMeasure("information imbalance from the first", InformationImbalance),
-    "information_imbalance_ba": NamedMeasure("information imbalance from the second", InformationImbalance),
+    "linear_cka": NamedMeasure(
+        "biased linear CKA over all rows", StageAt("similarity.linear_cka:LinearCKA"), "sketch"
+    ),
+    "neighborhood_overlap": NamedMeasure(
+        "mutual 10 nearest neighbours",
+        partial(StageAt("neighbors.neighborhood_overlap:NeighborhoodOverlap"), k=10),
+    ),
+    "jaccard_knn": NamedMeasure(
+        "Jaccard index of the 10 nearest neighbours",
+        partial(StageAt("neighbors.neighborhood_overlap:JaccardKNN"), k=10),
+    ),
+    "rbf_cka": NamedMeasure("RBF CKA", StageAt("similarity.kernel_alignment:RBFCKA")),
+    "rsa": NamedMeasure("RSA", StageAt("similarity.rsa:RSA")),
+    "procrustes": NamedMeasure(
+        "Procrustes distance over all rows", StageAt("similarity.procrustes:Procrustes"), "all"
+    ),
+    "angular_shape": NamedMeasure(
+        "angular shape distance over all rows", StageAt("similarity.procrustes:Procrustes"), "all"
+    ),
+    "cca_mean": NamedMeasure(
+        "mean canonical correlation over all rows", StageAt("similarity.cca:CCA"), "all"
+    ),
+    "cca_r2": NamedMeasure(
+        "mean squared canonical correlation over all rows", StageAt("similarity.cca:CCA"), "all"
+    ),
+    "svcca": NamedMeasure("SVCCA", StageAt("similarity.cca:SVCCA")),
+    "pwcca_ab": NamedMeasure(
+        "PWCCA weighted by the first over all rows", StageAt("similarity.cca:PWCCA"), "all"
+    ),
+    "pwcca_ba": NamedMeasure(
+        "PWCCA weighted by the second over all rows", StageAt("similarity.cca:PWCCA"), "all"
+    ),
+    "linear_r2_ab": NamedMeasure(
+        "R² of the second from the first over all rows", StageAt("similarity.linear_r2:LinearR2"), "all"
+    ),
+    "linear_r2_ba": NamedMeasure(
+        "R² of the first from the second over all rows", StageAt("similarity.linear_r2:LinearR2"), "all"
+    ),
+    "cknna": NamedMeasure("CKNNA", StageAt("similarity.cknna:CKNNA")),
+    "distance_correlation": NamedMeasure(
+        "distance correlation", StageAt("similarity.kernel_alignment:DistanceCorrelation")
+    ),
+    "soft_matching": NamedMeasure("soft matching of features", StageAt("similarity.matching:SoftMatching")),
+    "information_imbalance_ab": NamedMeasure(
+        "information imbalance from the first",
+        StageAt("neighbors.information_imbalance:InformationImbalance"),
+    ),
+    "information_imbalance_ba": NamedMeasure(
+        "information imbalance from the second",
+        StageAt("neighbors.information_imbalance:InformationImbalance"),
+    ),
 }
 """Between two sites. A stage of two outputs (Procrustes, CCA, ...) writes both, whichever is asked for."""
 
 SITE_MEASURES = {
-    "twonn": NamedMeasure("TwoNN dimension", TwoNN),
-    "gride": NamedMeasure("Gride dimension at every scale", Gride),
-    "levina_bickel": NamedMeasure("Levina and Bickel's dimension", LevinaBickel),
-    "mom": NamedMeasure("method of moments dimension", MOM),
-    "tle": NamedMeasure("tight local dimension", TLE),
-    "local_knn": NamedMeasure("local dimension by neighbour counts", LocalKNN),
-    "local_pca": NamedMeasure("local PCA dimension", LocalPCA),
-    "ca_pca": NamedMeasure("curvature-adjusted local PCA dimension", CAPCA),
-    "global_pca": NamedMeasure("PCA dimension", GlobalPCA),
-    "participation_ratio": NamedMeasure("participation ratio over all rows", ParticipationRatio),
-    "decimation": NamedMeasure("TwoNN dimension of smaller and smaller shares of the rows", Decimation),
-    "rankme": NamedMeasure("RankMe over all rows", RankMe),
-    "label_overlap": NamedMeasure("how often neighbours share a label", LabelOverlap),
+    "twonn": NamedMeasure("TwoNN dimension", StageAt("dimension.twonn:TwoNN")),
+    "gride": NamedMeasure("Gride dimension at every scale", StageAt("dimension.gride:Gride")),
+    "levina_bickel": NamedMeasure(
+        "Levina and Bickel's dimension", StageAt("dimension.likelihood:LevinaBickel")
+    ),
+    "mom": NamedMeasure("method of moments dimension", StageAt("dimension.likelihood:MOM")),
+    "tle": NamedMeasure("tight local dimension", StageAt("dimension.tle:TLE")),
+    "local_knn": NamedMeasure("local dimension by neighbour counts", StageAt("dimension.local:LocalKNN")),
+    "local_pca": NamedMeasure("local PCA dimension", StageAt("dimension.local:LocalPCA")),
+    "ca_pca": NamedMeasure("curvature-adjusted local PCA dimension", StageAt("dimension.ca_pca:CAPCA")),
+    "global_pca": NamedMeasure("PCA dimension", StageAt("dimension.pca:GlobalPCA")),
+    "participation_ratio": NamedMeasure(
+        "participation ratio over all rows", StageAt("dimension.pca:ParticipationRatio")
+    ),
+    "decimation": NamedMeasure(
+        "TwoNN dimension of smaller and smaller shares of the rows",
+        StageAt("dimension.decimation:Decimation"),
+    ),
+    "rankme": NamedMeasure("RankMe over all rows", StageAt("spectrum_metrics:RankMe")),
+    "label_overlap": NamedMeasure(
+        "how often neighbours share a label", StageAt("neighbors.label_overlap:LabelOverlap")
+    ),
 }
 """Of one site, and of its sample or moments, as the stage says."""
 
 _STEPS = {
     "feature_subspace_novelty": NamedMeasure(
-        "share of the leading subspace that the next site does not have", SubspaceNovelty
+        "share of the leading subspace that the next site does not have",
+        StageAt("similarity.subspace:SubspaceNovelty"),
     ),
-    "layer_cosine_sim": NamedMeasure("mean cosine of a row with itself at the next site", LayerCosine),
+    "layer_cosine_sim": NamedMeasure(
+        "mean cosine of a row with itself at the next site", StageAt("similarity.subspace:LayerCosine")
+    ),
 }  # of consecutive sites of one model: they need one space
 
 ALIASES = {
