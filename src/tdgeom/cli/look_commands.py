@@ -72,7 +72,8 @@ def _batch(net: nn.Module, name: str, text: str | None, trust_remote_code: bool)
     """Two short sequences: of a text, or of made-up tokens (or pixels)."""
     import torch
 
-    from tdgeom.model.calls.model_inputs import made_up_inputs, read_signature
+    from tdgeom.model.calls.forward_signature import read_signature
+    from tdgeom.model.calls.model_inputs import made_up_inputs
     from tdgeom.rows.text import TextBatches, read_text
 
     if text is not None:

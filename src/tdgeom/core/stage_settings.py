@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from functools import cache, partial, wraps
+from functools import cache, cached_property, partial, wraps
 from os import PathLike, fspath
 from types import CodeType
 from typing import Any, TypeVar, cast
@@ -21,6 +21,7 @@ from tdgeom.core.guessed_names import is_about, refuse_unknown
 
 __all__ = ["Configured", "differences", "plain_setting"]
 
+_SAME = {type(None), bool, int, str}  # plain as they are
 _SMALL = 1024  # values of a tensor that are written out; of a larger one the hash
 _Self = TypeVar("_Self", bound="Configured")
 
@@ -53,7 +54,9 @@ class Configured:
 
     __signature__ = _ConstructorSignature()
     _kinds: dict[str, type[Configured]] = {}
-    _given: dict[str, Any]
+    _told_anew: frozenset[str] = (
+        frozenset()
+    )  # arguments of which ``_current`` says at every asking what they are
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -67,8 +70,13 @@ class Configured:
             refuse_unknown(cls.__name__, kwargs, _parameters(cls))
         make = super().__new__
         self = make(cls) if make is object.__new__ else make(cls, *args, **kwargs)
-        self.__dict__["_given"] = _bound(cls, args, kwargs)
+        self.__dict__["_call"] = _noted(cls, args, kwargs)
         return self
+
+    @cached_property
+    def _given(self) -> dict[str, Any]:
+        """What ``__init__`` was given, by name: named where somebody asks, which few ever do."""
+        return _bound(type(self), *self.__dict__["_call"])
 
     def settings(self) -> dict[str, Any]:
         """The arguments of ``__init__`` by name, as plain data; one whose attribute was set to something else since, as set.
@@ -147,15 +155,21 @@ def _noting(init: Callable[..., None]) -> Callable[..., None]:
                 refuse_unknown(type(self).__name__, unknown, known)
             raise
         if outermost:
-            held = self.__dict__
-            held["_made"] = {name: _kept(held[name]) for name in self._given if name in held}
+            held, own, noted = self.__dict__, _names(type(self)), self.__dict__["_call"]
+            given = dict(zip(own, zip(args, noted[0]))) | {n: (v, noted[1].get(n)) for n, v in kwargs.items()}
+            made = {name: held[name] for name in (*own, *kwargs) if name in held}
+            # what was put there as it came is known already
+            held["_made"] = {
+                name: given[name][1] if name in given and given[name][0] is value else _kept(value)
+                for name, value in made.items()
+            }
 
     return __init__
 
 
 def _kept(value: Any) -> Any:
-    """A tensor itself, of anything else its plain form."""
-    return value if isinstance(value, Tensor) else plain_setting(value)
+    """A tensor itself, of anything else its plain form: never a model, nor a list that may change later."""
+    return value if type(value) in _SAME or isinstance(value, Tensor) else plain_setting(value)
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -164,7 +178,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 def plain_setting(value: Any) -> Any:
     """One setting as plain data; see ``Configured.settings``."""
-    if value is None or isinstance(value, bool | int):
+    if type(value) in _SAME or isinstance(value, bool | int):
         return value
     if isinstance(value, str):
         return str(value)
@@ -378,22 +392,41 @@ def _signature(cls: Any) -> inspect.Signature:
     return inspect.signature(cls.__init__)
 
 
+@cache
+def _names(cls: Any) -> tuple[str, ...]:
+    """The arguments of a class's own ``__init__``, in order, without ``**keys``."""
+    own = list(_signature(cls).parameters.values())[1:]
+    return tuple(p.name for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD)
+
+
+_Noted = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _noted(cls: type[Configured], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Noted:
+    """The arguments of a call, as they are now."""
+    if anew := cls._told_anew:
+        names = (*_names(cls), *[""] * len(args))
+        args = tuple(None if name in anew else value for name, value in zip(names, args))
+        kwargs = {name: None if name in anew else value for name, value in kwargs.items()}
+    return tuple(map(_kept, args)), {name: _kept(value) for name, value in kwargs.items()}
+
+
 def _bound(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments by name, those left out at their own defaults; {} where they do not fit (``__init__`` will say so)."""
+    """Noted arguments by name, those left out at their own defaults; {} where they do not fit (``__init__`` will say so)."""
+    signature = _signature(cls)
     try:
-        bound = _signature(cls).bind(None, *args, **kwargs)
+        bound = signature.bind(None, *args, **kwargs).arguments
     except TypeError:
         return {}
-    bound.apply_defaults()
     given: dict[str, Any] = {}
-    for parameter in list(bound.signature.parameters.values())[1:]:
-        value = bound.arguments[parameter.name]
+    for parameter in list(signature.parameters.values())[1:]:
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            given |= value
+            given |= bound.get(parameter.name, {})
+        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            listed = bound.get(parameter.name, ())
+            given[parameter.name] = [plain_setting(v) if isinstance(v, Tensor) else v for v in listed]
         else:
-            given[parameter.name] = (
-                list(value) if parameter.kind is inspect.Parameter.VAR_POSITIONAL else value
-            )
+            usual = parameter.default
+            given[parameter.name] = bound[parameter.name] if parameter.name in bound else _kept(usual)
     unsaid = () if "__init__" in cls.__dict__ else _FOR_SUBCLASSES  # what such a class never meant to take
-    # Never a model, nor a list that may change later: all but tensors is made plain now.
-    return {name: _kept(one) for name, one in given.items() if one is not None or name not in unsaid}
+    return {name: one for name, one in given.items() if one is not None or name not in unsaid}

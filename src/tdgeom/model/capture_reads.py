@@ -12,10 +12,10 @@ from torch import Tensor
 from tdgeom.core.keys import Key
 from tdgeom.model.calls.hooking_context import HookingContext
 from tdgeom.model.calls.named_outputs import has_named_output, read_named_outputs
+from tdgeom.model.calls.places import Place
 from tdgeom.model.calls.read_pass import Pass
 from tdgeom.model.calls.reading import Reading
 from tdgeom.model.calls.recorded_calls import LastRecord, write_entries
-from tdgeom.model.calls.site_hooks import Place
 from tdgeom.model.calls.token_axis import is_time_first
 from tdgeom.model.sites import Site, token_side
 from tdgeom.model.structure.resolved_site import ResolvedSite

@@ -18,9 +18,9 @@ from tdgeom.model.calls.checked_sites import refuse_edits, resolve_sites
 from tdgeom.model.calls.hooking_context import HookingContext
 from tdgeom.model.calls.model_inputs import InKeys
 from tdgeom.model.calls.named_outputs import read_named_outputs
+from tdgeom.model.calls.places import Place
 from tdgeom.model.calls.recorded_calls import write_entries
 from tdgeom.model.calls.repeated_calls import CallsSpec
-from tdgeom.model.calls.site_hooks import Place
 from tdgeom.model.capture import Capture
 from tdgeom.model.edits.apply_edits import Editing, EditPlan
 from tdgeom.model.edits.edit import Edit
@@ -75,6 +75,8 @@ class Intervene(HookingContext):
     ...     model(torch.ones(1, 2)).abs().sum().item()
     0.0
     """
+
+    _told_anew = frozenset({"edits"})
 
     def __init__(
         self,

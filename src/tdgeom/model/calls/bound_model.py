@@ -10,9 +10,8 @@ from typing import Any
 from torch import nn
 
 from tdgeom.model.calls.model_inputs import ModelInputs
-from tdgeom.model.calls.site_hooks import Place, Places
+from tdgeom.model.calls.places import Place, Places, steps_to
 from tdgeom.model.calls.verified import verified
-from tdgeom.model.structure.parts import join
 from tdgeom.model.structure.resolved_site import ResolvedSite
 
 # wrappers whose forward has something to do after the model inside
@@ -58,67 +57,34 @@ class Bound(HeldModel):
 
     sites: tuple[ResolvedSite, ...] = ()
 
-    def __init__(self, model: nn.Module, sites: Iterable[ResolvedSite], inputs: ModelInputs) -> None:
+    def __init__(self, model: nn.Module, places: Places, inputs: ModelInputs) -> None:
         super().__init__(model)
-        self.places, self.inputs = Places(model, sites), inputs
-        self.sites = self.places.sites
+        self.places, self.inputs, self.sites = places, inputs, places.sites
         self.watched = self.counted = False
-        refuse_compiled(model, self.places.modules, self._inside())
-        self._steps = [step for _, *step in _steps(model, self.places.modules)]
-        self._forwards = [(module, *_forwards_of(module)) for module in self._owners(model)]
-
-    def _owners(self, model: nn.Module) -> list[nn.Module]:
-        return list(dict.fromkeys([model, *(child for *_, child in self._steps)]))
-
-    def _inside(self) -> list[str]:
-        return [entry.module_path for entry in self.sites if entry.in_softmax]
 
     def refuse_compiled(self, owner: object) -> None:
         """``refuse_compiled`` of the model as it is now; one look at each module while nothing has been replaced."""
-        model = self.require(owner)
-        if (
-            model._compiled_call_impl is not None
-            or not all(
-                parent._modules.get(name) is child and child._compiled_call_impl is None
-                for parent, name, child in self._steps
-            )
-            or not all(
-                type(module).forward is usual and module.__dict__.get("forward") is own
-                for module, usual, own in self._forwards
-            )
-        ):
-            refuse_compiled(model, self.places.modules, self._inside())
+        model, places = self.require(owner), self.places
+        if not places.is_as_found():
+            refuse_compiled(model, places.paths, places.insides())
 
     def is_counted(self) -> bool:
         """Whether a whole pass of the model has shown how often each place fires."""
         if not self.counted:
-            known, modules = verified(self.require(self)).get("firings", {}), self.places.modules
-            self.counted = all((place, id(modules[place[0]])) in known for place in self.places.at)
+            known, places = verified(self.require(self)).get("firings", {}), self.places
+            self.counted = all((place, id(places.module(place[0]))) in known for place in places.at)
         return self.counted
 
     def count(self, fired: Mapping[Place, int]) -> None:
         """Note how often the places fired in a whole pass of the model."""
         known = verified(self.require(self)).setdefault("firings", {})
         for place in self.places.at:
-            known[place, id(self.places.modules[place[0]])] = fired.get(place, 0)
+            known[place, id(self.places.module(place[0]))] = fired.get(place, 0)
 
     def firings(self, place: Place) -> int | None:
         """How often a place fired in a whole pass; ``None`` where none was counted."""
         known = verified(self.require(self)).get("firings", {})
-        return known.get((place, id(self.places.modules[place[0]])))
-
-
-def _steps(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, Any, str, nn.Module]]:
-    """Every step from the model down to the modules at ``paths``, once: (path, parent, name, child)."""
-    seen: set[str] = set()
-    for path in paths:
-        parent, walked = model, ""
-        for name in path.split(".") if path else []:
-            walked, child = join(walked, name), parent.get_submodule(name)
-            if walked not in seen:
-                yield walked, parent, name, child
-            seen.add(walked)
-            parent = child
+        return known.get((place, id(self.places.module(place[0]))))
 
 
 def refuse_compiled(model: nn.Module, paths: Iterable[str], inside: Iterable[str] = ()) -> None:
@@ -133,7 +99,7 @@ def refuse_compiled(model: nn.Module, paths: Iterable[str], inside: Iterable[str
             if path in holding:
                 break
             holding.add(path)
-    for owner, _, _, module in chain([("", None, "", model)], _steps(model, paths)):
+    for owner, _, _, module in chain([("", None, "", model)], steps_to(model, paths)):
         # a compiled module runs its traced graph: hooks added to what is inside are silently skipped
         whole = "_orig_mod" in module._modules or module._compiled_call_impl is not None
         if whole or (owner in holding and _is_compiled(module.forward)):
@@ -147,11 +113,6 @@ def refuse_compiled(model: nn.Module, paths: Iterable[str], inside: Iterable[str
                 f"expected a model whose hooks fire, got a {type(model).__name__} of which {where} is "
                 f"compiled: hooks inside would silently never fire. Remedy: {remedy}."
             )
-
-
-def _forwards_of(module: nn.Module) -> tuple[Any, Any]:
-    """The forward of a module's class, and one that was put in its place."""
-    return type(module).forward, module.__dict__.get("forward")
 
 
 def _is_compiled(forward: Any) -> bool:

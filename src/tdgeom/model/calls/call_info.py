@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tdgeom.core.keys import Key
 from tdgeom.model.calls.cached_tokens import CachedTokens, find_cache, told_length
 from tdgeom.model.calls.call_tensors import call_tensors
-from tdgeom.model.calls.model_inputs import read_signature
+from tdgeom.model.calls.forward_signature import read_signature
 from tdgeom.model.padding_masks import UNCOUNTED, UNSEEN, token_mask, unknown_mask
 
 _PADDING = ("src_key_padding_mask", "key_padding_mask")  # true (or -inf) at padding

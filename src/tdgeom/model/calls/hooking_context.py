@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from tdgeom.core.keys import Key
 from tdgeom.core.stage_settings import Configured
 from tdgeom.model.calls.bound_model import Bound, refuse_compiled
-from tdgeom.model.calls.image_tokens import attach_images
+from tdgeom.model.calls.forward_signature import on_one_device
 from tdgeom.model.calls.input_device import where_inputs_go
-from tdgeom.model.calls.model_inputs import InKeys, ModelInputs, on_one_device
+from tdgeom.model.calls.known_places import known_places
+from tdgeom.model.calls.model_inputs import InKeys, ModelInputs
 from tdgeom.model.calls.position_numbering import SIDES, number_padded
 from tdgeom.model.calls.repeated_calls import CallsSpec, check_calls
 from tdgeom.model.calls.site_hooks import SiteHooks
@@ -68,10 +69,8 @@ class HookingContext(Configured, TensorDictModuleBase):
         if not isinstance(model, nn.Module):
             raise TypeError(f"{type(self).__name__} expects an nn.Module, got {type(model).__name__}.")
         refuse_compiled(model, ())
-        entries = self.resolve(model)
-        attach_images(model, entries)
-        inputs = ModelInputs(model, self, self._asked_in_keys, self.withhold)
-        return Bound(model, entries, inputs)
+        places = known_places(model, self.resolve(model))
+        return Bound(model, places, ModelInputs(model, self, self._asked_in_keys, self.withhold))
 
     def bind(self, model: nn.Module) -> Any:
         """Give an unpickled context its model again, or another one with the same sites. Returns itself."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tdgeom.core.surroundings import steady
 from tdgeom.model.calls.bound_model import eval_mode, may_stop
-from tdgeom.model.calls.model_inputs import read_signature
+from tdgeom.model.calls.forward_signature import read_signature
 from tdgeom.model.calls.quiet import without_hooks
 from tdgeom.model.calls.verified import verified
 from tdgeom.model.structure.readers import read_input

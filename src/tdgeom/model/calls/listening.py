@@ -13,10 +13,11 @@ from torch import nn
 
 from tdgeom.model.calls.checkpointing import runs_again
 from tdgeom.model.calls.first_call import FirstCall, unverified
-from tdgeom.model.calls.model_inputs import read_signature
+from tdgeom.model.calls.forward_signature import read_signature
+from tdgeom.model.calls.places import Places
 from tdgeom.model.calls.read_pass import Pass, join_parts
 from tdgeom.model.calls.repeated_calls import CallsSpec
-from tdgeom.model.calls.site_hooks import Places, SiteHooks
+from tdgeom.model.calls.site_hooks import SiteHooks
 
 
 class Listening(SiteHooks):

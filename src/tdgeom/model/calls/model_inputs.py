@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import FunctionType
+from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -16,139 +12,20 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from tdgeom.core.keys import Key, optional_in_keys
+from tdgeom.model.calls.forward_signature import (
+    Signature,
+    read_forward,
+    read_signature,
+    reads_tokens,
+    unwrapped,
+)
 from tdgeom.model.calls.input_device import where_inputs_go
 
 # Row identities that pipelines carry beside a batch; a model never gets them.
 CARRIED = ("sequence_id", "document_id", "row_id", "sample_row_id")
 _TARGETS = ("label", "label_ids", "start_positions", "end_positions")
-_NO_TENSORS = {"class", "bool", "int", "float", "str", "None", "NoneType", "Optional", "Union"}
-
-_PARAMETERS: WeakKeyDictionary[FunctionType, tuple[inspect.Parameter, ...]] = WeakKeyDictionary()
-_SIGNATURES: WeakKeyDictionary[FunctionType, Signature] = WeakKeyDictionary()
 
 InKeys = Sequence[Key] | Mapping[str, Key]
-
-
-@dataclass(frozen=True)
-class Signature:
-    """The parameters of a model's forward that can be given by name, those that must be, and those that may hold tensors."""
-
-    names: tuple[str, ...]
-    required: tuple[str, ...]
-    positional_only: tuple[str, ...]
-    tensors: tuple[str, ...]
-
-
-def read_signature(model: nn.Module) -> Signature:
-    """The signature of ``model.forward``, through wrappers that take ``*args, **kwargs`` around another model.
-
-    A TensorDict module names the keys that it reads.
-
-    >>> read_signature(nn.Sequential(nn.Linear(2, 2))).required
-    ('input',)
-    """
-    model = unwrapped(model)
-    if isinstance(model, TensorDictModuleBase):
-        keys = tuple(key for key in model.in_keys if isinstance(key, str))
-        return Signature(keys, tuple(k for k in keys if k not in optional_in_keys(model)), (), keys)
-    function = _usual_forward(model)
-    if function is None:
-        signature = _signature(_parameters(model))
-    elif function in _SIGNATURES:  # asked for at every context that is made
-        signature = _SIGNATURES[function]
-    else:
-        signature = _SIGNATURES[function] = _signature(_parameters(model))
-    base = getattr(model, "get_base_model", None)
-    if not callable(base) or all(p.kind is not p.VAR_KEYWORD for p in _parameters(model)):
-        return signature
-    # adapters hand on what they do not name
-    inner, own = read_signature(base()), set(signature.names)
-    more = [tuple(name for name in names if name not in own) for names in (inner.names, inner.tensors)]
-    return replace(signature, names=signature.names + more[0], tensors=signature.tensors + more[1])
-
-
-def _signature(parameters: Sequence[inspect.Parameter]) -> Signature:
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    required = tuple(p.name for p in named if p.default is p.empty)
-    return Signature(
-        tuple(p.name for p in named),
-        required,
-        tuple(p.name for p in named if p.kind is p.POSITIONAL_ONLY),
-        tuple(p.name for p in named if p.name in required or _may_hold_tensor(p)),
-    )
-
-
-def _parameters(model: nn.Module) -> tuple[inspect.Parameter, ...]:
-    function = _usual_forward(model)
-    if function is None:
-        return tuple(inspect.signature(model.forward).parameters.values())
-    if function not in _PARAMETERS:
-        _PARAMETERS[function] = tuple(inspect.signature(model.forward).parameters.values())
-    return _PARAMETERS[function]
-
-
-def _usual_forward(model: nn.Module) -> FunctionType | None:
-    """The forward of a model's class; ``None`` where another was put in its place."""
-    function = type(model).forward
-    return function if isinstance(function, FunctionType) and "forward" not in vars(model) else None
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside wrappers whose forward names nothing, such as those for several devices or with adapters.
-
-    >>> unwrapped(nn.DataParallel(layer := nn.Linear(2, 2))) is layer
-    True
-    """
-    bare = on_one_device(model)
-    if bare is not model:
-        return unwrapped(bare)
-    kinds = {p.kind for p in _parameters(model)}
-    inner = getattr(model, "get_base_model", None)
-    if kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} and callable(inner):
-        return unwrapped(inner())
-    return model
-
-
-def on_one_device(model: nn.Module) -> nn.Module:
-    """The model inside torch's own wrappers for several devices or processes."""
-    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
-    return model
-
-
-def takes_features(model: nn.Module) -> bool:
-    """Whether a model is called with one mapping of names to tensors, as sentence encoders are.
-
-    >>> class Encoder(nn.Module):
-    ...     def forward(self, features: dict[str, Tensor]):
-    ...         return features["x"]
-    >>> takes_features(Encoder())
-    True
-    """
-    needed = [p for p in inspect.signature(model.forward).parameters.values() if p.default is p.empty]
-    needed = [p for p in needed if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    said = "" if not needed else str(needed[0].annotation)
-    return len(needed) == 1 and bool(
-        re.match(r"(<class ')?(typing\.|collections\.abc\.)?([Dd]ict|Mapping)\b", said)
-    )
-
-
-def reads_tokens(model: nn.Module) -> nn.Module | None:
-    """The outermost module whose forward names token ids or a mask, the model itself first; None where there is none."""
-    for module in model.modules():
-        if {"input_ids", "attention_mask"} & set(read_signature(module).names):
-            return module
-    return None
-
-
-def _may_hold_tensor(parameter: inspect.Parameter) -> bool:
-    """Whether nothing says that an argument is a flag, a number, a word or a cache."""
-    words = re.findall(
-        r"[\w.]+", "" if parameter.annotation is parameter.empty else str(parameter.annotation)
-    )
-    kinds = [word.rpartition(".")[2] for word in words]
-    certain = bool(kinds) and all(kind in _NO_TENSORS or kind.endswith("Cache") for kind in kinds)
-    return not certain and not isinstance(parameter.default, bool)
 
 
 class ModelInputs:
@@ -173,14 +50,13 @@ class ModelInputs:
         self.owner, self.withhold = type(owner).__name__, tuple(withhold)
         bare = unwrapped(model)
         self.is_policy = isinstance(bare, TensorDictModuleBase)
-        inner = reads_tokens(bare) if not self.is_policy and takes_features(bare) else None
-        self.features = None if inner is None else next(iter(inspect.signature(bare.forward).parameters))
+        features = None if self.is_policy else read_forward(bare).features
+        inner = None if features is None else reads_tokens(bare)
+        self.features = None if inner is None else features
         self.called = bare if inner is None else inner
         self.signature = read_signature(self.called)
-        self.demanded = self._demanded(self.called, in_keys)
-        apart = {*CARRIED, *withhold, *self.demanded, *self.demanded.values()}
-        names = [name for name in self.signature.tensors if name not in apart and not is_target(name)]
-        self.optional: dict[str, Key] = {name: name for name in names}
+        self.demanded = self._demanded(in_keys)
+        self.optional = _optional_inputs(self.signature, tuple(self.demanded.items()), self.withhold)
         # a decoder's ids are made from the labels where they are missing
         self.from_labels = "decoder_input_ids" in self.optional and hasattr(
             self.called, "prepare_decoder_input_ids_from_labels"
@@ -218,7 +94,8 @@ class ModelInputs:
 
         return count
 
-    def _demanded(self, model: nn.Module, in_keys: InKeys | None) -> dict[str, Key]:
+    def _demanded(self, in_keys: InKeys | None) -> Mapping[str, Key]:
+        model = self.called
         if isinstance(in_keys, Mapping):
             return dict(in_keys)
         if isinstance(model, TensorDictModuleBase):
@@ -229,27 +106,24 @@ class ModelInputs:
             if len(listed) != len(own):
                 raise ValueError(f"in_keys={listed} expected a key for each of {own}.")
             return dict(zip(own, listed))
-        signature, main = self.signature, getattr(model, "main_input_name", None)
-        default = signature.required or signature.names[:1]
-        if isinstance(main, str) and (main in signature.names or not signature.names):
-            default = (main,)
+        main = getattr(model, "main_input_name", None)
+        default = _default_inputs(self.signature, main if isinstance(main, str) else None)
         if in_keys is None:
             if not default:
                 raise ValueError(
                     f"expected a forward that names its inputs, {type(model).__name__}.forward names none. "
                     f"Remedy: {self.owner}(..., in_keys={{'<forward name>': '<key>'}})."
                 )
-            return {name: name for name in default}
+            return default
         keys: list[Key] = [in_keys] if isinstance(in_keys, str | tuple) else list(in_keys)
-        result: dict[str, Key] = {key: key for key in keys if isinstance(key, str) and key in signature.names}
-        free = iter([n for n in (*default, *signature.names) if n not in result])
+        names = self.signature.names
+        result: dict[str, Key] = {key: key for key in keys if isinstance(key, str) and key in names}
+        free = iter([n for n in (*default, *names) if n not in result])
         for key in keys:
             if key not in result.values():
                 name = next(free, None)
                 if name is None:
-                    raise ValueError(
-                        f"in_keys={keys} has more keys than forward has parameters {signature.names}."
-                    )
+                    raise ValueError(f"in_keys={keys} has more keys than forward has parameters {names}.")
                 result[name] = key
         return result
 
@@ -296,6 +170,23 @@ class ModelInputs:
             return [dict(given)], {}
         kwargs = dict(given)
         return [kwargs.pop(name) for name in self.signature.positional_only if name in kwargs], kwargs
+
+
+@lru_cache
+def _default_inputs(signature: Signature, main: str | None) -> Mapping[str, Key]:
+    """Name -> key of what a model has to be called with, where nobody says: its main input, or what has no default."""
+    known = main is not None and (main in signature.names or not signature.names)
+    names = (main,) if main is not None and known else signature.required or signature.names[:1]
+    return {name: name for name in names}
+
+
+@lru_cache
+def _optional_inputs(
+    signature: Signature, demanded: tuple[tuple[str, Key], ...], withhold: tuple[str, ...]
+) -> Mapping[str, Key]:
+    """Name -> key of what else may be given."""
+    apart = {*CARRIED, *withhold, *(part for pair in demanded for part in pair)}
+    return {name: name for name in signature.tensors if name not in apart and not is_target(name)}
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

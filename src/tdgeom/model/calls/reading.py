@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tdgeom.model.calls.listening import Listening
+from tdgeom.model.calls.places import Place, Places
 from tdgeom.model.calls.read_pass import Pass
 from tdgeom.model.calls.repeated_calls import CallsSpec, fired_too_often, is_meant
-from tdgeom.model.calls.site_hooks import Place, Places
 from tdgeom.model.calls.structure_check import followers
 from tdgeom.model.sites import Site
 from tdgeom.model.structure.readers import read_input, write_input

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from threading import get_ident
@@ -20,37 +19,16 @@ from tdgeom.model.calls.attention_kernel import (
     watch_softmax,
     whole_batches,
 )
-from tdgeom.model.calls.call_info import CallInfo, hear, mask_tellers
-from tdgeom.model.calls.call_paths import is_inside, paths_of_calls
+from tdgeom.model.calls.call_info import CallInfo, hear
+from tdgeom.model.calls.call_paths import is_inside
 from tdgeom.model.calls.checkpointing import runs_again
 from tdgeom.model.calls.own_hooks import CHANGING, Hung, OwnHook, hang, hook_after, hook_before, take_down
+from tdgeom.model.calls.places import Place, Places
 from tdgeom.model.calls.router_kernel import router_look
 from tdgeom.model.structure.readers import read_input
 from tdgeom.model.structure.resolved_site import ResolvedSite
 
-Place = tuple[str, str]  # a module's path, and the side of it
 _NOTHING: Any = object()
-
-
-class Places:
-    """Where hooks for some sites of a model go; found once, however often hooks are installed there."""
-
-    def __init__(self, model: nn.Module, sites: Iterable[ResolvedSite]) -> None:
-        self.model, self.sites = model, tuple(sites)
-        paths = {path for e in self.sites for path in (e.module_path, e.block_path) if path is not None}
-        self.modules = {path: model.get_submodule(path) for path in paths}
-        self.at: dict[Place, list[ResolvedSite]] = defaultdict(list)
-        for entry in self.sites:
-            self.at[entry.module_path, entry.side].append(entry)
-        # the block's own input hook comes first: its shape gives (B, T) back to parts that flatten it
-        self.blocks = sorted(
-            {e.block_path for e in self.sites if e.block_path is not None and e.block_path != e.module_path}
-        )
-        self.behind = list(dict.fromkeys(e.behind for e in self.sites if e.behind is not None))
-        self.softmax = any(entry.in_softmax for entry in self.sites)
-        self.inside = {p: own for p, own in self.at.items() if own[0].in_softmax or own[0].in_router}
-        self.calls = paths_of_calls(model, [e.block_path or e.module_path for e in self.sites])
-        self.tellers = mask_tellers(model, [e.block_path or e.module_path for e in self.sites[:1]])
 
 
 class Step:
@@ -120,7 +98,7 @@ class SiteHooks:
                     self.undo.enter_context(visible_attention(places.model))
                 for place, entries in places.inside.items():
                     watcher = partial(self._on_softmax, place)
-                    module, heads = places.modules[place[0]], entries[0].head_count
+                    module, heads = places.module(place[0]), entries[0].head_count
                     look = router_look(places.model, entries[0]) if entries[0].in_router else None
                     self.undo.enter_context(watch_softmax(module, watcher, heads, self.here, look))
                 if padding_cutters(places.model):
@@ -131,17 +109,17 @@ class SiteHooks:
                 raise
 
     def _make(self) -> None:
-        places, modules = self.places, self.places.modules
+        places = self.places
         for path in places.blocks:
-            self.before(modules[path], partial(self.on_block, path))
+            self.before(places.module(path), partial(self.on_block, path))
         self.around()
         for place in places.at:
             if place in places.inside:
                 continue
             if place[1] == "input":
-                self.before(modules[place[0]], partial(self._on_input, place))
+                self.before(places.module(place[0]), partial(self._on_input, place))
             else:
-                self.on_output(place, modules[place[0]])
+                self.on_output(place, places.module(place[0]))
 
     def close(self) -> None:
         """Remove the hooks and forget every tensor."""

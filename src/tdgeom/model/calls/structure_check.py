@@ -21,10 +21,11 @@ from tdgeom.model.calls.attention_kernel import visible_attention
 from tdgeom.model.calls.block_facts import other_positions, refusals, strange_stream
 from tdgeom.model.calls.block_reads import BlockReads
 from tdgeom.model.calls.bound_model import eval_mode, may_stop
-from tdgeom.model.calls.model_inputs import made_up_inputs, read_signature
+from tdgeom.model.calls.forward_signature import read_signature
+from tdgeom.model.calls.model_inputs import made_up_inputs
+from tdgeom.model.calls.places import Places
 from tdgeom.model.calls.quiet import without_hooks
 from tdgeom.model.calls.router_check import MOVED, moved_logits
-from tdgeom.model.calls.site_hooks import Places
 from tdgeom.model.calls.stream_order import STREAM_KINDS, StackReads
 from tdgeom.model.calls.verified import verified
 from tdgeom.model.sites import Site
@@ -266,7 +267,7 @@ def followers(places: Places) -> Iterator[tuple[ResolvedSite, str, nn.Module]]:
             continue
         watched.add(key)
         leave, block = entry.module_path, entry.block_path or ""
-        for name, module in places.modules[block].named_modules():
+        for name, module in places.module(block).named_modules():
             path = join(block, name)
             related = path.startswith(leave + ".") or leave.startswith(path + ".") or path == leave
             if name and not related and not is_neutral(module):

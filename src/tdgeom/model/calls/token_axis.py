@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tdgeom.core.surroundings import steady
-from tdgeom.model.calls.model_inputs import made_up_inputs, read_signature
+from tdgeom.model.calls.forward_signature import read_signature
+from tdgeom.model.calls.model_inputs import made_up_inputs
 from tdgeom.model.calls.quiet import without_hooks
 from tdgeom.model.calls.verified import verified
 from tdgeom.model.structure.resolved_site import ResolvedSite

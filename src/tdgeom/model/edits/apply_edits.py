@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from tdgeom.model.calls.call_info import CallInfo
 from tdgeom.model.calls.checkpointing import is_checkpointed, refuse_later_backward, runs_again
-from tdgeom.model.calls.model_inputs import Signature, read_signature
+from tdgeom.model.calls.forward_signature import Signature
 from tdgeom.model.calls.own_hooks import CHANGING, OwnId, lead
+from tdgeom.model.calls.places import Place, Places
 from tdgeom.model.calls.repeated_calls import CallsSpec, fired_too_often, is_meant
-from tdgeom.model.calls.site_hooks import Place, Places, SiteHooks, Step
+from tdgeom.model.calls.site_hooks import SiteHooks, Step
 from tdgeom.model.calls.token_axis import is_time_first
 from tdgeom.model.edits.edit import Edit
 from tdgeom.model.positions import positions_second
@@ -44,12 +45,10 @@ class EditPlan:
 
     def __init__(self, places: Places, edits: Sequence[Sequence[Any]]) -> None:
         self.places = places
-        self.owners: dict[str, Signature] = {"": read_signature(places.model)}
+        self.owners: dict[str, Signature] = {"": places.signature}
         self.at: dict[Place, list[Planned]] = defaultdict(list)
-        signatures: dict[str, Signature] = dict(self.owners)
-        for entry, listed in zip(places.sites, edits, strict=True):
-            owner = _owner(places.model, entry, signatures)
-            self.owners[owner] = signatures[owner]
+        for entry, (owner, signature), listed in zip(places.sites, places.owners, edits, strict=True):
+            self.owners[owner] = signature
             words = {"site": NonTensorData(entry.site), "groups": NonTensorData(entry.groups)}
             side = "" if owner else token_side(entry.site)
             self.at[entry.module_path, entry.side].append(Planned(entry, listed, owner, words, side))
@@ -57,18 +56,6 @@ class EditPlan:
         given = [edit for planned in self.everything for edit in planned.edits]
         self.selective = [edit for edit in dict.fromkeys(given) if isinstance(edit, Edit) and edit.selects()]
         self.bypassed = sorted({e.block_path for e in places.sites if e.bypass and e.block_path is not None})
-
-
-def _owner(model: nn.Module, entry: ResolvedSite, signatures: dict[str, Signature]) -> str:
-    """The nearest module around a site that is called with token ids: there the mask and the cache are known."""
-    path = (entry.block_path or entry.module_path).rpartition(".")[0]
-    while path:
-        if path not in signatures:
-            signatures[path] = read_signature(model.get_submodule(path))
-        if "input_ids" in signatures[path].names:
-            return path
-        path = path.rpartition(".")[0]
-    return ""
 
 
 class EditStep(Step):
@@ -120,7 +107,7 @@ class Editing(SiteHooks):
         self.mark_calls()  # in front of what learns about the call
         for path in self.plan.bypassed:
             # before every other hook on the block's output: it belongs to what the block gives
-            self.after(self.places.modules[path], partial(self._on_block_end, path), front=True)
+            self.after(self.places.module(path), partial(self._on_block_end, path), front=True)
         for index, module in enumerate(self.places.behind):
             self.after(module, partial(self._on_behind, index), front=True)
 
@@ -128,7 +115,7 @@ class Editing(SiteHooks):
         super()._make()
         self.mark_ends()
         self.edited = [
-            (self.places.modules[path], "_forward_pre_hooks" if side == "input" else "_forward_hooks")
+            (self.places.module(path), "_forward_pre_hooks" if side == "input" else "_forward_hooks")
             for path, side in self.places.at
             if side in ("input", "output")
         ]

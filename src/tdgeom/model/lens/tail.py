@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from tdgeom.core.surroundings import steady
 from tdgeom.model.calls.bound_model import HeldModel, eval_mode, refuse_compiled
-from tdgeom.model.calls.model_inputs import made_up_inputs, read_signature
+from tdgeom.model.calls.forward_signature import read_signature
+from tdgeom.model.calls.model_inputs import made_up_inputs
 from tdgeom.model.calls.quiet import replaced_forwards, without_hooks
 from tdgeom.model.structure.blocks import find_final_norm, find_stacks
 from tdgeom.model.structure.readers import read_input, read_output, write_output

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -29,6 +30,7 @@ from tdgeom.model.structure.readers import spelled
 from tdgeom.model.structure.resolved_site import ResolvedSite
 from tdgeom.model.structure.select_heads import HeadSpec, with_heads
 
+_GLOB = frozenset("*?[")
 # the tree of a model's modules, its stacks and its sites: held by the model's own life, and never the model itself
 _FOUND: WeakKeyDictionary[nn.Module, tuple[list[tuple], list[Stack], list[ResolvedSite]]] = (
     WeakKeyDictionary()
@@ -131,8 +133,11 @@ def takes_layers(name: object) -> bool:
     >>> takes_layers("residual_output"), takes_layers("residual_output.0"), takes_layers("final_norm")
     (True, False, False)
     """
-    if not isinstance(name, str):
-        return True
+    return not isinstance(name, str) or _is_open(str(name))
+
+
+@lru_cache(1024)
+def _is_open(name: str) -> bool:
     site = Site(name)
     return site.layer is None and site.kind not in STACK_KINDS
 
@@ -226,13 +231,12 @@ def _select_in(
 
 
 def _module_sites(model: nn.Module, pattern: str | re.Pattern, side: str) -> list[ResolvedSite]:
-    modules = {path: module for path, module in model.named_modules() if path}
     text, element = split_element(pattern) if isinstance(pattern, str) else (pattern.pattern, None)
+    matched = [] if not isinstance(pattern, str) else [""] if text == ROOT else _exactly(model, text)
+    modules = {} if matched else {path: module for path, module in model.named_modules() if path}
     if not isinstance(pattern, str):
         matched = [path for path in modules if pattern.fullmatch(path)]
-    elif text == ROOT:
-        matched = [""]
-    else:
+    elif not matched:
         matched = [path for path in modules if match_path(path, text)]
     if not matched:
         close = get_close_matches(text, list(modules), n=5, cutoff=0.4) or list(modules)[:5]
@@ -245,6 +249,14 @@ def _module_sites(model: nn.Module, pattern: str | re.Pattern, side: str) -> lis
     return [
         ResolvedSite(site, path, side, element=element) for site, path in zip(sites, matched, strict=True)
     ]
+
+
+def _exactly(model: nn.Module, path: str) -> list[str]:
+    """A path that is no glob and leads to a module: looked up, not looked for."""
+    module: nn.Module | None = model
+    for name in () if _GLOB.intersection(path) else path.split("."):
+        module = None if module is None else module._modules.get(name)
+    return [] if module is None or module is model else [path]
 
 
 def _in_layers(
