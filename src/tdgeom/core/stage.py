@@ -61,6 +61,11 @@ class Stage(Configured, TensorDictModuleBase):
     takes_complex: ClassVar[bool] = False
     one_thread_a_site: ClassVar[bool] = False
 
+    shapes: list[str | None]
+    in_roles: list[Key]
+    optional_in_keys: list[Key]
+    out_names: list[str]
+
     def __init__(
         self,
         *,
@@ -88,15 +93,18 @@ class Stage(Configured, TensorDictModuleBase):
             raise ValueError(
                 f"{owner} reads {len(roles)} leaves, in this order: {roles}; in_keys has {in_keys}."
             )
-        self.shapes: list[str | None] = shapes[: len(in_keys)]
-        self.in_roles: list[Key] = roles
         self.in_keys = cast(Any, in_keys)
-        self.optional_in_keys: list[Key] = [key for key, free in zip(in_keys, may_miss) if free]
-        self.out_names = [key_tuple(key)[-1] for key in writes]
+        out_names = [key_tuple(key)[-1] for key in writes]
+        self._set_plain(
+            shapes=shapes[: len(in_keys)],
+            in_roles=roles,
+            optional_in_keys=[key for key, free in zip(in_keys, may_miss) if free],
+            out_names=out_names,
+        )
         out_keys = resolve_keys(out_keys, list(writes), what="out_keys", owner=owner)
-        if len(out_keys) != len(self.out_names):
+        if len(out_keys) != len(out_names):
             raise ValueError(
-                f"{owner} writes {len(self.out_names)} leaves, in this order: {self.out_names}; out_keys has {out_keys}."
+                f"{owner} writes {len(out_names)} leaves, in this order: {out_names}; out_keys has {out_keys}."
             )
         self.out_keys = cast(Any, out_keys)
 

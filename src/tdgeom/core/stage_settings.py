@@ -78,6 +78,10 @@ class Configured:
         """What ``__init__`` was given, by name: named where somebody asks, which few ever do."""
         return _bound(type(self), *self.__dict__["_call"])
 
+    def _set_plain(self, **values: Any) -> None:
+        """Set attributes that are words, numbers and lists: by assignment a module looks for parameters and modules in each."""
+        self.__dict__.update(values)
+
     def settings(self) -> dict[str, Any]:
         """The arguments of ``__init__`` by name, as plain data; one whose attribute was set to something else since, as set.
 
@@ -155,7 +159,7 @@ def _noting(init: Callable[..., None]) -> Callable[..., None]:
                 refuse_unknown(type(self).__name__, unknown, known)
             raise
         if outermost:
-            held, own, noted = self.__dict__, _names(type(self)), self.__dict__["_call"]
+            held, own, noted = self.__dict__, _names(cast(Any, type(self))), self.__dict__["_call"]
             given = dict(zip(own, zip(args, noted[0]))) | {n: (v, noted[1].get(n)) for n, v in kwargs.items()}
             made = {name: held[name] for name in (*own, *kwargs) if name in held}
             # what was put there as it came is known already
@@ -405,7 +409,7 @@ _Noted = tuple[tuple[Any, ...], dict[str, Any]]
 def _noted(cls: type[Configured], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Noted:
     """The arguments of a call, as they are now."""
     if anew := cls._told_anew:
-        names = (*_names(cls), *[""] * len(args))
+        names = (*_names(cast(Any, cls)), *[""] * len(args))
         args = tuple(None if name in anew else value for name, value in zip(names, args))
         kwargs = {name: None if name in anew else value for name, value in kwargs.items()}
     return tuple(map(_kept, args)), {name: _kept(value) for name, value in kwargs.items()}

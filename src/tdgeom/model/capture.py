@@ -100,6 +100,13 @@ class Capture(CaptureBatches, CaptureCalls):
     torch.Size([2, 4])
     """
 
+    heads: HeadSpec
+    nested: bool
+    prefix: str
+    _asked: dict[str, Any]
+    _asked_for: int
+    _with_choices: bool
+
     def __init__(
         self,
         model: nn.Module,
@@ -126,16 +133,18 @@ class Capture(CaptureBatches, CaptureCalls):
     ) -> None:
         if direction not in ("forward", "backward"):
             raise ValueError(f"direction= expects 'forward' or 'backward', got {direction!r}.")
-        self._asked: dict[str, Any] = {
-            "sites": sites if isinstance(sites, str | re.Pattern) else list(sites),
-            "layers": layers,
-            "prefix": prefix,
-            "heads": heads,
-            "classes": tuple(classes),
-            "skip_classes": tuple(skip_classes),
-        }
-        # what a router has chosen comes with its logits, where nothing counts the sites one by one
-        self._with_choices = direction == "forward" and callback is None and not isinstance(out_keys, list)
+        self._set_plain(
+            _asked={
+                "sites": sites if isinstance(sites, str | re.Pattern) else list(sites),
+                "layers": layers,
+                "prefix": prefix,
+                "heads": heads,
+                "classes": tuple(classes),
+                "skip_classes": tuple(skip_classes),
+            },
+            # what a router has chosen comes with its logits, where nothing counts the sites one by one
+            _with_choices=direction == "forward" and callback is None and not isinstance(out_keys, list),
+        )
         super().__init__(
             model,
             model_outputs=model_outputs,
@@ -149,25 +158,34 @@ class Capture(CaptureBatches, CaptureCalls):
             raise ValueError(
                 "calls='all' gives activations; for gradients give the number of a call, 'first' or 'last'."
             )
-        self.direction, self.target, self.callback, self.heads = direction, target, callback, heads
-        self.nested, self.cache, self.prefix, self.clone = nested, cache, prefix, clone
-        self._all_sites = [entry.site for entry in self._bound.sites]
-        self.sites = self._all_sites[: self._asked_for]
+        self.target, self.callback = target, callback
+        all_sites = [entry.site for entry in self._bound.sites]
         root: Key = "acts" if direction == "forward" else "grads"
-        self._leaves = name_leaves(
+        leaves = name_leaves(
             root if out_keys is None else out_keys,
-            self._all_sites,
+            all_sites,
             prefixed(self.model_outputs, prefix),
             nested=nested,
             asked=self._asked_for,
         )
-        self._last = LastRecord(self._leaves)
-        self._readings = None
-        self._recording = Lock()
-        self.out_keys: list[Any] = list(self._leaves)
+        self._set_plain(
+            direction=direction,
+            heads=heads,
+            nested=nested,
+            cache=cache,
+            prefix=prefix,
+            clone=clone,
+            sites=all_sites[: self._asked_for],
+            _all_sites=all_sites,
+            _leaves=leaves,
+            _last=LastRecord(leaves),
+            _readings=None,
+            _recording=Lock(),
+        )
+        self.out_keys: list[Any] = list(leaves)
 
     def resolve(self, model: nn.Module) -> list[ResolvedSite]:
         """The sites asked for, in a model, and behind them those that come along."""
         entries = resolve_sites(model, **self._asked)
-        self._asked_for = len(entries)
+        self._set_plain(_asked_for=len(entries))
         return [*entries, *(choices_beside(model, entries) if self._with_choices else ())]

@@ -58,7 +58,8 @@ class CaptureReads(HookingContext):
                 record=record,
                 secure=self._last.secure if context else None,
             )
-            self._readings = wanted, reading
+            self._set_plain(_readings=(wanted, reading))
+            return reading
         return self._readings[1]
 
     def _fill_cache(self, values: dict[Key, Tensor]) -> None:

@@ -77,6 +77,11 @@ class Intervene(HookingContext):
     """
 
     _told_anew = frozenset({"edits"})
+    missing: str
+    _asked: dict[str, list[EditLike]]
+    _listed: list[list[EditLike]]  # the edits of each place
+    _editing: Editing | None
+    _captures: dict[tuple[str, ...], Capture]
 
     def __init__(
         self,
@@ -97,11 +102,15 @@ class Intervene(HookingContext):
     ) -> None:
         if missing not in ("warn", "raise", "ignore"):
             raise ValueError(f"missing= expects 'warn', 'raise' or 'ignore', got {missing!r}.")
-        self.missing, self._classes, self._skipped = missing, tuple(classes), tuple(skip_classes)
         if not isinstance(edits, Mapping) or not edits:
             raise ValueError(f"Intervene expects a mapping from sites to edits, got {edits!r}.")
-        self._layers = layers
-        self._asked = {name: list(e) if isinstance(e, list | tuple) else [e] for name, e in edits.items()}
+        self._set_plain(
+            missing=missing,
+            _classes=tuple(classes),
+            _skipped=tuple(skip_classes),
+            _layers=layers,
+            _asked={name: list(e) if isinstance(e, list | tuple) else [e] for name, e in edits.items()},
+        )
         for name, listed in self._asked.items():
             for edit in listed:
                 _check_edit(name, edit)
@@ -117,9 +126,7 @@ class Intervene(HookingContext):
         modules = [edit for listed in self._asked.values() for edit in listed if isinstance(edit, nn.Module)]
         # registered, so that vectors follow .to() and trained ones show among the parameters
         self.edits = nn.ModuleList(dict.fromkeys(modules))
-        self.sites = list(dict.fromkeys(entry.site for entry in self._bound.sites))
-        given = [wanted for *_, wanted in self._wanted() if isinstance(wanted, str | tuple)]
-        self._name_inputs(given, [_SPECIAL])
+        self._set_plain(sites=list(dict.fromkeys(entry.site for entry in self._bound.sites)))
         self.out_keys: list[Any] = list(self.model_outputs if out_keys is None else out_keys)
         if len(self.out_keys) != len(self.model_outputs):
             raise ValueError(f"out_keys= expected {len(self.model_outputs)} keys, got {len(self.out_keys)}.")
@@ -133,14 +140,15 @@ class Intervene(HookingContext):
             for name, own in chosen.items()
         }
         refuse_edits(model, (entry for entries in found.values() for entry in entries))
-        self._listed = [self._asked[name] for name, entries in found.items() for _ in entries]
+        self._set_plain(_listed=[self._asked[name] for name, entries in found.items() for _ in entries])
         return [entry for entries in found.values() for entry in entries]
 
     def _take(self, bound: Bound) -> None:
         super()._take(bound)
-        self._plan: EditPlan | None = None
-        self._editing: Editing | None = None
-        self._captures: dict[tuple[str, ...], Capture] = {}
+        self._set_plain(_editing=None, _captures={})
+
+    def _further_inputs(self) -> tuple[Sequence[Key], Sequence[Key]]:
+        return [wanted for *_, wanted in self._wanted() if isinstance(wanted, str | tuple)], [_SPECIAL]
 
     def _current(self) -> dict[str, Any]:
         """The settings, with the edits as they are now: a coefficient may have been set since."""
@@ -231,12 +239,14 @@ class Intervene(HookingContext):
         self._bound.refuse_compiled(self)
         self._refuse_entered()
         special = None if tensordict is None else tensordict.get(_SPECIAL, None)
-        if self._plan is None or self._editing is None:  # found once, however often the context is entered
-            self._plan = EditPlan(self._bound.places, self._listed)
-            self._editing = Editing(self._plan, calls=self.calls, totals=self._totals(), threads=self.threads)
+        session = self._editing
+        if session is None:  # made once, however often the context is entered
+            plan = EditPlan(self._bound.places, self._listed)
+            session = Editing(plan, calls=self.calls, totals=self._totals(), threads=self.threads)
+            self._set_plain(_editing=session)
         try:
             self._run_others(tensordict)
-            session, session.special = self._editing, special
+            session.special = special
             session.open()
             self._use(session)
         except BaseException:
@@ -283,7 +293,7 @@ class Intervene(HookingContext):
             warnings.warn(text, stacklevel=stacklevel)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_plan": None, "_editing": None, "_captures": {}}
+        return {**super().__getstate__(), "_editing": None, "_captures": {}}
 
     def __deepcopy__(self, memo: dict) -> Intervene:
         raise TypeError(

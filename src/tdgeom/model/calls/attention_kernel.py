@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from tdgeom.model.calls.own_hooks import CleanCopies, release
+from tdgeom.model.calls.own_hooks import hold, release
 from tdgeom.model.calls.verified import verified
 
 # what a watcher gets: the side ("queries", "keys", "scores", "pattern") and the tensor; it returns the tensor to go on with
@@ -120,7 +120,7 @@ def watch_softmax(
             with _Softmax(here, heads) if look is None else look(here):
                 return forward(*args, **kwargs)
 
-        CleanCopies(module).hold().forward = own
+        hold(module).forward = own
         module.forward = watched
     watchers, own = _WATCHED[module]
     watchers.append((watcher, wanted))

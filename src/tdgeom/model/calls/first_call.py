@@ -123,6 +123,9 @@ def _is_left_alone(block: nn.Module) -> bool:
 
 def unverified(model: nn.Module, entries: Sequence[ResolvedSite]) -> list[FirstCall]:
     """What no pass could check, for want of inputs, and a call of the user's can: a look at that call."""
+    entries = [entry for entry in entries if entry.site.layer is not None]
+    if not entries:
+        return []  # nothing was concluded of modules that are named by their paths
     known = find_sites(model)
     keys = block_keys(model, known)
     facts: Facts = verified(model).get("structure", {})

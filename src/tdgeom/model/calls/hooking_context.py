@@ -32,6 +32,16 @@ class HookingContext(Configured, TensorDictModuleBase):
     """
 
     sites: list[Site]
+    calls: CallsSpec
+    threads: str
+    model_outputs: list[str]
+    keep_graph: bool
+    withhold: tuple[str, ...]
+    optional_in_keys: list[Key]
+    module_paths: dict[Site, str]
+    _asked_in_keys: InKeys | None
+    _bound: Bound
+    _session: SiteHooks | None
 
     def __init__(
         self,
@@ -47,19 +57,28 @@ class HookingContext(Configured, TensorDictModuleBase):
         super().__init__()
         if threads not in ("own", "all"):
             raise ValueError(f"threads= expects 'own' or 'all', got {threads!r}.")
-        self.calls, self.threads = check_calls(calls), threads
-        self.model_outputs = [model_outputs] if isinstance(model_outputs, str) else list(model_outputs or ())
-        self.keep_graph, self.withhold, self._asked_in_keys = keep_graph, tuple(withhold), in_keys
-        self._session: SiteHooks | None = None
+        self._set_plain(
+            calls=check_calls(calls),
+            threads=threads,
+            model_outputs=[model_outputs] if isinstance(model_outputs, str) else list(model_outputs or ()),
+            keep_graph=keep_graph,
+            withhold=tuple(withhold),
+            _asked_in_keys=in_keys,
+            _session=None,
+        )
         self._take(self._bind(model))
         self._name_inputs()
 
-    def _name_inputs(self, demanded: Sequence[Key] = (), optional: Sequence[Key] = ()) -> None:
+    def _name_inputs(self) -> None:
         """``in_keys``: the model's own inputs and further ones, those that must be there first."""
-        inputs = self._bound.inputs
-        self.optional_in_keys: list[Key] = list(dict.fromkeys([*inputs.optional_keys, *optional]))
+        inputs, (demanded, optional) = self._bound.inputs, self._further_inputs()
+        self._set_plain(optional_in_keys=list(dict.fromkeys([*inputs.optional_keys, *optional])))
         keys: list[Any] = [*inputs.demanded.values(), *demanded, *self.optional_in_keys]
         self.in_keys = keys
+
+    def _further_inputs(self) -> tuple[Sequence[Key], Sequence[Key]]:
+        """Keys beside the model's inputs that must be in a batch, and those that may."""
+        return (), ()
 
     def resolve(self, model: nn.Module) -> list[ResolvedSite]:
         """The sites that are meant, in a model."""
@@ -82,8 +101,7 @@ class HookingContext(Configured, TensorDictModuleBase):
         return self
 
     def _take(self, bound: Bound) -> None:
-        self._bound = bound
-        self.module_paths: dict[Site, str] = {entry.site: entry.module_path for entry in bound.sites}
+        self._set_plain(_bound=bound, module_paths={entry.site: entry.module_path for entry in bound.sites})
 
     @property
     def model(self) -> nn.Module:
@@ -118,8 +136,8 @@ class HookingContext(Configured, TensorDictModuleBase):
         return nullcontext() if self.keep_graph else torch.no_grad()
 
     def _use(self, session: SiteHooks | None) -> None:
-        """Note whose hooks are open; not by an attribute's assignment, in which a module looks for modules and parameters."""
-        self.__dict__["_session"] = session
+        """Note whose hooks are open."""
+        self._set_plain(_session=session)
 
     def _refuse_entered(self) -> None:
         kind = type(self).__name__

@@ -31,13 +31,12 @@ class FrontId(OwnId):
 class OwnHook:
     """A hook of a context: on which module, on which side, and what is called. Made once, hung at every entering."""
 
-    __slots__ = ("copies", "front", "hooks", "module", "options", "run")
+    __slots__ = ("front", "hooks", "module", "options", "run")
 
     def __init__(
         self, module: nn.Module, hooks: str, run: Callable, options: tuple[str, ...], front: bool
     ) -> None:
         self.module, self.hooks, self.run, self.options, self.front = module, hooks, run, options, front
-        self.copies = CleanCopies(module)
 
 
 def hook_before(module: nn.Module, run: Callable, *, front: bool = False) -> OwnHook:
@@ -74,7 +73,7 @@ def hang(wanted: Iterable[OwnHook]) -> list[Hung]:
         if hook.front:
             hooks.move_to_end(key, last=False)
         hung.append((hooks, key, options, hook.module))
-        hook.copies.hold()
+        hold(hook.module)
     return hung
 
 
@@ -112,16 +111,6 @@ class CleanCopies:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.holders, self.forward = module, 0, _ANY
-
-    def hold(self) -> CleanCopies:
-        """Hang on the module, or count one more where one hangs there already; :func:`release` is the way back."""
-        kept = self.module.__dict__
-        copies = kept.get("__deepcopy__")
-        if type(copies) is not CleanCopies:
-            copies = kept["__deepcopy__"] = kept["__reduce_ex__"] = self
-            self.holders, self.forward = 0, _ANY
-        copies.holders += 1
-        return copies
 
     def __call__(self, given: Any) -> Any:
         """What ``copy.deepcopy`` asks (with its memo), and ``pickle`` (with a protocol)."""
@@ -164,6 +153,16 @@ class CleanCopies:
             yield
         finally:
             kept.update(before)
+
+
+def hold(module: nn.Module) -> CleanCopies:
+    """A module's clean copies, with one holder more; :func:`release` is the way back."""
+    kept = module.__dict__
+    copies = kept.get("__deepcopy__")
+    if type(copies) is not CleanCopies:
+        copies = kept["__deepcopy__"] = kept["__reduce_ex__"] = CleanCopies(module)
+    copies.holders += 1
+    return copies
 
 
 def release(module: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from threading import get_ident
 from typing import Any
 
@@ -36,8 +36,12 @@ class Planned:
     entry: ResolvedSite
     edits: Sequence[Any]
     owner: str
-    words: dict[str, NonTensorData]
     side: str
+
+    @cached_property
+    def words(self) -> dict[str, NonTensorData]:
+        """The site's name and groups, for edits that are called with a TensorDict."""
+        return {"site": NonTensorData(self.entry.site), "groups": NonTensorData(self.entry.groups)}
 
 
 class EditPlan:
@@ -49,9 +53,8 @@ class EditPlan:
         self.at: dict[Place, list[Planned]] = defaultdict(list)
         for entry, (owner, signature), listed in zip(places.sites, places.owners, edits, strict=True):
             self.owners[owner] = signature
-            words = {"site": NonTensorData(entry.site), "groups": NonTensorData(entry.groups)}
             side = "" if owner else token_side(entry.site)
-            self.at[entry.module_path, entry.side].append(Planned(entry, listed, owner, words, side))
+            self.at[entry.module_path, entry.side].append(Planned(entry, listed, owner, side))
         self.everything = [planned for here in self.at.values() for planned in here]
         given = [edit for planned in self.everything for edit in planned.edits]
         self.selective = [edit for edit in dict.fromkeys(given) if isinstance(edit, Edit) and edit.selects()]

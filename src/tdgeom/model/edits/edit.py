@@ -54,6 +54,10 @@ class Edit(Stage):
     optional = frozenset({"attention_mask", "input_ids", "special_tokens_mask", "site", "groups"})
     shared = frozenset({"attention_mask", "input_ids", "special_tokens_mask"})
 
+    positions: Positions
+    heads: list[int] | dict[int, list[int]] | None
+    features: Sequence[int] | slice | None
+
     def __init__(
         self,
         *,
@@ -64,9 +68,11 @@ class Edit(Stage):
         out_keys: Key | list[Key] | None = None,
     ) -> None:
         super().__init__(in_keys=in_keys, out_keys=out_keys)
-        self.positions = check_positions(positions)
-        self.heads = listed_heads(heads)
-        self.features = [features] if isinstance(features, int) else features
+        self._set_plain(
+            positions=check_positions(positions),
+            heads=listed_heads(heads),
+            features=[features] if isinstance(features, int) else features,
+        )
 
     def edit(self, value: Tensor) -> Tensor:
         """The new activation, everywhere; positions, heads and features are applied by the caller."""
