@@ -120,6 +120,9 @@ CALLS: dict[str, Call] = {
         )
     },
     "cknna": Call(F.cknna, twins),
+    "linear_cka_null": Call(F.linear_cka_null, pair),
+    "linear_cka_sampled": Call(F.linear_cka_sampled, pair),
+    "participation_ratio_sampled": Call(F.participation_ratio_sampled, one),
     "soft_matching": Call(F.soft_matching, pair),
     "feature_subspace_novelty": Call(F.feature_subspace_novelty, lambda seed: (basis(seed), basis(seed + 50))),
     "layer_cosine_sim": Call(F.layer_cosine_sim, twins),
@@ -130,6 +133,12 @@ CALLS: dict[str, Call] = {
     "covariance": Call(F.covariance, one),
     "eigen_spectrum": Call(lambda c: F.eigen_spectrum(c, k=2), lambda seed: (covariance(seed),)),
     "entropy_dimension": Call(F.entropy_dimension, values),
+    "ledoit_wolf": Call(
+        F.ledoit_wolf,
+        lambda seed: (torch.tensor(N), covariance(seed), (rows(seed) - rows(seed).mean(0)).square().sum(-1).square().sum()),
+    ),
+    "noise_rank": Call(lambda v: F.noise_rank(v, N), values),
+    "oracle_approximating": Call(lambda c: F.oracle_approximating(torch.tensor(N), c), lambda seed: (covariance(seed),)),
     "numerical_rank": Call(F.numerical_rank, values),
     "log_spectrum_slope": Call(F.log_spectrum_slope, values),
     "normalized": Call(lambda x: F.normalized(x, "feature_standardized"), one),
@@ -167,8 +176,12 @@ OTHERS = {
         "works on a batch of sequences, whose leading dimension is the batch",
     ),
     **dict.fromkeys(
-        ("clustered_error", "control_labels", "fold_index", "hash_ids", "holdout_mask", "permutation_null", "probe_scores",
+        ("adjusted_p_values", "clustered_error", "control_labels", "document_shuffles", "joint_p_values",
+         "fold_index", "hash_ids", "holdout_mask", "permutation_null", "probe_scores",
          "row_groups", "token_context"),
         "works on ids, groups or decisions of one run",
+    ),
+    **dict.fromkeys(
+        ("procrustes_bounds", "shuffled_null", "subspace_overlap_corrected"), "deals the documents of one data set"
     ),
 }  # fmt: skip

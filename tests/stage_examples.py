@@ -381,6 +381,20 @@ EXAMPLES: dict[str, Example] = {
     ),
     "DistanceCorrelation": pair(tg.DistanceCorrelation),
     "SoftMatching": pair(tg.SoftMatching),
+    "CKANull": pair(tg.CKANull),
+    "Calibrated": Example(
+        lambda **keys: tg.Calibrated(tg.LinearCKA(), repeats=19, **keys), lambda: [rows(0), rows(1)],
+        free_of_scale=(0, 1), free_of_offset=(0, 1), exempt={"batched": "the documents of one data set change places"},
+    ),
+    "NoiseRank": Example(
+        tg.NoiseRank, lambda: [torch.linalg.eigvalsh(moments(rows())["covariance"].double()).flip(0), torch.tensor(N)],
+        exempt={**UNITS, "batched": "the count is one for all", "shapes": "its count has no dimension"},
+    ),
+    "ShrunkCovariance": Example(
+        tg.ShrunkCovariance,
+        lambda: [moments(rows())[name] for name in ("count", "covariance", "norm4")],
+        exempt={**UNITS, "batched": "the count is one for all", "shapes": "its count has no dimension"},
+    ),
     "NearestNeighbors": dimension(lambda **keys: tg.NearestNeighbors(4, **keys)),
     "NeighborhoodOverlap": pair(lambda **keys: tg.NeighborhoodOverlap(k=5, **keys)),
     "JaccardKNN": pair(lambda **keys: tg.JaccardKNN(k=5, **keys)),

@@ -52,6 +52,16 @@ REST = {
     "fold_index": Call(lambda g: F.fold_index(g, 3), lambda seed: (groups(),)),
     "hash_ids": Call(lambda i: F.hash_ids(i, 3), lambda seed: (torch.arange(9) << 20,)),
     "holdout_mask": Call(lambda g: F.holdout_mask(g, 0.3), lambda seed: (groups(),)),
+    "adjusted_p_values": Call(F.adjusted_p_values, lambda seed: (torch.tensor([0.1, 0.5, 0.02]),)),
+    "document_shuffles": Call(lambda d: F.document_shuffles(d, 3), lambda seed: (groups(),)),
+    "joint_p_values": Call(F.joint_p_values, lambda seed: (rows(seed)[:3, 0], rows(seed, 20)[:3])),
+    "procrustes_bounds": Call(F.procrustes_bounds, lambda seed: (rows(seed), rows(seed + 1), torch.arange(N) // 2)),
+    "shuffled_null": Call(
+        lambda x, y, d: F.shuffled_null(F.linear_cka, x, y, d, repeats=19), lambda seed: (rows(seed), rows(seed + 1), groups())
+    ),
+    "subspace_overlap_corrected": Call(
+        lambda x, y, d: F.subspace_overlap_corrected(x, y, d, k=2), lambda seed: (rows(seed), rows(seed + 1), groups())
+    ),
     "permutation_null": Call(
         lambda y, g: F.permutation_null(lambda z: z.double().mul(torch.arange(N)).sum(), y, g, repeats=5),
         lambda seed: (labels(seed), groups()),

@@ -84,6 +84,8 @@ from .measures.sample_metrics import SampleMetrics as SampleMetrics
 from .measures.sample_metrics import SampleSpectrum as SampleSpectrum
 from .measures.normalization import NormalizationAblation as NormalizationAblation
 from .measures.router import RouterLoad as RouterLoad
+from .measures.shrinkage import ShrunkCovariance as ShrunkCovariance
+from .measures.significance.noise_rank import NoiseRank as NoiseRank
 
 # measures between sites
 from .measures.similarity.linear_cka import LinearCKA as LinearCKA
@@ -100,6 +102,10 @@ from .measures.similarity.rsa import RSA as RSA
 from .measures.similarity.cknna import CKNNA as CKNNA
 from .measures.similarity.kernel_alignment import DistanceCorrelation as DistanceCorrelation
 from .measures.similarity.matching import SoftMatching as SoftMatching
+
+# what similarity is by chance
+from .measures.significance.cka_null import CKANull as CKANull
+from .measures.significance.calibrated import Calibrated as Calibrated
 
 # neighbourhoods
 from .measures.neighbors.nearest_neighbors import NearestNeighbors as NearestNeighbors

@@ -28,14 +28,22 @@ from tdgeom.measures.neighbors.neighborhood_overlap import common_neighbors, jac
 from tdgeom.measures.normalization import normalized
 from tdgeom.measures.router import router_load
 from tdgeom.measures.sample_metrics import cosine_similarity, sample_eigenvalues, sample_metrics
+from tdgeom.measures.shrinkage import ledoit_wolf, oracle_approximating
+from tdgeom.measures.significance.calibrated import joint_p_values, shuffled_null
+from tdgeom.measures.significance.cka_null import linear_cka_null
+from tdgeom.measures.significance.documents import document_shuffles
+from tdgeom.measures.significance.many_tests import adjusted_p_values
+from tdgeom.measures.significance.noise_rank import noise_rank
 from tdgeom.measures.similarity.cca import cca_mean, cca_r2, pwcca_ab, pwcca_ba, svcca
 from tdgeom.measures.similarity.cknna import cknna
+from tdgeom.measures.similarity.held_out import procrustes_bounds, subspace_overlap_corrected
 from tdgeom.measures.similarity.kernel_alignment import distance_correlation, rbf_cka
 from tdgeom.measures.similarity.linear_cka import linear_cka, linear_cka_debiased, rv_coefficient
 from tdgeom.measures.similarity.linear_r2 import linear_r2_ab, linear_r2_ba
 from tdgeom.measures.similarity.matching import soft_matching
 from tdgeom.measures.similarity.procrustes import angular_shape, procrustes
 from tdgeom.measures.similarity.rsa import rdm, rsa
+from tdgeom.measures.similarity.sampled_features import linear_cka_sampled, participation_ratio_sampled
 from tdgeom.measures.similarity.subspace import feature_subspace_novelty, layer_cosine_sim
 from tdgeom.measures.spectrum_metrics import (
     alpha_req,
@@ -72,6 +80,7 @@ from tdgeom.stream.covariance import covariance
 from tdgeom.stream.exemplars import top_activating, top_rows
 
 __all__ = [
+    "adjusted_p_values",
     "aggregate_positions",
     "alpha_req",
     "angular_shape",
@@ -92,6 +101,7 @@ __all__ = [
     "covariance",
     "distance_correlation",
     "distinct_neighbors",
+    "document_shuffles",
     "eigen_spectrum",
     "entropy_dimension",
     "erase",
@@ -108,17 +118,21 @@ __all__ = [
     "information_imbalance",
     "interpolate",
     "jaccard_knn",
+    "joint_p_values",
     "label_moments",
     "label_overlap",
     "label_overlap_of",
     "layer_cosine_sim",
     "lda_probe",
     "leace",
+    "ledoit_wolf",
     "lens_measures",
     "levina_bickel",
     "levina_bickel_from_distances",
     "linear_cka",
     "linear_cka_debiased",
+    "linear_cka_null",
+    "linear_cka_sampled",
     "linear_decision",
     "linear_r2_ab",
     "linear_r2_ba",
@@ -132,15 +146,19 @@ __all__ = [
     "mom_from_distances",
     "nearest_neighbors",
     "neighborhood_overlap",
+    "noise_rank",
     "normalized",
     "numerical_rank",
+    "oracle_approximating",
     "participation_ratio",
+    "participation_ratio_sampled",
     "pca_dimension",
     "permutation_null",
     "pool_folds",
     "position_mask",
     "probe_scores",
     "procrustes",
+    "procrustes_bounds",
     "project",
     "pwcca_ab",
     "pwcca_ba",
@@ -157,8 +175,10 @@ __all__ = [
     "sample_eigenvalues",
     "sample_metrics",
     "selection_mask",
+    "shuffled_null",
     "soft_matching",
     "spectrum_metrics",
+    "subspace_overlap_corrected",
     "svcca",
     "tle",
     "tle_from_neighbors",

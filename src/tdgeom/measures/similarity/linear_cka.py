@@ -196,6 +196,13 @@ class LinearCKA(MomentPairStage):
         scatter, groups = covariance * (n - 1)[..., None, None], norm4.shape[-1]
         return _Moments(n, group_traces(scatter, groups), block_squares(scatter, groups), norm4)
 
+    def reordered(self, side: Any, order: Tensor) -> Any:
+        """A side prepared from a sample, its rows in another order: (N,) int64."""
+        product = None if side.gram is None else side.gram[..., order, :][..., order]
+        return _Side(
+            side.rows[..., order, :], product, side.norm2[..., order], side.sums[..., order], side.off
+        )
+
     def compare(self, a: Any, b: Any, *rest: Tensor) -> list[Tensor]:
         """One product, and sums of float64 scalars."""
         if self.estimates == ["linear_cka"] and self.source != "sketch":

@@ -105,6 +105,10 @@ class Procrustes(MomentPairStage):
         refuse_sketch("Procrustes", *inputs)
         return torch.diagonal(inputs[2].to(torch.float64), dim1=-2, dim2=-1).sum(-1)
 
+    def reordered(self, side: Tensor, order: Tensor) -> Tensor:
+        """A side prepared from a sample, its rows in another order: (N,) int64."""
+        return side[..., order, :]
+
     def compare(self, a: Tensor, b: Tensor, *rest: Tensor) -> dict[str, Tensor]:
         """One product and its singular value decomposition."""
         if self.source == "sample":

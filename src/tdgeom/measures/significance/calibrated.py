@@ -1,0 +1,251 @@
+"""Any similarity beside what it is by chance: documents of one side change places, and the measure is taken again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tdgeom.core.keys import Key, Keys, key_tuple
+from tdgeom.core.pair_stage import PairStage
+from tdgeom.measures.significance.documents import document_shuffles, sequence_of
+from tdgeom.measures.similarity.pair_sources import MATCHED_ROWS
+from tdgeom.numerics.centring import check_matched, warn_undefined
+
+__all__ = ["Calibrated", "ShuffledNull", "joint_p_values", "shuffled_null"]
+
+_BEST = {
+    "procrustes": 0.0,
+    "angular_shape": 0.0,
+    "information_imbalance_ab": 0.0,
+    "information_imbalance_ba": 0.0,
+}
+_SAME = 1e-12  # values that differ by rounding count as equal, which makes a p-value larger
+
+
+class ShuffledNull(NamedTuple):
+    """Each (): the value, mean and standard deviation of the shuffled values, z-score, p-value, calibrated; and all of them."""
+
+    value: Tensor
+    null_mean: Tensor
+    null_sd: Tensor
+    z: Tensor
+    p: Tensor
+    calibrated: Tensor
+    draws: Tensor
+
+
+def shuffled_null(
+    measure: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    document: Tensor | None = None,
+    *,
+    repeats: int = 200,
+    best: float = 1.0,
+    seed: int = 0,
+) -> ShuffledNull:
+    """A measure of two sides, and what it is when whole documents of one side have changed places.
+
+    ``p`` = (1 + shuffles at least as near to ``best``)/(1 + repeats), exact for any number of rows, any measure and any
+    likeness of the rows inside a document; ``calibrated`` = (value - null_mean)/(best - null_mean): 0 by chance, 1 for what
+    cannot be more alike (Gröger et al. 2026 calls a null-calibrated similarity by that name).
+
+    Args:
+        measure: a function of (N, D) and (N, E) rows that gives one number.
+        x: (N, D) rows. y: (N, E) the same rows on the other side.
+        document: (N,) int64, which document a row is of: documents of equal numbers of rows change places. Default: every row
+            by itself.
+        repeats: shuffles. best: the value of two sides that are the same (0 for a distance). seed: of the shuffles.
+
+    Returns:
+        Each () float64; ``draws`` (repeats,), the shuffled values.
+
+    Raises:
+        ValueError: rows that do not match; documents that cannot change places.
+
+        >>> from tdgeom.functional import neighborhood_overlap
+        >>> x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+        >>> null = shuffled_null(lambda x, y: neighborhood_overlap(x, y, k=5), x, 2 * x, repeats=50)
+        >>> round(float(null.null_mean), 2), float(null.calibrated), round(float(null.p), 2)
+        (0.08, 1.0, 0.02)
+    """
+    check_matched(x, y, "shuffled_null")
+    orders = _orders(document, x.shape[-2], repeats, seed, "shuffled_null").to(y.device)
+    draws = torch.stack([torch.as_tensor(measure(x, y[order])).detach() for order in orders])
+    return _against(torch.as_tensor(measure(x, y)).detach(), draws, best)
+
+
+def _orders(document: Tensor | None, rows: int, repeats: int, seed: int, owner: str) -> Tensor:
+    if repeats < 19:
+        raise ValueError(f"{owner}: {repeats} shuffles cannot show p <= 0.05; give repeats=200, at least 19.")
+    if document is None:
+        document = torch.arange(rows, device="cpu")
+    if document.shape != (rows,):
+        raise ValueError(
+            f"{owner} expects document of shape ({rows},), one number a row, got {tuple(document.shape)}."
+        )
+    return document_shuffles(document, repeats, seed)
+
+
+def _against(value: Tensor, draws: Tensor, best: float) -> ShuffledNull:
+    """() and (repeats,)."""
+    value, draws = value.double(), draws.double()
+    toward = draws if best >= draws.mean() else -draws
+    own = value if best >= draws.mean() else -value
+    mean, deviation = draws.mean(), draws.std()
+    p = (1 + (toward >= own - _SAME * own.abs()).sum()).double() / (1 + len(draws))
+    z = (own - toward.mean()) / torch.where(deviation > 0, deviation, torch.nan)
+    known = torch.isfinite(value) & torch.isfinite(mean)
+    return ShuffledNull(
+        value, mean, deviation, z, torch.where(known, p, torch.nan), (value - mean) / (best - mean), draws
+    )
+
+
+def joint_p_values(values: Tensor, draws: Tensor) -> Tensor:
+    """p-values of several values under one null of them all: what the largest of them would be by chance.
+
+    Each value and its draws are put on the scale of its own null, (v - mean)/sd; p of value i is the share of shuffles whose
+    *largest* member reaches it: (1 + #{r: max_j z_jr >= z_i})/(1 + R). So the chance that any of the values is called
+    significant where none is, is the level of one. Shuffles must be shared (the same order of documents for all pairs), as
+    ``Calibrated`` shares them.
+
+    Args:
+        values: (P,), larger is more alike (negate distances). draws: (P, R), shuffled values of each, in the same orders.
+
+    Returns:
+        (P,) float64. NaN where a value is.
+
+    Westfall and Young 1993 (max T).
+
+        >>> draws = torch.randn(3, 999, generator=torch.Generator().manual_seed(0))
+        >>> [round(p, 2) for p in joint_p_values(torch.tensor([0.0, 1.7, 5.0]), draws).tolist()]
+        [0.89, 0.14, 0.0]
+    """
+    if values.ndim != 1 or draws.ndim != 2 or len(values) != len(draws):
+        raise ValueError(
+            f"joint_p_values expects values (P,) and draws (P, R), got {tuple(values.shape)} and {tuple(draws.shape)}."
+        )
+    values, draws = values.double(), draws.double()
+    mean, deviation = draws.mean(1), draws.std(1)
+    fine = torch.isfinite(values) & (deviation > 0)
+    z = (values - mean) / deviation
+    largest = torch.where(fine[:, None], (draws - mean[:, None]) / deviation[:, None], -torch.inf).amax(0)
+    p = (1 + (largest >= z[:, None] - _SAME).sum(1)).double() / (1 + draws.shape[1])
+    return torch.where(fine, p, torch.nan)
+
+
+class _Prepared(NamedTuple):
+    rows: Tensor
+    side: Any
+
+
+class Calibrated(PairStage):
+    """A pair stage's values beside what they are by chance: see ``shuffled_null``.
+
+    The stage's own values come out under their own names; each side is prepared once, and a stage that has
+    ``reordered(prepared, order)`` is not prepared again for a shuffle. All pairs share the shuffles, so that
+    ``joint_p_values`` can judge the best of many pairs.
+
+    Args:
+        stage: a pair stage on matched rows, such as ``NeighborhoodOverlap(k=10)``, ``RSA()``, ``LinearCKA()``.
+        repeats: shuffles. sample_size: rows that are taken, the first of the (hash-ordered) sample; the values judged are of
+            these rows.
+        by: ``"document"`` shuffles whole sequences among those with as many rows (ids are read from ``"sample_row_id"``; without
+            them every row is a document); ``"row"`` shuffles rows.
+        best: the value of two sides that are the same; None: 0 for Procrustes distances and information imbalances, else 1.
+        keep_draws: also write ``<measure>_draws``, (repeats,).
+        seed: of the shuffles.
+        in_keys, out_keys: the stage's, then ``"sample_row_id"``; a list of all leaves, or a root.
+
+    Writes for each measure of the stage ``<measure>``, ``<measure>_null_mean``, ``_null_sd``, ``_z``, ``_p`` and ``_calibrated``,
+    each ().
+
+        >>> import tdgeom as tg
+        >>> x = torch.randn(80, 4, generator=torch.Generator().manual_seed(0))
+        >>> out = tg.Calibrated(tg.LinearCKA(), repeats=99)(sample_a=x, sample_b=x.flip(-1))
+        >>> round(float(out[0]), 6), float(out[4])
+        (1.0, 0.01)
+    """
+
+    optional = frozenset({"sample_row_id"})
+    shared = ("sample_row_id",)
+
+    def __init__(
+        self,
+        stage: PairStage,
+        *,
+        repeats: int = 200,
+        sample_size: int = 1024,
+        by: str = "document",
+        best: float | None = None,
+        keep_draws: bool = False,
+        seed: int = 0,
+        in_keys: Keys = None,
+        out_keys: Keys = None,
+    ) -> None:
+        if not isinstance(stage, PairStage) or set(stage.in_roles) != set(MATCHED_ROWS):
+            reads = f" reading {stage.in_keys}" if isinstance(stage, PairStage) else ""
+            raise TypeError(
+                f"Calibrated takes a pair stage on matched rows, ('sample', 'a') and ('sample', 'b'), such as tg.LinearCKA() or "
+                f"tg.NeighborhoodOverlap(k=10); got {type(stage).__name__}{reads}. Leave source= out there."
+            )
+        if by not in ("document", "row"):
+            raise ValueError(f"Calibrated: by is 'document' or 'row', got {by!r}.")
+        self.repeats, self.sample_size, self.by, self.best = repeats, sample_size, by, best
+        self.keep_draws, self.seed = keep_draws, seed
+        _orders(None, 2, repeats, seed, "Calibrated")
+        measured = [key_tuple(key) for key in stage.out_keys]
+        endings = [
+            "",
+            "_null_mean",
+            "_null_sd",
+            "_z",
+            "_p",
+            "_calibrated",
+            *(["_draws"] if keep_draws else []),
+        ]
+        writes: list[Key] = [(*key[:-1], key[-1] + ending) for key in measured for ending in endings]
+        reads_all: dict[Key, str | None] = dict(zip(stage.in_roles, stage.shapes))
+        super().__init__(
+            in_keys=in_keys, out_keys=out_keys, reads=reads_all | {"sample_row_id": "N"}, writes=writes
+        )
+        self.stage = stage
+
+    def prepare(self, sample: Tensor) -> _Prepared:
+        """The first ``sample_size`` rows, and the stage's preparation of them."""
+        if sample.ndim != 2:
+            raise ValueError(
+                f"Calibrated expects one data set, rows of shape (N, D), got {tuple(sample.shape)}. Call it for each."
+            )
+        rows = sample[: self.sample_size]
+        return _Prepared(rows, self.stage.prepare(rows))
+
+    def compare(self, a: _Prepared, b: _Prepared, row_id: Tensor | None = None) -> list[Tensor]:
+        """The stage's values, and those of the shuffles."""
+        n = len(a.rows)
+        check_matched(a.rows, b.rows, "Calibrated")
+        document = None if row_id is None or self.by == "row" else sequence_of(row_id[:n])
+        orders = _orders(document, n, self.repeats, self.seed, "Calibrated").to(b.rows.device)
+        values = self._values(a, b)
+        draws = [self._values(a, self._reordered(b, order)) for order in orders]
+        found: list[Tensor] = []
+        for number, value in enumerate(values):
+            name = self.stage.out_names[number]
+            best = _BEST.get(name, 1.0) if self.best is None else self.best
+            null = _against(value, torch.stack([draw[number] for draw in draws]), best)
+            warn_undefined(null.null_mean, f"the null of {name}", "the measure is, for some shuffles.")
+            found += null[: len(null) if self.keep_draws else -1]
+        return found
+
+    def _values(self, a: _Prepared, b: _Prepared) -> Sequence[Tensor]:
+        return [
+            torch.as_tensor(value).detach() for value in self.stage.listed(self.stage.compare(a.side, b.side))
+        ]
+
+    def _reordered(self, side: _Prepared, order: Tensor) -> _Prepared:
+        rows = side.rows[order]
+        reordered = getattr(self.stage, "reordered", None)
+        return _Prepared(rows, self.stage.prepare(rows) if reordered is None else reordered(side.side, order))
