@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,12 @@ from torch import Tensor
 from tdgeom.files.bundle import Bundle, read_bundle, safe_name, write_bundle
 from tdgeom.files.json_text import plain
 from tdgeom.plot.picture_files import write_plots
+from tdgeom.report.reported_run import ReportedRun, label_of
+from tdgeom.report.write_report import write_report
 
-__all__ = ["AnalysisResults"]
+__all__ = ["REPORT", "AnalysisResults"]
+
+REPORT = "report.html"
 
 
 @dataclass
@@ -147,6 +151,37 @@ class AnalysisResults:
                 f"{type(self).__name__}.write_plots: nothing is saved yet. Call save() first, or name a folder."
             )
         return self.artifact_dir / "plots"
+
+    def report(
+        self,
+        path: str | Path | None = None,
+        *,
+        beside: AnalysisResults | Sequence[AnalysisResults] = (),
+        title: str | None = None,
+    ) -> Path:
+        """Write the report, one HTML file that shows everything here and needs no network, and return its path.
+
+        Args:
+            path: the file, or an existing folder; default ``report.html`` in the saved bundle.
+            beside: further results, drawn over these, with their differences from these.
+            title: default what was measured.
+
+        Raises:
+            ValueError: no path, and nothing saved.
+        """
+        if path is None and self.artifact_dir is None:
+            raise ValueError(
+                f"{type(self).__name__}.report: nothing is saved yet. Call save() first, or name a file, such as report.html."
+            )
+        path = Path(self.artifact_dir or ".") if path is None else Path(path)
+        path = path / REPORT if path.is_dir() else path
+        others = [beside] if isinstance(beside, AnalysisResults) else list(beside)
+        return write_report([one._reported() for one in (self, *others)], path, title)
+
+    def _reported(self) -> ReportedRun:
+        named = self.metadata.get("run_name") or (self.artifact_dir.name if self.artifact_dir else None)
+        name = str(named or label_of(self.metadata) or "results")
+        return ReportedRun(name, self._tables(), self.eigenvalues, self.metadata)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain Python values, ready for ``json.dumps`` (NaN becomes None)."""

@@ -1,7 +1,7 @@
 """Pictures of results: every function takes axes (or makes them) and returns them; nothing is shown or saved unasked.
 
 Comes in: tables and arrays, or what holds them under the names of a table. Goes out: axes, and PNG files.
-Uses: core, and run's tables.
+Uses: measures' names of columns, and run's tables.
 """
 
 from tdgeom.plot.depth import intrinsic_dimension, overlap

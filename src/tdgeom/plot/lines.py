@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tdgeom.plot.style import COLOURS, DASHES, MARKERS, axes_or_new, axis_name, thinned, tidy
+from tdgeom.plot.palette import COLOURS, DASHES, MARKERS
+from tdgeom.plot.style import axes_or_new, axis_name, thinned, tidy
 
 __all__ = ["profile"]
 

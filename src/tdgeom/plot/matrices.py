@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from tdgeom.plot.pair_grids import pair_grid, short_names, side_name
-from tdgeom.plot.style import GRADIENT, as_array, axes_or_new, axis_name, require_matplotlib, thinned
+from tdgeom.plot.palette import GRADIENT
+from tdgeom.plot.style import as_array, axes_or_new, axis_name, require_matplotlib, thinned
 from tdgeom.run.to_frame import to_frame
 
 __all__ = ["matrix"]

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from tdgeom.numerics.numerical_rank import above_rounding
-from tdgeom.plot.style import COLOURS, GRADIENT, as_array, axes_or_new, tidy
+from tdgeom.plot.palette import COLOURS, GRADIENT, depth_colours
+from tdgeom.plot.style import as_array, axes_or_new, tidy
 from tdgeom.run.to_frame import to_frame
 
 __all__ = ["spectrum"]
@@ -43,11 +44,10 @@ def spectrum(
     """
     series = _spectra(eigenvalues)
     ax = axes_or_new(ax, (6.0, 4.2))
-    from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    colours = colormaps[GRADIENT](np.linspace(0.0, 0.88, len(series))) if len(series) > 1 else [COLOURS[0]]
+    colours = depth_colours(len(series)) if len(series) > 1 else [COLOURS[0]]
     bottoms = []
     for (name, values), colour in zip(series.items(), colours):
         values = np.asarray(values, dtype=np.float64)
@@ -73,7 +73,7 @@ def spectrum(
     if legend if legend is not None else named and len(named) <= 12:
         ax.legend(frameon=False, fontsize="small", ncols=1 if len(named) <= 6 else 2, loc="lower left")
     elif legend is None and len(named) > 12:
-        scale = ScalarMappable(Normalize(0, (len(named) - 1) / 0.88), GRADIENT)
+        scale = ScalarMappable(Normalize(0, (len(named) - 1) / 0.86), GRADIENT)
         bar = ax.figure.colorbar(scale, ax=ax, boundaries=np.arange(len(named) + 1) - 0.5)
         places = np.unique(np.linspace(0, len(named) - 1, 7).round().astype(int))
         bar.set_ticks(places, labels=[named[place] for place in places])
