@@ -56,7 +56,7 @@ def analyze(
     every: Annotated[int, typer.Option(min=1, help="Batches between two writes of the checkpoint.")] = 100,
     run_name: Annotated[str | None, typer.Option(help="A name to record.")] = None,
 ) -> None:
-    """Measure a model's representations of a text: tables here, a bundle and pictures in DIR."""
+    """Measure a model's representations of a text: tables here, a bundle and a report in DIR."""
     from tdgeom.cli.print_results import print_results
 
     if max_rows is not None and max_tokens is not None:
@@ -88,9 +88,9 @@ def analyze(
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the bundle and its plots go.", metavar="DIR")] = Path(
-        "tdgeom-demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Where the bundle, its report and its plots go.", metavar="DIR")
+    ] = Path("tdgeom-demo"),
     max_rows: Annotated[int, typer.Option(min=2, help="Rows (tokens) to measure.")] = 20_000,
 ) -> None:
     """Measure a real pretrained model on real text, offline (needs the demo extra)."""

@@ -17,6 +17,7 @@ from tdgeom.cli.compare_command import compare
 from tdgeom.cli.geometry_commands import dimension, overlap
 from tdgeom.cli.look_commands import show, sites
 from tdgeom.cli.options import STATE
+from tdgeom.cli.report_command import report
 from tdgeom.cli.runs_command import app as runs
 
 __all__ = ["app", "main"]
@@ -128,6 +129,7 @@ app.command(
 EXAMPLES: dict[Callable[..., None], str] = {
     demo: "demo --max-rows 5000 --out try",
     show: "show tdgeom-demo",
+    report: "report run other-run --out both.html",
     sites: "sites gpt2",
     compare: "compare gpt2 ./my-gpt2 --text book.txt --plots --out run",
     dimension: "dimension gpt2 --text book.txt --untrained --plots --out run",

@@ -127,7 +127,7 @@ def _cut(text: str) -> Iterator[str]:
 def run_demo(
     out: str | Path | None = "tdgeom-demo", *, max_rows: int = 20_000, progress: bool = True
 ) -> AnalysisResults | None:
-    """Measure all layers of the demo's model on the demo's text; save the bundle and its plots in ``out``.
+    """Measure all layers of the demo's model on the demo's text; save the bundle, its report and its plots in ``out``.
 
     Args:
         out: the folder; an earlier demo there is replaced, anything else is not. None saves nothing.
@@ -160,6 +160,7 @@ def run_demo(
     if out is not None and results is not None:
         results.save(out, overwrite=replace)
         results.write_plots()
+        results.report()
     return results
 
 

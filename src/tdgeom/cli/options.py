@@ -135,7 +135,7 @@ class TextOptions:
         printed: Callable[[AnalysisResults, Console], None],
         save_mode: str = "bundle",
     ) -> None:
-        """Print an analysis; save it, and draw it, where the options say so; say where it is."""
+        """Print an analysis; save it with its report, and draw it, where the options say so; say where it is."""
         if results is None:  # another rank of a process group has it
             return
         terminal = console()
@@ -144,9 +144,15 @@ class TextOptions:
             results.save(self.out, save_mode, overwrite=self.overwrite)
             if self.plots:
                 results.write_plots()
+            try:
+                results.report()
+            except ModuleNotFoundError as error:  # the tables are saved, and tdgeom report makes it later
+                terminal.print(f"\nNo report: {error}", soft_wrap=True, markup=False)
         if results.artifact_dir is not None:
-            pictures = results.artifact_dir / "plots"
+            report, pictures = results.artifact_dir / "report.html", results.artifact_dir / "plots"
             terminal.print(f"\nSaved in {results.artifact_dir}", soft_wrap=True, markup=False)
+            if report.is_file():
+                terminal.print(f"Report, for a browser: {report}", soft_wrap=True, markup=False)
             if pictures.is_dir():
                 terminal.print(f"Pictures in {pictures}", soft_wrap=True, markup=False)
 

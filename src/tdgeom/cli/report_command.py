@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tdgeom.analysis.results import AnalysisResults
+import tdgeom as tg
 from tdgeom.cli.options import console
 
 __all__ = ["report"]
@@ -24,7 +24,7 @@ def report(
     title: Annotated[str | None, typer.Option(help="The report's title. [what was measured]")] = None,
 ) -> None:
     """Write one HTML file that shows a saved analysis, or several side by side; it opens from disk and needs no network."""
-    first, *others = [AnalysisResults.load(folder) for folder in folders]
+    first, *others = [tg.AnalysisResults.load(folder) for folder in folders]
     path = out if out is not None or not others else Path("report.html")
     written = first.report(path, beside=others, title=title)
     console().print(f"Report: {written.resolve()}", soft_wrap=True, markup=False)
