@@ -167,7 +167,15 @@ def test_both_stacks_of_an_encoder_decoder() -> None:
 def test_several_kinds_are_named_by_site() -> None:
     mixed = tg.analyze_model(models.gpt2(), loader(), sites=["residual_output", "final_norm"], progress=False)
     assert mixed.metrics["site"].tolist()[-1] == "final_norm" and "final_norm" in mixed.eigenvalues
-    assert np.isnan(mixed.metrics["relative_depth"].tolist()[-1])
+    count = len(mixed.metrics) - 1
+    assert mixed.metrics["layer"].tolist() == list(
+        range(count + 1)
+    )  # the final norm stands behind the last block
+    np.testing.assert_allclose(mixed.metrics["relative_depth"], np.arange(count + 1) / count)
+    few = tg.analyze_model(
+        models.gpt2(), loader(), sites=["residual_output", "final_norm"], layers=[0], progress=False
+    )
+    assert few.metrics["layer"].tolist() == [0, count]
 
 
 def test_selection_reaches_the_rows() -> None:

@@ -6,12 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
 
 import models
 import tdgeom as tg
-from tdgeom.run.profiles import relative_depths
+from tdgeom.run.site_places import relative_depths, site_places
 
 SITES = ["attn_input.0", "attn_input.1", "attn_input.2", "final_norm"]
 
@@ -42,7 +43,7 @@ def test_one_row_for_each_site_estimator_and_scale(samples, result) -> None:
     frame = tg.intrinsic_dimension_profile(result)
     assert len(frame) == 4 * (1 + 4)  # Gride at n = 1, 2, 4, 8
     assert list(frame.columns) == [
-        "site", "kind", "layer", "stack", "relative_depth", "estimator", "step", "estimate", "standard_error", "scale",
+        "site", "kind", "layer", "stack", "relative_depth", "estimator", "step", "rank", "estimate", "standard_error", "scale",
         "rows", "duplicates", "near_duplicates",
     ]  # fmt: skip
     for site in SITES:
@@ -51,7 +52,8 @@ def test_one_row_for_each_site_estimator_and_scale(samples, result) -> None:
         assert row["estimate"] == float(alone.estimate) and row["scale"] == float(alone.scale)
         assert row["rows"] == 300 and row["duplicates"] == 0
         scales = frame[(frame["site"] == site) & (frame["estimator"] == "gride")]
-        assert scales["step"].tolist() == [0, 1, 2, 3] and (np.diff(scales["scale"]) > 0).all()
+        assert scales["step"].tolist() == [0, 1, 2, 3] and scales["rank"].tolist() == [1, 2, 4, 8]
+        assert np.isnan(row["rank"]) and (np.diff(scales["scale"]) > 0).all()
         np.testing.assert_allclose(
             scales["estimate"], tg.functional.gride(samples["sample", site], range_max=16).estimate
         )
@@ -89,6 +91,44 @@ def test_relative_depths() -> None:
     stacks = relative_depths(["encoder.attn_input.0", "encoder.attn_input.3", "decoder.attn_input.1"])
     assert list(stacks.values()) == [0, 1, 1]
     assert np.isnan(relative_depths(["module_output:head"])["module_output:head"])
+
+
+@pytest.mark.parametrize(
+    "sites, layers",
+    [
+        (["embed", "residual_output.0", "residual_output.1", "final_norm"], [0, 0, 1, 2]),
+        (["attn_input.0", "attn_input.1", "residual_output.1"], [0, 1, 1]),
+        (["final_norm", "residual_input.4"], [5, 4]),
+        (
+            ["encoder.residual_output.1", "encoder.final_norm", "decoder.embed", "decoder.final_norm"],
+            [1, 2, 0, 0],
+        ),
+        (["a/residual_output.3", "a/final_norm", "b/residual_output.1", "b/final_norm"], [3, 4, 1, 2]),
+        (["module_output:h.1.mlp", "module_output:h.1.attn", "module_output:h.7.mlp"], [1, 1, 7]),
+        (["module_output:0", "module_output:2"], [0, 2]),
+        (["module_output:layer1.0", "module_output:layer1.1", "module_output:layer2.0"], [0, 1, 2]),
+        (["module_output:wte", "module_output:h.0", "module_output:ln_f"], [0, 1, 2]),
+        (["residual_input.0", "residual_input.5", "module_output:lm_head"], [0, 5, 6]),
+        (["early", "late"], [0, 1]),
+    ],
+)
+def test_every_site_has_a_layer(sites, layers) -> None:
+    assert [part["layer"] for part in site_places(sites).values()] == layers
+    assert not np.isnan(list(relative_depths(sites).values())).any()
+    rows = TensorDict({("sample", site): torch.rand(40, 3) for site in sites})
+    frame = tg.intrinsic_dimension_profile(tg.ForEach(tg.TwoNN(), sites)(rows))
+    assert dict(zip(frame["site"], frame["layer"])) == dict(zip(sites, layers))
+    for x in ("layer", "relative_depth"):
+        ax = tg.plot.intrinsic_dimension(frame, Figure().subplots(), x=x)
+        drawn = [bars.lines[0].get_xdata() for bars in ax.containers]
+        assert sum(np.isfinite(np.asarray(line, dtype=float)).sum() for line in drawn) == len(sites)
+
+
+def test_depths_of_two_models_in_one_table_are_each_ones_own() -> None:
+    depths = relative_depths(
+        ["a/residual_output.0", "a/residual_output.6", "b/residual_output.0", "b/residual_output.2"]
+    )
+    assert list(depths.values()) == [0, 1, 0, 1]
 
 
 def test_what_has_no_profile_says_so(samples) -> None:

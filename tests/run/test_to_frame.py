@@ -97,12 +97,12 @@ def test_without_sites():
     assert frame["rows"].dropna().tolist() == [30]
 
 
-def test_a_site_without_a_layer():
+def test_a_site_without_a_layer_in_its_name_has_one():
     td = TensorDict(
         {"spectrum": {"embed": {"d_pr": torch.tensor(1.0)}, "mlp_output.1": {"d_pr": torch.tensor(2.0)}}}
     )
     frame = tg.to_frame(td, "spectrum")
-    assert frame["layer"].isna().tolist() == [True, False]
+    assert frame["layer"].tolist() == [0, 1]
 
 
 def test_an_unknown_root_lists_those_there_are(result):

@@ -31,9 +31,9 @@ from tdgeom.model.sites import LayerSpec
 from tdgeom.rows.select_tokens import SelectTokens
 from tdgeom.rows.text import TextBatches
 from tdgeom.rows.tokenizer_alignment import AlignedRows, PairedTexts, cut_alike
-from tdgeom.run.profiles import relative_depths
 from tdgeom.run.run import run
-from tdgeom.run.to_frame import site_parts, to_frame
+from tdgeom.run.site_places import relative_depths, site_places
+from tdgeom.run.to_frame import to_frame
 from tdgeom.stream.cross_moments import StreamingCrossMoments
 from tdgeom.stream.row_sample import RowSample
 
@@ -242,10 +242,10 @@ def _comparison(
     metrics, models = [], {}
     for name, net, capture in zip(names, nets, captures):
         key, label = model_identity(net)
-        depths = relative_depths(capture.sites)
+        depths, places = relative_depths(capture.sites), site_places(capture.sites)
         for site, depth in depths.items():
             place = {"model": name, "model_key": key, "model_label": label, "site": str(site)}
-            metrics.append({**place, **site_parts(site), "relative_depth": depth})
+            metrics.append({**place, **places[site], "relative_depth": depth})
         spec = CaptureSpec.of(capture).to_dict()
         models[name] = {**model_record(net, None, capture), "capture": spec}
     return Comparison(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from tdgeom.measures.spectrum_metrics import marked_measures
 from tdgeom.model.sites import Site
-from tdgeom.run.to_frame import cell, leaves, site_parts, whole_numbers
+from tdgeom.run.site_places import SiteParts, site_parts, site_places
+from tdgeom.run.to_frame import cell, leaves, whole_numbers
 
 __all__ = [
     "Measured",
@@ -46,6 +48,18 @@ class Measured:
     novelty_k: int
     unit: str = "tokens"
 
+    @cached_property
+    def places(self) -> Mapping[str, SiteParts]:
+        """Kind, layer and stack of every site that was measured, routers too."""
+        routers = self.result.get("router", None)
+        sites = [*map(str, self.sites), *([] if routers is None else map(str, routers.keys()))]
+        return site_places(sites, {self.sites[0].stack: self.depth + 1})
+
+    @cached_property
+    def last(self) -> int:
+        """The last layer of the model's stack, behind which its final norm stands where it was measured."""
+        return max(self.depth, *(self.places[site]["layer"] or 0 for site in self.sites))
+
 
 def table(rows: Callable[[Measured], Iterable[dict[str, Any]]], passes: Iterable[Measured]) -> pd.DataFrame:
     """The rows of all passes."""
@@ -55,6 +69,7 @@ def table(rows: Callable[[Measured], Iterable[dict[str, Any]]], passes: Iterable
 def metrics_rows(one: Measured) -> Iterator[dict[str, Any]]:
     """One row a site: who and where, then every scalar that some stage wrote for the site."""
     layers = {site.layer for site in one.sites if site.layer is not None}
+    measured = max(one.places[site]["layer"] or 0 for site in one.sites)
     found = [root for root in map(str, one.result.keys()) if root not in NOT_METRICS]
     roots = sorted(
         found, key=lambda root: FIRST_ROOTS.index(root) if root in FIRST_ROOTS else len(FIRST_ROOTS)
@@ -63,10 +78,10 @@ def metrics_rows(one: Measured) -> Iterator[dict[str, Any]]:
     for site in one.sites:
         yield {
             **one.model,
-            **_place(site),
+            **_place(one, site),
             "num_layers": len(layers) or len(one.sites),
-            "layer_norm_depth": _share(site.layer, max(layers, default=0)),
-            "relative_depth": _share(site.layer, one.depth),
+            "layer_norm_depth": _share(one, site, measured),
+            "relative_depth": _share(one, site, one.last),
             "tokens_observed": int(one.result["run", "rows" if one.unit == "tokens" else "tokens"]),
             "rows_observed": int(one.result["run", "rows"]),
             "hidden_dim": one.widths.get(site),
@@ -83,12 +98,12 @@ def _cell(path: tuple[str, ...], value: Tensor) -> Any:
     return ", ".join(marked_measures(value)) if path[-1] == "unresolved" else cell(value)
 
 
-def _place(site: str) -> dict[str, Any]:
-    return {"site": str(site), **site_parts(site)}
+def _place(one: Measured, site: str) -> dict[str, Any]:
+    return {"site": str(site), **one.places[site]}
 
 
-def _share(layer: int | None, last: int) -> float:
-    return np.nan if layer is None else layer / max(last, 1)
+def _share(one: Measured, site: str, last: int) -> float:
+    return (one.places[site]["layer"] or 0) / max(last, 1)
 
 
 def novelty_rows(one: Measured) -> Iterable[dict[str, Any]]:
@@ -99,7 +114,7 @@ def novelty_rows(one: Measured) -> Iterable[dict[str, Any]]:
             if "->" not in path[0]:
                 continue
             a, b = path[0].split("->", 1)
-            place = site_parts(a)
+            place = one.places.get(a) or site_parts(a)
             row = {
                 **one.model,
                 "a": a,
@@ -125,7 +140,7 @@ def router_rows(one: Measured) -> Iterator[dict[str, Any]]:
     """One row a router; ``load`` and ``mean_probability`` are vectors over experts."""
     branch = one.result.get("router", None)
     for site in [] if branch is None else branch.keys():
-        yield {**one.model, **_place(site), **_cells(branch.get(site))}
+        yield {**one.model, **_place(one, site), **_cells(branch.get(site))}
 
 
 def ablation_rows(one: Measured) -> Iterator[dict[str, Any]]:
@@ -137,7 +152,13 @@ def ablation_rows(one: Measured) -> Iterator[dict[str, Any]]:
                 "tokens" if one.unit == "tokens" else "rows": one.sample,
                 "hidden_dim": one.widths.get(site),
             }
-            yield {**one.model, **_place(site), "variant": variant, **counts, **_cells(branch.get(variant))}
+            yield {
+                **one.model,
+                **_place(one, site),
+                "variant": variant,
+                **counts,
+                **_cells(branch.get(variant)),
+            }
 
 
 def _cells(branch: TensorDict) -> dict[str, Any]:

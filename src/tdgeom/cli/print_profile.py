@@ -11,6 +11,7 @@ from rich.text import Text
 from tdgeom.analysis.results import AnalysisResults
 from tdgeom.cli.print_results import headline
 from tdgeom.cli.terminal_tables import cells_of, columns_table, titled
+from tdgeom.run.profiles import scale_name
 
 __all__: list[str] = []
 
@@ -43,7 +44,7 @@ def _print_profile(title: str, note: Text, table: pd.DataFrame, console: Console
     if (scales == 0).any():
         _print_pivot(title, table[scales == 0], "estimate", console)
     for column, part in table[scales > 0].groupby("column", sort=False):
-        part = part.assign(column=[f"scale {step + 1}" for step in part["step"]])
+        part = part.assign(column=[scale_name(row) for row in part.to_dict("records")])
         _print_pivot(f"{title}: {column}", part, "estimate", console)
         console.print(note)
 

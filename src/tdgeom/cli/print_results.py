@@ -79,7 +79,10 @@ def _label(table: pd.DataFrame) -> tuple[str, list[str]]:
         if several:
             return "sites", [f"{a}->{b}" for a, b in zip(table["a"], table["b"])]
         return "layers", [str(value) for value in table["transition"]]
-    if several or "layer" not in table or table["layer"].isna().any():
+    numbered = "layer" in table and all(
+        str(site).endswith(f".{layer}") for site, layer in zip(table["site"], table["layer"])
+    )
+    if several or not numbered:
         return "site", [str(value) for value in table["site"]]
     return "layer", [str(int(value)) for value in table["layer"]]
 

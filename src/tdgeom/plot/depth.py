@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from tdgeom.model.sites import BLOCK_KINDS
 from tdgeom.plot.lines import profile
-from tdgeom.run.profiles import intrinsic_dimension_profile, overlap_profile
+from tdgeom.run.profiles import intrinsic_dimension_profile, overlap_profile, scale_name
 
 __all__ = ["intrinsic_dimension", "overlap"]
 
@@ -46,8 +49,7 @@ def intrinsic_dimension(result: Any, ax: Any = None, *, x: str = "relative_depth
         _few_ticks(ax)
     else:
         # a line for each scale beside other estimators would bury them
-        table = table if several.all() else table[~several]
-        table = table.assign(line=[_line(row, table) for row in table.to_dict("records")])
+        table = _lines(table if several.all() else table[~several], x)
         ax = profile(table, "estimate", x, yerr="standard_error", hue="line", ax=ax, **style)
     ax.set_ylabel("intrinsic dimension")
     return _untitled(ax)
@@ -78,17 +80,46 @@ def overlap(result: Any, ax: Any = None, *, x: str = "relative_depth", **style: 
     from_here = ["measure", "site", *(["weights"] if "weights" in table else [])]
     nearest = table.groupby(from_here, sort=False)["other_relative_depth"].transform("min")
     table = table[table["other"].isna() | (table["other_relative_depth"] == nearest)]
-    table = table.assign(line=[_line(row, table) for row in table.to_dict("records")])
+    table = _lines(table, x)
     ax = profile(table, "value", x, hue="line", ax=ax, **style)
     ax.set(ylabel="overlap", ylim=(0, 1.02))
     return _untitled(ax)
+
+
+def _lines(table: pd.DataFrame, x: str) -> pd.DataFrame:
+    """The table with a column ``line``, and on the axis of layers a block's output where the next block's input stands."""
+    rows = table.to_dict("records")
+    if x == "layer":
+        inputs = {
+            _stack(row) for row in rows if row["kind"] in BLOCK_KINDS and row["kind"].endswith("_input")
+        }
+        beside = [row["kind"] == "residual_output" and _stack(row) in inputs for row in rows]
+        table = table.assign(layer=table["layer"] + np.array(beside, dtype=int))
+    names = pd.Series([_line(row, table) for row in rows], index=table.index)
+    places = table[x].to_numpy()
+    # what closes a line stands behind it: a site at a place that the line has already is a point of its own
+    own = ~table["kind"].isin(_drawn_apart(table, "kind"))
+    names = names.where(~(own & _taken(names, places)), names + ", " + table["kind"].astype(str))
+    # two models, or two modules of every block: by what their sites have in common
+    crowded = names.isin(set(names[_taken(names, places)]))
+    common = table["site"].astype(str).str.replace(r"(?<![^.:])\d+(?![^.])", "*", regex=True)
+    return table.assign(line=names.where(~crowded, names + ", " + common))
+
+
+def _taken(names: pd.Series, places: np.ndarray) -> pd.Series:
+    """Which rows share their line and place with another."""
+    return pd.DataFrame({"line": names, "x": places}).duplicated(keep=False)
+
+
+def _stack(row: Mapping[Any, Any]) -> tuple[str, str]:
+    return str(row.get("model")), str(row["stack"])
 
 
 def _line(row: dict[Any, Any], table: pd.DataFrame) -> str:
     """What the legend calls the line that a row belongs to."""
     name = str(row.get("estimator") or row["measure"]).replace("_", " ")
     if "step" in table and table.loc[table["estimator"] == row.get("estimator"), "step"].max() > 0:
-        name += f", scale {row['step'] + 1}"
+        name += f", {scale_name(row)}"
     for column in ("weights", "kind", "stack"):
         if column in table and len(_drawn_apart(table, column)) > 1:
             name += f", {row[column]}"

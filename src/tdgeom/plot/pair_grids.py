@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tdgeom.run.to_frame import site_parts
+from tdgeom.run.site_places import site_parts
 
 __all__ = ["pair_grid", "short_names", "side_name"]
 

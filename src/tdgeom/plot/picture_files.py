@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tdgeom.model.sites import STACK_KINDS
 from tdgeom.plot.depth import intrinsic_dimension, overlap
 from tdgeom.plot.lines import profile
 from tdgeom.plot.matrices import matrix
@@ -106,8 +107,16 @@ def _title(metadata: Mapping[str, Any]) -> str:
 
 def _kinds(table: pd.DataFrame) -> str | None:
     """The column that tells sites of one layer apart."""
-    apart = (column for column in ("weights", "kind", "stack") if column in table)
-    return next((column for column in apart if table[column].nunique(dropna=False) > 1), None)
+    at = [column for column in ("weights", "stack", "layer") if column in table]
+    for column in ("weights", "kind", "stack"):
+        if column not in table or table[column].nunique(dropna=False) < 2:
+            continue
+        # the embedding and the final norm open and close the line of the blocks
+        if column == "kind" and table["kind"][~table["kind"].isin(STACK_KINDS)].nunique() == 1:
+            if not table.duplicated(at).any():
+                continue
+        return column
+    return None
 
 
 def _panels(table: pd.DataFrame, columns: Sequence[str], x: str, hue: str | None) -> Picture:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,10 @@ from tensordict import TensorDictBase, is_tensor_collection
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import Key
 from tdgeom.measures.dimension.estimate import DimensionEstimate
-from tdgeom.run.to_frame import SiteParts, cell, site_parts, whole_numbers
+from tdgeom.run.site_places import relative_depths, site_places
+from tdgeom.run.to_frame import cell, whole_numbers
 
-__all__ = ["intrinsic_dimension_profile", "overlap_profile", "relative_depths"]
+__all__ = ["intrinsic_dimension_profile", "overlap_profile", "scale_name"]
 
 OVERLAPS = (
     "neighborhood_overlap",
@@ -29,10 +30,11 @@ def intrinsic_dimension_profile(result: Any) -> pd.DataFrame:
     """Every estimate of intrinsic dimension in a result, one row for each site, estimator and scale.
 
     Columns: ``site``, ``kind``, ``layer``, ``stack``, ``relative_depth``, ``estimator`` (the key part under which the stage
-    wrote), ``step`` (0 for the finest scale; estimators that give one number have only that), ``estimate``,
-    ``standard_error``, ``scale`` (the distance the estimate looks at), ``rows`` used, ``duplicates`` dropped first and
-    ``near_duplicates`` among them (-1 where unknown). Gride has a row for every n, the decimation profile one for every
-    subset size. Of an analysis with an untrained baseline both, told apart by ``weights``.
+    wrote), ``step`` (0 for the finest scale; estimators that give one number have only that), ``rank`` (Gride's n at that
+    step; NaN of estimators without), ``estimate``, ``standard_error``, ``scale`` (the distance the estimate looks at),
+    ``rows`` used, ``duplicates`` dropped first and ``near_duplicates`` among them (-1 where unknown). Gride has a row for
+    every n, the decimation profile one for every subset size. Of an analysis with an untrained baseline both, told apart by
+    ``weights``. Every site has a ``layer``, see ``to_frame``.
 
     Relative depth runs from 0 (the input of the first block, or the embedding) to 1 (the last site of the stack: the final
     norm stands one layer after the last block's input).
@@ -83,48 +85,30 @@ def overlap_profile(result: Any) -> pd.DataFrame:
     return _of_each("overlap_profile", result, _overlap_rows, what, "ForEachPair", "NeighborhoodOverlap")
 
 
-def relative_depths(sites: Iterable[str]) -> dict[str, float]:
-    """Where each site stands in its stack, from 0 to 1; NaN for a site that has no place in one.
+def scale_name(row: Mapping[Any, Any]) -> str:
+    """What a step of an estimator is called: its number, and the rank where the table knows it.
 
-    >>> relative_depths(["attn_input.0", "attn_input.1", "final_norm"])
-    {'attn_input.0': 0.0, 'attn_input.1': 0.5, 'final_norm': 1.0}
+    >>> scale_name({"step": 2, "rank": 4})
+    'scale 3 (n = 4)'
     """
-    parts = {site: site_parts(site) for site in sites}
-    inputs = {part["stack"] for part in parts.values() if str(part["kind"]).endswith("_input")}
-    places = {site: _place(part, part["stack"] in inputs) for site, part in parts.items()}
-    last: dict[object, int] = {}
-    for site, place in places.items():
-        last[parts[site]["stack"]] = max(last.get(parts[site]["stack"], 0), place or 0)
-    for site, part in parts.items():
-        if part["kind"] == "final_norm":
-            places[site] = last[part["stack"]] = last[part["stack"]] + 1
-    return {
-        site: float("nan") if place is None else place / max(last[parts[site]["stack"]], 1)
-        for site, place in places.items()
-    }
-
-
-def _place(part: SiteParts, after_inputs: bool) -> int | None:
-    """A site's layer; beside the inputs of blocks a block's output stands where the next block's input does."""
-    if part["kind"] == "embed":
-        return 0
-    if part["layer"] is None or not after_inputs:
-        return part["layer"]
-    return part["layer"] + (part["kind"] == "residual_output")
+    rank = row.get("rank")
+    known = rank is not None and rank == rank
+    return f"scale {row['step'] + 1}" + (f" (n = {int(rank)})" if known else "")
 
 
 def _of_each(
     caller: str,
     result: Any,
-    rows: Callable[[TensorDictBase], Iterator[dict[str, Any]]],
+    rows: Callable[[TensorDictBase, Mapping[str | None, int]], Iterator[dict[str, Any]]],
     what: str,
     over: str,
     stage: str,
 ) -> pd.DataFrame:
     """The rows of a result, and of its untrained baseline where it has one."""
     found = []
+    blocks = _blocks(result)
     for weights, one in _results(caller, result):
-        for row in rows(one):
+        for row in rows(one, blocks):
             found.append(row if weights is None else {"weights": weights, **row})
     if not found:
         have = sorted(map(str, _results(caller, result)[0][1].keys()))
@@ -132,7 +116,9 @@ def _of_each(
             f"{caller}: the result has nothing {what}; there is {have}. Put tg.{over}(tg.{stage}(), sites) in the pipeline, or "
             f"tg.{stage}() into the metrics= of analyze_model."
         )
-    return whole_numbers(pd.DataFrame(found), "layer", "other_layer", "rows", "duplicates", "near_duplicates")
+    return whole_numbers(
+        pd.DataFrame(found), "layer", "other_layer", "rank", "rows", "duplicates", "near_duplicates"
+    )
 
 
 def _results(caller: str, result: Any) -> list[tuple[str | None, TensorDictBase]]:
@@ -154,39 +140,49 @@ def _by_stack(result: TensorDictBase) -> list[TensorDictBase]:
     return [result] if "run" in result.keys() else [result.get(stack) for stack in result.keys()]
 
 
-def _dimension_rows(result: TensorDictBase) -> Iterator[dict[str, Any]]:
+def _blocks(result: Any) -> dict[str | None, int]:
+    """How many blocks each stack of the model has, where an analysis wrote it down."""
+    counted = {} if is_tensor_collection(result) else getattr(result, "metadata", {}).get("num_blocks")
+    return dict(counted) if isinstance(counted, Mapping) else {} if counted is None else {None: counted}
+
+
+def _dimension_rows(result: TensorDictBase, blocks: Mapping[str | None, int]) -> Iterator[dict[str, Any]]:
     sites = _branches(result, "dimension")
-    depths = relative_depths(sites)
+    places, depths = site_places(sites, blocks), relative_depths(sites)
     for site in sites:
         for estimator, leaves in _branches(result, ("dimension", site)).items():
             if "estimate" in leaves.keys():
-                place = {**site_parts(site), "relative_depth": depths[site], "estimator": estimator}
+                place = {**places[site], "relative_depth": depths[site], "estimator": estimator}
                 yield from ({"site": site, **place, **scale} for scale in _scales(leaves))
 
 
 def _scales(leaves: TensorDictBase) -> Iterator[dict[str, Any]]:
-    named = {name: cell(leaves.get(name)) for name in DimensionEstimate._fields if name in leaves.keys()}
+    given = {
+        name: cell(leaves.get(name)) for name in ("rank", *DimensionEstimate._fields) if name in leaves.keys()
+    }
+    named = {"rank": np.nan, **given}
     steps = np.size(named["estimate"])
     columns = {name: np.broadcast_to(np.atleast_1d(value), (steps,)) for name, value in named.items()}
     for step in range(steps):
         yield {"step": step, **{name: column[step].item() for name, column in columns.items()}}
 
 
-def _overlap_rows(result: TensorDictBase) -> Iterator[dict[str, Any]]:
+def _overlap_rows(result: TensorDictBase, blocks: Mapping[str | None, int]) -> Iterator[dict[str, Any]]:
     labels = _branches(result, "neighborhood")
     pairs = {
         tuple(pair.split("->", 1)): one for pair, one in _branches(result, "between").items() if "->" in pair
     }
-    depths = relative_depths(dict.fromkeys([*labels, *(site for pair in pairs for site in pair)]))
+    sites = [*labels, *(site for pair in pairs for site in pair)]
+    places, depths = site_places(sites, blocks), relative_depths(sites)
 
     def row(measure: str, value: Any, site: str, other: str | None = None) -> dict[str, Any]:
         return {
             "measure": measure,
             "site": site,
-            **site_parts(site),
+            **places[site],
             "relative_depth": depths[site],
             "other": other,
-            "other_layer": None if other is None else site_parts(other)["layer"],
+            "other_layer": None if other is None else places[other]["layer"],
             "other_relative_depth": float("nan") if other is None else depths[other],
             "value": cell(value),
         }

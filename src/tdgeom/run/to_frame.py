@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, TypedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import key_tuple
-from tdgeom.model.sites import Site
+from tdgeom.run.site_places import SiteParts, site_places
 
 __all__ = ["to_frame"]
 
@@ -27,7 +27,7 @@ def to_frame(result: TensorDictBase, root: str) -> pd.DataFrame:
     A root whose first level is pairs (``"a->b"``) has one row a pair, with columns ``a`` and ``b``; a root with a level
     between site and metric has one row for each (the ablation's ``variant``, the dimension family's ``estimator``).
     Scalars become numbers; vectors stay NumPy arrays in their cell. Site names also come apart into ``kind``, ``layer``,
-    ``stack``.
+    ``stack``; every site has a layer, see ``site_places``: ``embed`` 0, ``final_norm`` one after the last block.
 
     Args:
         result: what ``run`` returned.
@@ -54,7 +54,8 @@ def to_frame(result: TensorDictBase, root: str) -> pd.DataFrame:
         rows.setdefault(where, {})[name] = cell(value)
     width = max((len(where) for where in rows), default=0)
     level = [LEVELS.get(root, "part"), *(f"part_{i}" for i in range(2, width))]
-    table = [{**_place(where, level), **cells} for where, cells in rows.items()]
+    places = site_places(site for where in rows for site in _sites(where))
+    table = [{**_place(where, level, places), **cells} for where, cells in rows.items()]
     return whole_numbers(pd.DataFrame(table), "layer", "layer_a", "layer_b")
 
 
@@ -79,31 +80,18 @@ def cell(value: Tensor) -> Any:
     return value.item()
 
 
-def _place(where: tuple[str, ...], level: list[str]) -> dict[str, object]:
+def _sites(where: tuple[str, ...]) -> list[str]:
+    return where[0].split("->", 1) if where else []
+
+
+def _place(where: tuple[str, ...], level: list[str], places: Mapping[str, SiteParts]) -> dict[str, object]:
     if not where:
         return {}
     name, *rest = where
     if "->" in name:
-        a, b = name.split("->", 1)
+        a, b = _sites(where)
         place: dict[str, object] = {"pair": name, "a": a, "b": b}
-        place |= {"layer_a": site_parts(a)["layer"], "layer_b": site_parts(b)["layer"]}
+        place |= {"layer_a": places[a]["layer"], "layer_b": places[b]["layer"]}
     else:
-        place = {"site": name, **site_parts(name)}
+        place = {"site": name, **places[name]}
     return {**place, **dict(zip(level, rest))}
-
-
-class SiteParts(TypedDict):
-    """The columns that say where a site stands."""
-
-    kind: str
-    layer: int | None
-    stack: str | None
-
-
-def site_parts(name: str) -> SiteParts:
-    """``kind``, ``layer`` and ``stack`` of a site's name; a name of the user's own is its own kind."""
-    try:
-        site = Site(name)
-    except ValueError:
-        return {"kind": name, "layer": None, "stack": None}
-    return {"kind": site.kind, "layer": site.layer, "stack": site.stack}

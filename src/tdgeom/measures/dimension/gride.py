@@ -165,7 +165,8 @@ class Gride(DimensionStage):
         compat: ``"dadapy"`` for DADApy's cut of large ratios; None: every row counts.
         source, memory, in_keys, out_keys: as in ``DimensionStage``.
 
-    Writes ``estimate``, ``standard_error``, ``scale``, ``rows``, each (scales,), ``duplicates`` and ``near_duplicates`` ().
+    Writes ``estimate``, ``standard_error``, ``scale``, ``rows``, each (scales,), ``duplicates`` and ``near_duplicates`` (), and
+    ``rank`` (scales,) int64, the n of each scale.
 
     >>> import torch, tdgeom as tg
     >>> stage = tg.Gride(range_max=4)
@@ -183,7 +184,7 @@ class Gride(DimensionStage):
         compat: Literal["dadapy"] | None = None,
         **source_and_keys: Any,
     ) -> None:
-        super().__init__(**source_and_keys)
+        super().__init__(further=["rank"], **source_and_keys)
         if compat not in (None, "dadapy"):
             raise ValueError(f"Gride: compat is None or 'dadapy', got {compat!r}.")
         self.range_max, self.compat = range_max, compat
@@ -194,5 +195,7 @@ class Gride(DimensionStage):
         return 2 * self.ranks[-1]
 
     def measure(self, distances: Tensor, *copies: Tensor) -> tuple[Tensor, ...]:
-        """The outputs."""
-        return gride_from_distances(distances, *copies, range_max=self.range_max, compat=self.compat)
+        """The outputs, and at which ranks."""
+        found = gride_from_distances(distances, *copies, range_max=self.range_max, compat=self.compat)
+        ranks = torch.tensor(self.ranks, device=distances.device)
+        return (*found, ranks.expand(found.estimate.shape).clone())
