@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ import pytest
 from tdgeom import AnalysisResults
 from tdgeom.files.atomic import file_sha256
 from tdgeom.files.json_text import plain
+from tdgeom.files.table_files import column_kinds, read_table, write_table
 
 
 def results() -> AnalysisResults:
@@ -190,3 +192,39 @@ def test_the_run_name_is_a_folder_name_and_no_path(tmp_path, monkeypatch) -> Non
 def test_an_unknown_mode() -> None:
     with pytest.raises(ValueError, match="save_mode takes 'bundle', 'csv' or 'json', got 'pickle'"):
         results().save("anywhere", "pickle")
+
+
+@pytest.mark.parametrize("ending", ["csv", "json"])
+def test_a_table_of_very_many_columns_is_refused_at_once(tmp_path, ending) -> None:
+    names = [f"c{i}" for i in range(200_000)]
+    text = (
+        f"{','.join(names)}\n{','.join('1' * len(names))}\n"
+        if ending == "csv"
+        else json.dumps([dict.fromkeys(names, 1)])
+    )
+    path = tmp_path / f"metrics.{ending}"
+    path.write_text(text)
+    begin = time.perf_counter()
+    with pytest.raises(
+        ValueError, match=r"is no table \(it has 200,000 columns, more than 20,000 are refused\)"
+    ):
+        read_table(path)
+    assert time.perf_counter() - begin < 2
+
+
+@pytest.mark.parametrize("ending", ["csv", "json"])
+def test_columns_keep_their_kind(tmp_path, ending) -> None:
+    table = pd.DataFrame(
+        {
+            "label": ["007", "1e3"],
+            "text": ["True", None],
+            "nothing": [None, None],
+            "empty": ["", "[1]"],
+            "share": [np.nan, np.nan],
+            "whole": [1.0, 2.0],
+            "count": [1, 2],
+            "flag": [True, False],
+        }
+    )
+    write_table(tmp_path / f"t.{ending}", table)
+    pd.testing.assert_frame_equal(read_table(tmp_path / f"t.{ending}", column_kinds(table)), table)

@@ -109,7 +109,8 @@ def analyze_model(
 
     Returns:
         AnalysisResults. Every site has a ``layer``: the final norm stands behind the last block, see ``to_frame``. Column
-        ``layer_norm_depth`` = layer / last analysed layer; ``relative_depth`` = layer / last layer of the model's stack. In a process group the results are on rank 0, None elsewhere.
+        ``layer_norm_depth`` = layer / last analysed layer; ``relative_depth`` = layer / last layer of the model's stack. In a
+        process group the results are on rank 0, None elsewhere.
 
     Raises:
         ValueError: an unknown family, measure or diagnostic, no model or loader, an empty loader. TypeError: an argument given

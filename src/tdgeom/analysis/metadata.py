@@ -10,6 +10,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from tdgeom.analysis.analysis_settings import AnalysisSettings, Settings
+from tdgeom.analysis.seed_names import seed_metadata
 from tdgeom.files.bundle import SCHEMA_VERSION
 from tdgeom.model.capture import Capture
 from tdgeom.model.capture_spec import CaptureSpec
@@ -70,11 +71,15 @@ def analysis_metadata(
     capture: Capture,
     results: Sequence[TensorDict],
     settings: AnalysisSettings,
+    blocks: Mapping[str | None, int],
 ) -> dict[str, Any]:
-    """Model, sites, counts, every setting that changes a number, versions and times of an analysis."""
+    """Model, sites, counts, every setting that changes a number, versions and times of an analysis; the seed's keys too.
+
+    ``blocks`` are those of each stack: ``num_blocks`` is their number, by stack where a model has several, None without.
+    """
     first = next(model.parameters(), None)
     own = model_record(model, label, capture)
-    return {
+    told = {
         **{f"model_{name}": own.pop(name) for name in ("id", "class", "config")},
         **own,
         "dtype": None if first is None else str(first.dtype).removeprefix("torch."),
@@ -83,8 +88,12 @@ def analysis_metadata(
         "row_unit": row_unit(capture, settings.select),
         "capture": _capture_record(capture, settings.select),
         "layers": sorted({site.layer for site in capture.sites if site.layer is not None}),
+        "num_blocks": blocks.get(None)
+        if set(blocks) <= {None}
+        else {str(name): n for name, n in blocks.items()},
         **run_record(results, settings),
     }
+    return {**told, **seed_metadata(told)}
 
 
 def _capture_record(capture: Capture, select: Mapping[str, Any]) -> dict[str, Any]:

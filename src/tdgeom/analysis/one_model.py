@@ -58,6 +58,7 @@ def analyzed(
     depths: dict[str | None, int] = {}
     for entry in available_sites(model):
         depths[entry.site.stack] = max(depths.get(entry.site.stack, 0), entry.site.layer or 0)
+    blocks = {stack: depths[stack] + 1 for stack in _stacks_of_blocks(model)}
     passes: list[Measured] = []
     said: list[str] = []
     neighbors: dict[str, TensorDict] = {}
@@ -89,12 +90,18 @@ def analyzed(
         diagnostics={name: table(ablation_rows, passes) for name in settings.diagnostics or ()},
         eigenvalues=eigenvalue_arrays(passes),
         metadata={
-            **analysis_metadata(model, label, asked, [one.result for one in passes], settings),
+            **analysis_metadata(model, label, asked, [one.result for one in passes], settings, blocks),
             "warnings": list(dict.fromkeys(said)),
             "router_sites": [str(site) for site in routers],
         },
         neighbors=_one_or_by_stack(neighbors),
         result=_one_or_by_stack({str(one.sites[0].stack): one.result for one in passes}),
+    )
+
+
+def _stacks_of_blocks(model: nn.Module) -> list[str | None]:
+    return list(
+        dict.fromkeys(entry.site.stack for entry in available_sites(model) if entry.site.layer is not None)
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from tensordict import TensorDictBase
 
-from tdgeom.files.bundle import Bundle, read_bundle, safe_name, write_bundle
+from tdgeom.analysis.packed_tensors import pack, unpack
+from tdgeom.files.bundle import METADATA, Bundle, read_bundle, safe_name, write_bundle
 from tdgeom.files.json_text import plain
 from tdgeom.plot.picture_files import write_plots
 from tdgeom.report.reported_run import ReportedRun, label_of
@@ -23,6 +22,9 @@ from tdgeom.report.write_report import write_report
 __all__ = ["REPORT", "AnalysisResults"]
 
 REPORT = "report.html"
+
+# results whose class builds on the one here, found when a bundle names them
+FURTHER = {"Comparison": "tdgeom.analysis.comparison:Comparison"}
 
 
 @dataclass
@@ -83,7 +85,8 @@ class AnalysisResults:
         """Write the bundle, whole or not at all, and return its folder.
 
         Args:
-            save_dir: the folder to make; default the run's name, or ``tdgeom_run``.
+            save_dir: the folder to make (or an empty one); default the run's name, or ``tdgeom_run``. Where these same results
+                stand in the other format already, their tables are written beside.
             save_mode: "bundle" or "csv" (tables as CSV), or "json" (tables as JSON records).
             overwrite: replace an earlier bundle there; any other existing folder is always refused.
 
@@ -94,41 +97,56 @@ class AnalysisResults:
         tables = {
             name: table for name, table in self._tables().items() if name != "router" or not table.empty
         }
-        metadata = {**self.metadata, "save_mode": save_mode}
-        arrays = {
-            "eigenvalues": self.eigenvalues,
-            "neighbors": _packed(self.neighbors),
-            "result": _packed(self.result),
-            "baseline": {} if self.baseline is None else _packed(self.baseline.result),
+        other = self.baseline
+        packed = {
+            "neighbors": pack(self.neighbors),
+            "result": pack(self.result),
+            "baseline": pack(None if other is None else other.result),
+            "baseline_neighbors": pack(None if other is None else other.neighbors),
         }
+        arrays = {"eigenvalues": self.eigenvalues, **{name: own for name, (own, _) in packed.items()}}
+        words = {name: said for name, (_, said) in packed.items() if said}
+        metadata = {**self.metadata, "save_mode": save_mode, "results": type(self).__name__, "words": words}
+        if other is not None:
+            metadata["baseline_metadata"] = other.metadata
         self.artifact_dir = write_bundle(Path(save_dir), tables, arrays, metadata, save_mode, overwrite)
-        self.metadata = metadata
+        self.metadata = {**self.metadata, "save_mode": save_mode, "artifact_dir": str(self.artifact_dir)}
         return self.artifact_dir
 
     @classmethod
     def load(cls, path: str | Path | Bundle) -> AnalysisResults:
         """Results from a bundle: its folder, after checking the hash of every file, or what ``store.load_analysis`` gave.
 
+        A comparison's bundle comes back as ``Comparison``.
+
         Raises:
             FileNotFoundError: no bundle there. ValueError: a file is missing, added to or changed, or the schema is newer.
         """
         found = path if isinstance(path, Bundle) else read_bundle(Path(path))
-        tables = found.tables
+        tables, arrays, metadata = found.tables, found.arrays, dict(found.metadata)
+        if missing := {"metrics", "novelty"} - set(tables):
+            raise ValueError(
+                f"{found.folder} lacks the tables {sorted(missing)}: the bundle is incomplete, or holds other results "
+                "(tg.load_results reads those)."
+            )
+        words = metadata.pop("words", {})
+        if not isinstance(words, Mapping):
+            raise ValueError(f"{found.folder / METADATA}: words are no object: the bundle is damaged.")
         diagnostics = {
             name.split("/", 1)[1]: table for name, table in tables.items() if name.startswith("diagnostics/")
         }
-        baseline = _unpacked(found.arrays["baseline"])
-        own = None if baseline is None else {name: _untrained(table) for name, table in tables.items()}
-        return cls(
+        further = FURTHER.get(str(metadata.get("results")))
+        made = cls if further is None else pkgutil.resolve_name(further)
+        return made(
             metrics=tables["metrics"],
             novelty=tables["novelty"],
             router=tables.get("router", pd.DataFrame()),
             diagnostics=diagnostics,
-            eigenvalues=dict(found.arrays["eigenvalues"]),
-            neighbors=_unpacked(found.arrays["neighbors"]),
-            result=_unpacked(found.arrays["result"]),
-            baseline=None if own is None else cls(own["metrics"], own["novelty"], result=baseline),
-            metadata=dict(found.metadata),
+            eigenvalues=dict(arrays["eigenvalues"]),
+            neighbors=unpack(arrays["neighbors"], words.get("neighbors")),
+            result=unpack(arrays["result"], words.get("result")),
+            baseline=_baseline(tables, diagnostics, arrays, {**metadata, "words": words}),
+            metadata={**metadata, "artifact_dir": str(found.folder)},
             artifact_dir=found.folder,
         )
 
@@ -211,34 +229,29 @@ def _untrained(table: pd.DataFrame) -> pd.DataFrame:
     return table[table["weights"] == "untrained"].drop(columns="weights").reset_index(drop=True)
 
 
-def _packed(tables: TensorDictBase | None) -> dict[str, np.ndarray]:
-    """A TensorDict as arrays by key; a key is a JSON list, for site names may hold any character."""
-    if tables is None:
-        return {}
-    packed = {}
-    for key in tables.keys(True, True):
-        value = tables.get(key)
-        if not isinstance(value, Tensor):
-            continue  # words stand in the metadata
-        value = value.detach().cpu()
-        # row numbers of a sample fit 32 bits, half the room; NumPy has no half precision with a wide exponent
-        value = value.float() if value.dtype is torch.bfloat16 else value
-        packed[json.dumps(key)] = (value.int() if key[-1] == "index" else value).numpy()
-    return packed
-
-
-def _unpacked(arrays: Mapping[str, np.ndarray]) -> TensorDictBase | None:
-    if not arrays:
+def _baseline(
+    tables: Mapping[str, pd.DataFrame],
+    diagnostics: Mapping[str, pd.DataFrame],
+    arrays: Mapping[str, Mapping[str, np.ndarray]],
+    metadata: Mapping[str, Any],
+) -> AnalysisResults | None:
+    """The untrained model's own results, from a bundle that holds both."""
+    words = metadata.get("words", {})
+    result = unpack(arrays["baseline"], words.get("baseline"))
+    if result is None:
         return None
-    tables = TensorDict({}, batch_size=[])
-    for name, values in arrays.items():
-        try:
-            key = json.loads(name)
-            tables.set(tuple(key) if isinstance(key, list) else key, torch.from_numpy(values))
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(
-                f"AnalysisResults.load: an archive holds an entry {name[:80]!r} that is no key: {error}"
-            ) from error
-        if key[-1] == "index":
-            tables.set(tuple(key), tables.get(tuple(key)).long())
-    return tables
+    first = "untrained_"
+    return AnalysisResults(
+        metrics=_untrained(tables["metrics"]),
+        novelty=_untrained(tables["novelty"]),
+        router=_untrained(tables.get("router", pd.DataFrame())),
+        diagnostics={name: _untrained(table) for name, table in diagnostics.items()},
+        eigenvalues={
+            name.removeprefix(first): values
+            for name, values in arrays["eigenvalues"].items()
+            if name.startswith(first)
+        },
+        metadata=dict(metadata.get("baseline_metadata") or {}),
+        neighbors=unpack(arrays["baseline_neighbors"], words.get("baseline_neighbors")),
+        result=result,
+    )

@@ -1,10 +1,10 @@
-"""Argument names of the seed and of earlier versions, kept beside the names that everything here has."""
+"""Names of the seed and of earlier versions, of arguments and in metadata, kept beside the names that everything here has."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 __all__ = ["also_called"]
 
@@ -37,3 +37,20 @@ def also_called(**names: str) -> Callable[[Callable[Given, Result]], Callable[Gi
         return renamed
 
     return decorate
+
+
+def seed_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What the seed wrote down under other names, or at the top, from an analysis' own metadata.
+
+    >>> own = {"max_rows": 9, "settings": {"sample_size": 4, "novelty_k": 2, "metrics": ["spectrum"], "diagnostics": []}}
+    >>> seed_metadata({**own, "runtime_seconds": {"batch": 1.0, "finish": 0.5}})["runtime_sec"]
+    1.5
+    """
+    settings = metadata["settings"]
+    return {
+        "max_tokens": metadata["max_rows"],
+        "sample_limit": settings["sample_size"],
+        **{name: settings[name] for name in ("novelty_k", "metrics", "diagnostics")},
+        "runtime_sec": sum(metadata["runtime_seconds"].values()),
+        "save_mode": None,
+    }

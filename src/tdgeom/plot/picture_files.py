@@ -112,9 +112,9 @@ def _kinds(table: pd.DataFrame) -> str | None:
         if column not in table or table[column].nunique(dropna=False) < 2:
             continue
         # the embedding and the final norm open and close the line of the blocks
-        if column == "kind" and table["kind"][~table["kind"].isin(STACK_KINDS)].nunique() == 1:
-            if not table.duplicated(at).any():
-                continue
+        blocks = table["kind"][~table["kind"].isin(STACK_KINDS)].nunique()
+        if column == "kind" and blocks == 1 and not table.duplicated(at).any():
+            continue
         return column
     return None
 

@@ -92,8 +92,7 @@ def scale_name(row: Mapping[Any, Any]) -> str:
     'scale 3 (n = 4)'
     """
     rank = row.get("rank")
-    known = rank is not None and rank == rank
-    return f"scale {row['step'] + 1}" + (f" (n = {int(rank)})" if known else "")
+    return f"scale {row['step'] + 1}" + ("" if rank is None or rank != rank else f" (n = {int(rank)})")
 
 
 def _of_each(

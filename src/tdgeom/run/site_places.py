@@ -52,10 +52,8 @@ def site_places(sites: Iterable[str], blocks: Mapping[str | None, int] | None = 
         before = -1
         for name in members:
             part = places[name]
-            if part["layer"] is None:
-                fixed = {"embed": 0, "final_norm": counted}.get(part["kind"])
-                part["layer"] = listed.get(name, before + 1) if fixed is None else fixed
-            before = part["layer"]
+            nameless = {"embed": 0, "final_norm": counted}.get(part["kind"], listed.get(name, before + 1))
+            before = part["layer"] = nameless if part["layer"] is None else part["layer"]
     return places
 
 
