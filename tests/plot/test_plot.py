@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 import matplotlib
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from tensordict import TensorDict
 
+import models
 import tdgeom as tg
 from models import mixtral, text_batch
 from tdgeom import plot
@@ -208,3 +210,61 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch, results, tmp_
     with pytest.raises(ModuleNotFoundError, match="report"):
         plot.write_plots(results, tmp_path / "plots")
     assert not (tmp_path / "plots").exists()
+
+
+@pytest.fixture(scope="module")
+def two_models() -> dict[str, tg.AnalysisResults]:
+    batch = [
+        {"input_ids": torch.randint(3, models.VOCAB, (12, 9), generator=torch.Generator().manual_seed(i))}
+        for i in (0, 1)
+    ]
+    wanted = ["spectrum", "twonn", tg.Gride(range_max=8), tg.NeighborhoodOverlap(k=3)]
+    made = {"one": models.gpt2(), "other": models.bert()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*the ceiling")  # few tokens, that come again and again
+        return {
+            name: tg.analyze_model(net, batch, metrics=wanted, progress=False) for name, net in made.items()
+        }
+
+
+@pytest.mark.parametrize("form", ["mapping", "list", "tables", "one table", "labels"])
+def test_several_models_are_lines_of_one_picture(two_models, form) -> None:
+    tables = {name: one.metrics for name, one in two_models.items()}
+    labels = ["GPT2LMHeadModel", "BertForMaskedLM"]
+    given, names = {
+        "mapping": (two_models, ["one", "other"]),
+        "list": (list(two_models.values()), labels),
+        "tables": (tables, ["one", "other"]),
+        "one table": (pd.concat(tables, names=["model"]).reset_index("model"), ["one", "other"]),
+        "labels": (pd.concat(tables.values()), labels),
+    }[form]
+    for hue, said in ((None, names), ("kind", [f"{name}, residual_input" for name in names])):
+        ax = plot.profile(given, "d_pr", hue=hue, ax=Figure().subplots())
+        assert [line.get_label() for line in ax.containers] == said
+        for line, table in zip(ax.containers, tables.values()):
+            np.testing.assert_array_equal(line.lines[0].get_ydata(), table["d_pr"])
+
+
+def test_profiles_of_several_models(two_models) -> None:
+    dimension = tg.intrinsic_dimension_profile(two_models)
+    assert dimension.columns[0] == "model" and set(dimension["model"]) == {"one", "other"}
+    for given in (
+        two_models,
+        dimension,
+        {name: part for name, part in dimension.groupby("model", sort=False)},
+    ):
+        ax = plot.intrinsic_dimension(given, Figure().subplots())
+        assert [line.get_label() for line in ax.containers] == ["twonn, one", "twonn, other"]
+    scales = plot.intrinsic_dimension(two_models, Figure().subplots(), x="scale")
+    assert len(scales.containers) == 6 and scales.containers[0].get_label() == "one, residual_input.0"
+    overlaps = plot.overlap(two_models, Figure().subplots(), x="layer")
+    assert [line.get_label() for line in overlaps.containers] == [
+        "neighborhood overlap, one",
+        "neighborhood overlap, other",
+    ]
+    lines = plot.spectrum(two_models, Figure().subplots()).get_lines()
+    assert [line.get_label() for line in lines][::3] == ["one, layer 0", "other, layer 0"]
+    twice = list(two_models.values())[:1] * 2
+    assert set(tg.overlap_profile(twice)["model"]) == {"GPT2LMHeadModel", "GPT2LMHeadModel (2)"}
+    with pytest.raises(ValueError, match="no results are given"):
+        tg.overlap_profile([])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tensordict import TensorDictBase, is_tensor_collection
+from tensordict import is_tensor_collection
 
 from tdgeom.analysis.packed_tensors import pack, unpack
 from tdgeom.analysis.results import AnalysisResults
@@ -21,7 +21,7 @@ TABLE = "table"
 
 @answer_guesses
 def save_results(
-    results: AnalysisResults | TensorDictBase | pd.DataFrame,
+    results: Any,
     save_dir: str | Path,
     save_mode: str = "bundle",
     *,

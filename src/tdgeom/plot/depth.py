@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pandas as pd
 from tdgeom.model.sites import BLOCK_KINDS
 from tdgeom.plot.lines import profile
 from tdgeom.run.profiles import intrinsic_dimension_profile, overlap_profile, scale_name
+from tdgeom.run.several_models import MODEL, as_one_table
 
 __all__ = ["intrinsic_dimension", "overlap"]
 
@@ -21,7 +23,8 @@ def intrinsic_dimension(result: Any, ax: Any = None, *, x: str = "relative_depth
     Estimators with several scales (Gride) are drawn where they are alone, a line for each scale.
 
     Args:
-        result: what ``run`` returned, ``AnalysisResults``, or the table of ``intrinsic_dimension_profile``.
+        result: what ``run`` returned, ``AnalysisResults``, or the table of ``intrinsic_dimension_profile``; a list or mapping
+            of several, or a table with the column ``model``, has lines for each model.
         ax: matplotlib axes; made if None.
         x: "relative_depth", "layer", or "scale": then a line for each site of the trained model, against the distance the
             estimate looks at, on a logarithmic axis.
@@ -38,7 +41,7 @@ def intrinsic_dimension(result: Any, ax: Any = None, *, x: str = "relative_depth
         >>> ax.get_ylabel()
         'intrinsic dimension'
     """
-    table = result if isinstance(result, pd.DataFrame) else intrinsic_dimension_profile(result)
+    table = as_one_table(result, partial(_table, profile=intrinsic_dimension_profile))
     several = table.groupby("estimator")["step"].transform("max") > 0
     if x == "scale":
         table = table[several] if several.any() else table
@@ -59,7 +62,8 @@ def overlap(result: Any, ax: Any = None, *, x: str = "relative_depth", **style: 
     """Neighbourhood overlap against depth: of consecutive sites, and with labels where they were measured.
 
     Args:
-        result: what ``run`` returned, ``AnalysisResults``, or the table of ``overlap_profile``.
+        result: what ``run`` returned, ``AnalysisResults``, or the table of ``overlap_profile``; a list or mapping of several, or
+            a table with the column ``model``, has lines for each model.
         ax: matplotlib axes; made if None.
         x: "relative_depth" or "layer"; a pair of sites stands at its first.
         style: passed to ``ax.errorbar``.
@@ -75,15 +79,19 @@ def overlap(result: Any, ax: Any = None, *, x: str = "relative_depth", **style: 
         >>> ax.get_ylabel()
         'overlap'
     """
-    table = result if isinstance(result, pd.DataFrame) else overlap_profile(result)
+    table = as_one_table(result, partial(_table, profile=overlap_profile))
     # Of all pairs those with the next site: tg.plot.matrix draws the others.
-    from_here = ["measure", "site", *(["weights"] if "weights" in table else [])]
+    from_here = ["measure", "site", *(column for column in (MODEL, "weights") if column in table)]
     nearest = table.groupby(from_here, sort=False)["other_relative_depth"].transform("min")
     table = table[table["other"].isna() | (table["other_relative_depth"] == nearest)]
     table = _lines(table, x)
     ax = profile(table, "value", x, hue="line", ax=ax, **style)
     ax.set(ylabel="overlap", ylim=(0, 1.02))
     return _untitled(ax)
+
+
+def _table(result: Any, profile: Callable[[Any], pd.DataFrame]) -> pd.DataFrame:
+    return result if isinstance(result, pd.DataFrame) else profile(result)
 
 
 def _lines(table: pd.DataFrame, x: str) -> pd.DataFrame:
@@ -112,7 +120,7 @@ def _taken(names: pd.Series, places: np.ndarray) -> pd.Series:
 
 
 def _stack(row: Mapping[Any, Any]) -> tuple[str, str]:
-    return str(row.get("model")), str(row["stack"])
+    return str(row.get(MODEL)), str(row["stack"])
 
 
 def _line(row: dict[Any, Any], table: pd.DataFrame) -> str:
@@ -120,7 +128,7 @@ def _line(row: dict[Any, Any], table: pd.DataFrame) -> str:
     name = str(row.get("estimator") or row["measure"]).replace("_", " ")
     if "step" in table and table.loc[table["estimator"] == row.get("estimator"), "step"].max() > 0:
         name += f", {scale_name(row)}"
-    for column in ("weights", "kind", "stack"):
+    for column in (MODEL, "weights", "kind", "stack"):
         if column in table and len(_drawn_apart(table, column)) > 1:
             name += f", {row[column]}"
     return name

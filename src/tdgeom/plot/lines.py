@@ -11,6 +11,7 @@ import pandas as pd
 
 from tdgeom.plot.palette import COLOURS, DASHES, MARKERS
 from tdgeom.plot.style import axes_or_new, axis_name, thinned, tidy
+from tdgeom.run.several_models import MODEL, as_one_table
 
 __all__ = ["profile"]
 
@@ -30,7 +31,8 @@ def profile(
 
     Args:
         frame: a table with the columns named below (``results.metrics``, ``results.novelty``, ``to_frame(...)``), or
-            ``AnalysisResults`` for its metrics.
+            ``AnalysisResults`` for its metrics; a list, or a mapping by name, of several for a line a model. In one table of
+            several models ``model`` (or, where it alone tells rows apart, ``model_label``) does the same.
         y: the column drawn.
         x: "layer", "relative_depth", or any column; text (such as "transition") is set out in the order of the table.
         yerr: a column (or values) of standard errors, drawn as bars of ± one.
@@ -49,11 +51,12 @@ def profile(
         >>> ax.get_xlabel(), ax.get_lines()[0].get_ydata().tolist()
         ('layer', [3.0, 2.0])
     """
-    table = frame if isinstance(frame, pd.DataFrame) else frame.metrics
+    table = as_one_table(frame, lambda one: one if isinstance(one, pd.DataFrame) else one.metrics)
     errors = yerr if isinstance(yerr, str) else None
     missing = [column for column in (x, y, hue, errors) if column is not None and column not in table]
     if missing:
         raise KeyError(f"profile finds no column {missing}; the table has {list(table.columns)}.")
+    table, hue = _by_model(table, x, hue)
     table = table.assign(_error=table[errors] if errors else np.nan if yerr is None else np.asarray(yerr))
     groups = list(table.groupby(hue, sort=False, dropna=False)) if hue else [(None, table)]
     _one_row_each(table, groups, x, hue)
@@ -91,6 +94,19 @@ def profile(
     return ax
 
 
+def _by_model(table: pd.DataFrame, x: str, hue: str | None) -> tuple[pd.DataFrame, str | None]:
+    """The table and the column of its lines, where it holds several models: theirs, or theirs and the one asked for."""
+    several = [name for name in (MODEL, "model_label") if name in table and table[name].nunique() > 1]
+    if not several or hue in several or x in several:
+        return table, hue
+    if hue is None:
+        return table, several[0]
+    if table.groupby(hue, dropna=False)[several[0]].nunique().max() == 1:
+        return table, hue
+    said = table[several[0]].astype(str) + ", " + table[hue].astype(str)
+    return table.assign(**{hue: said}), hue
+
+
 def _one_row_each(
     table: pd.DataFrame, groups: Sequence[tuple[Any, pd.DataFrame]], x: str, hue: str | None
 ) -> None:
@@ -98,7 +114,7 @@ def _one_row_each(
         return
     apart = [
         column
-        for column in ("weights", "variant", "kind", "stack", "estimator", "model_label", "site")
+        for column in (MODEL, "weights", "variant", "kind", "stack", "estimator", "model_label", "site")
         if column in table and not table.duplicated([x, *([hue] if hue else []), column]).any()
     ]
     raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from tdgeom.numerics.numerical_rank import above_rounding
 from tdgeom.plot.palette import COLOURS, GRADIENT, depth_colours
 from tdgeom.plot.style import as_array, axes_or_new, tidy
+from tdgeom.run.several_models import by_model
 from tdgeom.run.to_frame import to_frame
 
 __all__ = ["spectrum"]
@@ -26,7 +27,8 @@ def spectrum(
 
     Args:
         eigenvalues: ``AnalysisResults``, a result of ``run`` with ``("eigenvalues", site)``, a mapping from name to (D,),
-            or one (D,) array or tensor; descending. With ``normalize=False`` also a leading part, NaN beyond.
+            or one (D,) array or tensor; descending. A list or mapping of several models' ``AnalysisResults`` too. With
+            ``normalize=False`` also a leading part, NaN beyond.
         ax: matplotlib axes; made if None.
         normalize: draw shares of the total variance, λ/Σλ, else λ.
         legend: a legend; default up to 12 named lines, a colour bar beyond.
@@ -81,6 +83,13 @@ def spectrum(
 
 
 def _spectra(eigenvalues: Any) -> dict[str, np.ndarray]:
+    models = by_model(eigenvalues)
+    if models is not None and any(hasattr(one, "eigenvalues") for one in models.values()):
+        return {
+            f"{model}, {name}": values
+            for model, one in models.items()
+            for name, values in _spectra(one).items()
+        }
     own = getattr(eigenvalues, "eigenvalues", None)
     if isinstance(own, Mapping):  # AnalysisResults
         series = dict(own)

@@ -12,6 +12,7 @@ from tensordict import TensorDictBase, is_tensor_collection
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import Key
 from tdgeom.measures.dimension.estimate import DimensionEstimate
+from tdgeom.run.several_models import as_one_table, by_model
 from tdgeom.run.site_places import relative_depths, site_places
 from tdgeom.run.to_frame import cell, whole_numbers
 
@@ -34,13 +35,13 @@ def intrinsic_dimension_profile(result: Any) -> pd.DataFrame:
     step; NaN of estimators without), ``estimate``, ``standard_error``, ``scale`` (the distance the estimate looks at),
     ``rows`` used, ``duplicates`` dropped first and ``near_duplicates`` among them (-1 where unknown). Gride has a row for
     every n, the decimation profile one for every subset size. Of an analysis with an untrained baseline both, told apart by
-    ``weights``. Every site has a ``layer``, see ``to_frame``.
+    ``weights``; of several models all, by ``model``. Every site has a ``layer``, see ``to_frame``.
 
     Relative depth runs from 0 (the input of the first block, or the embedding) to 1 (the last site of the stack: the final
     norm stands one layer after the last block's input).
 
     Args:
-        result: what ``run`` returned, or ``AnalysisResults``, fresh or loaded.
+        result: what ``run`` returned, or ``AnalysisResults``, fresh or loaded; or a list or mapping (by name) of several.
 
     Raises:
         KeyError: no estimates in it. ValueError: a bundle of an earlier version, which kept tables only.
@@ -65,10 +66,10 @@ def overlap_profile(result: Any) -> pd.DataFrame:
     Columns: ``measure`` (``neighborhood_overlap``, ``jaccard_knn``, ``information_imbalance_ab``, ``..._ba`` of two sites;
     ``label_overlap`` of one, or the name under which the stage wrote), ``site`` (the first of a pair), ``other`` (the
     second, None for labels), ``kind``, ``layer``, ``stack`` and ``relative_depth`` of the first, ``other_layer`` and
-    ``other_relative_depth`` of the second, ``value``; with a baseline also ``weights``.
+    ``other_relative_depth`` of the second, ``value``; with a baseline also ``weights``, of several models ``model``.
 
     Args:
-        result: what ``run`` returned, or ``AnalysisResults``, fresh or loaded.
+        result: what ``run`` returned, or ``AnalysisResults``, fresh or loaded; or a list or mapping (by name) of several.
 
     Raises:
         KeyError: no overlaps in it. ValueError: a bundle of an earlier version, which kept tables only.
@@ -103,7 +104,9 @@ def _of_each(
     over: str,
     stage: str,
 ) -> pd.DataFrame:
-    """The rows of a result, and of its untrained baseline where it has one."""
+    """The rows of a result, and of its untrained baseline where it has one; those of every model where several are given."""
+    if by_model(result) is not None:
+        return as_one_table(result, lambda one: _of_each(caller, one, rows, what, over, stage))
     found = []
     blocks = _blocks(result)
     for weights, one in _results(caller, result):
