@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import tdgeom as tg
 from tdgeom.cli.options import (
     MAX_ROWS,
+    Columns,
+    Json,
     Layers,
+    Metrics,
     Model,
     OneModelOptions,
     Sites,
@@ -31,22 +35,13 @@ def analyze(
     layers: Layers = "all",
     sites: Sites = "residual_input",
     max_rows: Annotated[
-        int | None, typer.Option(min=2, help=f"Rows (tokens) to measure. [{MAX_ROWS}]")
+        int | None,
+        typer.Option(min=2, help=f"Rows (tokens, or sequences with --pool mean) to measure. [{MAX_ROWS}]"),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Another name of --max-rows.")] = None,
-    metrics: Annotated[
-        str,
-        typer.Option(
-            help="default, any of spectrum,sample,novelty,router, and measures such as twonn,gride,rankme.",
-            metavar="NAMES",
-        ),
-    ] = "default",
+    metrics: Metrics = "default",
     diagnostics: Annotated[str | None, typer.Option(help="normalization_ablation", metavar="NAMES")] = None,
     save_mode: Annotated[str, typer.Option(help="bundle or csv (tables as CSV), or json.")] = "bundle",
-    skip_first: Annotated[
-        int, typer.Option(min=0, help="Leave out this many tokens at the start of a sequence.")
-    ] = 0,
-    skip_special: Annotated[bool, typer.Option("--skip-special", help="Leave out special tokens.")] = False,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
@@ -55,7 +50,8 @@ def analyze(
     ] = None,
     every: Annotated[int, typer.Option(min=1, help="Batches between two writes of the checkpoint.")] = 100,
     run_name: Annotated[str | None, typer.Option(help="A name to record.")] = None,
-) -> None:
+    columns: Columns = None,
+) -> Any:
     """Measure a model's representations of a text: tables here, a bundle and a report in DIR."""
     from tdgeom.cli.print_results import print_results
 
@@ -75,7 +71,7 @@ def analyze(
         sites=listed(sites),
         device=options.device_or_cuda(),
         seed=options.seed,
-        select={"skip_first": skip_first, "skip_special": skip_special},
+        select=options.select(),
         untrained=options.untrained,
         checkpoint=checkpoint,
         every=every,
@@ -84,7 +80,8 @@ def analyze(
         dataset_name=named,
         run_metadata={"batch_size": options.batch_size, "command": "tdgeom analyze"},
     )
-    options.finish(results, print_results, save_mode)
+    options.finish(results, partial(print_results, columns=columns), save_mode)
+    return results
 
 
 def demo(
@@ -92,6 +89,7 @@ def demo(
         Path, typer.Option(help="Where the bundle, its report and its plots go.", metavar="DIR")
     ] = Path("tdgeom-demo"),
     max_rows: Annotated[int, typer.Option(min=2, help="Rows (tokens) to measure.")] = 20_000,
+    as_json: Json = False,
 ) -> None:
     """Measure a real pretrained model on real text, offline (needs the demo extra)."""
     from tdgeom.cli.demo import demo_model_path, run_demo
@@ -99,4 +97,4 @@ def demo(
 
     demo_model_path()
     quiet_transformers()
-    TextOptions().finish(run_demo(out, max_rows=max_rows), print_results)
+    TextOptions(as_json=as_json).finish(run_demo(out, max_rows=max_rows), print_results)

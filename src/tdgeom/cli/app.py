@@ -27,7 +27,6 @@ app = typer.Typer(
     help="Measure the geometry of a neural network's representations.",
     epilog="Start with: [bold]tdgeom demo[/bold]",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

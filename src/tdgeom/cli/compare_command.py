@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Annotated, Any
 
 import typer
 
 import tdgeom as tg
+from tdgeom.cli.completion import completing, pair_measures
 from tdgeom.cli.options import (
     MAX_ROWS,
     Layers,
@@ -32,7 +35,12 @@ def compare(
     ],
     options: TextOptions,
     metrics: Annotated[
-        str, typer.Option(help=f"Comma-separated: {', '.join(MEASURES)}.", metavar="NAMES")
+        str,
+        typer.Option(
+            help=f"Comma-separated: {', '.join(MEASURES)}.",
+            metavar="NAMES",
+            autocompletion=completing(pair_measures),
+        ),
     ] = ",".join(DEFAULT_MEASURES),
     sites: Sites = "residual_output",
     layers: Layers = "all",
@@ -47,10 +55,9 @@ def compare(
         int | None,
         typer.Option(min=3, help="Random projections a site, for wide models. [exact moments]", metavar="K"),
     ] = None,
-) -> None:
+) -> Any:
     """Compare every layer of two models, or of two checkpoints, on one text."""
     from tdgeom.cli.print_comparison import print_comparison
-    from tdgeom.model.loading import load_model
 
     try:
         stages = named_stages(listed(metrics), between=True, sketch=sketch is not None)
@@ -60,7 +67,7 @@ def compare(
     options.check_out()
     quiet_transformers()
     tokenizers = [options.tokenizer_of(model) for model in (model_a, model_b)]
-    nets = [load_model(model, trust_remote_code=options.trust_remote_code) for model in (model_a, model_b)]
+    nets = [options.load(model) for model in (model_a, model_b)]
     result = tg.compare(
         nets[0],
         nets[1],
@@ -71,6 +78,8 @@ def compare(
         tokenizer_a=tokenizers[0],
         tokenizer_b=tokenizers[1],
         align=align,
+        names=names_of(model_a, model_b),
+        select=options.select(),
         max_rows=max_rows,
         sketch=sketch,
         batch_size=options.batch_size,
@@ -81,3 +90,22 @@ def compare(
     if result is not None:
         result.metadata |= {"dataset": named, "run_metadata": {"command": "tdgeom compare"}}
     options.finish(result, print_comparison)
+    return result
+
+
+def names_of(*models: str) -> tuple[str, str]:
+    """What two models are called: as much of the end of each name as tells them apart, without slashes.
+
+    >>> names_of("gpt2", "runs/my-gpt2"), names_of("a/final", "b/final"), names_of("gpt2", "gpt2")
+    (('gpt2', 'my-gpt2'), ('a_final', 'b_final'), ('gpt2', 'gpt2_again'))
+    """
+    parts = [PurePath(model).parts or (model,) for model in models]
+    for length in range(1, max(map(len, parts)) + 1):
+        first, second = (_joined(part[-length:]) for part in parts)
+        if first != second:
+            return first, second
+    return first, f"{first}_again"
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return "_".join(part.strip("/\\") for part in parts).strip("_") or "model"

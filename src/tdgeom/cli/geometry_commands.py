@@ -15,19 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import tdgeom as tg
-from tdgeom.cli.options import Model, OneModelOptions, listed, with_options
-from tdgeom.measures.registry import SITE_MEASURES, StageAt, named_stages
+from tdgeom.cli.completion import ESTIMATORS, completing, site_kinds
+from tdgeom.cli.options import Model, OneModelOptions, Pool, listed, with_options
+from tdgeom.measures.registry import named_stages
 
 if TYPE_CHECKING:
     from tensordict.nn import TensorDictModuleBase
 
-__all__: list[str] = []
+    from tdgeom.analysis.results import AnalysisResults
 
-ESTIMATORS = [
-    name
-    for name, measure in SITE_MEASURES.items()
-    if isinstance(measure.stage, StageAt) and measure.stage.place.startswith("dimension.")
-]
+__all__: list[str] = []
 
 
 @dataclass
@@ -39,11 +36,10 @@ class HiddenStateOptions(OneModelOptions):
         typer.Option(
             help="Kinds or sites, comma-separated. [attn_input and final_norm, or the last residual_output]",
             show_default=False,
+            autocompletion=completing(site_kinds),
         ),
     ] = None
-    pool: Annotated[
-        str, typer.Option(help="mean: a row is the mean over a sequence. none: every token is one.")
-    ] = "mean"
+    pool: Pool = "mean"
     max_rows: Annotated[
         int, typer.Option(min=3, help="Rows to measure: sequences, or tokens with --pool none.")
     ] = 10_000
@@ -62,9 +58,14 @@ def dimension(
     model: Model,
     options: HiddenStateOptions,
     estimator: Annotated[
-        str, typer.Option(help=f"Comma-separated: {', '.join(ESTIMATORS)}.", metavar="NAMES")
+        str,
+        typer.Option(
+            help=f"Comma-separated: {', '.join(ESTIMATORS)}.",
+            metavar="NAMES",
+            autocompletion=completing(lambda: ESTIMATORS),
+        ),
     ] = "twonn,gride",
-) -> None:
+) -> Any:
     """Intrinsic dimension over the layers of a model.
 
     A row is a sequence (the mean over its tokens), or with --pool none a token; Gride wants more than 64 rows.
@@ -75,7 +76,7 @@ def dimension(
             f"--estimator takes any of {', '.join(ESTIMATORS)}, got {', '.join(unknown)}"
         )
     stages = named_stages(names)
-    _measure("dimension", model, options, lambda sites: stages)
+    return _measure("dimension", model, options, lambda sites: stages)
 
 
 @with_options
@@ -89,14 +90,14 @@ def overlap(
     balanced: Annotated[
         bool, typer.Option("--balanced", help="Every class counts alike in the label overlap.")
     ] = False,
-) -> None:
+) -> Any:
     """Neighbourhood overlap from layer to layer and, with --labels, the overlap with labels."""
 
     def stages(sites: list[str]) -> list[TensorDictModuleBase]:
         pairs = tg.ForEachPair(tg.NeighborhoodOverlap(k=k), sites, pairs=list(pairwise(sites)))
         return [pairs] if labels is None else [pairs, tg.LabelOverlap(k=k, balanced=balanced)]
 
-    _measure("overlap", model, options, stages, labels)
+    return _measure("overlap", model, options, stages, labels)
 
 
 def read_labels(path: Path, wanted: int) -> tuple[list[int], list[str]]:
@@ -120,17 +121,15 @@ def _measure(
     options: HiddenStateOptions,
     stages: Callable[[list[str]], list[TensorDictModuleBase]],
     labels: Path | None = None,
-) -> None:
+) -> AnalysisResults | None:
     """Analyse with these stages, print the profile, save and draw it."""
     from tdgeom.cli.print_profile import print_profiles
 
-    if options.pool not in ("mean", "none"):
-        raise typer.BadParameter(f"--pool takes mean or none, got {options.pool!r}")
+    select = options.select()
     if options.neighbors is not None and options.out is None:
         raise typer.BadParameter("--neighbors needs --out DIR, the bundle that keeps the tables")
     documents, named = options.documents()
     options.check_out()
-    select: dict[str, Any] = {"pool": "mean"} if options.pool == "mean" else {}
     recorded: dict[str, Any] = {"batch_size": options.batch_size, "command": f"tdgeom {command}"}
     numbers = None
     if labels is not None:
@@ -162,3 +161,4 @@ def _measure(
         else:
             results.diagnostics["overlap"] = tg.overlap_profile(results)
     options.finish(results, print_profiles)
+    return results

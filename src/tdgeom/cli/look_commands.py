@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import tdgeom as tg
-from tdgeom.cli.options import Model, Remote, TextOptions, console, layer_choice, quiet_transformers
+from tdgeom.cli.options import (
+    Columns,
+    Json,
+    Model,
+    Remote,
+    TextOptions,
+    console,
+    layer_choice,
+    print_json,
+    quiet_transformers,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,14 +27,25 @@ if TYPE_CHECKING:
 __all__ = ["show", "sites"]
 
 
-def show(folder: Annotated[Path, typer.Argument(help="A bundle that --out named.", metavar="DIR")]) -> None:
+def show(
+    folder: Annotated[Path, typer.Argument(help="A bundle that --out named.", metavar="DIR")],
+    columns: Columns = None,
+    as_json: Json = False,
+) -> None:
     """Print the tables of a saved analysis."""
     from tdgeom.cli.print_comparison import print_comparison
     from tdgeom.cli.print_results import print_results
 
     results = tg.AnalysisResults.load(folder)
-    printed = print_comparison if "align" in results.metadata else print_results
-    printed(results, console())
+    if as_json:
+        print_json({**results.to_dict(), "folder": results.artifact_dir})
+        return
+    for said in results.metadata.get("warnings") or ():
+        print(f"tdgeom: warning: {' '.join(str(said).split())}", file=sys.stderr)
+    if "align" in results.metadata:
+        print_comparison(results, console())
+    else:
+        print_results(results, console(), columns)
 
 
 def sites(
@@ -44,12 +66,13 @@ def sites(
     ] = None,
     layers: Annotated[str, typer.Option(help="Layers that --verify looks at, such as 0,-1 or 2:8.")] = "all",
     trust_remote_code: Remote = False,
+    as_json: Json = False,
 ) -> None:
     """List which sites a model has and the modules they are read at; its weights are not loaded, unless for --verify.
 
     With --verify the exit code is 1 where a check failed.
     """
-    from tdgeom.cli.print_sites import print_sites
+    from tdgeom.cli.print_sites import print_sites, site_records
     from tdgeom.cli.print_verification import print_verification
     from tdgeom.model.loading import load_model, model_structure
 
@@ -58,12 +81,18 @@ def sites(
         if text is not None:
             raise typer.BadParameter("--text is what --verify runs the model on: add --verify")
         net = model_structure(model, trust_remote_code=trust_remote_code)
-        print_sites(net, tg.available_sites(net), console(), every=every)
+        if as_json:
+            print_json({"sites": site_records(tg.available_sites(net))})
+        else:
+            print_sites(net, tg.available_sites(net), console(), every=every)
         return
     net = load_model(model, trust_remote_code=trust_remote_code)
     table = tg.verify_sites(net, _batch(net, model, text, trust_remote_code), layers=layer_choice(layers))
-    print_sites(net, tg.available_sites(net), console(), every=every)
-    print_verification(table, console())
+    if as_json:
+        print_json({"sites": site_records(tg.available_sites(net)), "checks": table.to_dict("records")})
+    else:
+        print_sites(net, tg.available_sites(net), console(), every=every)
+        print_verification(table, console())
     if (table["outcome"] == "failed").any():
         raise typer.Exit(1)
 

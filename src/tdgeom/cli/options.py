@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from tdgeom.cli.completion import completing, measures, site_kinds
+from tdgeom.cli.config_file import read_config, recorded
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,8 +31,29 @@ MAX_ROWS = 100_000  # as the library's own: naming an option needs no torch
 Model = Annotated[str, typer.Argument(help="A Hugging Face id or a local directory.", metavar="MODEL")]
 Layers = Annotated[str, typer.Option(help="all, or indices such as 0,5,-1, or a range such as 2:8.")]
 Sites = Annotated[
-    str, typer.Option(help="Kinds or sites, comma-separated; [bold]tdgeom sites MODEL[/bold] lists them.")
+    str,
+    typer.Option(
+        help="Kinds or sites, comma-separated; [bold]tdgeom sites MODEL[/bold] lists them.",
+        autocompletion=completing(site_kinds),
+    ),
 ]
+Metrics = Annotated[
+    str,
+    typer.Option(
+        help="default, any of spectrum,sample,novelty,router, and measures such as twonn,gride,rankme.",
+        metavar="NAMES",
+        autocompletion=completing(measures),
+    ),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        help="The columns to print, comma-separated; all: every one, a few side by side. [as many as fit]",
+        metavar="NAMES",
+    ),
+]
+Pool = Annotated[str, typer.Option(help="mean: a row is the mean over a sequence. none: every token is one.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
 Remote = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
 ]
@@ -55,6 +80,18 @@ class TextOptions:
             min=3, help="Longest sequence; longer documents are split. [256, or what the model takes]"
         ),
     ] = None
+    positions: Annotated[
+        str,
+        typer.Option(
+            help="Which tokens become rows: all, first, last, last-N, special, random-N, indices such as 0,5,-1, or a range "
+            "such as 2:8."
+        ),
+    ] = "all"
+    pool: Pool = "none"
+    skip_first: Annotated[
+        int, typer.Option(min=0, help="Leave out this many tokens at the start of a sequence.")
+    ] = 0
+    skip_special: Annotated[bool, typer.Option("--skip-special", help="Leave out special tokens.")] = False
     out: Annotated[Path | None, typer.Option(help="Save a bundle in this new folder.", metavar="DIR")] = None
     plots: Annotated[bool, typer.Option("--plots", help="Write pictures into DIR/plots.")] = False
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier bundle in DIR.")] = False
@@ -63,6 +100,19 @@ class TextOptions:
     ] = None
     seed: Annotated[int, typer.Option(help="Seed of the row sample.")] = 0
     trust_remote_code: Remote = False
+    as_json: Json = False
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Options from a YAML or TOML file; those given here count more.",
+            metavar="FILE",
+            is_eager=True,
+            callback=read_config,
+        ),
+    ] = None
+
+    command: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # as it was called
+    weights: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # of the models loaded
 
     def documents(self) -> tuple[Iterable[str], str]:
         """The documents that exactly one of the three options names, and their name."""
@@ -89,6 +139,27 @@ class TextOptions:
             require_matplotlib()
         if self.out is not None:
             check_target(self.out, save_mode, self.overwrite)
+
+    def select(self) -> dict[str, Any]:
+        """Which positions become rows: what was asked for, as ``SelectTokens`` takes it."""
+        if self.pool not in ("mean", "none"):
+            raise typer.BadParameter(f"--pool takes mean or none, got {self.pool!r}")
+        asked = {
+            "positions": position_choice(self.positions) if self.positions != "all" else None,
+            "pool": "mean" if self.pool == "mean" else None,
+            "skip_first": self.skip_first or None,
+            "skip_special": self.skip_special or None,
+        }
+        return {name: value for name, value in asked.items() if value is not None}
+
+    def load(self, name: str) -> nn.Module:
+        """A model with its weights, which the bundle can tell again."""
+        from tdgeom.model.loading import load_model
+        from tdgeom.run.identity import weights_identity
+
+        model = load_model(name, trust_remote_code=self.trust_remote_code)
+        self.weights[name] = weights_identity(model)["sha256"]
+        return model
 
     def tokenizer_of(self, name: str) -> Any:
         """The tokenizer of that name, or an error that names --tokenizer."""
@@ -135,11 +206,11 @@ class TextOptions:
         printed: Callable[[AnalysisResults, Console], None],
         save_mode: str = "bundle",
     ) -> None:
-        """Print an analysis; save it with its report, and draw it, where the options say so; say where it is."""
+        """Save an analysis with its report, and draw it, where the options say so; print it, and say where it is."""
         if results is None:  # another rank of a process group has it
             return
-        terminal = console()
-        printed(results, terminal)
+        if self.command:
+            results.metadata["command"] = {**self.command, "weights": self.weights}
         if self.out is not None:
             results.save(self.out, save_mode, overwrite=self.overwrite)
             if self.plots:
@@ -147,7 +218,12 @@ class TextOptions:
             try:
                 results.report()
             except ModuleNotFoundError as error:  # the tables are saved, and tdgeom report makes it later
-                terminal.print(f"\nNo report: {error}", soft_wrap=True, markup=False)
+                typer.echo(f"tdgeom: no report: {error}", err=True)
+        if self.as_json:
+            print_json({**results.to_dict(), "folder": results.artifact_dir})
+            return
+        terminal = console()
+        printed(results, terminal)
         if results.artifact_dir is not None:
             report, pictures = results.artifact_dir / "report.html", results.artifact_dir / "plots"
             terminal.print(f"\nSaved in {results.artifact_dir}", soft_wrap=True, markup=False)
@@ -170,19 +246,18 @@ class OneModelOptions(TextOptions):
         self, model: str, documents: Iterable[str], labels: Sequence[float] | None = None
     ) -> tuple[nn.Module, TextBatches]:
         """The model with its weights, and its tokenizer's batches of the documents."""
-        from tdgeom.model.loading import load_model
         from tdgeom.rows.text import TextBatches
 
         quiet_transformers()
         words = self.tokenizer_of(self.tokenizer or model)
-        net = load_model(model, trust_remote_code=self.trust_remote_code)
+        net = self.load(model)
         length = self.length_for(net, words)
         return net, TextBatches(
             documents, words, batch_size=self.batch_size, max_length=length, labels=labels
         )
 
 
-def with_options(command: Callable[..., None]) -> Callable[..., None]:
+def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """A command of typer's in which the parameter that is a class of options stands for one option a field."""
     own = inspect.signature(command, eval_str=True).parameters.values()
     (shared,) = (parameter for parameter in own if is_dataclass(parameter.annotation))
@@ -190,12 +265,16 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     options = [
         inspect.Parameter(field.name, shared.kind, default=field.default, annotation=types[field.name])
         for field in fields(shared.annotation)
+        if field.init
     ]
 
     @functools.wraps(command)
-    def called(**given: Any) -> None:
+    def called(**given: Any) -> Any:
+        record = recorded(command.__name__, given)
         taken = {option.name: given.pop(option.name) for option in options}
-        command(**given, **{shared.name: shared.annotation(**taken)})
+        made = shared.annotation(**taken)
+        made.command = record
+        return command(**given, **{shared.name: made})
 
     every = [one for parameter in own for one in (options if parameter is shared else [parameter])]
     called.__annotations__ = {one.name: one.annotation for one in every}
@@ -219,6 +298,13 @@ def console() -> Console:
     return Console(highlight=False, soft_wrap=False)
 
 
+def print_json(value: Any) -> None:
+    """A value as JSON on stdout: what is no number is null."""
+    from tdgeom.files.json_text import plain
+
+    typer.echo(json.dumps(plain(value), indent=2, allow_nan=False))
+
+
 def listed(text: str) -> list[str]:
     """``"a, b"`` as ``["a", "b"]``."""
     return [part.strip() for part in text.split(",") if part.strip()]
@@ -234,3 +320,22 @@ def layer_choice(text: str) -> str | slice:
         raise typer.BadParameter(
             f"--layers takes all, indices such as 0,5,-1, or a range such as 2:8, got {text!r}"
         ) from None
+
+
+def position_choice(text: str) -> str | list[int] | slice:
+    """``"last"`` as it is, ``"2:8"`` as a slice, ``"0,5,-1"`` as a list of ints."""
+    from tdgeom.model.positions import is_position
+
+    try:
+        if ":" in text:
+            return slice(*(int(part) if part.strip() else None for part in text.split(":")))
+        if text.lstrip("-")[:1].isdigit():
+            return [int(part) for part in listed(text)]
+    except (ValueError, TypeError):
+        pass
+    if not is_position(text):
+        raise typer.BadParameter(
+            f"--positions takes all, first, last, last-N, special, random-N, indices such as 0,5,-1, or a range such as 2:8, "
+            f"got {text!r}"
+        )
+    return text

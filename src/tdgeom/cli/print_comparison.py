@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tdgeom.analysis.results import AnalysisResults
-from tdgeom.cli.terminal_tables import cells_of, columns_table, titled
+from tdgeom.cli.terminal_tables import broken, cells_of, print_in_groups
 from tdgeom.plot.pair_grids import pair_grid, short_names
 
 __all__: list[str] = []
@@ -29,13 +29,13 @@ def print_comparison(result: AnalysisResults, console: Console) -> None:
     console.print(
         Text.assemble((ids, "bold"), f": {int(data['rows_observed']):,} rows, {HOW[data['align']]}")
     )
-    headings, columns = [names[0]], []
+    columns = []
     for measure in measures:
         grid, rows, across = pair_grid(result.novelty, measure, False, None)
         fair = np.nan_to_num(grid, nan=np.inf if measure in DISTANCES else -np.inf)
         best = fair.argmin(1) if measure in DISTANCES else fair.argmax(1)
         near = short_names(across)
-        headings += [measure.replace("_", "_\n", 1), f"at {names[1]}"]
-        columns += [cells_of(grid[np.arange(len(rows)), best].tolist(), measure), [near[at] for at in best]]
-    table = columns_table(headings, [short_names(rows), *columns])
-    titled(console, f"Each layer of {names[0]}, and the layer of {names[1]} that is nearest to it", table)
+        cells = cells_of(grid[np.arange(len(rows)), best].tolist(), measure)
+        columns.append((broken(measure), [f"{cell} at {near[at]}" for cell, at in zip(cells, best)]))
+    title = f"Each layer of {names[0]}, and the layer of {names[1]} that is nearest to it"
+    print_in_groups(console, title, (names[0], short_names(rows)), columns)

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tdgeom.analysis.results import AnalysisResults
 from tdgeom.cli.print_results import headline
-from tdgeom.cli.terminal_tables import cells_of, columns_table, titled
+from tdgeom.cli.terminal_tables import cells_of, print_in_groups
 from tdgeom.run.profiles import scale_name
 
 __all__: list[str] = []
@@ -57,9 +57,9 @@ def _column(row: dict[Any, Any]) -> str:
 def _print_pivot(title: str, table: pd.DataFrame, value: str, console: Console) -> None:
     """A line a site, in the order of the table, and a column for each entry of ``column``."""
     sites = list(dict.fromkeys(table["site"]))
-    headings, columns = ["site"], [sites]
+    columns = []
     for column, rows in table.groupby("column", sort=False):
-        headings.append(str(column).replace("_", "_\n", 1).replace(" (", "\n("))
         by_site = dict(zip(rows["site"], rows[value]))
-        columns.append(cells_of([by_site.get(site) for site in sites], value))
-    titled(console, title, columns_table(headings, columns))
+        cells = cells_of([by_site.get(site) for site in sites], value)
+        columns.append((str(column).replace("_", "_\n", 1).replace(" (", "\n("), cells))
+    print_in_groups(console, title, ("site", sites), columns)

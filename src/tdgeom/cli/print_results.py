@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
 from tdgeom.analysis.results import AnalysisResults
-from tdgeom.cli.terminal_tables import bar_of, broken, cells_of, columns_table, titled
+from tdgeom.cli.terminal_tables import (
+    bar_of,
+    broken,
+    cells_of,
+    columns_table,
+    print_in_groups,
+    titled,
+    width_beside,
+)
 
 __all__ = ["headline", "print_results"]
 
@@ -42,16 +52,25 @@ NOTES = {
 }
 
 
-def print_results(results: AnalysisResults, console: Console) -> None:
-    """The tables of an analysis, as wide as the console, each with a line on how to read it."""
+def print_results(results: AnalysisResults, console: Console, columns: str | None = None) -> None:
+    """The tables of an analysis, as wide as the console, each with a line on how to read it.
+
+    ``columns``: names, comma-separated, or "all", which are broken into tables of as many as fit. Default: those that fit,
+    and the names of the others.
+    """
+    chosen = _chosen(results, columns or "all")
+    unit, first = str(results.metadata.get("row_unit", "rows")), columns is None
     console.print(headline(results))
-    unit = str(results.metadata.get("row_unit", "rows"))
-    _print(console, "Sites", results.metrics, METRICS, unit)
-    _print(console, "From one layer to the next", results.novelty, NOVELTY, unit)
-    for name, table in results.diagnostics.items():
+    metrics, novelty, router = chosen
+    if metrics:
+        _print(console, "Sites", results.metrics, metrics, unit, first)
+    if novelty:
+        _print(console, "From one layer to the next", results.novelty, novelty, unit, first)
+    for name, table in results.diagnostics.items() if first or columns == "all" else ():
         if {"variant", "d_pr"} <= set(table):
             _print_ablation(console, name, table, unit)
-    _print(console, "Routers", results.router, ROUTER, unit)
+    if router:
+        _print(console, "Routers", results.router, router, unit, first)
 
 
 def headline(results: AnalysisResults) -> Text:
@@ -87,49 +106,114 @@ def _label(table: pd.DataFrame) -> tuple[str, list[str]]:
     return "layer", [str(int(value)) for value in table["layer"]]
 
 
-def _print(console: Console, title: str, table: pd.DataFrame, wanted: Sequence[str], unit: str) -> None:
+def _print(
+    console: Console,
+    title: str,
+    table: pd.DataFrame,
+    columns: Sequence[str],
+    unit: str,
+    first: bool,
+) -> None:
+    """A table, the first column with a bar; the other columns as far as they fit and, with ``first``, those left out by name."""
     if table.empty:
         return
-    own = [name for name in table.select_dtypes(["number", "bool"]) if name not in IDENTITY]
-    columns = [name for name in wanted if name in table] or own
+    table, ends = _by_kind(table)
     name, labels = _label(table)
     marked = _marked(table)
     labels = [f"{label} *" if mark else label for label, mark in zip(labels, marked)]
-    room = console.width - max(map(len, [name, *labels])) - 2 - LEAST_BAR
-    shown: list[str] = []
-    cells: list[list[str]] = []
+    room = console.width - width_beside(name, labels) - LEAST_BAR
+    drawn: list[tuple[str, list[str]]] = []
     for column in columns:
-        made = cells_of(table[column], column)
-        needed = 2 + max(map(len, [*made, *broken(column).split("\n")]))
-        if shown and needed > room:
+        one = (broken(column), cells_of(table[column], column))
+        needed = width_beside(*one)
+        if drawn and needed > room and first:
             break
         room -= needed
-        shown.append(column)
-        cells.append(made)
-    headings, parts = [name], [labels]
-    if shown:
-        values = [float(value) for value in table[shown[0]]]
-        top = 1.0 if shown[0] in UNIT else max(filter(math.isfinite, map(abs, values)), default=1.0)
-        width = min(30, LEAST_BAR + max(room, 0))
-        bars = [bar_of(value, top, width, console) for value in values]
-        headings += [broken(shown[0]), "", *map(broken, shown[1:])]
-        parts += [cells[0], bars, *cells[1:]]
-    drawn = columns_table(headings, parts)
-    if shown:
-        bar = drawn.columns[2]
-        bar.justify, bar.style, bar.min_width = "left", "cyan", width
-    titled(console, title, drawn)
-    known: list[float] = table["hidden_dim"].dropna().tolist() if "hidden_dim" in table else []
-    features = int(max(known)) if known else "the width"
-    notes = [
-        f"{name}: {note.format(width=features, rows=unit)}." for name, note in NOTES.items() if name in table
-    ]
+        drawn.append(one)
+    if not first:
+        print_in_groups(console, title, (name, labels), drawn, ends)
+    else:
+        headings, parts = [name, *(heading for heading, _ in drawn)], [labels, *(cells for _, cells in drawn)]
+        if drawn:
+            values = [float(value) for value in table[columns[0]]]
+            top = 1.0 if columns[0] in UNIT else max(filter(math.isfinite, map(abs, values)), default=1.0)
+            width = min(30, LEAST_BAR + max(room, 0))
+            headings.insert(2, "")
+            parts.insert(2, [bar_of(value, top, width, console) for value in values])
+        shown = columns_table(headings, parts, ends)
+        if drawn:
+            bar = shown.columns[2]
+            bar.justify, bar.style, bar.min_width = "left", "cyan", width
+        titled(console, title, shown)
+    notes = _notes(table, columns[: len(drawn)], unit)
     if any(marked):
         notes.append(
             f"* so few {unit}, or so rounded, that they decide some of these numbers: see the warnings."
         )
+    if rest := columns[len(drawn) :]:
+        notes.append(f"Not shown: {', '.join(rest)}; --columns all shows them, --columns {rest[0]} one.")
     if notes:
         console.print(Text(" ".join(notes), style="dim"))
+
+
+def _notes(table: pd.DataFrame, shown: Sequence[str], unit: str) -> list[str]:
+    """How to read the columns that are shown."""
+    known: list[float] = table["hidden_dim"].dropna().tolist() if "hidden_dim" in table else []
+    features = int(max(known)) if known else "the width"
+    return [
+        f"{name}: {note.format(width=features, rows=unit)}." for name, note in NOTES.items() if name in shown
+    ]
+
+
+def _by_kind(table: pd.DataFrame) -> tuple[pd.DataFrame, list[int]]:
+    """The rows with those of one kind (and stack) together, in the order in which kinds come; and where a kind ends."""
+    keys = [column for column in ("stack", "kind") if column in table]
+    if not keys:
+        return table, []
+    number = table.groupby(keys, sort=False, dropna=False).ngroup().to_numpy()
+    order = np.argsort(number, kind="stable")
+    return table.iloc[order].reset_index(drop=True), (np.diff(number[order]).nonzero()[0]).tolist()
+
+
+def _columns(table: pd.DataFrame, wanted: Sequence[str], asked: Collection[str]) -> list[str]:
+    """Every column that is a measured number: the first of those wanted, what was asked for by name, the rest in order."""
+    own = [name for name in table.select_dtypes(["number", "bool"]) if name not in IDENTITY]
+    own = [name for name in own if not name.endswith(("_numerical_rank", "_few_rows"))]
+    usual = [name for name in wanted if name in own]
+    beside = ("_standard_error", "_scale", "_rows", "_duplicates")
+    named = [name for name in own if name in asked and not name.endswith(beside)]
+    return list(dict.fromkeys([*usual[:1], *named, *usual, *own]))
+
+
+def _asked(results: AnalysisResults) -> set[str]:
+    """Columns of the measures that were asked for by name, or given as stages."""
+    keys = [
+        key
+        for stage in results.metadata.get("settings", {}).get("extra_stages", ())
+        for key in stage["out_keys"]
+    ]
+    paths = [[key] if isinstance(key, str) else list(key) for key in keys]
+    return {path[-1] for path in paths} | {"_".join(path[1:]) for path in paths}
+
+
+def _chosen(results: AnalysisResults, names: str) -> list[list[str]]:
+    """The columns of the three tables that were named; an error where a name is none."""
+    tables = (results.metrics, results.novelty, results.router)
+    every = [
+        _columns(table, wanted, _asked(results)) for table, wanted in zip(tables, (METRICS, NOVELTY, ROUTER))
+    ]
+    given = [name.strip() for name in names.split(",") if name.strip()]
+    if given == ["all"]:
+        return every
+    known = list(dict.fromkeys(name for columns in every for name in columns))
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.5)
+            raise ValueError(
+                f"--columns: there is no column {name!r}.{f' Did you mean {near[0]}?' if near else ''} There are "
+                f"{', '.join(known)}."
+            )
+    return [[name for name in given if name in columns] for columns in every]
 
 
 def _marked(table: pd.DataFrame) -> list[bool]:
@@ -139,11 +223,12 @@ def _marked(table: pd.DataFrame) -> list[bool]:
 
 
 def _print_ablation(console: Console, name: str, table: pd.DataFrame, unit: str) -> None:
+    table, _ = _by_kind(table)
     heading, labels = _label(table)
     variants, rows = list(dict.fromkeys(table["variant"])), list(dict.fromkeys(labels))
     cells = dict(zip(zip(table["variant"], labels), cells_of(table["d_pr"], "d_pr")))
     by_variant = [[cells.get((variant, row), "-") for row in rows] for variant in variants]
-    drawn = columns_table([heading, *map(broken, variants)], [rows, *by_variant])
-    titled(console, f"{name.replace('_', ' ').capitalize()}: d_pr", drawn)
+    title = f"{name.replace('_', ' ').capitalize()}: d_pr"
+    print_in_groups(console, title, (heading, rows), list(zip(map(broken, variants), by_variant)))
     note = f"A large change means that a few long {unit} or large features make the number."
     console.print(Text(note, style="dim"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -11,7 +12,7 @@ from torch import nn
 from tdgeom.cli.terminal_tables import plain_table
 from tdgeom.model.structure.resolved_site import ResolvedSite
 
-__all__ = ["print_sites", "ranges"]
+__all__ = ["print_sites", "ranges", "site_records"]
 
 
 def print_sites(
@@ -47,6 +48,21 @@ def print_sites(
             style="dim",
         )
     )
+
+
+def site_records(entries: Iterable[ResolvedSite]) -> list[dict[str, Any]]:
+    """Sites as plain values, for machines."""
+    return [
+        {
+            "site": str(entry.site),
+            "kind": entry.site.kind,
+            "stack": entry.site.stack,
+            "layer": entry.site.layer,
+            "module": entry.module_path,
+            "side": entry.side,
+        }
+        for entry in entries
+    ]
 
 
 def _by_kind(entries: Sequence[ResolvedSite]) -> Iterable[list[ResolvedSite]]:

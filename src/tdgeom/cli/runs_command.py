@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import tdgeom as tg
-from tdgeom.cli.options import console
+from tdgeom.cli.options import Json, console, print_json
 
 if TYPE_CHECKING:
     from tdgeom.store.activation_store import ActivationStore
@@ -33,9 +33,9 @@ Run = Annotated[str, typer.Argument(help="A run's id, or the beginning of one.",
 
 
 @app.command("list", epilog="Example: [bold]tdgeom runs list --store activations[/bold]")
-def list_runs(store: Store = None) -> None:
+def list_runs(store: Store = None, as_json: Json = False) -> None:
     """List every run."""
-    _show(_open(store).query())
+    _show(_open(store).query(), as_json)
 
 
 @app.command(
@@ -58,6 +58,7 @@ def query(
     ] = None,
     ids: Annotated[bool, typer.Option("--ids", help="Print ids alone, a line each.")] = False,
     store: Store = None,
+    as_json: Json = False,
 ) -> None:
     """List the runs that fit."""
     try:
@@ -81,7 +82,7 @@ def query(
         for run in found.ids:
             typer.echo(run)
     else:
-        _show(found)
+        _show(found, as_json)
 
 
 @app.command(epilog="Example: [bold]tdgeom runs show r1f[/bold]")
@@ -113,16 +114,18 @@ def verify(
         str | None, typer.Argument(help="One run; default all, and the catalogue.", metavar="RUN")
     ] = None,
     store: Store = None,
+    as_json: Json = False,
 ) -> None:
     """Check every file against the hash it was written with."""
     opened = _open(store)
     one = None if run is None else opened.query()[run]["id"]
     damage = opened.verify(one)
-    for found in damage:
-        typer.echo(str(found))
+    if as_json:
+        print_json({"damage": [str(found) for found in damage]})
+    else:
+        typer.echo("\n".join(map(str, damage)) or "all is well")
     if damage:
         raise typer.Exit(1)
-    typer.echo("all is well")
 
 
 @app.command(epilog="Example: [bold]tdgeom runs export moved r1f r2a[/bold]")
@@ -159,5 +162,10 @@ def _chosen(store: ActivationStore, names: list[str]) -> Runs:
     return tg.Runs(store, [store.catalogue.record(run) for run in ids])
 
 
-def _show(runs: Runs) -> None:
-    console().print(repr(runs), markup=False, soft_wrap=True)
+def _show(runs: Runs, as_json: bool = False) -> None:
+    if as_json:
+        print_json({"runs": list(runs)})
+        return
+    from tdgeom.cli.print_runs import print_runs
+
+    print_runs(runs, console())

@@ -18,6 +18,7 @@ __all__ = [
     "DEFAULT_MEASURES",
     "MEASURES",
     "SITE_MEASURES",
+    "STEP_MEASURES",
     "NamedMeasure",
     "StageAt",
     "known_measures",
@@ -137,7 +138,7 @@ SITE_MEASURES = {
 }
 """Of one site, and of its sample or moments, as the stage says."""
 
-_STEPS = {
+STEP_MEASURES = {
     "feature_subspace_novelty": NamedMeasure(
         "share of the leading subspace that the next site does not have",
         StageAt("similarity.subspace:SubspaceNovelty"),
@@ -172,7 +173,7 @@ def known_measures() -> Mapping[str, NamedMeasure]:
         >>> known_measures()["twonn"].says
         'TwoNN dimension'
     """
-    own = {**MEASURES, **SITE_MEASURES, **_STEPS}
+    own = {**MEASURES, **SITE_MEASURES, **STEP_MEASURES}
     others = {point.name: point.load() for point in entry_points(group=GROUP) if point.name not in own}
     return own | {name: _named(name, made) for name, made in others.items()}
 
@@ -208,7 +209,7 @@ def named_stages(
     """
     known = known_measures()
     full = [ALIASES.get(name, name) for name in names]
-    possible = [n for n in known if not between or n not in (*SITE_MEASURES, *_STEPS)]
+    possible = [n for n in known if not between or n not in (*SITE_MEASURES, *STEP_MEASURES)]
     if unknown := [name for name in full if name not in possible]:
         short = {alias: name for alias, name in ALIASES.items() if name in possible}
         near = get_close_matches(unknown[0].lower(), [*possible, *also, *short], n=1, cutoff=0.5)

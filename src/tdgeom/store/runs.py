@@ -16,7 +16,7 @@ from tdgeom.store.run_description import describe_run
 from tdgeom.store.run_records import RunRecord
 from tdgeom.store.transfer import export_runs
 
-__all__ = ["Runs"]
+__all__ = ["Runs", "size_text"]
 
 COLUMNS = ("id", "created", "kind", "state", "model", "dataset", "experiment", "tags", "rows", "bytes")
 _SHOWN = 60
@@ -180,7 +180,7 @@ class Runs:
 def _cells(record: RunRecord) -> tuple[str, ...]:
     about = record.about
     texts = (record.id, record.kind, record.state, about.model or "-", about.dataset or "-", about.experiment)
-    return (*texts, ",".join(about.tags) or "-", _size(record.bytes))
+    return (*texts, ",".join(about.tags) or "-", size_text(record.bytes))
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -193,7 +193,12 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """A number of bytes.
+
+    >>> size_text(999), size_text(1500), size_text(2e13)
+    ('999 B', '1.5 kB', '20.0 TB')
+    """
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
