@@ -145,6 +145,11 @@ CALLS: dict[str, Call] = {
     "rankme": Call(F.rankme, lambda seed: (torch.tensor(N), rows(seed).mean(0), covariance(seed))),
     "router_load": Call(F.router_load, lambda seed: (torch.randint(1, 9, (8,), generator=generator(seed)),)),
     "sample_eigenvalues": Call(F.sample_eigenvalues, one),
+    "components_interpolated": Call(lambda v: F.components_interpolated(v, 0.9), values),
+    "error_interval": Call(
+        lambda x, e: F.error_interval(x, e, 19, scale="log"), lambda seed: (spectrum(seed)[:3], spectrum(seed)[3:6])
+    ),
+    "group_jackknife": Call(lambda v: F.group_jackknife(v, 2 + torch.arange(29)), values),
     "sample_metrics": Call(F.sample_metrics, one),
     "spectrum_metrics": Call(F.spectrum_metrics, values),
     # concepts and probes

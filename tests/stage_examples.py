@@ -114,6 +114,17 @@ def eraser() -> list[torch.Tensor]:
     return list(tg.LEACE()(*label_moments()))
 
 
+def group_moments() -> list[torch.Tensor]:
+    """What LeaveOutSpectrum reads of the example rows."""
+    td = tg.GroupedCovariance(groups=6)(TensorDict(tokens=rows(), row_id=ids()))
+    return [td[key] for key in tg.LeaveOutSpectrum().in_keys[:7]]
+
+
+def sample_groups() -> list[torch.Tensor]:
+    """The groups of the example rows."""
+    return list(tg.SampleGroups(groups=6)(sample_row_id=ids()))
+
+
 def two_acts() -> list[torch.Tensor]:
     """Activations of two sites, and a label a sequence."""
     return [rows(0, 12).reshape(3, 4, D), rows(1, 12).reshape(3, 4, D), torch.arange(3)]
@@ -131,6 +142,10 @@ BATCH = {
     "shapes": "its first dimension may be the batch",
 }
 UNITS = {"scale": "in the units of its input", "offset": "in the units of its input"}
+REPLICATES = {
+    **UNITS, "batched": "its leading dimension is the replicates'", "compile": "goes through the groups that have rows",
+    "shapes": "its inputs share no first dimension",
+}  # fmt: skip
 FIT = {
     "batched": "fits one problem",
     "compile": "fits by branching on values (splits, folds, solvers)",
@@ -282,6 +297,13 @@ EXAMPLES: dict[str, Example] = {
         compile="picks rows by value", shapes="its context has a width of its own",
     ),
     "StreamingCovariance": streaming(tg.StreamingCovariance, rows),
+    "GroupedCovariance": streaming(
+        lambda **keys: tg.GroupedCovariance(groups=6, **keys), rows, ids, compile="cuts rows by the group they are of",
+    ),
+    "Replicates": streaming(
+        lambda **keys: tg.Replicates(tg.StreamingCovariance(), groups=6, **keys), rows, ids,
+        compile="cuts rows by the group they are of",
+    ),
     "StreamingMean": streaming(tg.StreamingMean, rows, shapes="takes rows of any shape"),
     "RowSample": streaming(
         lambda **keys: tg.RowSample(["x"], size=9, **keys), rows, ids, shapes="takes rows of any shape"
@@ -337,6 +359,37 @@ EXAMPLES: dict[str, Example] = {
     ),
     "EigenSpectrum": Example(
         lambda **keys: tg.EigenSpectrum(k=2, **keys), lambda: [torch.cov(rows().T)], batched=(0,), exempt=UNITS
+    ),
+    "LeaveOutSpectrum": Example(
+        lambda **keys: tg.LeaveOutSpectrum(k=2, **keys), group_moments,
+        exempt={
+            **UNITS, "batched": "its groups are the leading dimension", "compile": "goes through the groups that have rows",
+            "shapes": "its count has no dimension",
+        },
+    ),
+    "SpectrumErrors": Example(
+        tg.SpectrumErrors,
+        lambda: [torch.linspace(3, 0.1, 30, dtype=torch.float64) + rows(4, 7, 30).abs() / 9, 2 + torch.arange(6)],
+        free_of_scale=(0,), exempt={"offset": "eigenvalues have no offset", "batched": "its leading dimension is the replicates'",
+                                    "shapes": "its inputs share no first dimension"},
+    ),
+    "SampleGroups": Example(
+        lambda **keys: tg.SampleGroups(groups=6, **keys), lambda: [ids()],
+        exempt={**UNITS, "batched": "of one sample", "shapes": "ids have one dimension"},
+    ),
+    "LeaveOut": Example(
+        lambda **keys: tg.LeaveOut(tg.TwoNN(), **keys), lambda: [rows(), *sample_groups()],
+        exempt=REPLICATES,
+    ),
+    "LeaveOutPair": Example(
+        lambda **keys: tg.LeaveOutPair(tg.LinearCKA(), **keys), lambda: [rows(0), rows(1), *sample_groups()],
+        exempt=REPLICATES,
+    ),
+    "Jackknife": Example(
+        lambda **keys: tg.Jackknife([("spectrum", "d_pr"), ("spectrum", "top1_share")], full=True, **keys),
+        lambda: [5 + rows(0, 7, 1)[:, 0], 0.5 + rows(1, 7, 1)[:, 0] / 20, 2 + torch.arange(6)],
+        exempt={**UNITS, "batched": "its leading dimension is the replicates'", "shapes": "its inputs share no first dimension",
+                "compile": "looks quantiles up"},
     ),
     "SpectrumMetrics": Example(
         tg.SpectrumMetrics, lambda: [torch.linspace(3, 0.1, 30, dtype=torch.float64) ** 2], free_of_scale=(0,), batched=(0,),
@@ -448,6 +501,10 @@ def optional_inputs() -> dict[object, torch.Tensor]:
         "row_id": ids(),
         "chosen": torch.arange(2 * N).reshape(N, 2) % D,
         "sample_row_id": ids(),
+        ("carried", "document_id"): torch.arange(N) // 2,
+        ("sample_carried", "document_id"): torch.arange(N) // 2,
+        "sample": rows(),
+        **dict(zip(("sample_group", "sample_group_rows"), sample_groups())),
         ("eigenvalues", "a"): torch.linspace(2, 1, D, dtype=torch.float64),
         ("eigenvalues", "b"): torch.linspace(3, 1, D, dtype=torch.float64),
         ("moments", "count"): torch.tensor(N),

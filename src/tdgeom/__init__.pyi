@@ -130,6 +130,16 @@ from .measures.dimension.ca_pca import CAPCA as CAPCA
 from .measures.dimension.pca import ParticipationRatio as ParticipationRatio
 from .measures.dimension.decimation import Decimation as Decimation
 
+# standard errors
+from .stream.replicates import Replicates as Replicates
+from .stream.grouped_covariance import GroupedCovariance as GroupedCovariance
+from .measures.leave_out import SampleGroups as SampleGroups
+from .measures.leave_out import LeaveOut as LeaveOut
+from .measures.leave_out import LeaveOutPair as LeaveOutPair
+from .measures.leave_out_spectrum import LeaveOutSpectrum as LeaveOutSpectrum
+from .measures.spectrum_errors import SpectrumErrors as SpectrumErrors
+from .measures.jackknife import Jackknife as Jackknife
+
 # profiles over layers, and what they are compared with
 from .run.profiles import intrinsic_dimension_profile as intrinsic_dimension_profile
 from .run.profiles import overlap_profile as overlap_profile

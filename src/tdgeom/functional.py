@@ -20,6 +20,7 @@ from tdgeom.measures.dimension.pca import global_pca, participation_ratio, pca_d
 from tdgeom.measures.dimension.tle import tle, tle_from_neighbors
 from tdgeom.measures.dimension.twonn import twonn, twonn_curve, twonn_from_distances
 from tdgeom.measures.eigen_spectrum import eigen_spectrum
+from tdgeom.measures.jackknife import error_interval, group_jackknife
 from tdgeom.measures.neighbors.approximate import approximate_neighbors
 from tdgeom.measures.neighbors.information_imbalance import conditional_ranks, information_imbalance
 from tdgeom.measures.neighbors.label_overlap import label_overlap, label_overlap_of
@@ -45,6 +46,7 @@ from tdgeom.measures.similarity.procrustes import angular_shape, procrustes
 from tdgeom.measures.similarity.rsa import rdm, rsa
 from tdgeom.measures.similarity.sampled_features import linear_cka_sampled, participation_ratio_sampled
 from tdgeom.measures.similarity.subspace import feature_subspace_novelty, layer_cosine_sim
+from tdgeom.measures.spectrum_errors import components_interpolated
 from tdgeom.measures.spectrum_metrics import (
     alpha_req,
     entropy_dimension,
@@ -94,6 +96,7 @@ __all__ = [
     "class_means",
     "clustered_error",
     "common_neighbors",
+    "components_interpolated",
     "concept_basis",
     "conditional_ranks",
     "control_labels",
@@ -105,6 +108,7 @@ __all__ = [
     "eigen_spectrum",
     "entropy_dimension",
     "erase",
+    "error_interval",
     "feature_subspace_novelty",
     "fisher_basis",
     "fold_errors",
@@ -113,6 +117,7 @@ __all__ = [
     "gride",
     "gride_from_distances",
     "group_attention",
+    "group_jackknife",
     "hash_ids",
     "holdout_mask",
     "information_imbalance",

@@ -55,6 +55,7 @@ class AnalysisSettings(Settings):
         metrics, diagnostics: which measures: families, names of measures, stages. sites, layers, calls, output_router_logits:
             where.
         max_rows, sample_size, select, seed: of which rows. novelty_k, neighbors: how many directions and neighbours.
+        errors: whether measures get standard errors, or over how many groups of documents.
 
     Attributes: ``families``, the families among the metrics; ``stages``, the named measures and the stages of one's own.
 
@@ -70,6 +71,7 @@ class AnalysisSettings(Settings):
     output_router_logits: bool | str = "auto"
     novelty_k: int = 32
     neighbors: bool | int | None = False
+    errors: bool | int = False
 
     families: tuple[str, ...] = field(init=False)
     stages: tuple[TensorDictModuleBase, ...] = field(init=False)
@@ -95,6 +97,7 @@ class AnalysisSettings(Settings):
             "stages": (*named, *(_module(one) for one in given if not isinstance(one, str))),
             "diagnostics": diagnostics,
             "neighbors": 100 if self.neighbors is True else (self.neighbors or None),
+            "errors": _groups(self.errors, "analyze_model"),
         }
         for name, value in found.items():
             object.__setattr__(self, name, value)
@@ -107,6 +110,7 @@ class AnalysisSettings(Settings):
             "diagnostics": list(self.diagnostics or ()),
             "novelty_k": self.novelty_k,
             "neighbors": self.neighbors,
+            "errors": error_record(self.errors),
             "ablation_variants": list(NormalizationAblation().variants) if self.diagnostics else [],
             **super().record(),
         }
@@ -127,6 +131,25 @@ class ComparisonSettings(Settings):
             "sketch": self.sketch,
             **super().record(),
         }
+
+
+GROUPS = 20
+
+
+def _groups(errors: bool | int, owner: str) -> int:
+    """How many groups ``errors=`` asks for; 0 for none."""
+    if isinstance(errors, bool) or errors == 0:
+        return GROUPS if errors else 0
+    if not isinstance(errors, int) or errors < 2:
+        raise ValueError(
+            f"{owner}: errors is True ({GROUPS} groups of documents), False, or a number of groups from 2 on, got {errors!r}."
+        )
+    return errors
+
+
+def error_record(groups: int) -> dict[str, Any] | None:
+    """What the metadata say of standard errors."""
+    return {"method": "delete-a-group jackknife", "groups": groups, "by": "document"} if groups else None
 
 
 def _module(given: Any) -> TensorDictModuleBase:

@@ -34,6 +34,7 @@ from tdgeom.model.sites import Site
 from tdgeom.run.plan import make_plan
 from tdgeom.run.run import run
 from tdgeom.stream.covariance import StreamingCovariance
+from tdgeom.stream.grouped_covariance import GroupedCovariance
 from tdgeom.stream.row_sample import RowSample
 
 __all__ = ["analyzed"]
@@ -170,6 +171,8 @@ def _widths(pipeline: TensorDictSequential, sites: Sequence[str]) -> dict[str, i
     for unit in pipeline.modules():
         if isinstance(unit, RowSample):
             widths |= {site: unit.get_buffer(f"rows_{i}").shape[-1] for i, site in enumerate(sites)}
-        elif isinstance(unit, RenamedStream) and isinstance(unit.module, StreamingCovariance):
-            widths[unit.where] = unit.module.get_buffer("mean").shape[0]
+        elif isinstance(unit, RenamedStream) and isinstance(
+            unit.module, StreamingCovariance | GroupedCovariance
+        ):
+            widths[unit.where] = unit.module.get_buffer("mean").shape[-1]
     return widths

@@ -85,12 +85,25 @@ def metrics_rows(one: Measured) -> Iterator[dict[str, Any]]:
             "tokens_observed": int(one.result["run", "rows" if one.unit == "tokens" else "tokens"]),
             "rows_observed": int(one.result["run", "rows"]),
             "hidden_dim": one.widths.get(site),
-            **{
-                "_".join(path[1:]) or root: _cell(path, value)
-                for root, path, value in values
-                if path[0] == site
-            },
+            **errors_beside(
+                {
+                    "_".join(path[1:]) or root: _cell(path, value)
+                    for root, path, value in values
+                    if path[0] == site
+                }
+            ),
         }
+
+
+def errors_beside(cells: Mapping[str, Any]) -> dict[str, Any]:
+    """Every ``<metric>_se`` right behind its metric.
+
+    >>> list(errors_beside({"a": 1, "b": 2, "a_se": 3}))
+    ['a', 'a_se', 'b']
+    """
+    apart = {name for name in cells if name.endswith("_se") and name.removesuffix("_se") in cells}
+    names = (one for name in cells if name not in apart for one in (name, f"{name}_se") if one in cells)
+    return {name: cells[name] for name in names}
 
 
 def _cell(path: tuple[str, ...], value: Tensor) -> Any:
@@ -128,7 +141,7 @@ def novelty_rows(one: Measured) -> Iterable[dict[str, Any]]:
         widths = [one.widths[site] for site in pair.split("->", 1) if site in one.widths]
         if "linear_cka" in row and widths:  # it is biased upwards then
             row["few_rows"] = one.sample < 4 * max(widths)
-    return rows.values()
+    return [errors_beside(row) for row in rows.values()]
 
 
 def _short(name: str) -> str:
@@ -162,7 +175,7 @@ def ablation_rows(one: Measured) -> Iterator[dict[str, Any]]:
 
 
 def _cells(branch: TensorDict) -> dict[str, Any]:
-    return {path[-1]: _cell(path, value) for path, value in leaves(branch)}
+    return errors_beside({path[-1]: _cell(path, value) for path, value in leaves(branch)})
 
 
 def eigenvalue_arrays(passes: Sequence[Measured]) -> dict[str, np.ndarray]:

@@ -78,6 +78,7 @@ class _Batch(NamedTuple):
     sequence_id: Tensor | None
     input_ids: Tensor | None
     special: Tensor | None
+    documents: Tensor | None = None
 
 
 class SelectTokens(Stage):
@@ -98,6 +99,8 @@ class SelectTokens(Stage):
         skip_first: leave out this many attended tokens at the start of each sequence (attention sinks).
         skip_special: leave out special tokens, from ``special_tokens_mask`` in the batch or from ``special_ids``.
         special_ids: token ids that count as special (needs ``input_ids`` in the batch); implies ``skip_special``.
+        documents: write ``("carried", "document_id")`` (N,) for every row, that of the batch (B,) or the sequence: which rows
+            belong together, for error bars and splits.
         also: keys of the batch carried to rows as ``("carried", name)``: (B, T, ...) values by position, (B, ...) values
             repeated for the sequence's rows. A nested key is carried under its last part.
         pad_id: the padding id to warn about when there is no mask. A ``Capture`` in ``run`` supplies its model's.
@@ -133,6 +136,7 @@ class SelectTokens(Stage):
         also: Sequence[Key] = (),
         pad_id: int | None = None,
         mask_key: Key = "attention_mask",
+        documents: bool = False,
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:
@@ -152,6 +156,8 @@ class SelectTokens(Stage):
         routers = [name for name in names if is_router(str(name[-1]))]
         choices: list[Any] = [("acts", *name[:-1], choice_beside(str(name[-1]))) for name in routers]
         told = [mask_key, _TORCH_PADDING, "tgt", "sequence_id", "input_ids", "special_tokens_mask"]
+        self._documents = documents and "document_id" not in carried
+        told += ["document_id"] * self._documents
         free = [key for key in told if key not in given]
         if in_keys is not None:  # renaming the activations leaves the mask where it is
             listed = in_keys if isinstance(in_keys, list) else [in_keys]
@@ -166,6 +172,7 @@ class SelectTokens(Stage):
             writes=[
                 *(("tokens", *name) for name in names),
                 *(("carried", name) for name in carried),
+                *([("carried", "document_id")] * self._documents),
                 "row_id",
                 *(("chosen", *name) for name in routers),
             ],
@@ -179,6 +186,7 @@ class SelectTokens(Stage):
         self.special_ids = tuple(int(i) for i in special_ids)
         self.pad_id = pad_id
         self.models_pad_id: int | None = None  # run says it anew every time
+        self.documents = documents
         self.mask_key = self.in_keys[self._places[1]]
         self.sequences: Tensor
         self.register_buffer("sequences", torch.zeros((), dtype=torch.int64, device="cpu"))
@@ -210,6 +218,8 @@ class SelectTokens(Stage):
         whole = bool(keep.all())
         fitted = [self._fit(value, key, keep, guessed) for key, value in zip(self.in_keys, acts)]
         named = list(zip(self.in_keys[self._sites :], carried))
+        if self._documents:
+            named.append(("document_id", sequence if batch.documents is None else batch.documents.long()))
         if self.pool == "mean":
             used = keep.any(-1)
             rows = [_pooled(value, keep)[used] for value in fitted]

@@ -1,0 +1,138 @@
+"""Standard errors through the whole analysis: beside every measure, changing none, of whole documents."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tensordict import TensorDict
+
+import models
+import tdgeom as tg
+from tdgeom.measures.jackknife import NO_ERROR
+from tdgeom.numerics.document_groups import document_groups
+
+
+def batches(count=14, rows=8, length=7):
+    made = []
+    for seed in range(count):
+        ids = torch.randint(10, models.VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+        mask = torch.ones_like(ids)
+        mask[0, :2] = 0
+        made.append({"input_ids": ids, "attention_mask": mask})
+    return made
+
+
+@pytest.fixture(scope="module")
+def both():
+    model, data = models.gpt2(), batches()
+    given = {"progress": False, "sample_size": 300, "metrics": ["default", "rbf_cka", "rsa"]}
+    return tg.analyze_model(model, data, **given), tg.analyze_model(model, data, errors=True, **given)
+
+
+def test_no_number_changes(both):
+    plain, errors = both
+    for a, b in ((plain.metrics, errors.metrics), (plain.novelty, errors.novelty)):
+        for column in a.columns:
+            if a[column].dtype.kind in "fiu":
+                np.testing.assert_allclose(b[column], a[column], rtol=1e-9, atol=1e-12, err_msg=column)
+            else:
+                pd.testing.assert_series_equal(a[column], b[column])
+    for name, values in plain.eigenvalues.items():
+        np.testing.assert_allclose(errors.eigenvalues[name], values, rtol=1e-9, atol=1e-12)
+    assert not [name for name in plain.metrics if name.endswith("_se")]
+
+
+def test_every_measure_has_its_error_beside_it(both):
+    _, errors = both
+    who = {"model_key", "model_label", "site", "kind", "layer", "stack", "num_layers", "layer_norm_depth", "relative_depth",
+           "tokens_observed", "rows_observed", "hidden_dim", "a", "b", "transition", "novelty_k"}  # fmt: skip
+    for table in (errors.metrics, errors.novelty):
+        columns = list(table.columns)
+        measures = [c for c in columns if c not in who and not c.endswith("_se")]
+        for name in measures:
+            if any(name == leaf or name.endswith(f"_{leaf}") for leaf in NO_ERROR):
+                assert f"{name}_se" not in columns
+                continue
+            assert columns[columns.index(name) + 1] == f"{name}_se"
+            known = table[name].notna()
+            assert (table.loc[known, f"{name}_se"] >= 0).all(), name
+            assert (table.loc[known, f"{name}_se"] < 0.5 * (1 + table.loc[known, name].abs())).all(), name
+    assert errors.metadata["settings"]["errors"] == {
+        "method": "delete-a-group jackknife", "groups": 20, "by": "document",
+    }  # fmt: skip
+
+
+def test_an_error_is_that_of_the_analyses_without_each_group():
+    """d_pr of the second block's input, the model called by hand on what is left."""
+    model, data = models.gpt2(), batches()
+    found = tg.analyze_model(model, data, errors=10, metrics="spectrum", progress=False).metrics
+    ids = torch.cat([batch["input_ids"] for batch in data])
+    masks = torch.cat([batch["attention_mask"] for batch in data]).bool()
+    positions = (masks.long().cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        states = model(
+            input_ids=ids, attention_mask=masks.long(), position_ids=positions, output_hidden_states=True
+        )
+    x = states.hidden_states[1]
+    sequence = torch.arange(len(ids))[:, None].expand(*masks.shape)[masks]
+    group = document_groups(sequence << 20, 10)
+    x = x[masks].double().numpy()
+
+    def d_pr(kept):
+        values = np.linalg.eigvalsh(np.cov(x[kept].T))
+        return values.sum() ** 2 / (values**2).sum()
+
+    left = [d_pr(np.ones(len(x), bool)), *(d_pr((group != g).numpy()) for g in range(10))]
+    wanted = tg.functional.group_jackknife(torch.tensor(left), torch.bincount(group, minlength=10))
+    assert float(found["d_pr"][1]) == pytest.approx(left[0], rel=1e-5)
+    assert float(found["d_pr_se"][1]) == pytest.approx(float(wanted.standard_error), rel=1e-3)
+
+
+def test_documents_of_the_batches_are_the_documents():
+    """Sequences that are copies of each other are one document: as many errors as there are texts, not as there are copies."""
+    model, data = models.gpt2(), batches(count=6)
+    copied = []
+    for i, batch in enumerate(data):
+        document = torch.arange(8) + 8 * i
+        for _ in range(4):
+            copied.append({**batch, "document_id": document})
+    alone = [{k: v for k, v in batch.items() if k != "document_id"} for batch in copied]
+    given = {"errors": True, "metrics": "spectrum", "progress": False}
+    once = tg.analyze_model(model, data, **given).metrics["d_pr_se"]
+    told = tg.analyze_model(model, copied, **given).metrics["d_pr_se"]
+    untold = tg.analyze_model(model, alone, **given).metrics["d_pr_se"]
+    assert np.all((told / once).between(0.5, 2.0)) and (untold < 0.75 * told).all()
+
+
+def test_errors_travel_with_the_results(both, tmp_path):
+    _, errors = both
+    errors.save(tmp_path / "run")
+    back = tg.AnalysisResults.load(tmp_path / "run")
+    np.testing.assert_allclose(back.metrics["d_pr_se"], errors.metrics["d_pr_se"])
+    assert ("spectrum", "residual_input.0", "d_pr_se") in errors.result.keys(True)
+
+
+def test_wrong_requests():
+    for wrong in (1, -3, "yes"):
+        with pytest.raises(
+            ValueError, match=r"errors is True \(20 groups of documents\), False, or a number of groups"
+        ):
+            tg.AnalysisSettings(errors=wrong)
+
+
+def test_router_loads_have_errors():
+    found = tg.analyze_model(models.mixtral(), batches(), errors=True, progress=False)
+    assert len(found.router) and (found.router["router_entropy_se"] > 0).all()
+    assert isinstance(found.router["load_se"][0], np.ndarray) and len(found.router["load_se"][0]) == len(
+        found.router["load"][0]
+    )
+
+
+def test_a_stage_by_hand_takes_document_ids_from_the_batch():
+    td = TensorDict({"acts": {"x": torch.randn(3, 4, 2)}, "document_id": torch.tensor([7, 7, 9])})
+    rows = tg.SelectTokens(["x"], documents=True)(td)
+    assert rows["carried", "document_id"].tolist() == [7] * 8 + [9] * 4
+    rows = tg.SelectTokens(["x"], documents=True)(td.exclude("document_id"))
+    assert rows["carried", "document_id"].tolist() == [0] * 4 + [1] * 4 + [2] * 4

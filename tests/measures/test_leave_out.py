@@ -1,0 +1,213 @@
+"""What measures are without each group of documents, against the measure computed anew on the rows that are left."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+
+import tdgeom as tg
+from tdgeom import functional as F
+from tdgeom.measures.jackknife import group_jackknife
+from tdgeom.measures.sample_metrics import SAMPLE_METRICS
+from tdgeom.measures.spectrum_errors import ERROR_METRICS
+from tdgeom.numerics.document_groups import document_groups
+
+
+def documents(n, d, length=8, seed=0, decay=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.randn(-(-n // length), d, generator=generator).repeat_interleave(length, 0)[:n]
+    scale = torch.arange(1, d + 1) ** (-decay / 2)
+    turn = torch.linalg.qr(torch.randn(d, d, generator=generator)).Q
+    x = ((own + torch.randn(n, d, generator=generator)) * scale) @ turn + 3
+    index = torch.arange(n)
+    return x, (index // length) << 20 | index % length
+
+
+def spectra(x, ids, groups=20, **settings):
+    td = tg.GroupedCovariance(groups=groups)(TensorDict(tokens=x, row_id=ids))
+    return tg.SpectrumErrors()(tg.LeaveOutSpectrum(**settings)(td))
+
+
+def numpy_spectra(x, ids, groups=20):
+    group = document_groups(ids, groups)
+    kept = [torch.ones_like(group, dtype=torch.bool), *(group != g for g in range(groups))]
+    return np.stack([np.linalg.eigvalsh(np.cov(x[k].double().numpy().T))[::-1] for k in kept])
+
+
+def test_narrow_spectra_are_decompositions_of_what_is_left():
+    x, ids = documents(400, 12)
+    td = spectra(x, ids)
+    np.testing.assert_allclose(td["replicates", "spectra"], numpy_spectra(x, ids), rtol=1e-6)
+    plain = tg.EigenSpectrum()(tg.StreamingCovariance()(TensorDict(tokens=x)))
+    torch.testing.assert_close(td["eigenvalues"], plain["eigenvalues"], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("massive", [False, True])
+def test_perturbed_spectra_give_the_errors_of_decomposed_ones(massive):
+    """Beyond the width up to which each is decomposed; with a massive feature the errors of all others stay right."""
+    x, ids = documents(3000, 280)
+    if massive:
+        x[:, 3] *= 300
+    found, exact = spectra(x, ids), spectra(x, ids, exact=True)
+    np.testing.assert_allclose(exact["replicates", "spectra"], numpy_spectra(x, ids), rtol=1e-3, atol=1e-9)
+    for name in ERROR_METRICS:
+        near = float(found["spectrum", f"{name}_se"] / exact["spectrum", f"{name}_se"])
+        assert 0.8 < near < 1.2 if "slope" in name or name in ("k99", "alpha_req") else 0.93 < near < 1.07, (
+            name,
+            near,
+        )
+    other = torch.linalg.qr(torch.randn(280, 32, dtype=torch.float64)).Q
+    errors = [
+        group_jackknife(F.feature_subspace_novelty(td["replicates", "subspaces"], other.expand(21, -1, -1)),
+                        td["replicates", "rows"]).standard_error
+        for td in (found, exact)
+    ]  # fmt: skip
+    assert 0.8 < float(errors[0] / errors[1]) < 1.3
+
+
+def test_the_error_of_k90_is_that_of_its_interpolated_value():
+    assert float(F.components_interpolated(torch.tensor([6.0, 3.0, 1.0]), 0.9)) == pytest.approx(2.0)
+    assert float(F.components_interpolated(torch.tensor([5.0, 5.0]), 0.25)) == pytest.approx(0.5)
+    x, ids = documents(600, 20)
+    td = spectra(x, ids)
+    left = numpy_spectra(x, ids)
+    grid = np.arange(21)
+    k90 = [np.interp(0.9, np.r_[0, np.cumsum(v) / v.sum()], grid) for v in left]
+    wanted = group_jackknife(torch.tensor(np.array(k90)), td["replicates", "rows"]).standard_error
+    assert float(td["spectrum", "k90_se"]) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_rows_too_wide_for_groups_take_those_of_the_sample():
+    """All rows are in the sample here, so that the errors must be those of all rows' groups."""
+    x, ids = documents(900, 280)
+    td = TensorDict(tokens=x, row_id=ids, sample=x, sample_row_id=ids)
+    held = tg.GroupedCovariance(groups=20, widest=279)(td.copy())
+    assert held["group_moments", "scatter"].numel() == 0
+    with pytest.raises(ValueError, match="rows of 280 features are wider than.*RowSample and SampleGroups"):
+        tg.LeaveOutSpectrum()(TensorDict({k: held[k] for k in ("moments", "group_moments")}))
+    wide = tg.SpectrumErrors()(tg.LeaveOutSpectrum()(tg.SampleGroups(groups=20)(held)))
+    all_rows = spectra(x, ids)
+    for name in ERROR_METRICS:
+        near = float(wide["spectrum", f"{name}_se"] / all_rows["spectrum", f"{name}_se"])
+        assert 0.97 < near < 1.03, (name, near)
+    torch.testing.assert_close(wide["moments", "covariance"], all_rows["moments", "covariance"])
+
+
+def sample_td(x, ids, groups=20, **more):
+    return tg.SampleGroups(groups=groups)(TensorDict(sample=x, sample_row_id=ids, **more))
+
+
+def anew(stage, x, ids, groups=20):
+    """The stage on the rows that are left, called by hand."""
+    group = document_groups(ids, groups)
+    kept = [torch.ones_like(group, dtype=torch.bool), *(group != g for g in range(groups))]
+    found = []
+    for k in kept:
+        out = stage(TensorDict({key: value[k] for key, value in zip(stage.in_keys, x)}))
+        found.append([out[key].double() for key in stage.out_keys])
+    return [torch.stack(values) for values in zip(*found)]
+
+
+@pytest.mark.parametrize("width", [20, 200])
+def test_sample_metrics(width):
+    """Up to some width anew; beyond it from one basis, with errors within a fifth."""
+    x, ids = documents(2000, width, decay=0.5)
+    td = tg.LeaveOut(tg.SampleMetrics())(sample_td(x, ids))
+    wanted = anew(tg.SampleMetrics(), [x], ids)
+    rows = td["sample_group_rows"]
+    for name, other in zip(SAMPLE_METRICS, wanted):
+        value = td["sample_metrics", name].double()
+        torch.testing.assert_close(value[0], other[0], rtol=1e-9, atol=1e-12)
+        if name in ("norm_max", "sv_numerical_rank", "sv_few_rows"):
+            continue
+        a, b = group_jackknife(value, rows).standard_error, group_jackknife(other, rows).standard_error
+        assert float(a / b) == pytest.approx(1, abs=0.2 if width > 100 else 1e-4), name
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [tg.LinearCKA(estimator="both"), tg.LayerCosine(), tg.Procrustes(), tg.RSA()],
+    ids=["cka", "cosine", "procrustes", "rsa"],
+)
+def test_pairs_leave_a_groups_rows_out_of_both_sides(stage):
+    x, ids = documents(300, 16)
+    y = x @ torch.randn(16, 16) + torch.randn(300, 16)
+    td = tg.LeaveOutPair(stage)(sample_td(TensorDict(a=x, b=y), ids))
+    for key, wanted in zip(stage.out_keys, anew(stage, [x, y], ids)):
+        torch.testing.assert_close(td[key].double(), wanted, rtol=1e-7, atol=1e-9)
+
+
+def test_cka_in_float32_where_rows_are_many():
+    x, ids = documents(4096, 768, decay=1.5)
+    x[:, 5] *= 100
+    y = x @ torch.randn(768, 300) / 27 + torch.randn(4096, 300)
+    stage = tg.LinearCKA(estimator="both")
+    td = tg.LeaveOutPair(stage)(sample_td(TensorDict(a=x, b=y), ids, groups=3))
+    for key, wanted in zip(stage.out_keys, anew(stage, [x, y], ids, groups=3)):
+        torch.testing.assert_close(td[key], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_foreach_prepares_a_site_once_and_equals_single_calls():
+    x, ids = documents(200, 6)
+    sites = ["s.0", "s.1", "s.2"]
+    td = tg.SampleGroups(groups=5)(
+        TensorDict(
+            {"sample": {s: x + i * torch.randn(200, 6) for i, s in enumerate(sites)}, "sample_row_id": ids}
+        )
+    )
+    stage = tg.LeaveOutPair(tg.LinearCKA())
+    out = tg.ForEachPair(stage, sites)(td.copy())
+    for a, b in pairwise(sites):
+        one = stage(sample_a=td["sample", a], sample_b=td["sample", b], sample_group=td["sample_group"],
+                    sample_group_rows=td["sample_group_rows"])  # fmt: skip
+        assert torch.equal(out["between", f"{a}->{b}", "linear_cka"], one)
+    each = tg.ForEach(tg.LeaveOut(tg.SampleMetrics()), sites)(td.copy())
+    assert each["sample_metrics", "s.1", "ve_4"].shape == (6,)
+
+
+class Half(tg.Stage):
+    """A measure of one's own of rows and labels, with a way of its own."""
+
+    reads = {"sample": "N D", ("sample_carried", "label"): "N"}
+    writes = [("sample_metrics", "half")]
+
+    def compute(self, sample, label):
+        """A mean over the rows of one label."""
+        return sample[label == 1].double().mean()
+
+
+class Quick(Half):
+    """The same, that knows a shorter way."""
+
+    def leave_out(self, inputs, group, groups):
+        """Not the same numbers, to be told apart."""
+        return [torch.arange(groups + 1, dtype=torch.float64)]
+
+
+def test_stages_of_ones_own():
+    x, ids = documents(200, 3)
+    label = torch.arange(200) % 3
+    td = sample_td(x, ids)
+    td["sample_carried"] = {"label": label}
+    found = tg.LeaveOut(Half())(td.copy())["sample_metrics", "half"]
+    torch.testing.assert_close(found, anew(Half(), [x, label], ids)[0])
+    assert tg.LeaveOut(Quick())(td)["sample_metrics", "half"].tolist() == list(range(21))
+
+
+def test_what_cannot_leave_rows_out_is_refused():
+    with pytest.raises(TypeError, match="LeaveOut takes a stage of a sample.*StreamingMean.*Replicates"):
+        tg.LeaveOut(tg.StreamingMean())
+    with pytest.raises(
+        TypeError, match="LeaveOut takes a stage of one site, LinearCKA compares two: LeaveOutPair"
+    ):
+        tg.LeaveOut(tg.LinearCKA())
+    with pytest.raises(TypeError, match="LeaveOutPair takes a stage of two sites, TwoNN is of one: LeaveOut"):
+        tg.LeaveOutPair(tg.TwoNN())
+    x, ids = documents(60, 3)
+    td = tg.NearestNeighbors(5)(sample_td(x, ids))
+    with pytest.raises(ValueError, match=r"TwoNN reads \('neighbors', 'duplicates'\).*source='sample'"):
+        tg.LeaveOut(tg.TwoNN(source="neighbors"))(td)
