@@ -76,6 +76,10 @@ def test_probes_concepts_erasure() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::tdgeom.UndefinedMeasureWarning")
+def test_standard_errors() -> None:
+    ran("errors.md")
+
+
 def test_comparing_representations() -> None:
     names = ran("comparing.md", other_model=models.bert())
     pairs = models.DEPTH * (models.DEPTH - 1) // 2

@@ -53,7 +53,11 @@ HELD = (
 )
 
 
-_OF_NEIGHBOURS = ("tdgeom.measures.neighbors", "tdgeom.measures.dimension", "tdgeom.measures.similarity.cknna")
+_OF_NEIGHBOURS = (
+    "tdgeom.measures.neighbors",
+    "tdgeom.measures.dimension",
+    "tdgeom.measures.similarity.cknna",
+)
 
 
 @answer_guesses
