@@ -106,7 +106,7 @@ def test_spectra_end_where_rounding_begins_and_the_rest_is_shaded(one):
     band, lines, _ = spec["layer"]
     assert band["data"]["values"] == [{"from": 63, "to": 64}] and band["mark"]["type"] == "rect"
     run = made_up()
-    for record in lines["data"]["values"]:
+    for record in values(spec):
         expected = run.eigenvalues[f"layer_{int(record['layer']):02d}"]
         assert record["rank"][0] == 1 and record["rank"][-1] == 63 and len(record["rank"]) <= 150
         shares = expected[np.array(record["rank"]) - 1] / expected.sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import NamedTuple
 
-__all__ = ["THEMES", "Column", "column_of", "error_column", "is_error"]
+__all__ = ["ESTIMATORS", "THEMES", "Column", "column_of", "error_column", "is_error"]
 
 THEMES = ("dimension", "concentration", "direction", "between", "router", "other")
 """Which question a measure answers: how many directions, how uneven, which way rows point, what changes from site to site."""

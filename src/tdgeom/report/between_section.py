@@ -10,10 +10,11 @@ import pandas as pd
 from tdgeom.measures.columns import column_of, is_error
 from tdgeom.plot.pair_grids import pair_grid, short_names, side_name
 from tdgeom.report.contents import Chart, Section
+from tdgeom.report.heat_maps import heat_map
 from tdgeom.report.profile_charts import measure_chart
 from tdgeom.report.profile_sections import IDENTITY, MARKS, tables_of
 from tdgeom.report.reported_run import ReportedRun, series_rows
-from tdgeom.report.vega_charts import domain_of, heat_map
+from tdgeom.report.vega_charts import domain_of
 
 __all__ = ["between_section"]
 

@@ -9,7 +9,8 @@ import pandas as pd
 
 from tdgeom.measures.columns import Column, column_of, error_column
 from tdgeom.report.contents import Chart
-from tdgeom.report.vega_charts import domain_of, line_chart
+from tdgeom.report.line_charts import line_chart
+from tdgeom.report.vega_charts import domain_of
 
 __all__ = ["drawn_once", "measure_chart", "measures_chart", "said"]
 

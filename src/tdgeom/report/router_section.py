@@ -8,10 +8,10 @@ import numpy as np
 
 from tdgeom.measures.columns import column_of
 from tdgeom.report.contents import Chart, Section
+from tdgeom.report.heat_maps import heat_map
 from tdgeom.report.profile_charts import measure_chart
 from tdgeom.report.profile_sections import IDENTITY, tables_of
 from tdgeom.report.reported_run import ReportedRun, series_rows
-from tdgeom.report.vega_charts import heat_map
 
 __all__ = ["router_section"]
 

@@ -11,9 +11,9 @@ import torch
 
 from tdgeom.numerics.numerical_rank import above_rounding
 from tdgeom.report.contents import Chart, Section, Table
+from tdgeom.report.layer_lines import HIDDEN, in_order, layer_colours, series_dashes
 from tdgeom.report.reported_run import ReportedRun
-from tdgeom.report.vega_charts import DASHES, ZOOM, depth_variables, digits
-from tdgeom.report.vega_charts import SCHEMA as VEGA_LITE
+from tdgeom.report.vega_charts import ZOOM, chart, digits
 
 __all__ = ["spectrum_section"]
 
@@ -34,14 +34,14 @@ def spectrum_section(runs: Sequence[ReportedRun]) -> Section | None:
     lines = [line for line in lines if len(line.values) and line.values[0] > 0]
     if not lines:
         return None
-    layers = sorted(dict.fromkeys(line.layer for line in lines), key=_place)
+    layers = in_order([line.layer for line in lines])
     series = list(dict.fromkeys(line.series for line in lines))
     says = (
         "Each line is a layer: the share of the variance in its first, second, third ... direction. A line that falls early "
         "means that few directions hold the variance. Lines end where rounding begins; ranks beyond are shaded."
     )
     words = _words(lines)
-    chart = Chart(
+    drawn = Chart(
         "Eigenvalue spectrum of every layer", words, _spec(lines, layers, series, words), words, wide=True
     )
     ranks = pd.DataFrame(
@@ -59,7 +59,7 @@ def spectrum_section(runs: Sequence[ReportedRun]) -> Section | None:
         "spectra",
         "Spectra",
         says,
-        [chart],
+        [drawn],
         [Table("What each spectrum resolves", ranks, "spectra")],
         layers,
         at_start,
@@ -92,10 +92,6 @@ def _rank(run: ReportedRun, name: str, weights: str | None, values: np.ndarray) 
     found = table[table["layer"] == int(name[6:])] if by_layer else table[table["site"] == name]
     told = found["numerical_rank"].dropna()
     return min(own, int(told.iloc[0])) if len(told) == 1 and told.iloc[0] >= 0 else own
-
-
-def _place(layer: str) -> tuple[int, str]:
-    return (int(layer), "") if layer.isdigit() else (10**6, layer)
 
 
 def _words(lines: Sequence[_Line]) -> str:
@@ -138,39 +134,20 @@ def _spec(lines: Sequence[_Line], layers: Sequence[str], series: Sequence[str], 
          "scale": {"type": "log", "domain": [float(f"{min(bottoms) / 3:.3g}"), float(f"{min(top * 1.3, 1.0):.3g}")],
                    "nice": False, "clamp": True},
          "axis": {"tickCount": 8, "format": "~g"}}  # fmt: skip
-    few = list(layers)[:: max(1, -(-len(layers) // 12))]
-    colour = {
-        "field": "layer",
-        "type": "nominal",
-        "sort": list(layers),
-        "title": "layer",
-        "scale": {"domain": list(layers), "range": depth_variables(len(layers))},
-        "legend": {"orient": "right", "title": "layer", "values": few, "symbolType": "stroke"},
-    }
-    encoding: dict[str, Any] = {"x": x, "y": y, "color": colour}
+    encoding: dict[str, Any] = {"x": x, "y": y, "color": layer_colours(layers)}
     tooltip = [
         {"field": "layer", "title": "layer"},
         {"field": "rank", "title": "rank"},
         {"field": "share", "title": "share of variance", "format": ".4~g"},
     ]
-    detail: list[dict[str, Any]] = [{"field": "series"}]
     if len(series) > 1:
         tooltip.insert(0, {"field": "series", "title": "of"})
-        encoding["strokeDash"] = {
-            "field": "series", "type": "nominal", "title": None,
-            "scale": {"domain": list(series), "range": [DASHES[i % len(DASHES)] for i in range(len(series))]},
-            "legend": {"orient": "bottom", "title": None, "columns": 2, "symbolType": "stroke", "symbolSize": 400},
-        }  # fmt: skip
-        detail = []
-    shown = [
-        {"filter": "indexof(hidden_layers, datum.layer) < 0 && indexof(hidden_series, datum.series) < 0"},
-        {"flatten": ["rank", "share"]},
-    ]
+        encoding["strokeDash"] = series_dashes(series)
+    shown = [HIDDEN, {"flatten": ["rank", "share"]}]
     marks: list[dict[str, Any]] = [
-        {"data": {"values": records}, "transform": shown, "params": [ZOOM],
-         "mark": {"type": "line", "strokeWidth": 1.7, "clip": True}, "encoding": {**encoding, "detail": detail}},
-        {"data": {"values": records}, "transform": shown,
-         "mark": {"type": "point", "size": 60, "opacity": 0, "clip": True, "aria": False},
+        {"params": [ZOOM],
+         "mark": {"type": "line", "strokeWidth": 1.7, "clip": True}, "encoding": encoding},
+        {"mark": {"type": "point", "size": 60, "opacity": 0, "clip": True, "aria": False},
          "encoding": {"x": x, "y": y, "tooltip": tooltip}},
     ]  # fmt: skip
     if first_lost < width:
@@ -178,9 +155,4 @@ def _spec(lines: Sequence[_Line], layers: Sequence[str], series: Sequence[str], 
                 "mark": {"type": "rect", "color": "var(--shade)", "clip": True, "tooltip": "beyond the numerical rank"},
                 "encoding": {"x": {**x, "field": "from"}, "x2": {"field": "to"}}}  # fmt: skip
         marks.insert(0, band)
-    return {
-        "$schema": VEGA_LITE, "description": words, "width": "container", "height": 400,
-        "autosize": {"type": "fit-x", "contains": "padding"},
-        "params": [{"name": "hidden_series", "value": []}, {"name": "hidden_layers", "value": []}],
-        "layer": marks,
-    }  # fmt: skip
+    return chart(400, words, marks, data={"values": records}, transform=shown)

@@ -15,11 +15,14 @@ from tdgeom.report.contents import Section, Table
 from tdgeom.report.findings import findings
 from tdgeom.report.markup import Html, element, joined
 from tdgeom.report.page import page, require_vega
+from tdgeom.report.patching_section import patching_section
 from tdgeom.report.profile_sections import profile_sections
 from tdgeom.report.protocol_section import protocol_section
 from tdgeom.report.reported_run import ReportedRun, label_of, named_apart, series_rows
 from tdgeom.report.router_section import router_section
+from tdgeom.report.scale_section import scale_section
 from tdgeom.report.spectrum_section import spectrum_section
+from tdgeom.report.sweep_section import last_step, sweep_section
 
 __all__ = ["write_report"]
 
@@ -38,16 +41,18 @@ def write_report(runs: Sequence[ReportedRun], path: str | Path, title: str | Non
     if not runs:
         raise ValueError("a report needs at least one run, got none.")
     require_vega()
-    runs = named_apart(runs)
-    between = between_section(runs)
+    runs = [last_step(run) for run in named_apart(runs)]
     sections: list[Section | Html] = [
         section
         for section in (
+            sweep_section(runs),
             spectrum_section(runs),
             *profile_sections(runs),
-            between,
+            scale_section(runs),
+            between_section(runs),
             ablation_section(runs),
             router_section(runs),
+            patching_section(runs),
         )
         if section is not None
     ]
