@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import tdgeom as tg
 from reported import HOSTILE, compared, made_up
@@ -254,3 +255,43 @@ def test_every_column_of_an_analysis_is_described():
     missing = {*SPECTRUM_METRICS, *SAMPLE_METRICS, *MEASURES} - set(COLUMNS) - marks
     assert missing == set()
     assert column_of("d_pr").says and all(c.label for c in COLUMNS.values())
+
+
+def test_grids_of_patching_sweeps_and_profiles_are_drawn(tmp_path):
+    from tensordict import TensorDict
+
+    grid = torch.tensor([[0.0, 1.0, 0.25], [0.5, -0.5, 0.75]])
+    layers, columns = torch.tensor([4, 7]), torch.tensor([0, 1, 5])
+    kind = {"grid": grid * 10, "recovered": grid, "layers": layers, "columns": columns}
+    patched = TensorDict({(root, "residual_input"): value for root, value in kind.items()})
+    page = Page(tg.write_report(patched, tmp_path / "patching.html"))
+    cells = {(v["r"], v["c"]): v["v"] for v in values(page.titled("Patching residual_input"))}
+    assert len(cells) == 6 and cells[("7", "1")] == -0.5 and cells[("4", "5")] == 0.25
+
+    metrics = made_up().tables["metrics"]
+    sweep = pd.concat([metrics.assign(step=step, d_pr=metrics["d_pr"] + step) for step in (0, 10, 200)])
+    page = Page(tg.write_report(sweep.reset_index(drop=True), tmp_path / "sweep.html"))
+    lines = values(page.titled("Participation ratio over steps"))
+    assert [v["y"] for v in lines if v["layer"] == "2"] == pytest.approx(
+        [metrics["d_pr"][2] + s for s in (0, 10, 200)], rel=1e-4
+    )
+    last = values(page.titled("Participation ratio (dimensions)"))
+    assert [v["y"] for v in last] == pytest.approx((metrics["d_pr"] + 200).tolist(), rel=1e-4)
+
+    sites = ["residual_input.0", "residual_input.1"]
+    rows = TensorDict({("sample", site): torch.rand(300, 4) for site in sites})
+    result = tg.ForEach(tg.Gride(range_max=16), sites)(rows)
+    page = Page(tg.write_report(result, tmp_path / "gride.html"))
+    points = [v for v in values(page.titled("Gride over scales")) if v["layer"] == "1"]
+    expected = result["dimension", sites[1], "gride", "estimate"]
+    assert [v["y"] for v in points] == pytest.approx(expected.tolist(), rel=1e-4)
+    assert [v["x"] for v in points] == pytest.approx(
+        result["dimension", sites[1], "gride", "scale"].tolist(), rel=1e-4
+    )
+
+
+def test_what_is_no_result_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"got str.*tg.load_results\(folder\)"):
+        tg.write_report("run", tmp_path / "r.html")
+    with pytest.raises(ValueError, match="at least one run"):
+        tg.write_report([], tmp_path / "r.html")

@@ -13,15 +13,12 @@ import pandas as pd
 from tensordict import TensorDictBase
 
 from tdgeom.analysis.packed_tensors import pack, unpack
+from tdgeom.analysis.reports import write_report
 from tdgeom.files.bundle import METADATA, Bundle, read_bundle, safe_name, write_bundle
 from tdgeom.files.json_text import plain
 from tdgeom.plot.picture_files import write_plots
-from tdgeom.report.reported_run import ReportedRun, label_of
-from tdgeom.report.write_report import write_report
 
-__all__ = ["REPORT", "AnalysisResults"]
-
-REPORT = "report.html"
+__all__ = ["AnalysisResults"]
 
 # results whose class builds on the one here, found when a bundle names them
 FURTHER = {"Comparison": "tdgeom.analysis.comparison:Comparison"}
@@ -191,15 +188,9 @@ class AnalysisResults:
             raise ValueError(
                 f"{type(self).__name__}.report: nothing is saved yet. Call save() first, or name a file, such as report.html."
             )
-        path = Path(self.artifact_dir or ".") if path is None else Path(path)
-        path = path / REPORT if path.is_dir() else path
         others = [beside] if isinstance(beside, AnalysisResults) else list(beside)
-        return write_report([one._reported() for one in (self, *others)], path, title)
-
-    def _reported(self) -> ReportedRun:
-        named = self.metadata.get("run_name") or (self.artifact_dir.name if self.artifact_dir else None)
-        name = str(named or label_of(self.metadata) or "results")
-        return ReportedRun(name, self._tables(), self.eigenvalues, self.metadata)
+        path = self.artifact_dir if path is None else path
+        return write_report([self, *others] if others else self, Path(path or ""), title=title)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain Python values, ready for ``json.dumps`` (NaN becomes None)."""

@@ -24,7 +24,9 @@ def report(
     title: Annotated[str | None, typer.Option(help="The report's title. [what was measured]")] = None,
 ) -> None:
     """Write one HTML file that shows a saved analysis, or several side by side; it opens from disk and needs no network."""
-    first, *others = [tg.AnalysisResults.load(folder) for folder in folders]
-    path = out if out is not None or not others else Path("report.html")
-    written = first.report(path, beside=others, title=title)
+    loaded = [tg.load_results(folder) for folder in folders]
+    path = out or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
+    names = [folder.resolve().name for folder in folders]
+    given = dict(zip(names, loaded)) if len(set(names)) == len(names) else loaded
+    written = tg.write_report(loaded[0] if len(loaded) == 1 else given, path, title=title)
     console().print(f"Report: {written.resolve()}", soft_wrap=True, markup=False)

@@ -73,7 +73,7 @@ def _cell_texts(
 ) -> dict[str, Any]:
     low, high = scale.get("domain") or (float(found.min()), float(found.max()))
     middle = low + 0.55 * (high - low)
-    shown = ".2f" if np.abs(found).max() <= 1.0005 else ".3~g"
+    shown = ".2f" if np.abs(found).max() < 10 else ".3~g"
     colour = {"value": "#000"} if diverging else {
         "condition": {"test": f"datum.v < {middle}", "value": "#fff"}, "value": "#000"}  # fmt: skip
     return {

@@ -65,7 +65,7 @@ def layer_chart(
         data[name] = digits(rows[name])
     encoding: dict[str, Any] = {
         "x": {"field": "x", "type": "quantitative", "title": x, "axis": {"tickCount": 6, "format": "~s"},
-              "scale": {"type": "log" if log else "linear", "nice": False, "padding": 8, "zero": False}},
+              "scale": {"nice": False, "padding": 8, **({"type": "log"} if log else {"zero": False})}},
         "y": {"field": "y", "type": "quantitative", "title": None, "axis": {"tickCount": 5},
               "scale": {"nice": False, "padding": 7, "zero": False}},
         "color": layer_colours(layers),

@@ -56,6 +56,4 @@ def _chart(name: str, part: pd.DataFrame) -> Chart:
     spec = heat_map(
         values, rows, across, column, sides=("layer", by), domain=domain, words=f"Patching of {name}. {words}"
     )
-    return Chart(
-        f"Patching {name}", f"Layers down, {by}s across. {words}", spec, words, wide=len(across) > 16
-    )
+    return Chart(f"Patching {name}", f"Layers down, {by} across. {words}", spec, words, wide=len(across) > 16)

@@ -31,7 +31,10 @@ def warnings_of(run: ReportedRun) -> list[str]:
 
 def protocol_section(runs: Sequence[ReportedRun]) -> Html:
     """Facts, settings, versions, warnings and hashes of each run."""
-    parts = [_of(run, index, len(runs) > 1) for index, run in enumerate(runs)]
+    parts = [_of(run, index, len(runs) > 1) for index, run in enumerate(runs) if run.metadata]
+    parts += [
+        element("p", f"{run.name} holds no record of how it was made.") for run in runs if not run.metadata
+    ]
     lead = element(
         "p", "What was measured, with which settings and versions: enough to measure it again.", class_="lead"
     )

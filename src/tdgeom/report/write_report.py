@@ -26,6 +26,12 @@ from tdgeom.report.sweep_section import last_step, sweep_section
 
 __all__ = ["write_report"]
 
+# what the sections draw
+DRAWN = {
+    "metrics", "novelty", "router", "patching", "sweep", "diagnostics/normalization_ablation",
+    "diagnostics/intrinsic_dimension", "diagnostics/overlap",
+}  # fmt: skip
+
 
 def write_report(runs: Sequence[ReportedRun], path: str | Path, title: str | None = None) -> Path:
     """Write the report and return its path; a file of that name is replaced, whole or not at all.
@@ -53,6 +59,7 @@ def write_report(runs: Sequence[ReportedRun], path: str | Path, title: str | Non
             ablation_section(runs),
             router_section(runs),
             patching_section(runs),
+            _other_tables(runs),
         )
         if section is not None
     ]
@@ -66,6 +73,8 @@ def write_report(runs: Sequence[ReportedRun], path: str | Path, title: str | Non
 
 
 def _title(runs: Sequence[ReportedRun]) -> str:
+    if not any(label_of(run.metadata) for run in runs):
+        return f"Measured: {', '.join(run.name for run in runs)}"
     names = list(dict.fromkeys(label_of(run.metadata) or run.name for run in runs))
     if len(runs) == 1 or len(names) == 1:
         return f"Geometry of {names[0]}"
@@ -79,7 +88,7 @@ def _series(runs: Sequence[ReportedRun]) -> list[str]:
 
 def _lead(runs: Sequence[ReportedRun]) -> Html:
     """What was measured, and what stands out."""
-    facts = [element("p", _facts(run), class_="measured") for run in runs]
+    facts = [element("p", _facts(run), class_="measured") for run in runs if run.metadata]
     found = findings(runs)
     if not found:
         return joined(facts)
@@ -132,6 +141,19 @@ def _whole_tables(runs: Sequence[ReportedRun]) -> list[Table]:
                 )
             )
     return tables
+
+
+def _other_tables(runs: Sequence[ReportedRun]) -> Section | None:
+    """Tables that no section above draws, as they are."""
+    tables: list[Table] = []
+    for run in runs:
+        for name, frame in run.tables.items():
+            if name not in DRAWN and len(frame):
+                title = _titled(name, run, len(runs) > 1)
+                tables.append(Table(title, frame, f"{name.rpartition('/')[2]}_shown_{len(tables)}"))
+    if not tables:
+        return None
+    return Section("tables", "Further tables", "What else the run kept, as it stands.", (), tables)
 
 
 def _titled(name: str, run: ReportedRun, several: bool) -> str:
