@@ -295,3 +295,21 @@ def test_what_is_no_result_is_refused(tmp_path):
         tg.write_report("run", tmp_path / "r.html")
     with pytest.raises(ValueError, match="at least one run"):
         tg.write_report([], tmp_path / "r.html")
+
+
+def test_the_command_writes_the_report_of_one_bundle_or_several(tmp_path, monkeypatch, capsys):
+    from tdgeom import cli
+
+    monkeypatch.chdir(tmp_path)
+    for index, name in enumerate(("first", "second")):
+        run = made_up(seed=index)
+        tg.AnalysisResults(
+            run.tables["metrics"], run.tables["novelty"], metadata={"model_id": "m", "run_name": "same"}
+        ).save(name)
+    assert cli.main(["report", "first"]) == 0
+    assert str(tmp_path / "first" / "report.html") in capsys.readouterr().out
+    assert cli.main(["report", "first", "second", "--title", "Both <of> them"]) == 0
+    page = Page(tmp_path / "report.html")
+    assert page.texts["h1"] == ["Both <of> them"] and page.data["series"] == ["first", "second"]
+    assert cli.main(["report", "nowhere"]) == 2
+    assert "holds no bundle" in capsys.readouterr().err

@@ -18,10 +18,10 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The file to write. [report.html in the bundle, or here for several]", metavar="FILE"
+            help="The file to write; else report.html in the bundle, or here for several.", metavar="FILE"
         ),
     ] = None,
-    title: Annotated[str | None, typer.Option(help="The report's title. [what was measured]")] = None,
+    title: Annotated[str | None, typer.Option(help="Its title; else what was measured.")] = None,
 ) -> None:
     """Write one HTML file that shows a saved analysis, or several side by side; it opens from disk and needs no network."""
     loaded = [tg.load_results(folder) for folder in folders]
