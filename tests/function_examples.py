@@ -133,6 +133,8 @@ CALLS: dict[str, Call] = {
     "covariance": Call(F.covariance, one),
     "eigen_spectrum": Call(lambda c: F.eigen_spectrum(c, k=2), lambda seed: (covariance(seed),)),
     "entropy_dimension": Call(F.entropy_dimension, values),
+    "rows_to_settle": Call(lambda v: F.rows_to_settle(v, torch.arange(len(v), 0, -1)), values),
+    "settling": Call(lambda v: F.settling(v, torch.arange(len(v), 0, -1)), values),
     "ledoit_wolf": Call(
         F.ledoit_wolf,
         lambda seed: (torch.tensor(N), covariance(seed), (rows(seed) - rows(seed).mean(0)).square().sum(-1).square().sum()),

@@ -439,6 +439,10 @@ EXAMPLES: dict[str, Example] = {
         lambda **keys: tg.Calibrated(tg.LinearCKA(), repeats=19, **keys), lambda: [rows(0), rows(1)],
         free_of_scale=(0, 1), free_of_offset=(0, 1), exempt={"batched": "the documents of one data set change places"},
     ),
+    "Convergence": Example(
+        lambda **keys: tg.Convergence(tg.SampleMetrics(), min_rows=8, **keys), lambda: [rows()],
+        exempt={**UNITS, "batched": "the prefixes of one data set"},
+    ),
     "NoiseRank": Example(
         tg.NoiseRank, lambda: [torch.linalg.eigvalsh(moments(rows())["covariance"].double()).flip(0), torch.tensor(N)],
         exempt={**UNITS, "batched": "the count is one for all", "shapes": "its count has no dimension"},

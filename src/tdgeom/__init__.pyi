@@ -110,6 +110,11 @@ from .measures.similarity.matching import SoftMatching as SoftMatching
 from .measures.significance.cka_null import CKANull as CKANull
 from .measures.significance.calibrated import Calibrated as Calibrated
 
+# has a number settled
+from .measures.significance.convergence import Convergence as Convergence
+from .analysis.curves import convergence as convergence
+from .analysis.curves import rows_needed as rows_needed
+
 # neighbourhoods
 from .measures.neighbors.nearest_neighbors import NearestNeighbors as NearestNeighbors
 from .measures.neighbors.foreign_tables import neighbors_from as neighbors_from

@@ -32,6 +32,7 @@ from tdgeom.measures.sample_metrics import cosine_similarity, sample_eigenvalues
 from tdgeom.measures.shrinkage import ledoit_wolf, oracle_approximating
 from tdgeom.measures.significance.calibrated import joint_p_values, shuffled_null
 from tdgeom.measures.significance.cka_null import linear_cka_null
+from tdgeom.measures.significance.convergence import rows_to_settle, settling
 from tdgeom.measures.significance.documents import document_shuffles
 from tdgeom.measures.significance.many_tests import adjusted_p_values
 from tdgeom.measures.significance.noise_rank import noise_rank
@@ -175,11 +176,13 @@ __all__ = [
     "ridge_probe",
     "router_load",
     "row_groups",
+    "rows_to_settle",
     "rsa",
     "rv_coefficient",
     "sample_eigenvalues",
     "sample_metrics",
     "selection_mask",
+    "settling",
     "shuffled_null",
     "soft_matching",
     "spectrum_metrics",

@@ -53,7 +53,7 @@ def p_values(width: int, number: int, longest: int, seed: int) -> dict[str, floa
 
 def shuffled(x: Tensor, y: Tensor, document: Tensor, seed: int) -> Tensor:
     """The stage's p-value."""
-    stage = tg.Calibrated(tg.LinearCKA(), repeats=99, seed=seed)
+    stage = tg.Calibrated(tg.LinearCKA(), repeats=99, seed=seed + 10**6)
     out = stage(sample_a=x, sample_b=y, sample_row_id=document << 20)
     return out[stage.out_names.index("linear_cka_p")]
 
@@ -69,7 +69,7 @@ def best_of_all(layers: int, width: int, number: int, longest: int, seed: int) -
         for _ in range(layers - 1):
             layer = layer + 0.5 * representation(document, width, generator)
             sides[-1].append(layer)
-    stage = tg.Calibrated(tg.LinearCKA(), repeats=99, keep_draws=True, seed=seed)
+    stage = tg.Calibrated(tg.LinearCKA(), repeats=99, keep_draws=True, seed=seed + 10**6)
     prepared = [[stage.prepare(x) for x in side] for side in sides]
     row_id = document << 20
     out = [dict(zip(stage.out_names, stage.compare(a, b, row_id))) for a in prepared[0] for b in prepared[1]]

@@ -56,6 +56,7 @@ class AnalysisSettings(Settings):
             where.
         max_rows, sample_size, select, seed: of which rows. novelty_k, neighbors: how many directions and neighbours.
         errors: whether measures get standard errors, or over how many groups of documents.
+        convergence: also on nested prefixes of the sample.
 
     Attributes: ``families``, the families among the metrics; ``stages``, the named measures and the stages of one's own.
 
@@ -72,6 +73,7 @@ class AnalysisSettings(Settings):
     novelty_k: int = 32
     neighbors: bool | int | None = False
     errors: bool | int = False
+    convergence: bool = False
 
     families: tuple[str, ...] = field(init=False)
     stages: tuple[TensorDictModuleBase, ...] = field(init=False)
@@ -111,6 +113,7 @@ class AnalysisSettings(Settings):
             "novelty_k": self.novelty_k,
             "neighbors": self.neighbors,
             "errors": error_record(self.errors),
+            "convergence": self.convergence,
             "ablation_variants": list(NormalizationAblation().variants) if self.diagnostics else [],
             **super().record(),
         }

@@ -66,6 +66,7 @@ def analyze_model(
     overwrite: bool = False,
     verify: bool = False,
     calls: CallsSpec = None,
+    convergence: bool = False,
 ) -> AnalysisResults | None:
     """Measure the representation geometry of a model over a dataloader.
 
@@ -110,6 +111,8 @@ def analyze_model(
             ``results.diagnostics["verified_sites"]``, kept in the bundle. The loader must be one that can be read twice.
         calls: which call is measured of a module that runs several times in one pass: "first", "last" or a number from 0.
             Default: such a module is an error.
+        convergence: measure the sample's metrics on N, N/2, N/4, ... of its rows too: the column ``converged`` says whether all
+            have settled, ``tg.convergence(results)`` gives the curves and ``tg.rows_needed(results, metric)`` an extrapolation.
 
     Returns:
         AnalysisResults. Every site has a ``layer``: the final norm stands behind the last block, see ``to_frame``. Column
@@ -142,6 +145,7 @@ def analyze_model(
         novelty_k=novelty_k,
         neighbors=neighbors,
         errors=errors,
+        convergence=convergence,
     )
     net, label = _model(model_name, model, trust_remote_code, model_kwargs)
     if device is not None and not getattr(net, "hf_device_map", None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
@@ -16,6 +17,8 @@ from tdgeom.core.pipeline import opened
 from tdgeom.core.renamed import stage_of
 from tdgeom.core.stage import Stage
 from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.measures.dimension.estimate import DimensionStage
+from tdgeom.measures.dimension.gride import Gride
 from tdgeom.measures.eigen_spectrum import EigenSpectrum
 from tdgeom.measures.jackknife import Jackknife
 from tdgeom.measures.leave_out import LeaveOut, LeaveOutPair, SampleGroups
@@ -24,6 +27,7 @@ from tdgeom.measures.neighbors.nearest_neighbors import NearestNeighbors
 from tdgeom.measures.normalization import NormalizationAblation
 from tdgeom.measures.router import RouterLoad
 from tdgeom.measures.sample_metrics import PRODUCTS, SampleMetrics, SampleSpectrum
+from tdgeom.measures.significance.convergence import Convergence
 from tdgeom.measures.similarity.linear_cka import LinearCKA
 from tdgeom.measures.similarity.subspace import LayerCosine, SubspaceNovelty
 from tdgeom.measures.spectrum_errors import SpectrumErrors
@@ -112,6 +116,8 @@ def analysis_pipeline(
             for stage in changes
             if not asked & set(stage.out_keys)
         ]
+    if settings.convergence:
+        ends.append(ForEach(Convergence(_of_a_sample(settings)), sites))
     streams: list[TensorDictModuleBase] = []
     for stage in settings.stages:
         if isinstance(stage, ForEachPair):
@@ -187,3 +193,27 @@ class _Errors:
             elif isinstance(units[0], SubspaceNovelty) and key_tuple(unit.in_keys[0])[0] == "replicates":
                 by_rows.setdefault((*key_tuple(unit.in_keys[0])[:-1], "rows"), []).extend(unit.out_keys)
         return [Jackknife(keys, rows=rows) for rows, keys in by_rows.items()]
+
+
+def _of_a_sample(settings: AnalysisSettings) -> TensorDictSequential:
+    """What is asked of a site that a sample alone tells, of its own covariance where the analysis reads that of all rows."""
+    stages: list[TensorDictModuleBase] = []
+    if {"spectrum", "sample"} & set(settings.families):
+        stages.append(SampleSpectrum())
+    if "spectrum" in settings.families:
+        stages.append(SpectrumMetrics(in_keys=["sample_eigenvalues"]))
+    if "sample" in settings.families:
+        stages.append(SampleMetrics())
+    stages += [
+        copy.deepcopy(stage)
+        for stage in settings.stages
+        if isinstance(stage, DimensionStage)
+        and list(stage.in_keys) == ["sample"]
+        and not isinstance(stage, Gride)
+    ]
+    if not stages:
+        raise ValueError(
+            "analyze_model: convergence= asks how metrics of one site change with the rows, but none is asked for. Add "
+            "metrics=['spectrum', 'sample'] or a dimension by name."
+        )
+    return TensorDictSequential(*stages)

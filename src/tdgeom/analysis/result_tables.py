@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 FIRST_ROOTS = ("spectrum", "sample_metrics")
-NOT_METRICS = {"run", "eigenvalues", "ablation", "between", "router"}
+NOT_METRICS = {"run", "eigenvalues", "ablation", "between", "router", "convergence"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ def metrics_rows(one: Measured) -> Iterator[dict[str, Any]]:
                     if path[0] == site
                 }
             ),
+            **_settled(one, site),
         }
 
 
@@ -104,6 +105,14 @@ def errors_beside(cells: Mapping[str, Any]) -> dict[str, Any]:
     apart = {name for name in cells if name.endswith("_se") and name.removesuffix("_se") in cells}
     names = (one for name in cells if name not in apart for one in (name, f"{name}_se") if one in cells)
     return {name: cells[name] for name in names}
+
+
+def _settled(one: Measured, site: Site) -> dict[str, Any]:
+    """Whether every metric whose convergence was asked for has settled."""
+    branch = one.result.get(("convergence", str(site)), None)
+    if branch is None:
+        return {}
+    return {"converged": all(bool(value) for path, value in leaves(branch) if path[-1] == "converged")}
 
 
 def _cell(path: tuple[str, ...], value: Tensor) -> Any:
