@@ -11,7 +11,7 @@ from torch import nn
 import models
 from tdgeom.model.calls.checked_sites import available_sites, resolve_sites
 from tdgeom.model.sites import Site, select_layers
-from tdgeom.model.structure.resolve import match_path
+from tdgeom.model.structure.match_path import match_path
 
 
 @pytest.mark.parametrize(

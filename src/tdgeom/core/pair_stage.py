@@ -52,6 +52,8 @@ class PairStage(Stage):
         tensor(2.)
     """
 
+    two_sided = True
+
     def _check_shapes(self, values: Sequence[Tensor | None], batch_size: torch.Size) -> None:
         """Also: leading dimensions that spread over one another (of size 1 or equal, as everywhere in torch), one device."""
         super()._check_shapes(values, batch_size)

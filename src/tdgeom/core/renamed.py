@@ -10,6 +10,7 @@ from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing
 from torch import Tensor, nn
 
 from tdgeom.core.keys import NOT_WRITTEN, Key, optional_in_keys
+from tdgeom.core.missing_parts import as_written, missing_part
 from tdgeom.core.streaming_stage import StreamingStage, tensor_text, text_tensor
 from tdgeom.core.warnings import at_site
 
@@ -74,7 +75,23 @@ class Renamed(TensorDictModuleBase):
 
     def inner(self, tensordict: TensorDictBase) -> TensorDictBase:
         """What the module returns, under its own names; ``tensordict`` is only read."""
-        return self.located(self.module, self.inward(tensordict))
+        try:
+            return self.located(self.module, self.inward(tensordict))
+        except KeyError as error:
+            absent = [
+                (own, outer)
+                for own, outer in self.read_as
+                if outer not in self.optional_in_keys and tensordict.get(outer, None) is None
+            ]
+            if not absent:
+                raise
+            have, missing = sorted(tensordict.keys(True, True), key=str), [outer for _, outer in absent]
+            usual = missing_part(as_written(stage_of(self)), missing, have)
+            raise KeyError(
+                f"{describe(self.module)} reads {[own for own, _ in absent]}, here {missing}, but the TensorDict has {have[:12]}"
+                f"{' ...' if len(have) > 12 else ''}. Put the stage that writes it before this one, or name another key with "
+                f"in_keys=.{' ' + usual if usual else ''} [at {self.where}]"
+            ) from error
 
     def located(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call, with the site named in an error or a warning."""

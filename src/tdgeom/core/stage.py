@@ -11,6 +11,7 @@ from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing
 from torch import Tensor
 
 from tdgeom.core.keys import NOT_WRITTEN, Key, key_tuple, resolve_keys
+from tdgeom.core.missing_parts import as_written, missing_part
 from tdgeom.core.stage_settings import Configured
 from tdgeom.core.surroundings import steady
 
@@ -59,6 +60,7 @@ class Stage(Configured, TensorDictModuleBase):
     optional: ClassVar[Collection[str]] = frozenset()
     shared: Collection[Key] = frozenset()
     takes_complex: ClassVar[bool] = False
+    two_sided: ClassVar[bool] = False  # whether keys carry the side of a pair second
     one_thread_a_site: ClassVar[bool] = False
 
     shapes: list[str | None]
@@ -148,10 +150,11 @@ class Stage(Configured, TensorDictModuleBase):
         missing = [k for k, v in zip(self.in_keys, values) if v is None and k not in self.optional_in_keys]
         if missing:
             have = sorted(tensordict.keys(True, True), key=str)
+            usual = missing_part(as_written(self), missing, have, pair=self.two_sided)
             raise KeyError(
                 f"{type(self).__name__} reads {missing}, but the TensorDict has {have[:12]}"
                 f"{' ...' if len(have) > 12 else ''}. Put the stage that writes it before this one, or name another "
-                f"key with in_keys=."
+                f"key with in_keys=.{' ' + usual if usual else ''}"
             )
         for key, value in zip(self.in_keys, values):
             if value is not None and not isinstance(value, Tensor):
@@ -170,7 +173,7 @@ class Stage(Configured, TensorDictModuleBase):
             first = (*key_tuple(key), sites[0]) if sites else key
             raise TypeError(
                 f"{type(self).__name__} reads one tensor at {key!r}, which holds the sites {sites[:6]}. For all of them: "
-                f"tg.ForEach({type(self).__name__}(...), sites); for one: in_keys=[{first!r}]."
+                f"tg.ForEach({as_written(self)}(...), sites); for one: in_keys=[{first!r}]."
             )
         words = getattr(value, "data", None)
         got = f"words: {words[:300]!r}" if isinstance(words, str) else type(value).__name__

@@ -240,7 +240,7 @@ class StreamingStage(Stage):
     def _refuse_nonfinite(self, tensordict: TensorDictBase) -> None:
         for key in self.in_keys:
             value = tensordict.get(key, None)
-            if value is not None and value.is_floating_point() and not rows_finite(value).all():
+            if isinstance(value, Tensor) and value.is_floating_point() and not rows_finite(value).all():
                 raise ValueError(
                     f"{type(self).__name__}: {key!r} (shape {tuple(value.shape)}) holds NaN or Inf. Drop such rows first; "
                     f"run(..., nonfinite='drop') does it at all sites and counts them."

@@ -19,6 +19,7 @@ from tdgeom.model.capture_batches import CaptureBatches
 from tdgeom.model.capture_calls import CaptureCalls
 from tdgeom.model.capture_keys import name_leaves, prefixed
 from tdgeom.model.sites import LayerSpec, Site
+from tdgeom.model.structure.meant_sites import listed_sites
 from tdgeom.model.structure.resolved_site import ResolvedSite
 from tdgeom.model.structure.select_heads import HeadSpec
 
@@ -48,8 +49,10 @@ class Capture(CaptureBatches, CaptureCalls):
     Args:
         model: any ``nn.Module`` that is not compiled. It stays the user's: neither registered, moved nor saved.
         sites: kinds, concrete names (``"residual_output.-1"``), ``"module_output:<glob>"``, compiled regular expressions
-            (they match a whole module path and stand for its output), or a list of them. ``[1]`` or ``['name']`` behind a path
-            is that tensor of a tuple, mapping or dataclass; ``"module_output:<root>"`` is what the model itself gives.
+            (they match a whole module path and stand for its output), or a list of them. The path of a module, or the module,
+            stands for its output; other libraries' words for the same tensor (``"blocks.0.hook_resid_pre"``) are understood.
+            ``[1]`` or ``['name']`` behind a path is that tensor of a tuple, mapping or dataclass;
+            ``"module_output:<root>"`` is what the model itself gives.
             ``"router_logits"`` brings what the routers have chosen along, under the names of ``router_choice``.
         layers: ``"all"``, an int, a list (negative counts from the end), a slice or ``"0,3,7"``; applies to kinds, and to
             globs and expressions, of which those in the blocks of these layers are kept.
@@ -135,7 +138,7 @@ class Capture(CaptureBatches, CaptureCalls):
             raise ValueError(f"direction= expects 'forward' or 'backward', got {direction!r}.")
         self._set_plain(
             _asked={
-                "sites": sites if isinstance(sites, str | re.Pattern) else list(sites),
+                "sites": listed_sites(model, sites),
                 "layers": layers,
                 "prefix": prefix,
                 "heads": heads,

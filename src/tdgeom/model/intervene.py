@@ -25,7 +25,8 @@ from tdgeom.model.capture import Capture
 from tdgeom.model.edits.apply_edits import Editing, EditPlan
 from tdgeom.model.edits.edit import Edit
 from tdgeom.model.sites import LayerSpec
-from tdgeom.model.structure.resolve import takes_layers
+from tdgeom.model.structure.meant_sites import listed_sites
+from tdgeom.model.structure.resolve import sites_meant, takes_layers
 from tdgeom.model.structure.resolved_site import ResolvedSite
 
 EditLike = nn.Module | Callable[[torch.Tensor], torch.Tensor]
@@ -109,7 +110,10 @@ class Intervene(HookingContext):
             _classes=tuple(classes),
             _skipped=tuple(skip_classes),
             _layers=layers,
-            _asked={name: list(e) if isinstance(e, list | tuple) else [e] for name, e in edits.items()},
+            _asked={
+                _place(model, name): list(e) if isinstance(e, list | tuple) else [e]
+                for name, e in edits.items()
+            },
         )
         for name, listed in self._asked.items():
             for edit in listed:
@@ -133,12 +137,14 @@ class Intervene(HookingContext):
 
     def resolve(self, model: nn.Module) -> list[ResolvedSite]:
         """The places of the edits, in the order of the mapping."""
-        applied = any(map(takes_layers, self._asked))  # a concrete name beside kinds has its own layer
-        chosen = {name: self._layers if takes_layers(name) or not applied else "all" for name in self._asked}
-        found = {
-            name: resolve_sites(model, name, layers=own, classes=self._classes, skip_classes=self._skipped)
-            for name, own in chosen.items()
-        }
+        named = {name: sites_meant(model, name) for name in self._asked}
+        applied = any(takes_layers(one) for meant in named.values() for one in meant)
+        found = {}
+        for name, meant in named.items():  # a concrete name beside kinds has its own layer
+            own = self._layers if any(map(takes_layers, meant)) or not applied else "all"
+            found[name] = resolve_sites(
+                model, meant, layers=own, classes=self._classes, skip_classes=self._skipped
+            )
         refuse_edits(model, (entry for entries in found.values() for entry in entries))
         self._set_plain(_listed=[self._asked[name] for name, entries in found.items() for _ in entries])
         return [entry for entries in found.values() for entry in entries]
@@ -299,6 +305,12 @@ class Intervene(HookingContext):
         raise TypeError(
             "an Intervene is not copied: its edits refer to places of one model. Remedy: make a second one."
         )
+
+
+def _place(model: nn.Module, name: Any) -> Any:
+    """The name that a key of the mapping stands for: modules are not kept, their paths are."""
+    listed = listed_sites(model, name)
+    return listed[0] if len(listed) == 1 else name
 
 
 def _check_edit(name: str, edit: Any) -> None:

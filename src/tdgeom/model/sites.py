@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
+
+from tdgeom.model.guessed_sites import read_guess
 
 # In the order in which a block meets them; a block that runs attention and MLP side by side keeps this order
 # too.
@@ -70,8 +71,8 @@ class Site(str):
     ``Site("encoder.residual_output.3")`` parses a name; the parts are ``prefix`` (text up to the last ``/``,
     or ``""``), ``stack`` (``None`` if the model has one stack), ``kind``, ``layer`` (``int`` or ``None``) and
     ``path`` (the module's path for ``module_input:`` and ``module_output:``, ``"<root>"`` for the model itself, else
-    ``None``; ``[1]`` or ``['name']`` behind it is the tensor meant in a container). TransformerLens'
-    words ``resid_pre``, ``resid_mid`` and ``resid_post`` become ``residual_input``, ``_mid`` and ``_output``.
+    ``None``; ``[1]`` or ``['name']`` behind it is the tensor meant in a container). Words of other libraries that mean exactly
+    a kind become it: ``resid_pre``, ``blocks.3.attn.hook_z``, ``resid_out_2`` (:mod:`tdgeom.model.guessed_sites`).
 
     Raises ``ValueError`` for a name whose kind does not exist.
 
@@ -95,17 +96,13 @@ class Site(str):
         """Parse a name."""
         if isinstance(name, Site):
             return name
-        match = _MODULE_NAME.fullmatch(name)
-        if match:
-            return cls.of(match["kind"], path=match["path"] or ROOT, prefix=match["prefix"] or "")
-        match = _NAME.fullmatch(name)
-        if match is None:
-            raise ValueError(unknown_kind(name))
-        kind = ALIASES.get(match["kind"], match["kind"])
-        if kind not in KINDS:
-            raise ValueError(unknown_kind(name))
-        layer = None if match["layer"] is None else int(match["layer"])
-        return cls.of(kind, layer, stack=match["stack"], prefix=match["prefix"] or "")
+        site = exact_site(name)
+        if site is None:
+            guess = read_guess(name, KINDS)
+            if guess.site is None:
+                raise ValueError(unknown_kind(name, guess.said()))
+            site = cls(guess.site)
+        return site
 
     @classmethod
     def of(
@@ -158,13 +155,29 @@ def split_element(path: str) -> tuple[str, tuple[int | str, ...] | None]:
     return path[: match.start()], tuple(int(number) if number else name for number, name in keys)
 
 
-def unknown_kind(name: str) -> str:
+def exact_site(name: str) -> Site | None:
+    """The site of a name that is written as sites are; ``None`` for any other.
+
+    >>> exact_site("resid_pre.0"), exact_site("blocks.0.hook_resid_pre")
+    ('residual_input.0', None)
+    """
+    if isinstance(name, Site):
+        return name
+    if match := _MODULE_NAME.fullmatch(name):
+        return Site.of(match["kind"], path=match["path"] or ROOT, prefix=match["prefix"] or "")
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    layer = None if match["layer"] is None else int(match["layer"])
+    kind = ALIASES.get(match["kind"], match["kind"])
+    return Site.of(kind, layer, stack=match["stack"], prefix=match["prefix"] or "")
+
+
+def unknown_kind(name: str, answer: str = "") -> str:
     """The message for a name that no kind answers to."""
-    close = get_close_matches(name.split(".")[0], KINDS, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
     return (
         "expected a site such as 'residual_input', 'residual_output.3', 'encoder.attn_output.0' or "
-        f"'module_output:<path>', got {name!r}.{hint} Kinds: {', '.join(KINDS)}."
+        f"'module_output:<path>', got {name!r}.{' ' + answer if answer else ''} Kinds: {', '.join(KINDS)}."
     )
 
 

@@ -11,6 +11,7 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, skip_existing
 from torch import Tensor
 
 from tdgeom.core.keys import Key, KeyTable, key_tuple, optional_in_keys
+from tdgeom.core.missing_parts import missing_part
 from tdgeom.core.process_groups import rank_and_world
 from tdgeom.core.renamed import describe
 from tdgeom.core.row_ids import POSITION_BITS
@@ -151,10 +152,12 @@ class BatchStages:
         if value is None and key in self.optional:
             return None
         if value is None:
+            have = sorted(td.keys(True, True), key=str)
+            usual = missing_part("", [key], have)
             raise KeyError(
                 f"the streaming stages read {key!r}, which neither the batch nor a stage before them holds; there is "
-                f"{sorted(td.keys(True, True), key=str)[:12]}. Name the right key with in_keys=, or add the stage that "
-                f"writes it (SelectTokens writes ('tokens', site), also= carries further values)."
+                f"{have[:12]}. Name the right key with in_keys=, or add the stage that "
+                f"writes it (SelectTokens writes ('tokens', site), also= carries further values).{' ' + usual if usual else ''}"
             )
         if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != count:
             raise ValueError(

@@ -11,8 +11,11 @@ from tensordict.nn import TensorDictModuleBase, TensorDictSequential, WrapModule
 from torch import nn
 
 from tdgeom.core.keys import NOT_WRITTEN, Key, KeyTable, key_tuple, optional_in_keys, touches
+from tdgeom.core.missing_parts import USUAL_WRITERS, as_written, below, missing_part, usual_writer
+from tdgeom.core.pair_stage import PairStage
 from tdgeom.core.pipeline import parts_of, why_closed
 from tdgeom.core.renamed import Renamed, RenamedStream, describe, is_streaming, stage_of
+from tdgeom.core.stage import Stage
 from tdgeom.core.streaming_stage import StreamingStage
 
 __all__ = ["Plan", "make_plan", "stages"]
@@ -144,7 +147,8 @@ def make_plan(pipeline: nn.Module, given: Iterable[Key] = ()) -> Plan:
                 phases[key] = "given"
             elif key not in optional:
                 phases[key] = "batch"
-        phase = _phase(unit, phases)
+        _refuse_one_for_many(unit, writers)
+        phase = _phase(unit, phases, writers)
         if phase == "batch":
             _refuse_too_late(unit, plan)
         {"batch": plan.batch, "stream": plan.stream, "end": plan.end}[phase].append(unit)
@@ -182,7 +186,19 @@ def _refuse_too_late(unit: TensorDictModuleBase, plan: Plan) -> None:
                 )
 
 
-def _phase(unit: Any, phases: dict[Key, str]) -> str:
+def _refuse_one_for_many(unit: Any, writers: KeyTable) -> None:
+    """A stage of one site where named sites are: it would read a tensor, and finds the tensors of all."""
+    for key in unit.in_keys if isinstance(unit, Stage) else ():
+        written = list(writers.touching(key))
+        if sites := below(key, written):
+            name = type(unit).__name__
+            raise TypeError(
+                f"{name} reads one tensor at {key!r}, which holds the sites {sites[:6]}. For all of them: "
+                f"tg.ForEach({as_written(unit)}(...), sites); for one: in_keys=[{(*key_tuple(key), sites[0])!r}]."
+            )
+
+
+def _phase(unit: Any, phases: dict[Key, str], known: KeyTable) -> str:
     finished = [key for key, phase in phases.items() if phase == "end"]
     per_batch = [key for key, phase in phases.items() if phase == "batch"]
     if is_streaming(unit):
@@ -198,6 +214,12 @@ def _phase(unit: Any, phases: dict[Key, str]) -> str:
                 f"{describe(unit)} reads {per_batch}, which nothing put into the sample. "
                 f"Sites are named to RowSample; what batches hold is carried by SelectTokens(..., also={carried}) and "
                 f"RowSample(..., also={carried}), or analyze_model(..., select={{'also': {carried}}})."
+            )
+        absent = [key for key in per_batch if not known.touching(key) and _finished_writer(key)]
+        if absent:
+            raise ValueError(
+                f"{describe(unit)} reads {absent}, which no earlier stage writes: put {_finished_writer(absent[0])} "
+                f"before it."
             )
         raise ValueError(
             f"{describe(unit)} reads finished results {finished} together with {per_batch}, which no streaming stage wrote. "
@@ -221,16 +243,10 @@ def _refuse_idle(plan: Plan) -> None:
             needed.add(key)
 
 
-_USUAL_WRITER = {
-    "sample": "tg.RowSample(sites)",
-    "moments": "tg.ForEach(tg.StreamingCovariance(), sites)",
-    "cross_moments": "tg.StreamingCrossMoments(sites, pairs=...)",
-    "eigenvalues": "tg.ForEach(tg.EigenSpectrum(), sites)",
-    "eigenvectors": "tg.ForEach(tg.EigenSpectrum(), sites)",
-    "neighbors": "tg.ForEach(tg.NearestNeighbors(k), sites)",
-    "mean": "tg.StreamingMean()",
-    "collected": "tg.Collect(sites)",
-}
+def _finished_writer(key: Key) -> str | None:
+    """The stage that usually writes a key, where it exists only when the stream has ended."""
+    root = key_tuple(key)[0]
+    return None if root in ("acts", "grads", "tokens", "row_id", "sample_row_id") else usual_writer(root)
 
 
 def _remedy(unit: Any, plan: Plan) -> str:
@@ -238,6 +254,14 @@ def _remedy(unit: Any, plan: Plan) -> str:
     acts = [key_tuple(key) for key in unit.out_keys if key_tuple(key)[0] == "acts"]
     if acts and any(key_tuple(key)[0] == "tokens" for key in plan.stream_keys):
         sites = [str(parts[-1]) for parts in acts]
+        others = [
+            (one, key)
+            for one in plan.batch
+            for key in one.in_keys
+            if key_tuple(key)[0] == "acts" and key_tuple(key) not in acts
+        ]
+        if others:
+            return f"{describe(others[0][0])} reads {others[0][1]!r}; the sites are {sites[:4]}: name them as capture.sites does."
         return f"The streaming stages read rows: put tg.SelectTokens({sites[:4]}) behind it."
     later = (*plan.stream, *plan.end)  # had they come before this stage, it would run at the end itself
     written = [key_tuple(key) for one in (*plan.batch, *later) for key in one.out_keys]
@@ -245,17 +269,22 @@ def _remedy(unit: Any, plan: Plan) -> str:
     for key in unit.in_keys:
         parts = key_tuple(key)
         root = parts[0]
-        writer = next((o for o in later if any(touches(key_tuple(k), parts) for k in o.out_keys)), None)
-        if writer is not None:
-            return f"It reads {key!r}, which {describe(writer)} writes further on: put {describe(unit)} behind that."
+        behind = next((o for o in later if any(touches(key_tuple(k), parts) for k in o.out_keys)), None)
+        if behind is not None:
+            return f"It reads {key!r}, which {describe(behind)} writes further on: put {describe(unit)} behind that."
         if root in made:
             if not any(touches(other, parts) for other in written):
-                have = [other[1] for other in written if other[0] == root and len(other) > 1]
-                return f"It reads {key!r}, which no stage writes; under {root!r} there is {list(dict.fromkeys(have))[:4]}."
+                have = list(
+                    dict.fromkeys(other[1] for other in written if other[0] == root and len(other) > 1)
+                )
+                usual = missing_part(
+                    as_written(stage_of(unit)), [key], written, pair=isinstance(unit, PairStage)
+                )
+                return f"It reads {key!r}, which no stage writes; under {root!r} there is {have[:4]}. {usual}".rstrip()
             continue
-        if root in _USUAL_WRITER:
-            return f"It reads {root!r}, which no earlier stage writes: put {_USUAL_WRITER[root]} before it."
-        near = get_close_matches(root, sorted({*made, *_USUAL_WRITER}), n=1, cutoff=0.8)
-        if near:
+        if writer := _finished_writer(key):
+            return f"It reads {root!r}, which no earlier stage writes: put {writer} before it."
+        near = get_close_matches(root, sorted({*made, *USUAL_WRITERS}), n=1, cutoff=0.8)
+        if near and near[0] != root:
             return f"It reads {key!r}, which no stage writes. Did you mean {near[0]!r}?"
     return "Put tg.StreamingMean() or tg.Collect() behind it to keep its values, or leave it out."

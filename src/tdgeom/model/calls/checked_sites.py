@@ -12,7 +12,7 @@ from torch import nn
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.model.calls.structure_check import SiteRefused, checked, moves_choice, refusal
 from tdgeom.model.sites import Site, choice_beside
-from tdgeom.model.structure.resolve import find_sites, select_sites
+from tdgeom.model.structure.resolve import find_sites, select_sites, sites_meant
 from tdgeom.model.structure.resolved_site import ResolvedSite
 
 __all__ = ["available_sites", "choices_beside", "refuse_edits", "resolve_sites"]
@@ -41,7 +41,8 @@ def resolve_sites(
 
     Raises ``RuntimeError`` with the reason for a layer, or for a kind at all layers, that does not hold.
     """
-    wanted = [sites] if isinstance(sites, str | re.Pattern) else list(sites)
+    prefix = choice.get("prefix", "")
+    wanted = sites_meant(model, sites, prefix)
     if not any(isinstance(name, str) and ":" not in name for name in wanted):
         return select_sites(model, wanted, **choice)
     found = find_sites(model)
@@ -49,7 +50,6 @@ def resolve_sites(
         return select_sites(model, wanted, found, **choice)
     held, refused = checked(model, found)
     asked = select_sites(model, wanted, found, **choice)
-    prefix = choice.get("prefix", "")
     wrong = {
         entry.site: refused[plain] for entry in asked if (plain := entry.site.with_prefix("")) in refused
     }
@@ -60,7 +60,7 @@ def resolve_sites(
     left = {(entry.site.stack, entry.site.kind) for entry in held}
     given = choice.get("layers", "all")
     for site in wrong:
-        everywhere = isinstance(given, str) and given.strip() == "all" and not _names(wanted, site, prefix)
+        everywhere = isinstance(given, str) and given.strip() == "all" and not _names(wanted, site)
         if not everywhere or (site.stack, site.kind) not in left:
             raise refusal(
                 model, {s: r for s, r in wrong.items() if (s.stack, s.kind) == (site.stack, site.kind)}
@@ -97,7 +97,7 @@ def refuse_edits(model: nn.Module, entries: Iterable[ResolvedSite]) -> None:
             )
 
 
-def _names(wanted: Iterable[str | re.Pattern], site: Site, prefix: str) -> bool:
+def _names(wanted: Iterable[Site | re.Pattern], site: Site) -> bool:
     """Whether a concrete name asks for this kind."""
-    named = [Site(name.removeprefix(prefix)) for name in wanted if isinstance(name, str)]
+    named = [name for name in wanted if isinstance(name, Site)]
     return any(n.kind == site.kind and n.stack in (None, site.stack) and n.layer is not None for n in named)

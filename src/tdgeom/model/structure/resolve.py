@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from functools import lru_cache
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -24,6 +24,8 @@ from tdgeom.model.sites import (
     split_element,
 )
 from tdgeom.model.structure.blocks import Stack, find_final_norm, find_stacks
+from tdgeom.model.structure.match_path import match_path
+from tdgeom.model.structure.meant_sites import listed_sites, meant_sites
 from tdgeom.model.structure.module_roles import module_tree
 from tdgeom.model.structure.parts import Part, find_parts, join
 from tdgeom.model.structure.readers import spelled
@@ -83,9 +85,7 @@ def select_sites(
     heads, for all layers or as a mapping from layers; where queries share key/value heads, the keys and values of these heads.
     Raises ``ValueError`` for what a model does not have and ``IndexError`` for a layer or head out of range.
     """
-    wanted = [sites] if isinstance(sites, str | re.Pattern) else list(sites)
-    if not wanted:
-        raise ValueError(f"sites= names no site; kinds: {', '.join(KINDS)}.")
+    wanted = sites_meant(model, sites, prefix)
     # paths of modules alone ask nothing of the structure, which takes longest to find
     paths = _is_all(layers) and not any(isinstance(name, str) and ":" not in name for name in wanted)
     stacks, all_found = ([], []) if paths else _found(model)
@@ -96,21 +96,13 @@ def select_sites(
     for name in wanted:
         if isinstance(name, re.Pattern):
             own = _in_layers(_module_sites(model, name, "output"), stacks, layers, name.pattern)
-        elif not isinstance(name, str):
-            raise ValueError(f"a site is a string such as 'residual_input.0', got {name!r}.")
+        elif name.kind in MODULE_KINDS:
+            own = _module_sites(model, name.path or ROOT, name.kind.removeprefix("module_"))
+            own = _in_layers(own, stacks, layers, name)
         else:
-            site = Site(name.removeprefix(prefix) if prefix else name)
-            if site.prefix:
-                raise ValueError(
-                    f"the site {name!r} has the prefix {site.prefix!r}, where prefix={prefix!r} was given."
-                )
-            if site.kind in MODULE_KINDS:
-                own = _module_sites(model, site.path or ROOT, site.kind.removeprefix("module_"))
-                own = _in_layers(own, stacks, layers, name)
-            else:
-                own = _select(
-                    model, stacks, found or [], site, layers if takes_layers(name) or not applied else "all"
-                )
+            own = _select(
+                model, stacks, found or [], name, layers if takes_layers(name) or not applied else "all"
+            )
         chosen += _of_classes(model, own, classes, skip_classes)
     if not _is_all(layers) and not applied and all(entry.site.kind in STACK_KINDS for entry in chosen):
         names = ", ".join(sorted({repr(entry.site.kind) for entry in chosen}))
@@ -125,6 +117,19 @@ def select_sites(
     if heads is not None:
         ordered = with_heads(ordered, heads)
     return [replace(e, site=e.site.with_prefix(prefix)) for e in ordered] if prefix else ordered
+
+
+def sites_meant(model: nn.Module, sites: Any, prefix: str = "") -> list[Site | re.Pattern]:
+    """The sites and expressions that ``sites`` stands for in a model, however it names them.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    >>> sites_meant(model, ["blocks.1.hook_resid_pre", "embed", model[0]]), sites_meant(model, ("resid_post", 1))
+    (['residual_input.1', 'embed', 'module_output:0'], ['residual_output.1'])
+    """
+    wanted = listed_sites(model, sites)
+    if not wanted:
+        raise ValueError(f"sites= names no site; kinds: {', '.join(KINDS)}.")
+    return meant_sites(model, wanted, prefix, _found)
 
 
 def takes_layers(name: object) -> bool:
@@ -317,23 +322,6 @@ def _of_classes(
     return kept
 
 
-def match_path(path: str, pattern: str) -> bool:
-    """Whether a glob matches a whole module path: ``*`` within one component, ``**`` over any number of them.
-
-    >>> match_path("h.1", "h.1"), match_path("h.10", "h.1"), match_path("h.10.mlp", "h.*.mlp")
-    (True, False, True)
-    """
-    return _match(path.split("."), pattern.split("."))
-
-
-def _match(parts: Sequence[str], patterns: Sequence[str]) -> bool:
-    if not patterns:
-        return not parts
-    if patterns[0] == "**":
-        return any(_match(parts[i:], patterns[1:]) for i in range(len(parts) + 1))
-    return bool(parts) and fnmatchcase(parts[0], patterns[0]) and _match(parts[1:], patterns[1:])
-
-
 def _execution_order(
     model: nn.Module, found: Sequence[ResolvedSite]
 ) -> Callable[[ResolvedSite], tuple[float, float, float]]:
@@ -378,4 +366,4 @@ def _some(paths: Iterable[str], most: int = 12) -> str:
     return ", ".join(listed[:most]) + (f", ... ({len(listed)} in all)" if len(listed) > most else "")
 
 
-__all__ = ["find_sites", "match_path", "select_sites"]
+__all__ = ["find_sites", "select_sites", "sites_meant"]
