@@ -98,15 +98,12 @@ def _meant(model: nn.Module, given: Any, prefix: str, found: Found) -> Site | re
     if isinstance(given, Site) and not given.prefix:
         return given
     name = given.removeprefix(prefix) if prefix else given
-    site = exact_site(name)
-    if site is None or (
-        site.stack is not None and site.stack not in [stack.name for stack in found(model)[0]]
-    ):
-        other = _by_path(model, name) or _by_word(model, name, found)
-        if other is None and site is None:
-            raise ValueError(_unknown(model, name))
-        site = other or site
-    assert site is not None
+    site: Site | re.Pattern | None = exact_site(name)
+    stack = site.stack if isinstance(site, Site) else None
+    if site is None or (stack is not None and stack not in [one.name for one in found(model)[0]]):
+        site = _by_path(model, name) or _by_word(model, name, found) or site
+    if site is None:
+        raise ValueError(_unknown(model, name))
     if isinstance(site, Site) and site.prefix:
         raise ValueError(
             f"the site {given!r} has the prefix {site.prefix!r}, where prefix={prefix!r} was given."
