@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -41,6 +42,10 @@ class Comparison(AnalysisResults):
         order = {side: list(dict.fromkeys(self.novelty[side])) for side in ("a", "b")}
         table = self.novelty.pivot(index="a", columns="b", values=measure)
         return table.loc[order["a"], order["b"]]
+
+    def plot(self, what: str | None = None, ax: Any = None, **style: Any) -> Any:
+        """The matrix of a measure, default the first: layers of one model down, of the other across."""
+        return matrix(self.novelty, self.measures[0] if what is None else what, ax, **style)
 
     def write_plots(self, folder: str | Path | None = None) -> list[Path]:
         """The matrix of every measure as a PNG file, and the files' paths.

@@ -16,6 +16,7 @@ from tdgeom.analysis.packed_tensors import pack, unpack
 from tdgeom.analysis.reports import write_report
 from tdgeom.files.bundle import METADATA, Bundle, read_bundle, safe_name, write_bundle
 from tdgeom.files.json_text import plain
+from tdgeom.plot.overview import overview, picture
 from tdgeom.plot.picture_files import write_plots
 
 __all__ = ["AnalysisResults"]
@@ -166,6 +167,23 @@ class AnalysisResults:
                 f"{type(self).__name__}.write_plots: nothing is saved yet. Call save() first, or name a folder."
             )
         return self.artifact_dir / "plots"
+
+    def plot(self, what: str | None = None, ax: Any = None, **style: Any) -> Any:
+        """The main panels in one figure, or one picture in ``ax``.
+
+        Args:
+            what: None for all; "spectrum", "ablation", "router", "intrinsic_dimension", "scale_profile", "overlap", or a
+                measure by its column, of sites (over depth) or of pairs (over depth, or a matrix).
+            ax: matplotlib axes for one picture; made if None.
+            style: passed to the function of ``tg.plot`` that draws.
+
+        Returns:
+            The axes (an array of them where ``what`` is None).
+
+        Raises:
+            KeyError: no such picture or measure here. ModuleNotFoundError: no matplotlib.
+        """
+        return overview(self) if what is None else picture(self, what, ax, **style)
 
     def report(
         self,

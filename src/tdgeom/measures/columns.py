@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+import math
+from collections.abc import Container, Iterable
 from typing import NamedTuple
 
-__all__ = ["ESTIMATORS", "THEMES", "Column", "column_of", "error_column", "is_error"]
+__all__ = ["ESTIMATORS", "THEMES", "Column", "column_of", "error_column", "fixed_ends", "is_error"]
 
 THEMES = ("dimension", "concentration", "direction", "between", "router", "other")
 """Which question a measure answers: how many directions, how uneven, which way rows point, what changes from site to site."""
@@ -155,6 +156,20 @@ def column_of(name: str) -> Column:
         said = ESTIMATORS.get(stem, stem.replace("_", " "))
         return COLUMNS["estimate"]._replace(label=f"intrinsic dimension, {said}")
     return Column(name.replace("_", " "))
+
+
+def fixed_ends(column: Column, values: Iterable[float]) -> list[float] | None:
+    """The axis of a measure that has a range: the range, and what lies outside of it; None where it is open.
+
+    >>> fixed_ends(column_of("linear_cka"), [0.4, 0.9]), fixed_ends(column_of("linear_cka_debiased"), [-0.5, 0.9])
+    ([0.0, 1.0], [-0.5, 1.0])
+    """
+    if column.low is None or column.high is None:
+        return None
+    found = [value for value in map(float, values) if math.isfinite(value)]
+    # a cosine that is never negative needs no lower half
+    low = 0.0 if column.low == -1 and min(found, default=0.0) >= 0 else column.low
+    return [float(min([low, *found])), float(max([column.high, *found]))]
 
 
 def is_error(name: str) -> bool:

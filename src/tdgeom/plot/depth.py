@@ -11,6 +11,7 @@ import pandas as pd
 
 from tdgeom.model.sites import BLOCK_KINDS
 from tdgeom.plot.lines import profile
+from tdgeom.plot.style import few_ticks
 from tdgeom.run.profiles import intrinsic_dimension_profile, overlap_profile, scale_name
 from tdgeom.run.several_models import MODEL, as_one_table
 
@@ -49,7 +50,7 @@ def intrinsic_dimension(result: Any, ax: Any = None, *, x: str = "relative_depth
             table = table[table["weights"] == "trained"]
         ax = profile(table, "estimate", "scale", yerr="standard_error", hue="site", ax=ax, **style)
         ax.set(xscale="log", xlabel="scale (distance)")
-        _few_ticks(ax)
+        few_ticks(ax)
     else:
         # a line for each scale beside other estimators would bury them
         table = _lines(table if several.all() else table[~several], x)
@@ -138,17 +139,6 @@ def _drawn_apart(table: pd.DataFrame, column: str) -> list[Any]:
     """The values of a column that make lines of their own: a kind with one site closes the line of the others."""
     sites = table.groupby(column, dropna=False)["site"].nunique()
     return list(sites[sites > 1].index if column == "kind" else sites.index)
-
-
-def _few_ticks(ax: Any) -> None:
-    """Plain numbers on a logarithmic axis that spans little more than one power of ten: its own labels run together."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    low, high = ax.get_xlim()
-    if high < 30 * low:
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.xaxis.set_major_formatter("{x:g}")
 
 
 def _untitled(ax: Any) -> Any:

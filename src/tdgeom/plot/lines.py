@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tdgeom.measures.columns import column_of, error_column, fixed_ends
 from tdgeom.plot.palette import COLOURS, DASHES, MARKERS
-from tdgeom.plot.style import axes_or_new, axis_name, thinned, tidy
+from tdgeom.plot.style import axes_or_new, axis_name, plain_legend, thinned, tidy
 from tdgeom.run.several_models import MODEL, as_one_table
 
 __all__ = ["profile"]
@@ -21,7 +22,7 @@ def profile(
     y: str,
     x: str = "layer",
     *,
-    yerr: str | Sequence[float] | None = None,
+    yerr: str | Sequence[float] | None = "auto",
     hue: str | None = None,
     ax: Any = None,
     legend: bool = True,
@@ -29,13 +30,16 @@ def profile(
 ) -> Any:
     """A measure over layers: points joined by a line, one line for each value of ``hue``.
 
+    Lines that coincide are drawn once, under all their names; a measure that has a range is drawn on the whole of it.
+
     Args:
         frame: a table with the columns named below (``results.metrics``, ``results.novelty``, ``to_frame(...)``), or
             ``AnalysisResults`` for its metrics; a list, or a mapping by name, of several for a line a model. In one table of
             several models ``model`` (or, where it alone tells rows apart, ``model_label``) does the same.
         y: the column drawn.
         x: "layer", "relative_depth", or any column; text (such as "transition") is set out in the order of the table.
-        yerr: a column (or values) of standard errors, drawn as bars of ± one.
+        yerr: a column (or values) of standard errors, drawn as bars of ± one; "auto": the column ``<y>_se`` or
+            ``<y>_standard_error`` where there is one; None: no bars.
         hue: a column whose values get a line each ("kind", "variant", "model_label", "estimator").
         ax: matplotlib axes; made if None.
         legend: a legend for ``hue``.
@@ -52,6 +56,8 @@ def profile(
         ('layer', [3.0, 2.0])
     """
     table = as_one_table(frame, lambda one: one if isinstance(one, pd.DataFrame) else one.metrics)
+    if isinstance(yerr, str) and yerr == "auto":
+        yerr = error_column(y, [str(name) for name in table])
     errors = yerr if isinstance(yerr, str) else None
     missing = [column for column in (x, y, hue, errors) if column is not None and column not in table]
     if missing:
@@ -63,7 +69,7 @@ def profile(
     ax = axes_or_new(ax, (6.0, 4.0))
     words = not pd.api.types.is_numeric_dtype(table[x])
     ticks = {word: place for place, word in enumerate(dict.fromkeys(table[x]))} if words else {}
-    for index, (value, rows) in enumerate(groups):
+    for index, (value, rows) in enumerate(_drawn_once(groups, x, y)):
         places = rows[x].map(ticks) if words else rows[x]
         order = np.argsort(places.to_numpy(), kind="stable")
         colour, marker, dashes = (looks[index % len(looks)] for looks in (COLOURS, MARKERS, DASHES))
@@ -83,15 +89,34 @@ def profile(
         )
     ax.set(xlabel=axis_name(x), ylabel=fill(axis_name(y), 28))
     tidy(ax)
+    if (ends := fixed_ends(column_of(y), table[y].to_numpy(dtype=np.float64))) is not None:
+        margin = 0.03 * (ends[1] - ends[0])
+        ax.set_ylim(ends[0] - margin, ends[1] + margin)
     if words:
-        ax.set_xticks(*thinned([str(word) for word in ticks], 8))
+        ax.set_xticks(*thinned([str(word) for word in ticks], 8), parse_math=False)
     elif pd.api.types.is_integer_dtype(table[x]):
         from matplotlib.ticker import MaxNLocator
 
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
     if hue and legend:
-        ax.legend(frameon=False, fontsize="small", title=axis_name(hue), title_fontsize="small")
+        plain_legend(ax, title=axis_name(hue), title_fontsize="small")
     return ax
+
+
+def _drawn_once(groups: Sequence[tuple[Any, pd.DataFrame]], x: str, y: str) -> list[tuple[Any, pd.DataFrame]]:
+    """Groups whose lines coincide as one, under all their names."""
+    kept: list[tuple[Any, pd.DataFrame]] = []
+    for value, rows in groups:
+        rows = rows.sort_values(x, kind="stable") if pd.api.types.is_numeric_dtype(rows[x]) else rows
+        for at, (name, other) in enumerate(kept):
+            if list(rows[x]) == list(other[x]) and np.allclose(
+                rows[y].to_numpy(float), other[y].to_numpy(float), rtol=1e-6, atol=0, equal_nan=True
+            ):
+                kept[at] = (f"{name} = {value}", other)
+                break
+        else:
+            kept.append((value, rows))
+    return kept
 
 
 def _by_model(table: pd.DataFrame, x: str, hue: str | None) -> tuple[pd.DataFrame, str | None]:

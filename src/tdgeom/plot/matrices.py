@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tdgeom.measures.columns import column_of, fixed_ends
 from tdgeom.plot.pair_grids import pair_grid, short_names, side_name
 from tdgeom.plot.palette import GRADIENT
 from tdgeom.plot.style import as_array, axes_or_new, axis_name, require_matplotlib, thinned
@@ -42,7 +43,7 @@ def matrix(
         symmetric: fill (b, a) from (a, b) where a measure has no direction.
         diagonal: the value of a site with itself; "auto" knows the common measures and leaves others blank, None blank.
         annotate: numbers in the cells; default up to 10 rows.
-        vmin, vmax: the ends of the colour scale; default the data's.
+        vmin, vmax: the ends of the colour scale; default the measure's range where it has one, else the data's.
         cmap: a colour map; the default is even in lightness.
         colorbar: a colour bar.
 
@@ -75,10 +76,13 @@ def matrix(
     ax = axes_or_new(ax, (max(cell * grid.shape[1], 2.4) + 2.0, max(cell * grid.shape[0], 1.6) + 1.0))
     masked = np.ma.masked_invalid(grid)
     colours = require_matplotlib().colormaps.get_cmap(cmap).with_extremes(bad="0.92")
+    ends = fixed_ends(column_of(measure), masked.compressed()) if measure else None
+    if ends is not None:
+        vmin, vmax = (ends[0] if vmin is None else vmin), (ends[1] if vmax is None else vmax)
     image = ax.imshow(masked, cmap=colours, vmin=vmin, vmax=vmax, interpolation="nearest")
     long = max(map(len, [*rows, *columns]), default=0) > 3
-    ax.set_xticks(*thinned(columns), rotation=90 if long else 0)
-    ax.set_yticks(*thinned(rows))
+    ax.set_xticks(*thinned(columns), rotation=90 if long else 0, parse_math=False)
+    ax.set_yticks(*thinned(rows), parse_math=False)
     if not long:
         ax.set(xlabel=named[1], ylabel=named[0])
     ax.tick_params(length=0)
@@ -93,11 +97,11 @@ def matrix(
 
 
 def _write_cells(ax: Any, image: Any, grid: np.ndarray) -> None:
-    shares = np.nanmax(np.abs(grid), initial=0.0) <= 1
+    small = np.nanmax(np.abs(grid), initial=0.0) < 10
     for (row, column), value in np.ndenumerate(grid):
         if np.isfinite(value):
             red, green, blue, _ = image.cmap(image.norm(value))
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-            said = f"{value:.2f}" if shares else f"{value:.3g}"
+            said = f"{value:.2f}" if small else f"{value:.3g}"
             colour = "white" if dark else "black"
             ax.text(column, row, said, ha="center", va="center", fontsize="x-small", color=colour)

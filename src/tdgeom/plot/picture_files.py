@@ -6,18 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from tdgeom.model.sites import STACK_KINDS
+from tdgeom.plot.ablations import ablation
 from tdgeom.plot.depth import intrinsic_dimension, overlap
 from tdgeom.plot.lines import profile
-from tdgeom.plot.matrices import matrix
-from tdgeom.plot.pair_grids import short_names
+from tdgeom.plot.router_loads import router
 from tdgeom.plot.spectra import spectrum
-from tdgeom.plot.style import as_array, require_matplotlib
+from tdgeom.plot.style import require_matplotlib
 
-__all__ = ["one_picture", "write_pictures", "write_plots"]
+__all__ = ["one_picture", "title_of", "told_apart_by", "write_pictures", "write_plots"]
 
 Picture = tuple[tuple[float, float], Callable[[Any], Any]]
 """Width and height in inches, and what draws into the figure."""
@@ -37,7 +36,7 @@ def write_plots(results: Any, folder: str | Path) -> list[Path]:
     Raises:
         ModuleNotFoundError: no matplotlib.
     """
-    return write_pictures(_pictures(results), folder, _title(results.metadata))
+    return write_pictures(_pictures(results), folder, title_of(results.metadata))
 
 
 def write_pictures(pictures: Mapping[str, Picture], folder: str | Path, title: str = "") -> list[Path]:
@@ -54,7 +53,7 @@ def write_pictures(pictures: Mapping[str, Picture], folder: str | Path, title: s
         FigureCanvasAgg(figure)
         draw(figure)
         if title:
-            figure.suptitle(title, fontsize="medium")
+            figure.suptitle(title, fontsize="medium", parse_math=False)
         written.append(folder / f"{name}.png")
         figure.savefig(written[-1], dpi=150)
     return written
@@ -67,7 +66,7 @@ def one_picture(draw: Callable[..., Any], *given: Any, size: tuple[float, float]
 
 def _pictures(results: Any) -> dict[str, Picture]:
     pictures: dict[str, Picture] = {}
-    hue = _kinds(results.metrics)
+    hue = told_apart_by(results.metrics)
     if results.eigenvalues:
         pictures["spectrum"] = one_picture(spectrum, results, size=(6.4, 4.6))
     shapes, changes = results.metrics, results.novelty
@@ -84,9 +83,9 @@ def _pictures(results: Any) -> dict[str, Picture]:
         if shown and table[x].notna().all():
             pictures[name] = _panels(table, shown, x, hue)
     size = (6.4, 4.4)
-    ablation = results.diagnostics.get("normalization_ablation")
-    if ablation is not None and hue is None and ablation["layer"].notna().all():
-        pictures["ablation"] = one_picture(profile, ablation, "d_pr", hue="variant", size=size)
+    table = results.diagnostics.get("normalization_ablation")
+    if table is not None and hue is None and table["layer"].notna().all():
+        pictures["ablation"] = one_picture(ablation, table, size=size)
     for name, draw in (("intrinsic_dimension", intrinsic_dimension), ("overlap", overlap)):
         if name in results.diagnostics:
             table = results.diagnostics[name]
@@ -94,18 +93,19 @@ def _pictures(results: Any) -> dict[str, Picture]:
             if "step" in table and table["step"].max() > 0:
                 pictures[f"{name}_over_scales"] = one_picture(draw, table, x="scale", size=size)
     if "load" in results.router:
-        pictures["router"] = one_picture(_router, results.router, size=(7.0, 4.4))
+        pictures["router"] = one_picture(router, results.router, size=(7.0, 4.4))
     return pictures
 
 
-def _title(metadata: Mapping[str, Any]) -> str:
+def title_of(metadata: Mapping[str, Any]) -> str:
+    """The model, and how much was measured."""
     label = str(metadata.get("model_id") or metadata.get("model_class") or "")
     label = label if label.count("/") <= 1 and not label.startswith((".", "/")) else Path(label).name
     rows = metadata.get("rows_observed")
     return f"{label}, {rows:,} {metadata.get('row_unit', 'rows')}" if rows else label
 
 
-def _kinds(table: pd.DataFrame) -> str | None:
+def told_apart_by(table: pd.DataFrame) -> str | None:
     """The column that tells sites of one layer apart."""
     at = [column for column in ("weights", "stack", "layer") if column in table]
     for column in ("weights", "kind", "stack"):
@@ -128,11 +128,3 @@ def _panels(table: pd.DataFrame, columns: Sequence[str], x: str, hue: str | None
             profile(table, column, x, hue=hue, ax=ax, legend=index == 0)
 
     return (4.2 * across, 3.2 * down), draw
-
-
-def _router(table: pd.DataFrame, ax: Any) -> Any:
-    loads = np.stack([as_array(load) for load in table["load"]])
-    matrix(loads, "load", ax, vmin=0.0)
-    ax.set_yticks(range(len(loads)), labels=short_names(list(table["site"])))
-    ax.set(xlabel="expert", ylabel="layer", aspect="auto")
-    return ax

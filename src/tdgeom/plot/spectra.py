@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from tdgeom.numerics.numerical_rank import above_rounding
-from tdgeom.plot.palette import COLOURS, GRADIENT, depth_colours
-from tdgeom.plot.style import as_array, axes_or_new, tidy
+from tdgeom.plot.palette import COLOURS, depth_colours
+from tdgeom.plot.style import as_array, axes_or_new, layer_legend, tidy
 from tdgeom.run.several_models import by_model
 from tdgeom.run.to_frame import to_frame
 
@@ -46,8 +46,6 @@ def spectrum(
     """
     series = _spectra(eigenvalues)
     ax = axes_or_new(ax, (6.0, 4.2))
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
 
     colours = depth_colours(len(series)) if len(series) > 1 else [COLOURS[0]]
     bottoms = []
@@ -71,14 +69,7 @@ def spectrum(
     if ax.get_ylim()[0] < min(bottoms) / 4:
         ax.set_ylim(bottom=min(bottoms) / 4)
     tidy(ax)
-    named = [name for name in series if name]
-    if legend if legend is not None else named and len(named) <= 12:
-        ax.legend(frameon=False, fontsize="small", ncols=1 if len(named) <= 6 else 2, loc="lower left")
-    elif legend is None and len(named) > 12:
-        scale = ScalarMappable(Normalize(0, (len(named) - 1) / 0.86), GRADIENT)
-        bar = ax.figure.colorbar(scale, ax=ax, boundaries=np.arange(len(named) + 1) - 0.5)
-        places = np.unique(np.linspace(0, len(named) - 1, 7).round().astype(int))
-        bar.set_ticks(places, labels=[named[place] for place in places])
+    layer_legend(ax, [name for name in series if name], legend)
     return ax
 
 

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from tdgeom.measures.columns import column_of, is_error
+from tdgeom.measures.columns import column_of, fixed_ends, is_error
 from tdgeom.plot.pair_grids import pair_grid, short_names, side_name
 from tdgeom.report.contents import Chart, Section
 from tdgeom.report.heat_maps import heat_map
 from tdgeom.report.profile_charts import measure_chart
 from tdgeom.report.profile_sections import IDENTITY, MARKS, tables_of
 from tdgeom.report.reported_run import ReportedRun, series_rows
-from tdgeom.report.vega_charts import domain_of
 
 __all__ = ["between_section"]
 
@@ -79,7 +78,7 @@ def _matrix(
     rows, columns = short_names(down), short_names(across)
     words = _said(grid, rows, columns, down == across)
     sides = (side_name(down), side_name(across))
-    domain = None if difference else domain_of(column, grid)
+    domain = None if difference else fixed_ends(column, grid.ravel())
     spec = heat_map(
         grid,
         rows,

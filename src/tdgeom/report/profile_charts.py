@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from tdgeom.measures.columns import Column, column_of, error_column
+from tdgeom.measures.columns import Column, column_of, error_column, fixed_ends
 from tdgeom.report.contents import Chart
 from tdgeom.report.line_charts import line_chart
-from tdgeom.report.vega_charts import domain_of
 
 __all__ = ["drawn_once", "measure_chart", "measures_chart", "said"]
 
@@ -25,7 +24,7 @@ def measure_chart(rows: pd.DataFrame, name: str, x: str, *, log: bool = False) -
     points, series = drawn_once(points)
     words = said(points, column, x)
     spec = line_chart(
-        points, column, column_of(x), series=series, log=log, domain=domain_of(column, points["y"]),
+        points, column, column_of(x), series=series, log=log, domain=fixed_ends(column, points["y"]),
         whole=x == "layer", words=f"{column.label}. {words}", places=_places(rows),
     )  # fmt: skip
     below = _difference(rows, name, x) if rows["_run"].nunique() > 1 else None
@@ -54,7 +53,7 @@ def measures_chart(
     column = column_of(names[0])._replace(label=title, unit=unit)
     words = said(points, column, x)
     spec = line_chart(
-        points, column, column_of(x), series=series, log=log, domain=None if log else domain_of(column, points["y"]),
+        points, column, column_of(x), series=series, log=log, domain=None if log else fixed_ends(column, points["y"]),
         whole=x == "layer", words=f"{title}. {words}",
     )  # fmt: skip
     return Chart(_heading(column), _says(says, words, points, series), spec, words)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from tdgeom.measures.columns import Column
 from tdgeom.plot.palette import COLOURS
 
 __all__ = [
@@ -19,7 +18,6 @@ __all__ = [
     "chart",
     "depth_variables",
     "digits",
-    "domain_of",
     "line_colours",
 ]
 
@@ -62,17 +60,6 @@ def digits(values: Any, keep: int = 5) -> list[Any]:
     return [
         None if not np.isfinite(value) else float(f"{value:.{keep}g}") for value in np.asarray(values, float)
     ]
-
-
-def domain_of(column: Column, values: Any) -> list[float] | None:
-    """The axis of a measure that has a range: the range, and what lies outside of it; None where it is open."""
-    if column.low is None or column.high is None:
-        return None
-    found = np.asarray(values, float)
-    found = found[np.isfinite(found)]
-    # a cosine that is never negative needs no lower half
-    low = 0.0 if column.low == -1 and (not len(found) or found.min() >= 0) else column.low
-    return [float(min([low, *found])), float(max([column.high, *found]))]
 
 
 def depth_variables(count: int) -> list[str]:
