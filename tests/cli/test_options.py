@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -122,6 +123,25 @@ def test_json_is_all_that_stdout_holds(command, folder, text, tmp_path):
     code, listed, err = command("sites", folder, "--json")
     (site,) = [one for one in json.loads(listed)["sites"] if one["site"] == "mlp_output.2"]
     assert site["module"] == "bert.encoder.layer.2.output.dense" and site["layer"] == 2 and err == ""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_80_columns_is_whole(command, name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = command(name, "--help")
+    assert (code, err) == (0, "") and "…" not in out and max(map(len, out.splitlines())) <= 80
+    # each option in a line of its own, named whole
+    options = [
+        option for parameter in COMMANDS[name].params for option in parameter.opts if option.startswith("--")
+    ]
+    assert all(option in out for option in options)
+
+
+def test_every_command_has_a_line_in_the_guide():
+    guide = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text(encoding="utf-8")
+    assert {line.split()[2].strip("`") for line in guide.splitlines() if line.startswith("| `tdgeom")} == set(
+        COMMANDS
+    )
 
 
 # ---------------------------------------------------------------------------------------- files of options

@@ -16,14 +16,13 @@ from tdgeom.cli.options import (
     Layers,
     Metrics,
     Model,
-    OneModelOptions,
     Sites,
-    TextOptions,
     layer_choice,
     listed,
     quiet_transformers,
     with_options,
 )
+from tdgeom.cli.outputs import MeasuringOptions, OneModelOptions
 
 __all__ = ["analyze", "demo"]
 
@@ -97,4 +96,4 @@ def demo(
 
     demo_model_path()
     quiet_transformers()
-    TextOptions(as_json=as_json).finish(run_demo(out, max_rows=max_rows), print_results)
+    MeasuringOptions(as_json=as_json).finish(run_demo(out, max_rows=max_rows), print_results)

@@ -18,7 +18,9 @@ from tdgeom.cli.geometry_commands import dimension, overlap
 from tdgeom.cli.look_commands import show, sites
 from tdgeom.cli.options import STATE
 from tdgeom.cli.report_command import report
+from tdgeom.cli.rerun_command import rerun
 from tdgeom.cli.runs_command import app as runs
+from tdgeom.cli.store_command import store
 
 __all__ = ["app", "main"]
 
@@ -128,11 +130,13 @@ app.command(
 EXAMPLES: dict[Callable[..., None], str] = {
     demo: "demo --max-rows 5000 --out try",
     show: "show tdgeom-demo",
+    rerun: "rerun run --out again",
     report: "report run other-run --out both.html",
     sites: "sites gpt2",
     compare: "compare gpt2 ./my-gpt2 --text book.txt --plots --out run",
     dimension: "dimension gpt2 --text book.txt --untrained --plots --out run",
     overlap: "overlap gpt2 --text book.txt --labels chapters.txt",
+    store: "store gpt2 --text book.txt --sites residual_output --dtype bfloat16 --store activations",
 }
 for command, example in EXAMPLES.items():
     app.command(epilog=f"Example: [bold]tdgeom {example}[/bold]")(command)

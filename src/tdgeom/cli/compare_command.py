@@ -14,12 +14,12 @@ from tdgeom.cli.options import (
     MAX_ROWS,
     Layers,
     Sites,
-    TextOptions,
     layer_choice,
     listed,
     quiet_transformers,
     with_options,
 )
+from tdgeom.cli.outputs import MeasuringOptions
 from tdgeom.measures.registry import DEFAULT_MEASURES, MEASURES, named_stages
 
 __all__: list[str] = []
@@ -33,12 +33,13 @@ def compare(
     model_b: Annotated[
         str, typer.Argument(help="The other model, or another checkpoint.", metavar="MODEL_B")
     ],
-    options: TextOptions,
+    options: MeasuringOptions,
     metrics: Annotated[
         str,
         typer.Option(
             help=f"Comma-separated: {', '.join(MEASURES)}.",
             metavar="NAMES",
+            show_default=", ".join(DEFAULT_MEASURES),
             autocompletion=completing(pair_measures),
         ),
     ] = ",".join(DEFAULT_MEASURES),

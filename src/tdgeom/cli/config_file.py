@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +9,20 @@ from typing import Any
 
 import typer
 
+from tdgeom.files.atomic import file_sha256
+
 __all__ = ["defaults_of", "hashes_of", "option_names", "read_config", "recorded"]
 
-OF_ONE_CALL = {"out", "overwrite", "as_json", "config", "columns"}  # they change no number
+OF_ONE_CALL = {
+    "out",
+    "overwrite",
+    "plots",
+    "as_json",
+    "config",
+    "columns",
+    "checkpoint",
+    "every",
+}  # they change no number
 LARGEST = 2**20
 
 
@@ -116,15 +126,9 @@ def recorded(command: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def hashes_of(options: Mapping[str, Any]) -> dict[str, str]:
     """The SHA-256 of every file that an option names (FILE, or FILE:FIELD)."""
+    texts = [value for value in options.values() if isinstance(value, str)]
     found = {}
-    for name, value in options.items():
-        for path in (
-            (value, value.rpartition(":")[0]) if isinstance(value, str) and name != "checkpoint" else ()
-        ):
-            if path and Path(path).is_file():
-                with open(path, "rb") as file:
-                    digest = hashlib.sha256()
-                    while part := file.read(2**20):
-                        digest.update(part)
-                    found[path] = digest.hexdigest()
+    for path in (part for text in texts for part in (text, text.rpartition(":")[0])):
+        if path and Path(path).is_file():
+            found[path] = file_sha256(Path(path))
     return found

@@ -16,7 +16,8 @@ import typer
 
 import tdgeom as tg
 from tdgeom.cli.completion import ESTIMATORS, completing, site_kinds
-from tdgeom.cli.options import Model, OneModelOptions, Pool, listed, with_options
+from tdgeom.cli.options import Model, Pool, listed, with_options
+from tdgeom.cli.outputs import OneModelOptions
 from tdgeom.measures.registry import named_stages
 
 if TYPE_CHECKING:

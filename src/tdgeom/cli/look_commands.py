@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import tdgeom as tg
+from tdgeom.cli.inputs import InputOptions
 from tdgeom.cli.options import (
     Columns,
     Json,
     Model,
     Remote,
-    TextOptions,
     console,
     layer_choice,
     print_json,
@@ -106,7 +106,7 @@ def _batch(net: nn.Module, name: str, text: str | None, trust_remote_code: bool)
     from tdgeom.rows.text import TextBatches, read_text
 
     if text is not None:
-        options = TextOptions(text=text, trust_remote_code=trust_remote_code)
+        options = InputOptions(text=text, trust_remote_code=trust_remote_code)
         tokenizer = options.tokenizer_of(name)
         length = min(64, options.length_for(net, tokenizer))
         return next(iter(TextBatches(read_text(text), tokenizer, batch_size=2, max_length=length)))
