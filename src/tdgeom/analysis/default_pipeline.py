@@ -103,7 +103,7 @@ def analysis_pipeline(
         ends.append(ForEach(NearestNeighbors(settings.neighbors), sites))
     if "spectrum" in settings.families:
         ends.append(ForEach(SpectrumMetrics(), sites))
-        ends += [ForEach(SpectrumErrors(), sites)] if errors.groups else []
+        ends += [ForEach(SpectrumErrors(parts=True), sites)] if errors.groups else []
     if "sample" in settings.families:
         ends.append(ForEach(errors.around(SampleMetrics()), sites))
     if settings.diagnostics:
@@ -192,7 +192,7 @@ class _Errors:
                 by_rows.setdefault(rows, []).extend(values)
             elif isinstance(units[0], SubspaceNovelty) and key_tuple(unit.in_keys[0])[0] == "replicates":
                 by_rows.setdefault((*key_tuple(unit.in_keys[0])[:-1], "rows"), []).extend(unit.out_keys)
-        return [Jackknife(keys, rows=rows) for rows, keys in by_rows.items()]
+        return [Jackknife(keys, rows=rows, parts=True) for rows, keys in by_rows.items()]
 
 
 def _of_a_sample(settings: AnalysisSettings) -> TensorDictSequential:

@@ -27,8 +27,9 @@ __all__ = [
     "table",
 ]
 
+ERROR_PARTS = ("error_parts", "spectrum_parts")  # what errors are made of, for the pairing of runs
 FIRST_ROOTS = ("spectrum", "sample_metrics")
-NOT_METRICS = {"run", "eigenvalues", "ablation", "between", "router", "convergence"}
+NOT_METRICS = {"run", "eigenvalues", "ablation", "between", "router", "convergence", *ERROR_PARTS}
 
 
 @dataclass(frozen=True)

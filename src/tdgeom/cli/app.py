@@ -14,6 +14,7 @@ import typer
 import tdgeom as tg
 from tdgeom.cli.analyze_command import analyze, demo
 from tdgeom.cli.compare_command import compare
+from tdgeom.cli.diff_command import diff
 from tdgeom.cli.geometry_commands import dimension, overlap
 from tdgeom.cli.look_commands import show, sites
 from tdgeom.cli.options import STATE
@@ -38,7 +39,8 @@ UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__nam
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 after an error, 130 after Ctrl-C.
+    """Run the command line and return its exit code: 0, 1 where ``tdgeom diff`` finds a difference, 2 after an error, 130 after
+    Ctrl-C.
 
     Errors are one line on stderr. ``--debug``, anywhere in the arguments, shows the traceback instead.
     """
@@ -132,6 +134,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
     show: "show tdgeom-demo",
     rerun: "rerun run --out again",
     report: "report run other-run --out both.html",
+    diff: "diff run-before run-after",
     sites: "sites gpt2",
     compare: "compare gpt2 ./my-gpt2 --text book.txt --plots --out run",
     dimension: "dimension gpt2 --text book.txt --untrained --plots --out run",

@@ -23,6 +23,7 @@ __all__ = [
     "error_interval",
     "group_jackknife",
     "scale_of",
+    "value_and_parts",
 ]
 
 Scale = Literal["linear", "log", "fisher", "logit"]
@@ -66,7 +67,18 @@ def group_jackknife(values: Tensor, rows: Tensor) -> JackknifeResult:
             f"group_jackknife expects (..., G+1) values, that of all rows first, beside (G,) rows a group; got "
             f"{tuple(values.shape)} and {tuple(rows.shape)}."
         )
-    values = values.double()
+    whole, bias, parts, groups = _parts(values.double(), rows)
+    few = (groups < 2) | ~torch.isfinite(whole)
+    return JackknifeResult(
+        whole,
+        torch.where(few, torch.nan, bias),
+        torch.where(few, torch.nan, parts.square().sum(-1).sqrt()),
+        (groups - 1).clamp(min=0),
+    )
+
+
+def _parts(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Value, bias, what each group adds to the error (..., G), whose squares sum to its square, and groups with rows."""
     m = rows.to(values.device).double()
     used, n = m > 0, m.sum(-1, keepdim=True)
     groups = used.sum(-1).double()
@@ -76,14 +88,7 @@ def group_jackknife(values: Tensor, rows: Tensor) -> JackknifeResult:
     bias = ((1 - m / n) * apart).sum(-1)
     above = torch.where(used, n / m.clamp(min=1) - 1, 1.0)  # h - 1
     pseudo = torch.where(used, bias.unsqueeze(-1) - above * apart, 0.0)
-    variance = (pseudo.square() / above).sum(-1) / groups
-    few = (groups < 2) | ~torch.isfinite(whole)
-    return JackknifeResult(
-        whole,
-        torch.where(few, torch.nan, bias),
-        torch.where(few, torch.nan, variance.sqrt()),
-        (groups - 1).clamp(min=0),
-    )
+    return whole, bias, pseudo / (above * groups.unsqueeze(-1)).sqrt(), groups
 
 
 def error_interval(
@@ -170,6 +175,12 @@ NO_ERROR = frozenset({
 """Leaves that are no estimates: counts, marks, errors and extremes."""
 
 
+def value_and_parts(values: Tensor, rows: Tensor) -> Tensor:
+    """The value, and what each group adds to its error: (..., G+1) as ``group_jackknife`` takes them -> (..., G+1)."""
+    whole, _, parts, _ = _parts(values.double(), rows)
+    return torch.cat([whole.unsqueeze(-1), parts], -1)
+
+
 class Jackknife(Stage):
     """Replicate values to estimates with errors: a value of all rows, and behind it those without each group of documents.
 
@@ -191,6 +202,8 @@ class Jackknife(Stage):
         corrected: put the interval about the value less its bias.
         scale: of the interval; "auto" chooses by the measure's name, see ``scale_of``.
         level: of the interval.
+        parts: also write, under ``("error_parts", *key)``, (G+1, ...): the value, then what each group of documents adds to its
+            error (the squares sum to that of ``_se``). ``tg.difference`` pairs them where two runs read the same documents.
         rows: the key of the groups' sizes: ``("replicates", "rows")`` of ``Replicates``, ``"sample_group_rows"`` of
             ``SampleGroups``.
 
@@ -214,6 +227,7 @@ class Jackknife(Stage):
         corrected: bool = False,
         scale: Scale | Literal["auto"] = "auto",
         level: float = 0.95,
+        parts: bool = False,
         rows: Key = ("replicates", "rows"),
         in_keys: Keys = None,
         out_keys: Keys = None,
@@ -237,6 +251,8 @@ class Jackknife(Stage):
             for suffix in suffixes
             if estimate
         ]
+        if parts:
+            beside += [("error_parts", *key) for key, estimate in zip(values, self._estimates) if estimate]
         super().__init__(
             in_keys=in_keys,
             out_keys=out_keys,
@@ -244,12 +260,12 @@ class Jackknife(Stage):
             writes=[*values, *beside],
         )
         self.keys, self.full, self.corrected = [*keys], full, corrected
-        self.scale, self.level, self.rows = scale, level, rows
+        self.scale, self.level, self.parts, self.rows = scale, level, parts, rows
 
     def compute(self, *inputs: Tensor) -> list[Tensor]:
         """The values of all rows, then what stands beside each."""
         *values, rows = inputs
-        plain, beside = [], []
+        plain, beside, shares = [], [], []
         for key, value, estimate in zip(self.keys, values, self._estimates):
             if value.ndim < 1 or value.shape[0] != rows.shape[0] + 1:
                 raise ValueError(
@@ -264,6 +280,8 @@ class Jackknife(Stage):
             countable = not value.is_floating_point()
             nothing = torch.full_like(found.standard_error, torch.nan)
             beside.append(nothing if countable else found.standard_error)
+            if self.parts:
+                shares.append(value_and_parts(value.movedim(0, -1), rows).movedim(-1, 0))
             if self.full:
                 name = str(key_tuple(key)[-1])
                 scale: Any = scale_of(name) if self.scale == "auto" else self.scale
@@ -273,7 +291,7 @@ class Jackknife(Stage):
                 )
                 beside += [nothing] * 3 if countable else [found.bias, *ends]
         warn_few_groups("Jackknife", rows)
-        return [*plain, *beside]
+        return [*plain, *beside, *shares]
 
 
 def warn_few_groups(stage: str, rows: Tensor) -> None:

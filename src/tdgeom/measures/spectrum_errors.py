@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tdgeom.core.keys import Keys
 from tdgeom.core.stage import Stage
-from tdgeom.measures.jackknife import with_errors
+from tdgeom.measures.jackknife import value_and_parts, with_errors
 from tdgeom.measures.spectrum_metrics import SPECTRUM_METRICS, spectrum_metrics
 
 __all__ = ["ERROR_METRICS", "SpectrumErrors", "components_interpolated", "replicate_spectrum_metrics"]
@@ -54,6 +54,8 @@ class SpectrumErrors(Stage):
 
     Args:
         alpha_ranks: see ``alpha_req``.
+        parts: also write ``("spectrum_parts", name)`` (groups+1,): the value that the error is of, then what each group adds to
+            it, as ``Jackknife(parts=True)`` does.
         in_keys, out_keys: see ``Stage``.
 
         >>> import torch, tdgeom as tg
@@ -69,11 +71,19 @@ class SpectrumErrors(Stage):
     writes = [("spectrum", f"{name}_se") for name in ERROR_METRICS]
 
     def __init__(
-        self, *, alpha_ranks: tuple[int, int] = (11, 100), in_keys: Keys = None, out_keys: Keys = None
+        self,
+        *,
+        alpha_ranks: tuple[int, int] = (11, 100),
+        parts: bool = False,
+        in_keys: Keys = None,
+        out_keys: Keys = None,
     ) -> None:
-        super().__init__(in_keys=in_keys, out_keys=out_keys)
-        self.alpha_ranks = alpha_ranks
+        beside = [("spectrum_parts", name) for name in ERROR_METRICS] if parts else []
+        super().__init__(in_keys=in_keys, out_keys=out_keys, writes=[*type(self).writes, *beside])
+        self.alpha_ranks, self.parts = alpha_ranks, parts
 
-    def compute(self, eigenvalues: Tensor, rows: Tensor) -> dict[str, Tensor]:
+    def compute(self, eigenvalues: Tensor, rows: Tensor) -> list[Tensor]:
         """See ``group_jackknife``."""
-        return with_errors(replicate_spectrum_metrics(eigenvalues, alpha_ranks=self.alpha_ranks), rows)
+        values = replicate_spectrum_metrics(eigenvalues, alpha_ranks=self.alpha_ranks)
+        found = list(with_errors(values, rows).values())
+        return found + [value_and_parts(value, rows) for value in values.values()] if self.parts else found

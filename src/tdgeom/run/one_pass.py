@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -67,6 +68,7 @@ class OnePass:
         self.checkpoint: Checkpoint | None = None
         self.skipped = 0  # batches of the loader that an earlier run has seen
         self.first_batch: str | None = None
+        self.data = hashlib.sha256()  # of every batch read, in order
         for unit in (*plan.stream, *batch_stages.selects):
             unit.reset()
 
@@ -110,6 +112,10 @@ class OnePass:
             self._keep_place(index + 1)
         self.flush()
 
+    def data_sha256(self) -> str:
+        """Of all batches read here in their order; empty where others were read elsewhere or in an earlier, interrupted run."""
+        return "" if self.skipped or self.sharded else self.data.hexdigest()
+
     def flush(self) -> None:
         """The rows that fill no block to the streaming stages."""
         for ids, blocks in self.blocks.items():
@@ -121,6 +127,7 @@ class OnePass:
 
     def take(self, td: TensorDict, index: int, fresh: Tensor | None = None, bar: tqdm | None = None) -> None:
         """One batch: counted, or run and its rows handed on; ``fresh`` are the sequences that no rank has had before."""
+        self.data.update(tensors_sha256(td).encode())
         self.batch_stages.number(td)
         if not self.sharded and index % self.world != self.rank:
             self.claimed += self.batch_stages.count(td) if self.max_rows is not None else 0

@@ -170,6 +170,7 @@ def _result(
     for name, seconds in one_pass.seconds.items():
         result.set(("run", "seconds", name), torch.tensor(seconds, dtype=torch.float64, device="cpu"))
     result.set_non_tensor(("run", "stopped"), one_pass.stopped)
+    result.set_non_tensor(("run", "data_sha256"), one_pass.data_sha256())
     return result
 
 
