@@ -48,6 +48,8 @@ def parts(model=None) -> list:
         tg.ForEach(tg.StreamingMean(), s),
         tg.StreamingCrossMoments(s, pairs="all"),
         tg.ForEach(tg.StreamingSketch(k=2, size=4), s),
+        tg.ForEach(tg.GroupedCovariance(groups=3, out_keys="grouped"), s),
+        tg.ForEach(tg.Replicates(tg.StreamingMean(out_keys="mean_of"), groups=3, out_keys="replicated"), s),
         tg.ForEach(tg.RouterLoad(), s),
         *(tg.MaxActivating(site, k=5) for site in s),
         tg.ForEach(tg.StreamingLabelMoments(), s),
