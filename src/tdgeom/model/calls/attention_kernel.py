@@ -75,10 +75,12 @@ def _configs(model: nn.Module) -> list[Any]:
 
 def padding_cutters(model: nn.Module) -> list[nn.Module]:
     """The ``nn.TransformerEncoder`` in a model that may cut padding out of its batches (nested tensors)."""
-    if model not in _CUTTERS:
+    cutters = _CUTTERS.get(model)
+    if cutters is None:
         # one look a model: this is asked for at every call
-        _CUTTERS[model] = [ref(m) for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
-    return [module for found in _CUTTERS[model] if (module := found()) is not None]
+        found = [ref(m) for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+        cutters = _CUTTERS[model] = found
+    return [module for cutter in cutters if (module := cutter()) is not None]
 
 
 @contextmanager

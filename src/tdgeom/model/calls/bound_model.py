@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -127,13 +128,19 @@ def _is_compiled(forward: Any) -> bool:
 
 def may_stop(modules: Sequence[nn.Module]) -> bool:
     """Whether a forward pass may end early: not under offloading, replicas or sharding, which must finish."""
-    bases = {base.__name__ for kind in {type(module) for module in modules} for base in kind.__mro__}
-    return not bases & _FINISH and not any("_hf_hook" in module.__dict__ for module in modules)
+    if any(map(_finishes, set(map(type, modules)))):
+        return False
+    return not any(["_hf_hook" in module.__dict__ for module in modules])
+
+
+@lru_cache(1024)
+def _finishes(kind: type) -> bool:
+    return any(base.__name__ in _FINISH for base in kind.__mro__)
 
 
 def has_other_forwards(modules: Sequence[nn.Module]) -> bool:
     """Whether somebody has put a forward in a module's place, which may have something to put back at its end."""
-    return any("forward" in module.__dict__ for module in modules)
+    return any(["forward" in module.__dict__ for module in modules])
 
 
 def modules_within(model: nn.Module) -> list[nn.Module]:
@@ -145,10 +152,11 @@ def modules_within(model: nn.Module) -> list[nn.Module]:
     found = {model: None}
     modules = [model]
     for module in modules:  # grows while it is walked
-        for child in module._modules.values():
-            if child is not None and child not in found:
-                found[child] = None
-                modules.append(child)
+        if children := module._modules:
+            for child in children.values():
+                if child is not None and child not in found:
+                    found[child] = None
+                    modules.append(child)
     return modules
 
 

@@ -96,12 +96,16 @@ class CallInfo:
     ) -> None:
         """A call starts. ``expects`` says that a mask, if the call itself has none, reaches a module inside (:func:`hear`)."""
         named = {**dict(zip(names, args, strict=False)), **kwargs}
-        self.tensors = call_tensors(names, args, kwargs)
+        simple = _only_tensors(named) if len(args) <= len(names) else None
+        self.tensors = call_tensors(names, args, kwargs) if simple is None else simple
         self.expects, self.heard = expects, []
         self.side = "decoder_" if "decoder_input_ids" in names else ""
         tokens = [self.tensors.get(self.side + name) for name in ("input_ids", "inputs_embeds")]
         first = next((value for value in tokens if isinstance(value, Tensor) and value.ndim > 1), None)
         self.shape = None if first is None else (first.shape[0], first.shape[1])
+        if simple is not None:  # neither a mask nor a cache
+            self.past, self.history, self.attended = 0, None if first is None else tokens[0], None
+            return
         cache = find_cache(named)
         mask = self.tensors.get(self.side + "attention_mask")
         if self.shape is None:
@@ -210,6 +214,18 @@ class CallInfo:
             found[name] = attended
         found = {key: value for key, value in found.items() if isinstance(value, Tensor) or key == name}
         return found if keep is None else {key: found[key] for key in (*keep, name) if key in found}
+
+
+def _only_tensors(named: Mapping[str, Any]) -> dict[Key, Any] | None:
+    """The tensors of a call that was given no masks and nothing that holds tensors; ``None`` for every other call."""
+    found: dict[Key, Any] = {}
+    for name, value in named.items():
+        if value is None or value is True or value is False:
+            continue
+        if not isinstance(value, Tensor) or "mask" in name or name == "cache_position":
+            return None
+        found[name] = value
+    return found
 
 
 def _may_be_padding(name: Key, value: Any, shape: tuple[int, int]) -> bool:

@@ -128,8 +128,11 @@ class HookingContext(Configured, TensorDictModuleBase):
                 return on_one_device(model)(*args, **kwargs)
 
             told = {name: given[name] if name in given else tensordict.get(name, None) for name in SIDES}
-            told = {name: mask for name, mask in told.items() if name not in self.withhold}
-            given = number_padded(model, given, told, call, inputs.position_names, inputs.owner)
+            told = {
+                name: mask for name, mask in told.items() if mask is not None and name not in self.withhold
+            }
+            if told:
+                given = number_padded(model, given, told, call, inputs.position_names, inputs.owner)
         return inputs.arguments(given, tensordict)
 
     def _grad_mode(self) -> AbstractContextManager[Any]:

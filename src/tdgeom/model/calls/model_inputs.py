@@ -31,10 +31,10 @@ InKeys = Sequence[Key] | Mapping[str, Key]
 class ModelInputs:
     """What a model is called with, and under which keys it lies in a TensorDict.
 
-    ``demanded`` and ``optional`` are forward name -> key. Demanded is by default the model's ``main_input_name``, or every
-    parameter of forward without a default, or the first one; optional is every other one that may hold a tensor, except labels,
-    row identities and ``withhold``. Of ``in_keys``, a list gives demanded keys: those that forward names go there, the others
-    fill the demanded parameters in order. A mapping gives forward name -> key.
+    ``demanded`` is forward name -> key, ``optional`` are names that are keys. Demanded is by default the model's
+    ``main_input_name``, or every parameter of forward without a default, or the first one; optional is every other one that may
+    hold a tensor, except labels, row identities and ``withhold``. Of ``in_keys``, a list gives demanded keys: those that forward
+    names go there, the others fill the demanded parameters in order. A mapping gives forward name -> key.
 
     A model that is itself a TensorDict module gets a copy of the TensorDict; a model that takes one mapping of features gets
     one, with what the first model inside that names token ids takes.
@@ -56,6 +56,7 @@ class ModelInputs:
         self.called = bare if inner is None else inner
         self.signature = read_signature(self.called)
         self.demanded = self._demanded(in_keys)
+        # under their own names
         self.optional = _optional_inputs(self.signature, tuple(self.demanded.items()), self.withhold)
         # a decoder's ids are made from the labels where they are missing
         self.from_labels = "decoder_input_ids" in self.optional and hasattr(
@@ -65,7 +66,7 @@ class ModelInputs:
     @property
     def optional_keys(self) -> list[Key]:
         """Every key that is read where it is present."""
-        return [*self.optional.values(), *(["labels"] if self.from_labels else [])]
+        return [*self.optional, *(["labels"] if self.from_labels else [])]
 
     @property
     def position_names(self) -> list[str]:
@@ -130,6 +131,7 @@ class ModelInputs:
     def given(self, tensordict: TensorDictBase) -> dict[str, Any]:
         """What the model is given of a batch: forward name -> value."""
         given: dict[str, Any] = {}
+        present = set(tensordict.keys())
         for name, key in self.demanded.items():
             value = tensordict.get(key, None)
             if value is None:
@@ -138,9 +140,8 @@ class ModelInputs:
                     f"{sorted(map(str, tensordict.keys()))}. Remedy: add it, or {self.owner}(..., in_keys={{{name!r}: <key>}})."
                 )
             given[name] = value
-        for name, key in self.optional.items():
-            value = tensordict.get(key, None)
-            if isinstance(value, Tensor):
+        for name in self.optional:
+            if name in present and isinstance(value := tensordict.get(name), Tensor):
                 given[name] = value
         _refuse_too_long(self.called, given)
         if "use_cache" in self.signature.names:
@@ -183,10 +184,10 @@ def _default_inputs(signature: Signature, main: str | None) -> Mapping[str, Key]
 @lru_cache
 def _optional_inputs(
     signature: Signature, demanded: tuple[tuple[str, Key], ...], withhold: tuple[str, ...]
-) -> Mapping[str, Key]:
-    """Name -> key of what else may be given."""
+) -> tuple[str, ...]:
+    """The names, and keys, of what else may be given."""
     apart = {*CARRIED, *withhold, *(part for pair in demanded for part in pair)}
-    return {name: name for name in signature.tensors if name not in apart and not is_target(name)}
+    return tuple(name for name in signature.tensors if name not in apart and not is_target(name))
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -202,6 +203,8 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 def _refuse_too_long(model: nn.Module, given: Mapping[str, Any]) -> None:
     """More tokens than a table of learned positions has rows would be an index error deep inside the model."""
     config, ids = getattr(model, "config", None), given.get("input_ids")
+    if config is None:
+        return
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
     known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
     if not known or not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] <= max(known):

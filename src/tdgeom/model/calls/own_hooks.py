@@ -52,11 +52,11 @@ def hook_after(
     return OwnHook(module, "_forward_hooks", run, options, front)
 
 
-Hung = tuple[OrderedDict, OwnId, list[dict], nn.Module]
+Hung = tuple[OrderedDict, OwnId, list[dict]]
 
 
 def hang(wanted: Iterable[OwnHook]) -> list[Hung]:
-    """Hang hooks on their modules; what comes back is for :func:`take_down`.
+    """Hang hooks on their modules, which :func:`hold` is told of; what comes back is for :func:`take_down`.
 
     torch's registration makes a handle of weak references for each, which is most of what entering a context would cost.
     """
@@ -72,18 +72,16 @@ def hang(wanted: Iterable[OwnHook]) -> list[Hung]:
         hooks[key] = hook.run
         if hook.front:
             hooks.move_to_end(key, last=False)
-        hung.append((hooks, key, options, hook.module))
-        hold(hook.module)
+        hung.append((hooks, key, options))
     return hung
 
 
 def take_down(hung: Iterable[Hung]) -> None:
     """Take away hooks that :func:`hang` has hung, and no others."""
-    for hooks, key, options, module in hung:
+    for hooks, key, options in hung:
         hooks.pop(key, None)
         for option in options:
             option.pop(key, None)
-        release(module)
 
 
 def lead(hooks: OrderedDict) -> None:

@@ -22,7 +22,17 @@ from tdgeom.model.calls.attention_kernel import (
 from tdgeom.model.calls.call_info import CallInfo, hear
 from tdgeom.model.calls.call_paths import is_inside
 from tdgeom.model.calls.checkpointing import runs_again
-from tdgeom.model.calls.own_hooks import CHANGING, Hung, OwnHook, hang, hook_after, hook_before, take_down
+from tdgeom.model.calls.own_hooks import (
+    CHANGING,
+    Hung,
+    OwnHook,
+    hang,
+    hold,
+    hook_after,
+    hook_before,
+    release,
+    take_down,
+)
 from tdgeom.model.calls.places import Place, Places
 from tdgeom.model.calls.router_kernel import router_look
 from tdgeom.model.structure.readers import read_input
@@ -66,6 +76,7 @@ class SiteHooks:
         self.places, self.threads = places, threads
         self.hooks: list[OwnHook] = []
         self.hung: list[Hung] = []
+        self.hooked: list[nn.Module] = []  # where these hooks hang
         self.undo = ExitStack()
         self.owner = get_ident()
         self.current: Any = None
@@ -90,6 +101,7 @@ class SiteHooks:
         self.histories.clear()
         if not self.made:
             self._make()
+            self.hooked = list(dict.fromkeys(hook.module for hook in self.hooks))
             self.made = True
         places = self.places
         with CHANGING:
@@ -104,6 +116,8 @@ class SiteHooks:
                 if padding_cutters(places.model):
                     self.undo.enter_context(whole_batches(places.model))
                 self.hung = hang(self.hooks)
+                for module in self.hooked:
+                    hold(module)
             except BaseException:
                 self.close()
                 raise
@@ -126,6 +140,8 @@ class SiteHooks:
         with CHANGING:
             hung, self.hung = self.hung, []
             take_down(hung)
+            for module in self.hooked if hung else ():
+                release(module)
             self.undo.close()
         self.current = None
         self.others.clear()

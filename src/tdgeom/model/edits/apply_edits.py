@@ -104,8 +104,10 @@ class Editing(SiteHooks):
     def around(self) -> None:
         """Hooks that learn what a call was given, and those that carry a change past the module where it was made."""
         model = self.places.model
-        for owner, signature in self.plan.owners.items():
-            self.before(model.get_submodule(owner), partial(self._on_call, owner, signature), front=True)
+        marked = {path for path, _ in self.places.calls}
+        for owner in self.plan.owners:
+            if owner not in marked:  # there one hook does both
+                self.before(model.get_submodule(owner), partial(self._on_call, owner), front=True)
         self.listen()
         self.mark_calls()  # in front of what learns about the call
         for path in self.plan.bypassed:
@@ -190,13 +192,16 @@ class Editing(SiteHooks):
 
     # ------------------------------------------------------------------------------------------ hooks
 
-    def _on_call(
-        self, owner: str, signature: Signature, module: nn.Module, args: tuple, kwargs: dict | None = None
-    ) -> None:
+    def _on_begin(self, path: str, module: nn.Module, args: tuple, kwargs: Any = None) -> None:
+        super()._on_begin(path, module, args, kwargs)
+        if path in self.plan.owners:
+            self._on_call(path, module, args, kwargs)
+
+    def _on_call(self, owner: str, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
         step = None if kwargs is None else self.step()
         if step is None or kwargs is None:
             return
-        self.learn(step, owner, signature.names, args, kwargs)
+        self.learn(step, owner, self.plan.owners[owner].names, args, kwargs)
 
     def on_block(self, path: str, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
         """A block begins: what an earlier call that failed has left is gone."""
@@ -258,7 +263,8 @@ class Editing(SiteHooks):
                 value = self._apply(edit, planned, value, step)
             value = value.transpose(0, 1) if turned else value
             self.acted.add(id(planned))
-            value = value.reshape(before.shape).contiguous()  # models take views of what they computed
+            value = value if value.shape == before.shape else value.reshape(before.shape)
+            value = value.contiguous()  # models take views of what they computed
             if entry.bypass:
                 step.past_block.setdefault(entry.block_path or "", []).append(value - before)
             if entry.behind is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import reduce
-from typing import Any
+from functools import lru_cache, reduce
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDictBase
@@ -84,9 +84,9 @@ class Edit(Stage):
 
     def is_plain(self) -> bool:
         """Whether calling the stage is calling ``compute``: nothing is overridden, hooked or renamed."""
-        own = all(getattr(type(self), name) is getattr(Edit, name) for name in _CALLED)
         hooked = self._forward_hooks or self._forward_pre_hooks
-        return own and not hooked and self.in_keys == self.reads and self.out_keys == self.writes
+        named = self.in_keys == self.reads and self.out_keys == self.writes
+        return named and not hooked and _calls_compute(cast(Any, type(self)))
 
     def read(self, tensordict: TensorDictBase) -> list[Any]:
         """The activation, and what the call says beside it."""
@@ -191,6 +191,11 @@ class Edit(Stage):
         """Take the activations of a run (a TensorDict of Capture), or forget them (``None``)."""
 
 
+@lru_cache(1024)
+def _calls_compute(kind: Any) -> bool:
+    return all(getattr(kind, name) is getattr(Edit, name) for name in _CALLED)
+
+
 def _chosen(size: int, which: Any, value: Tensor) -> Tensor:
     """(size,), true at ``which``."""
     chosen = torch.zeros(size, dtype=torch.bool, device=value.device)
@@ -239,7 +244,8 @@ class Steer(Edit):
             raise ValueError(
                 f"Steer expected a vector of the {value.shape[-1]} features at {call.site!r}, got {tuple(vector.shape)}."
             )
-        return value + self.coefficient * vector
+        once = type(self.coefficient) is float and self.coefficient == 1.0
+        return value + (vector if once else self.coefficient * vector)
 
 
 class Scale(Edit):
