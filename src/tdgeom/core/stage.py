@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias, cast
 
@@ -67,6 +68,9 @@ class Stage(Configured, TensorDictModuleBase):
     in_roles: list[Key]
     optional_in_keys: list[Key]
     out_names: list[str]
+    _usual: ClassVar[
+        tuple[tuple[Any, ...], dict[str, list[Any]]]
+    ]  # of a class: its declared keys, and what they come to
 
     def __init__(
         self,
@@ -78,6 +82,27 @@ class Stage(Configured, TensorDictModuleBase):
         optional: Collection[Key] | None = None,
     ) -> None:
         super().__init__()
+        given = (in_keys, out_keys, reads, writes, optional)
+        kind, declared = type(self), (type(self).reads, type(self).writes, type(self).optional)
+        usual = kind.__dict__.get("_usual") if given == (None,) * 5 else None
+        if usual is not None and all(map(operator.is_, usual[0], declared)):
+            self._set_plain(**{name: list(keys) for name, keys in usual[1].items()})
+            return
+        before = set(self.__dict__)
+        self._name_keys(*given)
+        if given == (None,) * 5:  # what the next one of this class begins with
+            made = {name: keys for name, keys in self.__dict__.items() if name not in before}
+            if all(isinstance(keys, list) for keys in made.values()):
+                kind._usual = declared, {name: list(keys) for name, keys in made.items()}
+
+    def _name_keys(
+        self,
+        in_keys: Key | list[Key] | None,
+        out_keys: Key | list[Key] | None,
+        reads: Mapping[Key, str | None] | Sequence[Key] | None,
+        writes: Sequence[Key] | None,
+        optional: Collection[Key] | None,
+    ) -> None:
         owner = type(self).__qualname__
         reads = type(self).reads if reads is None else reads
         writes = type(self).writes if writes is None else writes

@@ -188,6 +188,8 @@ def plain_setting(value: Any) -> Any:
         return str(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, nn.Module) and not isinstance(value, Configured | TensorDictBase):
+        return _named(value)
     if isinstance(value, PathLike):
         return fspath(value)
     if isinstance(value, np.generic):

@@ -51,10 +51,10 @@ class CaptureBatches(CaptureReads):
         counting = self.calls is None and not bound.is_counted()
         stop = not self.model_outputs and not backward and self.calls not in ("last", "all")
         stop = stop and may_stop(modules) and not has_other_forwards(modules)
-        session = self._reading(stop and not counting)
+        session, hooks = self._reading(stop and not counting)
         self._use(session)
         try:
-            session.open()
+            session.open(hooks)
             with eval_mode(modules), differentiable(model) if backward else self._grad_mode():
                 session.begin()
                 output = self._called(model, args, kwargs, session if stop and counting else None)
@@ -63,9 +63,9 @@ class CaptureBatches(CaptureReads):
                     # what runs behind the last site may have written to what was read: the pass that stops does not get there
                     bound.count(fired)
                     session.close()
-                    session = self._reading(stop)
+                    session, hooks = self._reading(stop)
                     self._use(session)
-                    session.open()
+                    session.open(hooks)
                     session.begin()
                     output = self._called(model, args, kwargs, None)
                 done = session.end()

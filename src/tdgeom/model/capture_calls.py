@@ -25,8 +25,8 @@ class CaptureCalls(CaptureReads):
     def __enter__(self) -> list[TensorDictBase]:
         self._refuse_entered()
         self._bound.refuse_compiled(self)
-        session = self._reading(stop=False, record=self._record)
-        session.open()
+        session, hooks = self._reading(stop=False, record=self._record)
+        session.open(hooks)
         self._use(session)
         return session.calls
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tdgeom.core.keys import Key
 from tdgeom.model.calls.hooking_context import HookingContext
 from tdgeom.model.calls.named_outputs import has_named_output, read_named_outputs
+from tdgeom.model.calls.own_hooks import OwnHook
 from tdgeom.model.calls.places import Place
 from tdgeom.model.calls.read_pass import Pass
 from tdgeom.model.calls.reading import Reading
@@ -31,7 +32,7 @@ class CaptureReads(HookingContext):
     _all_sites: list[Site]  # those asked for, and behind them what came along
     _leaves: list[Key]  # of all sites, then of the model's outputs
     _last: LastRecord
-    _readings: tuple[tuple, Reading] | None
+    _readings: tuple[tuple, Reading, list[OwnHook]] | None
     _recording: Any
 
     @property
@@ -39,7 +40,9 @@ class CaptureReads(HookingContext):
         """The sites with their modules, heads and scales, in execution order."""
         return self._bound.sites
 
-    def _reading(self, stop: bool, record: Callable[..., None] | None = None) -> Reading:
+    def _reading(
+        self, stop: bool, record: Callable[..., None] | None = None
+    ) -> tuple[Reading, list[OwnHook]]:
         """The hooks of one use, of a context with ``record``; made again only where they would not be those of last time."""
         bound, context = self._bound, record is not None
         told = (self.clone, self.keep_graph, self.direction, self.calls, self.threads, self.callback)
@@ -58,9 +61,10 @@ class CaptureReads(HookingContext):
                 record=record,
                 secure=self._last.secure if context else None,
             )
-            self._set_plain(_readings=(wanted, reading))
-            return reading
-        return self._readings[1]
+            hooks = reading.make()
+            self._set_plain(_readings=(wanted, reading, hooks))
+            return reading, hooks
+        return self._readings[1:]
 
     def _fill_cache(self, values: dict[Key, Tensor]) -> None:
         if self.cache is not None:

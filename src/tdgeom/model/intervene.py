@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -18,13 +18,14 @@ from tdgeom.model.calls.checked_sites import refuse_edits, resolve_sites
 from tdgeom.model.calls.hooking_context import HookingContext
 from tdgeom.model.calls.model_inputs import InKeys
 from tdgeom.model.calls.named_outputs import read_named_outputs
+from tdgeom.model.calls.own_hooks import OwnHook
 from tdgeom.model.calls.places import Place
 from tdgeom.model.calls.recorded_calls import write_entries
 from tdgeom.model.calls.repeated_calls import CallsSpec
 from tdgeom.model.capture import Capture
 from tdgeom.model.edits.apply_edits import Editing, EditPlan
 from tdgeom.model.edits.edit import Edit
-from tdgeom.model.sites import LayerSpec
+from tdgeom.model.sites import LayerSpec, Site
 from tdgeom.model.structure.meant_sites import listed_sites
 from tdgeom.model.structure.resolve import sites_meant, takes_layers
 from tdgeom.model.structure.resolved_site import ResolvedSite
@@ -81,7 +82,8 @@ class Intervene(HookingContext):
     missing: str
     _asked: dict[str, list[EditLike]]
     _listed: list[list[EditLike]]  # the edits of each place
-    _editing: Editing | None
+    _editing: tuple[Editing, list[OwnHook]] | None
+    _asking: list[tuple[Edit, Site]]  # edits that may want other runs
     _captures: dict[tuple[str, ...], Capture]
 
     def __init__(
@@ -151,7 +153,13 @@ class Intervene(HookingContext):
 
     def _take(self, bound: Bound) -> None:
         super()._take(bound)
-        self._set_plain(_editing=None, _captures={})
+        asking = [
+            (edit, entry.site)
+            for entry, edits in self.plan
+            for edit in edits
+            if isinstance(edit, Edit) and type(edit).wanted_runs is not Edit.wanted_runs
+        ]
+        self._set_plain(_editing=None, _captures={}, _asking=asking)
 
     def _further_inputs(self) -> tuple[Sequence[Key], Sequence[Key]]:
         return [wanted for *_, wanted in self._wanted() if isinstance(wanted, str | tuple)], [_SPECIAL]
@@ -170,15 +178,15 @@ class Intervene(HookingContext):
 
     def _wanted(self) -> list[tuple[Edit, str, str, Any]]:
         return [
-            (edit, name, str(entry.site), wanted)
-            for entry, edits in self.plan
-            for edit in edits
-            if isinstance(edit, Edit) and type(edit).wanted_runs is not Edit.wanted_runs
+            (edit, name, str(site), wanted)
+            for edit, site in self._asking
             for name, wanted in edit.wanted_runs().items()
         ]
 
     def _run_others(self, tensordict: TensorDictBase | None) -> None:
         """Run the model on the inputs that edits ask for, once each, and hand the activations over."""
+        if not self._asking:
+            return
         groups: dict[Any, tuple[TensorDictBase, list]] = {}
         group: Any
         for edit, name, site, wanted in self._wanted():
@@ -245,15 +253,15 @@ class Intervene(HookingContext):
         self._bound.refuse_compiled(self)
         self._refuse_entered()
         special = None if tensordict is None else tensordict.get(_SPECIAL, None)
-        session = self._editing
-        if session is None:  # made once, however often the context is entered
+        if self._editing is None:  # made once, however often the context is entered
             plan = EditPlan(self._bound.places, self._listed)
             session = Editing(plan, calls=self.calls, totals=self._totals(), threads=self.threads)
-            self._set_plain(_editing=session)
+            self._set_plain(_editing=(session, session.make()))
+        session, hooks = cast(Any, self._editing)
         try:
             self._run_others(tensordict)
             session.special = special
-            session.open()
+            session.open(hooks)
             self._use(session)
         except BaseException:
             self._forget_others()

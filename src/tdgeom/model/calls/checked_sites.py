@@ -12,7 +12,7 @@ from torch import nn
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.model.calls.structure_check import SiteRefused, checked, moves_choice, refusal
 from tdgeom.model.sites import Site, choice_beside
-from tdgeom.model.structure.resolve import find_sites, select_sites, sites_meant
+from tdgeom.model.structure.resolve import find_sites, select_sites, site_by_path, sites_meant
 from tdgeom.model.structure.resolved_site import ResolvedSite
 
 __all__ = ["available_sites", "choices_beside", "refuse_edits", "resolve_sites"]
@@ -41,6 +41,8 @@ def resolve_sites(
 
     Raises ``RuntimeError`` with the reason for a layer, or for a kind at all layers, that does not hold.
     """
+    if (entry := site_by_path(model, sites, **choice)) is not None:
+        return [entry]  # nothing was concluded of it
     prefix = choice.get("prefix", "")
     wanted = sites_meant(model, sites, prefix)
     if not any(isinstance(name, str) and ":" not in name for name in wanted):

@@ -162,12 +162,14 @@ class HookingContext(Configured, TensorDictModuleBase):
 
     def _with_named(self, tensordict: TensorDictBase, named: Mapping[str, Tensor]) -> TensorDictBase:
         """A batch with the tensors that were given by keyword."""
+        if not named:
+            return tensordict
         unknown = sorted(set(named) - set(self.in_keys))
         if unknown:
             raise TypeError(
                 f"{type(self).__name__} takes a TensorDict, or the model's inputs by keyword: {self.in_keys}; got {unknown}."
             )
-        return tensordict.copy().update(named) if named else tensordict
+        return tensordict.copy().update(named)
 
     def _kept(self, value: Tensor) -> Tensor:
         return value if self.keep_graph else value.detach()

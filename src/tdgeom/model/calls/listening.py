@@ -14,6 +14,7 @@ from torch import nn
 from tdgeom.model.calls.checkpointing import runs_again
 from tdgeom.model.calls.first_call import FirstCall, unverified
 from tdgeom.model.calls.forward_signature import read_signature
+from tdgeom.model.calls.own_hooks import OwnHook
 from tdgeom.model.calls.places import Places
 from tdgeom.model.calls.read_pass import Pass, join_parts
 from tdgeom.model.calls.repeated_calls import CallsSpec
@@ -53,14 +54,14 @@ class Listening(SiteHooks):
         self.called = False  # whether anything was called that is listened to
         self.names: dict[str, Sequence[str]] = {}
 
-    def open(self) -> None:
+    def open(self, hooks: Sequence[OwnHook]) -> None:
         """Install the hooks; what a call of the user's has to check comes first."""
         self.early, self.part, self.disabled, self.calls, self.called = None, None, False, [], False
         self.doubts = unverified(self.places.model, self.places.sites) if self.watch else []
         try:
             for reads in self.doubts:
                 reads.open()
-            super().open()
+            super().open(hooks)
         except BaseException:
             self.close()
             raise

@@ -68,7 +68,7 @@ class Reading(Listening):
     def on_output(self, place: Place, module: nn.Module) -> None:
         """The common case, one site that is the output itself, has a short way."""
         entry, *others = self.places.at[place]
-        plain = not others and entry.view is entry.element is None and entry.scale == 1.0 and entry.calls == 1
+        plain = not others and entry.is_whole and entry.calls == 1
         plain = (
             plain and not (self.backward or self.clone or self.callback) and self.which in (None, "first", 0)
         )

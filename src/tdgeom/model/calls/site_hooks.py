@@ -59,7 +59,7 @@ class Step:
 
 
 class SiteHooks:
-    """Hooks on the modules of sites; ``close`` takes away exactly these.
+    """Hooks on the modules of sites: ``make`` gives them, ``open`` installs them, and ``close`` takes away exactly these.
 
     A subclass defines ``visit``, what is done at a place, and ``around``, further hooks that belong before those of the places.
     ``changes`` says whether what the model computes may change by it.
@@ -77,7 +77,7 @@ class SiteHooks:
         self.hooks: list[OwnHook] = []
         self.hung: list[Hung] = []
         self.hooked: list[nn.Module] = []  # where these hooks hang
-        self.undo = ExitStack()
+        self.undo: ExitStack | None = None  # what else was changed
         self.owner = get_ident()
         self.current: Any = None
         self.others: dict[threading.Thread, Any] = {}  # running calls of other threads
@@ -85,7 +85,6 @@ class SiteHooks:
             tuple[int, str], CallInfo
         ] = {}  # by thread and path: what earlier, cached steps were given
         self.foreign = 0  # calls of threads that are left alone
-        self.made = False
 
     def visit(self, place: Place, args: tuple, kwargs: dict, output: Any) -> Any:
         """What goes on instead: ``(args, kwargs)`` at an input, else an output; ``None`` for what came."""
@@ -94,33 +93,42 @@ class SiteHooks:
     def around(self) -> None:
         """Install what a subclass needs beside the places, before their hooks."""
 
-    def open(self) -> None:
-        """Install the hooks, all of them or none."""
+    def make(self) -> list[OwnHook]:
+        """The hooks, for whoever opens them to hold: they refer to this, and were it to hold them, nothing would be let go."""
+        self._make()
+        hooks, self.hooks = self.hooks, []
+        self.hooked = list(dict.fromkeys(hook.module for hook in hooks))
+        return hooks
+
+    def open(self, hooks: Sequence[OwnHook]) -> None:
+        """Install the hooks that ``make`` has given, all of them or none."""
         self.owner, self.current, self.foreign = get_ident(), None, 0
         self.others.clear()
         self.histories.clear()
-        if not self.made:
-            self._make()
-            self.hooked = list(dict.fromkeys(hook.module for hook in self.hooks))
-            self.made = True
         places = self.places
         with CHANGING:
             try:
-                if places.softmax:
-                    self.undo.enter_context(visible_attention(places.model))
-                for place, entries in places.inside.items():
-                    watcher = partial(self._on_softmax, place)
-                    module, heads = places.module(place[0]), entries[0].head_count
-                    look = router_look(places.model, entries[0]) if entries[0].in_router else None
-                    self.undo.enter_context(watch_softmax(module, watcher, heads, self.here, look))
-                if padding_cutters(places.model):
-                    self.undo.enter_context(whole_batches(places.model))
-                self.hung = hang(self.hooks)
+                if places.softmax or places.inside or padding_cutters(places.model):
+                    self._change(ExitStack())
+                self.hung = hang(hooks)
                 for module in self.hooked:
                     hold(module)
             except BaseException:
                 self.close()
                 raise
+
+    def _change(self, undo: ExitStack) -> None:
+        """Whatever has to be changed beside hooks: forwards in which something is looked at, batches without padding."""
+        places, self.undo = self.places, undo
+        if places.softmax:
+            undo.enter_context(visible_attention(places.model))
+        for place, entries in places.inside.items():
+            watcher = partial(self._on_softmax, place)
+            module, heads = places.module(place[0]), entries[0].head_count
+            look = router_look(places.model, entries[0]) if entries[0].in_router else None
+            undo.enter_context(watch_softmax(module, watcher, heads, self.here, look))
+        if padding_cutters(places.model):
+            undo.enter_context(whole_batches(places.model))
 
     def _make(self) -> None:
         places = self.places
@@ -142,7 +150,9 @@ class SiteHooks:
             take_down(hung)
             for module in self.hooked if hung else ():
                 release(module)
-            self.undo.close()
+            undo, self.undo = self.undo, None
+            if undo is not None:
+                undo.close()
         self.current = None
         self.others.clear()
         self.histories.clear()
@@ -170,10 +180,11 @@ class SiteHooks:
     def learn(self, step: Any, path: str, names: Sequence[str], args: tuple, kwargs: dict) -> None:
         """A module that knows the tokens is called: the model, or the part of it at ``path``."""
         key = (get_ident(), path)
-        if key not in self.histories:
-            self.histories[key] = CallInfo()
-        step.told[path] = self.histories[key]
-        step.told[path].begin(names, args, kwargs, expects=bool(self.places.tellers))
+        info = self.histories.get(key)
+        if info is None:
+            info = self.histories[key] = CallInfo()
+        step.told[path] = info
+        info.begin(names, args, kwargs, expects=bool(self.places.tellers))
 
     def listen(self) -> None:
         """Hooks that hear what modules inside are given as masks, where the model itself is given none."""

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from tdgeom.model.calls.call_info import CallInfo
 from tdgeom.model.calls.checkpointing import is_checkpointed, refuse_later_backward, runs_again
 from tdgeom.model.calls.forward_signature import Signature
-from tdgeom.model.calls.own_hooks import CHANGING, OwnId, lead
+from tdgeom.model.calls.own_hooks import CHANGING, OwnHook, OwnId, lead
 from tdgeom.model.calls.places import Place, Places
 from tdgeom.model.calls.repeated_calls import CallsSpec, fired_too_often, is_meant
 from tdgeom.model.calls.site_hooks import SiteHooks, Step
 from tdgeom.model.calls.token_axis import is_time_first
 from tdgeom.model.edits.edit import Edit
-from tdgeom.model.positions import positions_second
-from tdgeom.model.sites import token_side
+from tdgeom.model.sites import is_pattern, token_side
 from tdgeom.model.structure.readers import read_output, write_output
 from tdgeom.model.structure.resolved_site import ResolvedSite
 
@@ -37,6 +36,7 @@ class Planned:
     edits: Sequence[Any]
     owner: str
     side: str
+    is_pattern: bool  # (B, H, Tq, Tk), which edits are given as (B, Tq, H, Tk)
 
     @cached_property
     def words(self) -> dict[str, NonTensorData]:
@@ -54,7 +54,9 @@ class EditPlan:
         for entry, (owner, signature), listed in zip(places.sites, places.owners, edits, strict=True):
             self.owners[owner] = signature
             side = "" if owner else token_side(entry.site)
-            self.at[entry.module_path, entry.side].append(Planned(entry, listed, owner, side))
+            self.at[entry.module_path, entry.side].append(
+                Planned(entry, listed, owner, side, is_pattern(entry.site))
+            )
         self.everything = [planned for here in self.at.values() for planned in here]
         given = [edit for planned in self.everything for edit in planned.edits]
         self.selective = [edit for edit in dict.fromkeys(given) if isinstance(edit, Edit) and edit.selects()]
@@ -125,14 +127,14 @@ class Editing(SiteHooks):
             if side in ("input", "output")
         ]
 
-    def open(self) -> None:
+    def open(self, hooks: Sequence[OwnHook]) -> None:
         """Install the hooks, in front of everybody else's."""
         self.acted, self.called, self.failed, self.between = set(), False, False, None
         self.entered = [True]
         for edit in self.plan.selective:
             edit.watch_selection(True)
         try:
-            super().open()
+            super().open(hooks)
             with CHANGING:
                 self._lead()
         except BaseException:
@@ -249,7 +251,8 @@ class Editing(SiteHooks):
             entry = planned.entry
             if calls > 1 and entry.call != count:
                 continue
-            before = entry.read(args, kwargs, output)
+            plain = entry.is_whole and isinstance(output, Tensor)
+            before = output if plain else entry.read(args, kwargs, output)
             if before is None:
                 raise RuntimeError(
                     f"the site {str(entry.site)!r} expected a tensor at the {entry.side} of {entry.module_path!r}, got none. "
@@ -270,7 +273,7 @@ class Editing(SiteHooks):
             if entry.behind is not None:
                 change = (value - before).sum(-2) / entry.scale
                 step.past_module.setdefault(self.places.behind.index(entry.behind), []).append(change)
-            written: Any = entry.write(args, kwargs, output, value)
+            written: Any = value if plain else entry.write(args, kwargs, output, value)
             if place[1] == "input":
                 args, kwargs = written
             else:
@@ -294,7 +297,8 @@ class Editing(SiteHooks):
 
     def _apply(self, edit: Callable, planned: Planned, value: Tensor, step: EditStep) -> Tensor:
         site = planned.entry.site
-        given = positions_second(value, site) if isinstance(edit, Edit) else value
+        turns = isinstance(edit, Edit) and planned.is_pattern
+        given = value.transpose(1, 2) if turns else value
         version = None if given.is_inference() else given._version
         if isinstance(edit, TensorDictModuleBase):
             told = self._told(planned, given, step)
@@ -317,7 +321,7 @@ class Editing(SiteHooks):
                 f"the edit {_name(edit)} at {str(site)!r} wrote to the activation in place, which may change tensors "
                 "elsewhere. Remedy: return a new tensor (x + v, torch.where, x.clone())."
             )
-        return positions_second(new, site) if isinstance(edit, Edit) else new
+        return new.transpose(1, 2) if turns else new
 
     def _info(self, planned: Planned, step: EditStep) -> CallInfo:
         """What the nearest part that knows the tokens was given, or else the model: parts may run without being called."""

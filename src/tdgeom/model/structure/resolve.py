@@ -33,6 +33,8 @@ from tdgeom.model.structure.resolved_site import ResolvedSite
 from tdgeom.model.structure.select_heads import HeadSpec, with_heads
 
 _GLOB = frozenset("*?[")
+_MOST_NAMED = 4096
+_NAMED: WeakKeyDictionary[nn.Module, dict[str, ResolvedSite]] = WeakKeyDictionary()
 # the tree of a model's modules, its stacks and its sites: held by the model's own life, and never the model itself
 _FOUND: WeakKeyDictionary[nn.Module, tuple[list[tuple], list[Stack], list[ResolvedSite]]] = (
     WeakKeyDictionary()
@@ -262,6 +264,38 @@ def _exactly(model: nn.Module, path: str) -> list[str]:
     for name in () if _GLOB.intersection(path) else path.split("."):
         module = None if module is None else module._modules.get(name)
     return [] if module is None or module is model else [path]
+
+
+def site_by_path(
+    model: nn.Module,
+    sites: Any,
+    *,
+    layers: LayerSpec = "all",
+    prefix: str = "",
+    heads: HeadSpec = None,
+    classes: Sequence[type[nn.Module]] = (),
+    skip_classes: Sequence[type[nn.Module]] = (),
+) -> ResolvedSite | None:
+    """What :func:`select_sites` gives where that is one module, named by its path, and nothing is chosen beside.
+
+    >>> site_by_path(nn.Sequential(nn.Linear(4, 4)), "module_output:0"), site_by_path(nn.Linear(4, 4), "module_output:0")
+    (<module_output:0: output of 0>, None)
+    """
+    name = sites[0] if type(sites) is list and len(sites) == 1 else sites
+    if not isinstance(name, str) or not name.startswith(("module_output:", "module_input:")):
+        return None
+    if not _is_all(layers) or prefix or heads is not None or classes or skip_classes:
+        return None
+    known = _NAMED.setdefault(model, {})
+    entry = known.get(name)
+    if entry is None:
+        asked = Site(name)
+        path, element = split_element(asked.path or ROOT)
+        if element is not None or len(known) >= _MOST_NAMED or not _exactly(model, path):
+            return None
+        site = Site.of(asked.kind, path=path)  # not the caller's own, which may be another model's
+        entry = known[str(name)] = ResolvedSite(site, path, site.kind.removeprefix("module_"))
+    return entry if _exactly(model, entry.module_path) else None
 
 
 def _in_layers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,11 @@ class ResolvedSite:
     def in_router(self) -> bool:
         """Whether the site lies inside the forward of a router, or of what holds it."""
         return self.side in ROUTER_SIDES
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether the site is a module's output itself, where that is a tensor."""
+        return self.side == "output" and self.view is self.element is None and self.scale == 1.0
 
     @property
     def head_count(self) -> int:
