@@ -20,6 +20,7 @@ from tdgeom.model.sites import (
     STACK_KINDS,
     LayerSpec,
     Site,
+    exact_site,
     select_layers,
     split_element,
 )
@@ -289,9 +290,15 @@ def site_by_path(
     known = _NAMED.setdefault(model, {})
     entry = known.get(name)
     if entry is None:
-        asked = Site(name)
-        path, element = split_element(asked.path or ROOT)
-        if element is not None or len(known) >= _MOST_NAMED or not _exactly(model, path):
+        asked = exact_site(name)
+        path, element = split_element(ROOT if asked is None else asked.path or ROOT)
+        if (
+            asked is None
+            or asked.prefix
+            or element is not None
+            or len(known) >= _MOST_NAMED
+            or not _exactly(model, path)
+        ):
             return None
         site = Site.of(asked.kind, path=path)  # not the caller's own, which may be another model's
         entry = known[str(name)] = ResolvedSite(site, path, site.kind.removeprefix("module_"))
