@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tensordict.nn import TensorDictModuleBase
-from torch import nn
 
 from tdgeom.core.pair_stage import PairStage
 from tdgeom.core.stage_settings import Configured, plain_setting
+from tdgeom.measures.listed_measures import listed_measures
 from tdgeom.measures.normalization import NormalizationAblation
 from tdgeom.measures.registry import named_stages
 from tdgeom.model.calls.repeated_calls import CallsSpec, check_calls
 from tdgeom.model.sites import LayerSpec
 
-__all__ = ["DIAGNOSTICS", "FAMILIES", "AnalysisSettings", "ComparisonSettings", "stage_record"]
+__all__ = [
+    "DIAGNOSTICS",
+    "FAMILIES",
+    "AnalysisSettings",
+    "ComparisonSettings",
+    "select_settings",
+    "stage_record",
+]
 
 FAMILIES = ("spectrum", "sample", "novelty", "router")
 DIAGNOSTICS = ("normalization_ablation",)
@@ -83,17 +90,20 @@ class AnalysisSettings(Settings):
             raise ValueError(
                 "analyze_model: calls='all' has several values for one row. Remedy: calls='first', 'last' or a number."
             )
-        given = [self.metrics] if isinstance(self.metrics, str | nn.Module) else list(self.metrics or [])
+        given = listed_measures("analyze_model", self.metrics)
         families = ("default", *FAMILIES)
         names = [one for one in given if isinstance(one, str) and one in families]
         measures = [one for one in given if isinstance(one, str) and one not in families]
         named = named_stages(measures, also=families)
         everything = not given or "default" in names
-        diagnostics = (
-            (self.diagnostics,) if isinstance(self.diagnostics, str) else tuple(self.diagnostics or ())
-        )
-        if unknown := sorted(set(diagnostics) - set(DIAGNOSTICS)):
-            raise ValueError(f"analyze_model: unknown diagnostics {unknown}; there is {list(DIAGNOSTICS)}.")
+        asked = self.diagnostics or ()
+        named_one = isinstance(asked, str) or not isinstance(asked, Iterable)
+        diagnostics = tuple([asked] if named_one else asked)
+        if unknown := [one for one in diagnostics if one not in DIAGNOSTICS]:
+            raise ValueError(
+                f"analyze_model: unknown diagnostics {unknown}; there is {list(DIAGNOSTICS)}, by name. A stage with settings of "
+                f"your own goes into metrics=['default', tg.NormalizationAblation(...)]."
+            )
         found = {
             "families": tuple(name for name in FAMILIES if everything or name in names),
             "stages": (*named, *(_module(one) for one in given if not isinstance(one, str))),
@@ -153,6 +163,16 @@ def _groups(errors: bool | int, owner: str) -> int:
 def error_record(groups: int) -> dict[str, Any] | None:
     """What the metadata say of standard errors."""
     return {"method": "delete-a-group jackknife", "groups": groups, "by": "document"} if groups else None
+
+
+def select_settings(owner: str, select: Any) -> dict[str, Any]:
+    """Settings of ``SelectTokens``, as a mapping."""
+    if select is not None and not isinstance(select, Mapping):
+        meant = {"mean": "pool"}.get(select, "positions") if isinstance(select, str) else "positions"
+        raise TypeError(
+            f"{owner}: select is a mapping of SelectTokens' settings, got {select!r:.80}. Write select={{{meant!r}: ...}}."
+        )
+    return dict(select or {})
 
 
 def _module(given: Any) -> TensorDictModuleBase:

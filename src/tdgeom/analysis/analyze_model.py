@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from tdgeom.analysis.analysis_settings import MAX_ROWS, AnalysisSettings, Metrics
+from tdgeom.analysis.analysis_settings import MAX_ROWS, AnalysisSettings, Metrics, select_settings
 from tdgeom.analysis.baseline import with_baseline
 from tdgeom.analysis.one_model import analyzed
 from tdgeom.analysis.results import AnalysisResults, default_folder
@@ -138,7 +138,7 @@ def analyze_model(
         max_rows=max_rows,
         sample_size=sample_size,
         seed=seed,
-        select=dict(select or {}),
+        select=select_settings("analyze_model", select),
         metrics=metrics,
         diagnostics=diagnostics,
         output_router_logits=output_router_logits,

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import nn
 
-from tdgeom.analysis.analysis_settings import MAX_ROWS, ComparisonSettings
+from tdgeom.analysis.analysis_settings import MAX_ROWS, ComparisonSettings, select_settings
 from tdgeom.analysis.comparison import Comparison
 from tdgeom.analysis.metadata import model_record, run_record
 from tdgeom.analysis.seed_names import also_called
@@ -22,6 +22,7 @@ from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import key_tuple
 from tdgeom.core.pair_stage import PairStage
 from tdgeom.core.warnings import gathered
+from tdgeom.measures.listed_measures import listed_measures
 from tdgeom.measures.neighbors.nearest_neighbors import NearestNeighbors
 from tdgeom.measures.registry import DEFAULT_MEASURES, named_stages
 from tdgeom.model.capture import Capture
@@ -117,7 +118,7 @@ def compare(
         max_rows=max_rows,
         sample_size=sample_size,
         seed=seed,
-        select=dict(select or {}),
+        select=select_settings("compare", select),
         stages=_stages(metrics, sketch),
         align=_alignment(align, tokenizer_a, tokenizer_b),
         sketch=sketch,
@@ -162,7 +163,7 @@ def _alignment(align: str, tokenizer_a: Any, tokenizer_b: Any) -> str:
 
 
 def _stages(metrics: str | PairStage | Sequence[str | PairStage], sketch: int | None) -> list[PairStage]:
-    given = [metrics] if isinstance(metrics, (str, nn.Module)) else list(metrics)
+    given = listed_measures("compare", metrics)
     wrong = [type(one).__name__ for one in given if not isinstance(one, (str, PairStage))]
     if wrong or not given:
         raise TypeError(

@@ -14,6 +14,7 @@ from tdgeom.core.pair_stage import PairStage
 from tdgeom.core.pipeline import Pipeline, opened, why_closed
 from tdgeom.core.renamed import Renamed, RenamedStream, is_streaming
 from tdgeom.core.stage_settings import Configured
+from tdgeom.core.wrong_objects import refuse_class, site_list
 
 __all__ = ["SHARED", "ForEach", "check_module", "check_shared_outputs", "copied", "named_sites", "shared_by"]
 
@@ -87,7 +88,7 @@ def _renamer(site: tuple[str, ...], shared: frozenset[tuple[str, ...]]) -> Calla
 
 def named_sites(sites: Iterable[Any]) -> dict[str, tuple[str, ...]]:
     """Sites by the name they have in messages and pairs, each as its part of a key; one named twice is refused."""
-    listed = [sites] if isinstance(sites, str) else list(sites)
+    listed = [sites] if isinstance(sites, str) else site_list("ForEach", sites)
     names = {"/".join(site_key(site)): site_key(site) for site in listed}
     if len(names) != len(listed):
         raise ValueError(
@@ -125,6 +126,7 @@ def copied(stage: TensorDictModuleBase, owner: str) -> TensorDictModuleBase:
 
 def check_module(stage: object, owner: str) -> None:
     """A TensorDict module, or an error."""
+    refuse_class(owner, stage)
     if not isinstance(stage, nn.Module) or not TensorDictModuleBase.is_tdmodule_compatible(stage):
         raise TypeError(
             f"{owner} takes a TensorDict module (with in_keys and out_keys), got {type(stage).__name__}. Wrap a function "

@@ -27,6 +27,7 @@ from tdgeom.core.stage import device_of
 from tdgeom.core.stage_settings import Configured
 from tdgeom.core.surroundings import steady
 from tdgeom.core.warnings import tell
+from tdgeom.core.wrong_objects import site_list
 
 __all__ = ["ForEachPair", "pair_list"]
 
@@ -53,7 +54,20 @@ def pair_list(
         return _consecutive(sites, names)
     if isinstance(pairs, str):
         raise ValueError(f"pairs= takes 'consecutive', 'all' or a list of (a, b), got {pairs!r}.")
-    found = [(str(a), str(b)) for a, b in pairs]
+    listed = list(pairs) if isinstance(pairs, Iterable) else [pairs]
+    wrong = [
+        pair for pair in listed if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2
+    ]
+    if wrong:
+        meant = (
+            tuple(wrong[0].split("->"))
+            if isinstance(wrong[0], str) and wrong[0].count("->") == 1
+            else ("a", "b")
+        )
+        raise TypeError(
+            f"pairs= takes 'consecutive', 'all' or a list of (a, b), got {wrong[0]!r:.80}. Write pairs=[{meant!r}]."
+        )
+    found = [(str(a), str(b)) for a, b in listed]
     unknown = sorted({name for pair in found for name in pair} - set(names))
     if unknown:
         raise ValueError(f"pairs= names {unknown}, which are not among the sites {names}.")
@@ -149,7 +163,7 @@ class ForEachPair(Configured, TensorDictModuleBase):
     ) -> None:
         super().__init__()
         _check_sides(stage)
-        sites = [sites] if isinstance(sites, str) else list(sites)
+        sites = [sites] if isinstance(sites, str) else site_list("ForEachPair", sites)
         parts = named_sites(dict.fromkeys(sites))
         names = [name if isinstance(site, tuple) else site for name, site in zip(parts, dict.fromkeys(sites))]
         self.pairs = pair_list(names, pairs)

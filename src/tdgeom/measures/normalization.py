@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdgeom.core.keys import Key, Keys, key_tuple, optional_in_keys
 from tdgeom.core.row_ids import POSITION_BITS
+from tdgeom.core.wrong_objects import refuse_class
 from tdgeom.measures.eigen_spectrum import covariance_eigenvalues
 from tdgeom.measures.sample_metrics import (
     PRODUCTS,
@@ -113,6 +115,48 @@ def _wants_position(function: Variant) -> bool:
     )
 
 
+def named_variants(variants: Any) -> dict[str, str | Variant]:
+    """Variants by name: of a mapping as they are, of a list the names, and functions by theirs.
+
+    >>> list(named_variants(["raw", torch.tanh])), list(named_variants({"half": lambda x: x / 2}))
+    (['raw', 'tanh'], ['half'])
+    """
+    ways = f"names of {list(VARIANTS)}, functions with a name, or a mapping {{name: name or function(sample, position)}}"
+    where = "NormalizationAblation: variants"
+    if isinstance(variants, str) or not isinstance(variants, Iterable):
+        raise TypeError(
+            f"{where} is a list of {ways}, got {variants!r:.80}. Write variants=[{variants!r:.60}] for one."
+        )
+    listed = (
+        list(variants.items()) if isinstance(variants, Mapping) else [(_named(one), one) for one in variants]
+    )
+    named = dict(listed)
+    wrong = [
+        one
+        for one in named.values()
+        if not isinstance(one, str) and (isinstance(one, type) or not callable(one))
+    ]
+    if wrong:
+        raise TypeError(f"{where} are {ways}, got {wrong[0]!r:.80}.")
+    odd = [
+        name for name in named if not isinstance(name, str) or not name.isprintable() or name.startswith("<")
+    ]
+    if odd or len(named) < len(listed):
+        what = "a function without a name" if odd else "one name twice"
+        raise ValueError(f"{where} has {what}. Name each: variants={{'raw': 'raw', 'mine': function}}.")
+    unknown = [what for what in named.values() if isinstance(what, str) and what not in VARIANTS]
+    if unknown or not named:
+        raise ValueError(
+            f"NormalizationAblation: unknown variants {unknown}; one of {list(VARIANTS)}, or a mapping from name to "
+            f"function(sample, position)."
+        )
+    return named
+
+
+def _named(variant: Any) -> str:
+    return variant if isinstance(variant, str) else getattr(variant, "__name__", "<no name>")
+
+
 class NormalizationAblation(SampleStage):
     """Spectrum metrics of the sample under several normalisations.
 
@@ -122,8 +166,9 @@ class NormalizationAblation(SampleStage):
     ``without_first_token``. All in float64.
 
     Args:
-        variants: names, or a mapping from name to ``function(sample)`` or ``function(sample, position)``, where position
-            is each row's place in its sequence (None when ``"sample_row_id"`` is absent); a name maps to itself.
+        variants: names and named functions, or a mapping from name to ``function(sample)`` or
+            ``function(sample, position)``, where position is each row's place in its sequence (None when
+            ``"sample_row_id"`` is absent); a name maps to itself.
         metrics: the stage that measures each variant's ``"eigenvalues"`` (or its ``"sample"``); its outputs' last key
             parts are the metric names. Default ``SpectrumMetrics()``.
 
@@ -150,23 +195,18 @@ class NormalizationAblation(SampleStage):
     def __init__(
         self,
         *,
-        variants: Sequence[str] | Mapping[str, str | Variant] = DEFAULT,
+        variants: Iterable[str | Variant] | Mapping[str, str | Variant] = DEFAULT,
         metrics: TensorDictModuleBase | None = None,
         in_keys: Keys = None,
         out_keys: Keys = None,
     ) -> None:
-        if isinstance(variants, str):
-            raise TypeError(
-                f"NormalizationAblation: variants is a list of names or a mapping, got {variants!r}."
-            )
-        named = dict(variants) if isinstance(variants, Mapping) else {name: name for name in variants}
-        unknown = [what for what in named.values() if isinstance(what, str) and what not in VARIANTS]
-        if unknown or not named:
-            raise ValueError(
-                f"NormalizationAblation: unknown variants {unknown}; one of {list(VARIANTS)}, or a mapping from name to "
-                f"function(sample, position)."
-            )
+        named = named_variants(variants)
         metrics = SpectrumMetrics() if metrics is None else metrics
+        refuse_class("NormalizationAblation: metrics", metrics)
+        if not isinstance(metrics, nn.Module) or not TensorDictModuleBase.is_tdmodule_compatible(metrics):
+            raise TypeError(
+                f"NormalizationAblation: metrics is a stage such as tg.SpectrumMetrics() or tg.RankMe(), got {metrics!r:.80}."
+            )
         wanted = [key for key in metrics.in_keys if key not in optional_in_keys(metrics)]
         if wanted not in (["eigenvalues"], ["sample"]):
             raise ValueError(

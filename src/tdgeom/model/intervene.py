@@ -13,6 +13,7 @@ from torch import nn
 
 from tdgeom.core.keys import Key
 from tdgeom.core.stage_settings import plain_setting
+from tdgeom.core.wrong_objects import refuse_class
 from tdgeom.model.calls.bound_model import Bound, eval_mode, modules_within
 from tdgeom.model.calls.checked_sites import refuse_edits, resolve_sites
 from tdgeom.model.calls.hooking_context import HookingContext
@@ -54,8 +55,9 @@ class Intervene(HookingContext):
 
     Args:
         model: any ``nn.Module`` that is not compiled. It stays the user's.
-        edits: site or kind -> edit or list of edits. An edit is a stage that reads and writes ``"activation"``
-            (:class:`Steer`, :class:`Patch`, ...), or any module or function from the site's tensor to the new one.
+        edits: site or kind -> edit or list of edits; ``{}`` for a baseline that changes nothing. An edit is a stage that
+            reads and writes ``"activation"`` (:class:`Steer`, :class:`Patch`, ...), or any module or function from the site's
+            tensor to the new one.
         layers: which layers kinds stand for, as for :class:`Capture`.
         model_outputs: the model's outputs that the module form writes.
         keep_graph: keep the autograd graph in module form (to train a steering vector, say).
@@ -105,8 +107,10 @@ class Intervene(HookingContext):
     ) -> None:
         if missing not in ("warn", "raise", "ignore"):
             raise ValueError(f"missing= expects 'warn', 'raise' or 'ignore', got {missing!r}.")
-        if not isinstance(edits, Mapping) or not edits:
-            raise ValueError(f"Intervene expects a mapping from sites to edits, got {edits!r}.")
+        if not isinstance(edits, Mapping):
+            raise ValueError(
+                f"Intervene expects a mapping from sites to edits, such as {{'residual_output.3': edit}}, got {edits!r}."
+            )
         self._set_plain(
             missing=missing,
             _classes=tuple(classes),
@@ -322,6 +326,7 @@ def _place(model: nn.Module, name: Any) -> Any:
 
 
 def _check_edit(name: str, edit: Any) -> None:
+    refuse_class(f"the edit of {name!r}", edit)
     if not callable(edit):
         raise TypeError(f"the edit of {name!r} is no module or function: {edit!r}.")
     reads = getattr(edit, "in_keys", None)

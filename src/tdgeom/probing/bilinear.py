@@ -11,6 +11,7 @@ from torch import Tensor
 from tdgeom.core.keys import Key
 from tdgeom.core.stage import Stage
 from tdgeom.core.surroundings import steady
+from tdgeom.core.wrong_objects import named_functions
 from tdgeom.numerics.numerical_rank import above_rounding
 from tdgeom.probing import rules
 from tdgeom.probing.control_task import type_buckets
@@ -106,7 +107,7 @@ class BilinearProbe(Stage):
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:
-        self.metrics = dict(metrics or {})
+        self.metrics = named_functions(f"{self.__name__}: metrics", metrics)
         check_settings(self.__name__, holdout, 2, train_rows, self.metrics)
         sides: dict[Key, str | None] = {("sample", "a"): "N D", ("sample", "b"): "N E"}
         reads = labelled_keys(self.__name__, labels, control, rows=sides, root="sample_")

@@ -12,6 +12,7 @@ from tdgeom.core.keys import Key
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.core.surroundings import steady
+from tdgeom.core.wrong_objects import named_functions
 from tdgeom.numerics.hashing import EMPTY, hash_ids
 from tdgeom.probing import rules
 from tdgeom.probing.control_task import BUCKETS, control_map, type_buckets
@@ -102,7 +103,7 @@ class Probe(StreamingStage):
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:
-        self.metrics = dict(metrics or {})
+        self.metrics = named_functions(f"{self.__name__}: metrics", metrics)
         check_settings(self.__name__, holdout, test_rows, train_rows, self.metrics)
         reads = labelled_keys(self.__name__, labels, control)
         if control is not None and isinstance(in_keys, list) and len(in_keys) == 3:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tdgeom.core.keys import Key, key_tuple, site_key
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.stage import Stage
+from tdgeom.core.wrong_objects import site_list
 from tdgeom.model.padding_masks import refuse_unknown, token_mask
 from tdgeom.model.positions import Positions, is_position, position_mask
 from tdgeom.model.sites import HEAD_KINDS, choice_beside, is_pattern, is_router
@@ -142,7 +143,7 @@ class SelectTokens(Stage):
     ) -> None:
         if isinstance(sites, str) or isinstance(also, str):
             raise TypeError(f"SelectTokens: sites and also are lists, got {sites!r} and {also!r}.")
-        listed_sites = list(sites)
+        listed_sites, also = site_list("SelectTokens", sites), list(also)
         names = [site_key(site) for site in listed_sites]
         if not names:
             raise ValueError("SelectTokens needs at least one site, such as capture.sites, got none.")

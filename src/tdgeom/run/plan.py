@@ -17,6 +17,7 @@ from tdgeom.core.pipeline import parts_of, why_closed
 from tdgeom.core.renamed import Renamed, RenamedStream, describe, is_streaming, stage_of
 from tdgeom.core.stage import Stage
 from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.core.wrong_objects import refuse_class
 
 __all__ = ["Plan", "make_plan", "stages"]
 
@@ -55,6 +56,7 @@ def stages(
     A sequence that is more than its parts (hooks, selected keys, a ``forward`` of its own) is one stage if nothing in it
     streams, and refused if something does; what ``select_out_keys`` hides of a sequence of streams is added to ``hidden``.
     """
+    refuse_class("run", module)
     original = getattr(module, "_orig_mod", None)
     if original is not None and (is_streaming(original) or stages(original) != [original]):
         raise TypeError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from tdgeom.core.for_each_pair import pair_list
 from tdgeom.core.keys import Key, Keys, key_tuple, site_key
 from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.core.wrong_objects import site_list
 from tdgeom.numerics.moments import about_running_mean
 from tdgeom.numerics.products import (
     Precision,
@@ -112,7 +113,7 @@ class StreamingCrossMoments(StreamingStage):
         in_keys: Keys = None,
         out_keys: Keys = None,
     ) -> None:
-        sites = [sites] if isinstance(sites, str) else list(sites)
+        sites = [sites] if isinstance(sites, str) else site_list("StreamingCrossMoments", sites)
         parts = [site_key(site) for site in sites]
         names = ["/".join(part) for part in parts]
         if not names or len(set(names)) != len(names):

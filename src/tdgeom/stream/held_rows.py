@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key, as_key, site_key
 from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.core.wrong_objects import site_list
 
 __all__: list[str] = []
 
@@ -21,7 +22,7 @@ def row_keys(
         raise TypeError(f"{owner}: sites and also are lists of names, got {sites!r} and {also!r}.")
     if sites is None and also:
         raise ValueError(f"{owner}: also={list(also)} needs sites=; without sites it reads 'tokens' alone.")
-    parts = [()] if sites is None else [site_key(site) for site in sites]
+    parts = [()] if sites is None else [site_key(site) for site in site_list(owner, sites)]
     carried = [str(name) for name in also]
     reads = [as_key(("tokens", *site)) for site in parts] + [("carried", name) for name in carried]
     writes = [as_key((root, *site)) for site in parts] + [(f"{root}_carried", name) for name in carried]
