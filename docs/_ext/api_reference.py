@@ -1,4 +1,4 @@
-"""The API reference, generated from `tdgeom.__all__`, so that no public name is forgotten.
+"""The API reference, generated from `tdgeom.__all__` and the modules beside it, so that no public name is forgotten.
 
 A page holding `<!-- api reference -->` gets, in its place, every public name under its theme: signature,
 docstring, public methods. Docstrings are plain text with formulas, doctests and `Args:`-like sections; they are
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from public_names import modules
 from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.inspect import safe_getattr, signature, stringify_signature
@@ -36,7 +37,6 @@ THEMES = {
     "Analyses, results, pictures": ("analysis", "plot"),
     "Keeping activations and runs": ("store",),
 }
-FUNCTIONAL = "functional"
 logger = logging.getLogger(__name__)
 
 
@@ -178,7 +178,11 @@ def reference(name: str, obj: Any) -> list[str]:
     return [
         f":::{{py:data}} {name}",
         "",
-        f"`{obj!r}`" if isinstance(obj, (str, int, float, tuple)) else "",
+        f"`{obj!r}`"
+        if isinstance(obj, (str, int, float, tuple))
+        else ", ".join(f"`{key}`" for key in obj)
+        if isinstance(obj, dict)
+        else "",
         ":::",
         "",
     ]
@@ -197,20 +201,17 @@ def page() -> str:
     """The whole reference."""
     names = {name: getattr(tdgeom, name) for name in tdgeom.__all__ if not name.startswith("__")}
     groups: dict[str, list[str]] = {title: [] for title in (*THEMES, "More")}
-    modules = {}
     for name, obj in names.items():
-        if isinstance(obj, types.ModuleType):
-            modules[name] = obj
-        else:
+        if not isinstance(obj, types.ModuleType):
             groups[theme_of(obj)] += reference(f"tdgeom.{name}", obj)
     lines = []
     for title, body in groups.items():
         lines += [f"## {title}", "", *body] if body else []
-    for name, module in modules.items():
+    for name, (module, listed) in modules().items():
         lines += [f"## `tdgeom.{name}`", "", markdown(module.__doc__ or ""), ""]
-        for key in getattr(module, "__all__", ()):
+        for key in listed:
             obj = getattr(module, key)
-            if name == FUNCTIONAL and names.get(key) is obj:
+            if names.get(key) is obj:
                 lines += [f"- {{py:obj}}`{key} <tdgeom.{key}>`", ""]
             else:
                 lines += reference(f"tdgeom.{name}.{key}", obj)
