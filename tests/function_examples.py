@@ -127,6 +127,10 @@ CALLS: dict[str, Call] = {
     "feature_subspace_novelty": Call(F.feature_subspace_novelty, lambda seed: (basis(seed), basis(seed + 50))),
     "layer_cosine_sim": Call(F.layer_cosine_sim, twins),
     "rdm": Call(F.rdm, one),
+    # logits
+    "kl_divergence": Call(F.kl_divergence, twins),
+    "logit_diff": Call(lambda v: F.logit_diff(v, 1, 0), one),
+    "token_probability": Call(lambda v: F.token_probability(v, 2), one),
     # spectrum and samples
     "alpha_req": Call(F.alpha_req, values),
     "cosine_similarity": Call(F.cosine_similarity, one),

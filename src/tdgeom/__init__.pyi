@@ -70,6 +70,7 @@ from .plot.attention_view import attention_view as attention_view
 from .model.positions import Between as Between
 from .model.positions import SpecialTokens as SpecialTokens
 from .model.positions import RandomPositions as RandomPositions
+from .model.positions import partition as partition
 
 # streams
 from .stream.covariance import StreamingCovariance as StreamingCovariance

@@ -60,6 +60,7 @@ from tdgeom.model.lens.logit_lens import lens_measures
 from tdgeom.model.positions import position_mask
 from tdgeom.numerics.array_arguments import taking_arrays
 from tdgeom.numerics.hashing import hash_ids
+from tdgeom.numerics.logit_metrics import kl_divergence, logit_diff, token_probability
 from tdgeom.numerics.numerical_rank import numerical_rank
 from tdgeom.probing.bilinear import bilinear_ridge
 from tdgeom.probing.closed_form import (
@@ -125,6 +126,7 @@ __all__ = [
     "interpolate",
     "jaccard_knn",
     "joint_p_values",
+    "kl_divergence",
     "label_moments",
     "label_overlap",
     "label_overlap_of",
@@ -147,6 +149,7 @@ __all__ = [
     "local_pca",
     "log_spectrum_slope",
     "logistic_probe",
+    "logit_diff",
     "mean_difference",
     "mom",
     "mom_from_distances",
@@ -191,6 +194,7 @@ __all__ = [
     "tle",
     "tle_from_neighbors",
     "token_context",
+    "token_probability",
     "top_activating",
     "top_rows",
     "twonn",

@@ -73,8 +73,8 @@ def compare(
         model_a, model_b: modules, Hugging Face ids or directories: two models, or two checkpoints of one.
         dataloader: batches that both models take; or documents (strings), with ``tokenizer_a`` and, where it is another,
             ``tokenizer_b``.
-        metrics: names (those of the pure functions; ``tdgeom.measures.registry.known_measures`` lists them, and so does the command
-            line) or pair stages. Default: debiased linear CKA over *all* rows (``"linear_cka_debiased"``, short
+        metrics: names (those of the pure functions; ``tdgeom.measures.registry.known_measures`` lists them, and so does
+            the command line) or pair stages. Default: debiased linear CKA over *all* rows (``"linear_cka_debiased"``, short
             ``"cka"``: ``LinearCKA(estimator="debiased", source="moments")``) and ``"neighborhood_overlap"`` of a sample
             (``NeighborhoodOverlap(k=10)``). ``measures`` is an earlier name of it.
         sites, layers: as for ``Capture``; the same for both models.

@@ -22,9 +22,9 @@ CONCEPT_LEAVES = ("basis", "dual", "eigenvalues", "explained_variance", "mean")
 
 
 def concept_basis(
-    covariance: Tensor, mean: Tensor, n: int = 10, *, whiten: bool = False
+    covariance: Tensor, mean: Tensor | None = None, n: int = 10, *, whiten: bool = False
 ) -> dict[str, Tensor]:
-    """The n directions of most variance, by leaf: from (*B, D, D) and (*B, D).
+    """The n directions of most variance, by leaf: from (*B, D, D) and (*B, D); no mean stands for rows that are centred.
 
     ``basis`` (*B, D, n): eigenvectors C as columns, their signs fixed (largest-magnitude entry positive);
     ``eigenvalues`` (*B, n) descending; ``explained_variance`` (*B, n), shares λ_i/Σλ of all D; ``mean``; ``dual``
@@ -49,7 +49,7 @@ def concept_basis(
         "dual": dual,
         "eigenvalues": leading.clone(),
         "explained_variance": leading / values.sum(-1, keepdim=True),
-        "mean": mean.double(),
+        "mean": values.new_zeros(covariance.shape[:-1]) if mean is None else mean.double(),
     }
 
 

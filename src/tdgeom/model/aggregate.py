@@ -10,7 +10,13 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key
 from tdgeom.core.stage import Stage
-from tdgeom.model.positions import Positions, check_positions, positions_second, selected_tokens
+from tdgeom.model.positions import (
+    Positions,
+    check_positions,
+    position_groups,
+    positions_second,
+    selected_tokens,
+)
 from tdgeom.model.sites import is_pattern, token_side
 from tdgeom.numerics.centring import upcast
 
@@ -112,7 +118,8 @@ class AggregateActs(_PerSite):
 
     Args:
         sites: such as ``capture.sites``.
-        positions: which positions, in the vocabulary of :mod:`tdgeom.model.positions`.
+        positions: which positions, in the vocabulary of :mod:`tdgeom.model.positions`; or several groups of them, such as
+            ``["last", (2, 5)]`` or a mapping, each reduced to one position: (B, groups, ...), which needs ``reduce``.
         reduce: ``"mean"``, ``"sum"`` or ``None``, over the positions of a sequence.
         over_examples: ``"mean"``, ``"sum"`` or ``None``, over the sequences of the batch. For a mean over many batches use
             ``SelectTokens`` and ``StreamingMean``.
@@ -128,7 +135,7 @@ class AggregateActs(_PerSite):
         self,
         sites: Sequence[str],
         *,
-        positions: Positions = "all",
+        positions: Positions | Sequence[Positions] | Mapping[str, Positions] = "all",
         reduce: str | None = None,
         over_examples: str | None = None,
         in_keys: Key | list[Key] | None = None,
@@ -138,20 +145,32 @@ class AggregateActs(_PerSite):
         for name, how in (("reduce", reduce), ("over_examples", over_examples)):
             if how not in (None, "mean", "sum"):
                 raise ValueError(f"AggregateActs: {name}= expects 'mean', 'sum' or None, got {how!r}.")
-        self.positions, self.reduce, self.over_examples = check_positions(positions), reduce, over_examples
+        groups = position_groups(positions)
+        if groups is not None and reduce is None:
+            raise ValueError(
+                f"AggregateActs: groups of positions, {positions!r}, are reduced to one each: reduce='mean' or 'sum'."
+            )
+        self.positions = positions if groups is not None else check_positions(positions)
+        self.reduce, self.over_examples = reduce, over_examples
 
     def reduced(self, value: Tensor, site: str, told: Mapping[str, Tensor | None]) -> Tensor:
         """One site, over positions and examples."""
         if value.ndim > 2:
             turned = positions_second(value, site) if value.ndim == 4 else value
-            keep = self.selected(turned, self.positions, site, told)
+            groups = position_groups(self.positions)
             whole = self.over_examples is None or not is_pattern(site)
             if not (whole or bool(self.selected(turned, "all", site, told).all())):
                 raise ValueError(
                     f"AggregateActs(over_examples={self.over_examples!r}) at {site!r}: with padding the same column is "
                     "another token in every text. Remedy: GroupAttention (row_groups=), or texts of one length."
                 )
-            reduced = aggregate_positions(turned, keep, self.reduce)
+            if groups is None:
+                reduced = aggregate_positions(
+                    turned, self.selected(turned, self.positions, site, told), self.reduce
+                )
+            else:
+                masks = [self.selected(turned, group, site, told) for group in groups]
+                reduced = torch.stack([aggregate_positions(turned, keep, self.reduce) for keep in masks], 1)
             value = positions_second(reduced, site) if reduced.ndim == 4 and value.ndim == 4 else reduced
         return over_first(value, self.over_examples)
 
@@ -159,6 +178,16 @@ class AggregateActs(_PerSite):
 def over_first(value: Tensor, how: str | None) -> Tensor:
     """The sum or mean over the first axis, or the value itself."""
     return value if how is None else value.sum(0) if how == "sum" else value.mean(0)
+
+
+def _named_groups(what: str, given: Any) -> dict[str, Positions]:
+    """Groups by name; those of a list are called as they are written."""
+    groups = position_groups(given)
+    if groups is None:
+        raise ValueError(
+            f"GroupAttention: {what} are groups, name -> positions or a list of positions, got {given!r}."
+        )
+    return dict(zip(given if isinstance(given, Mapping) else map(str, groups), groups, strict=True))
 
 
 class GroupAttention(_PerSite):
@@ -169,7 +198,7 @@ class GroupAttention(_PerSite):
 
     Args:
         sites: pattern sites.
-        rows: name -> positions, the groups that attend.
+        rows: name -> positions, or a list such as ``["last", (2, 5)]``, the groups that attend.
         columns: name -> positions, the groups attended to (default: the same).
 
         >>> import torch, tdgeom as tg
@@ -183,8 +212,8 @@ class GroupAttention(_PerSite):
     def __init__(
         self,
         sites: Sequence[str],
-        rows: Mapping[str, Positions],
-        columns: Mapping[str, Positions] | None = None,
+        rows: Mapping[str, Positions] | Sequence[Positions],
+        columns: Mapping[str, Positions] | Sequence[Positions] | None = None,
         *,
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
@@ -192,9 +221,8 @@ class GroupAttention(_PerSite):
         super().__init__(sites, in_keys=in_keys, out_keys=out_keys)
         if not rows:
             raise ValueError("GroupAttention expects at least one group of rows, name -> positions.")
-        self.rows = {name: check_positions(positions) for name, positions in rows.items()}
-        given = self.rows if columns is None else columns
-        self.columns = {name: check_positions(positions) for name, positions in given.items()}
+        self.rows = _named_groups("rows", rows)
+        self.columns = self.rows if columns is None else _named_groups("columns", columns)
 
     def reduced(self, value: Tensor, site: str, told: Mapping[str, Tensor | None]) -> Tensor:
         """One pattern, by groups."""

@@ -14,7 +14,7 @@ from tdgeom.core.stage_settings import Configured
 from tdgeom.model.aggregate import AggregateActs, GroupAttention, over_first
 from tdgeom.model.calls.repeated_calls import CallsSpec, check_calls
 from tdgeom.model.capture import Capture
-from tdgeom.model.positions import Positions, check_positions
+from tdgeom.model.positions import Positions, check_positions, position_groups
 from tdgeom.model.sites import PATTERN_KINDS
 from tdgeom.model.structure.select_heads import HeadSpec, listed_heads
 
@@ -63,7 +63,11 @@ class CaptureSpec(Configured):
             raise ValueError(
                 f"CaptureSpec: sites are strings (globs, not compiled expressions), got {self.sites!r}."
             )
-        for positions in (self.positions, *self.row_groups.values(), *self.column_groups.values()):
+        for positions in (
+            *(position_groups(self.positions) or [self.positions]),
+            *self.row_groups.values(),
+            *self.column_groups.values(),
+        ):
             check_positions(positions)
         for name in ("reduce", "over_examples"):
             if getattr(self, name) not in (None, "mean", "sum"):

@@ -8,7 +8,7 @@ is computed and nothing in later steps; ``"last"`` is the newest token of every 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.stage_settings import Configured
 from tdgeom.model.padding_masks import UNCOUNTED, refuse_unknown
 from tdgeom.model.sites import is_pattern
@@ -59,6 +60,7 @@ class Between(Configured):
         object.__setattr__(self, "tokenizer", None)  # texts are ids from here on, in the settings too
 
 
+@answer_guesses
 def partition(pivots: Sequence[int | str | Sequence[int]], *, tokenizer: Any = None) -> list[Between]:
     """The parts into which pivots cut a text: before the first, between each two, behind the last.
 
@@ -109,6 +111,17 @@ def check_positions(value: Any) -> Any:
     if not is_position(value):
         raise ValueError(f"positions={value!r} is not understood: use {VOCABULARY}.")
     return value
+
+
+def position_groups(value: Any) -> list[Positions] | None:
+    """The groups of a list or mapping of positions; ``None`` for what is one set of positions itself.
+
+    >>> position_groups(("last", (2, 5))), position_groups({"end": "last-1"}), position_groups([2, 5])
+    (['last', (2, 5)], ['last-1'], None)
+    """
+    if is_position(value) or not isinstance(value, list | tuple | Mapping) or not value:
+        return None
+    return [check_positions(group) for group in (value.values() if isinstance(value, Mapping) else value)]
 
 
 def position_mask(

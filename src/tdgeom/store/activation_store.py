@@ -120,6 +120,20 @@ class ActivationStore(RunAccess):
         found = self.catalogue.records(sql, values)
         return Runs(self, [one for one in found if one.state in states and fits(one.about.details)])
 
+    def delete(self, which: int | str | slice) -> int:
+        """Remove one run and its files, by position among all runs (-1 is the last one made), id or the beginning of an id.
+
+        Raises:
+            StoreLookupError: no such run, or several. StoreBusyError: it is being written.
+
+            >>> import tempfile, torch
+            >>> store = ActivationStore(tempfile.mkdtemp())
+            >>> ids = [store.save({"x": torch.ones(2)}, model=name) for name in ("gpt2", "bert")]
+            >>> store.delete(-1), store.query().ids == ids[:1]
+            (1, True)
+        """
+        return self.query().delete(which)
+
     def import_runs(self, folder: str | os.PathLike[str]) -> Runs:
         """Take in the runs of a folder that ``Runs.export`` made.
 

@@ -6,7 +6,7 @@ import json
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import date, datetime, time, timedelta, timezone
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,7 @@ from tdgeom.store.run_description import DETAILS, capture_of
 
 __all__ = ["condition", "names"]
 
+Moment = str | float | date | timedelta
 _COLUMNS = ("model", "revision", "dataset", "experiment", "kind")
 _WHERE = re.compile(
     r"""\s*\$?\.?(?P<path>[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*|\."[^"]+"|\[\d+\])*)\s*"""
@@ -29,8 +30,8 @@ _ORDERS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator
 def condition(
     *,
     tag: str | Sequence[str] | None = None,
-    since: str | float | datetime | None = None,
-    until: str | float | datetime | None = None,
+    since: Moment | None = None,
+    until: Moment | None = None,
     where: str | Sequence[str] | None = None,
     **wanted: Any,
 ) -> tuple[str, list[Any], Callable[[Mapping[str, Any]], bool]]:
@@ -38,8 +39,8 @@ def condition(
 
     Args:
         tag: a tag, or several that a run must all have.
-        since, until: created at or after, at or before: an ISO date or time (UTC unless it says otherwise), a datetime, or
-            seconds since 1970.
+        since, until: created at or after, at or before: an ISO date or time (UTC unless it says otherwise), a datetime or date,
+            a timedelta (so long ago), or seconds since 1970.
         where: conditions on the details, each ``"capture.layers"`` (it is there) or ``"metadata.loss < 0.5"``, with =, !=,
             <, <=, >, >= and a JSON value.
         wanted: model (a name, or the module), revision, dataset, experiment, kind: a value, or several of which one
@@ -99,8 +100,12 @@ def names(wanted: Any, what: str) -> list[str]:
     return several
 
 
-def _seconds(moment: str | float | datetime) -> float:
+def _seconds(moment: Moment) -> float:
     try:
+        if isinstance(moment, timedelta):
+            moment = datetime.now(timezone.utc) - abs(moment)
+        elif isinstance(moment, date) and not isinstance(moment, datetime):
+            moment = datetime.combine(moment, time())
         if isinstance(moment, datetime | str):
             read = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
             return (read if read.tzinfo else read.replace(tzinfo=timezone.utc)).timestamp()
@@ -109,7 +114,8 @@ def _seconds(moment: str | float | datetime) -> float:
         return float(moment)
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(
-            f"since= and until= take an ISO date or time, such as '2026-11-21' or '2026-11-21T08:00', got {moment!r}."
+            f"since= and until= take an ISO date or time, such as '2026-11-21' or '2026-11-21T08:00', a datetime, a date or a "
+            f"timedelta, got {moment!r}."
         ) from error
 
 

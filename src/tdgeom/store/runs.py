@@ -106,19 +106,30 @@ class Runs:
             for run in self.ids
         }
 
-    def delete(self) -> int:
-        """Remove these runs and their files; how many. None is removed while one of them is being written."""
-        busy = [run for run in self.ids if self._catalogue.is_being_written(run)]
+    def delete(self, which: int | str | slice | None = None) -> int:
+        """Remove these runs and their files, or one of them (``delete(-1)``, the last), or a part; how many.
+
+        None is removed while one of them is being written.
+        """
+        chosen = (
+            self._records
+            if which is None
+            else self._records[which]
+            if isinstance(which, slice)
+            else [self._one(which)]
+        )
+        runs = [record.id for record in chosen]
+        busy = [run for run in runs if self._catalogue.is_being_written(run)]
         if busy:
             raise StoreBusyError(
                 f"{busy} are being written: nothing was removed. Stop the writer, or leave them out."
             )
         removed = 0
-        for run in self.ids:
+        for run in runs:
             with suppress(StoreLookupError):  # somebody else removed it since the query
                 self._store.remove(run)
                 removed += 1
-        self._records = []
+        self._records = [record for record in self._records if record.id not in runs]
         return removed
 
     def retag(self, add: str | Sequence[str] = (), remove: str | Sequence[str] = ()) -> Runs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,6 +14,8 @@ from tdgeom.core.keys import Key, as_key, site_key
 from tdgeom.files.errors import StoreError, StoreLookupError
 from tdgeom.files.json_text import canonical_json, read_json
 from tdgeom.files.shards import CODES, MOST_DIMENSIONS, MOST_VALUES
+from tdgeom.model.guessed_sites import read_guess
+from tdgeom.model.sites import KINDS
 from tdgeom.store.stored_dtypes import SCALED, decode
 
 __all__ = ["StoredTensor", "ShardLayout", "entries_of"]
@@ -94,6 +96,7 @@ class ShardLayout:
                 held[("carried", name)] = replace(held.pop(("tokens", name)), key=("carried", name))
         given = [key for key in held if key[0] == "tokens"]
         wanted = given if sites is None else [("tokens", *site_key(site)) for site in sites]
+        wanted = [key if key in held else _meant(key, held) for key in wanted]
         wanted += [("carried", name) for name in also]
         missing = [key[-1] for key in wanted if key not in held]
         if missing:
@@ -132,6 +135,13 @@ class ShardLayout:
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{what} is damaged: {error}.") from error
         return layout
+
+
+def _meant(key: tuple[str, ...], held: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """The key of a site that was named as another library would; the key itself where nothing is meant."""
+    guess = read_guess(key[-1], KINDS).site
+    other = (*key[:-1], str(guess))
+    return other if guess and other in held else key
 
 
 def entries_of(
