@@ -6,7 +6,9 @@ import inspect
 
 import pytest
 import torch
+from tensordict.nn import TensorDictSequential
 
+import models
 import tdgeom as tg
 from tdgeom.core.guessed_names import SYNONYMS, WAYS
 
@@ -109,6 +111,99 @@ GUESSES = [
 def test_the_names_of_other_libraries_are_answered(guess, answer):
     with pytest.raises(TypeError, match=f"takes no argument .*{answer}"):
         guess()
+
+
+def given(what):
+    """A stage that measures rows, and everything that one may give in its place."""
+    return tg.analyze_model(
+        MODEL, [{"input": torch.zeros(4, 4)}], sites="module_output:0", progress=False, **what
+    )
+
+
+def half(rows):
+    return rows / 2
+
+
+SAMPLED = [tg.SelectTokens(["a"]), tg.RowSample(["a"])]
+# sites as other libraries and Python spell them, and what is given in place of names and objects: works (a list of sites, or
+# None), or is answered with these words
+FURTHER = [
+    (lambda net: tg.Capture(net, "blocks.0.hook_resid_pre").sites, ["residual_input.0"]),
+    (lambda net: tg.Capture(net, "blocks.0.hook_resid_mid").sites, ["residual_mid.0"]),
+    (lambda net: tg.Capture(net, ["blocks.0.hook_resid_post"]).sites, ["residual_output.0"]),
+    (lambda net: tg.Capture(net, "blocks.1.attn.hook_z").sites, ["z.1"]),
+    (lambda net: tg.Capture(net, "blocks.1.attn.hook_pattern").sites, ["attn_pattern.1"]),
+    (lambda net: tg.Capture(net, "blocks.1.attn.hook_result").sites, ["head_output.1"]),
+    (lambda net: tg.Capture(net, "blocks.1.hook_mlp_out").sites, ["mlp_output.1"]),
+    (lambda net: tg.Capture(net, "blocks.1.mlp.hook_post").sites, ["mlp_act.1"]),
+    (lambda net: tg.Capture(net, ("z", 1)).sites, ["z.1"]),
+    (lambda net: tg.Capture(net, "resid_out_1").sites, ["residual_output.1"]),
+    (lambda net: tg.Capture(net, "hidden_states.1").sites, ["residual_input.1"]),
+    (lambda net: tg.Capture(net, "attentions.1").sites, ["attn_pattern.1"]),
+    (lambda net: tg.Capture(net, "transformer.h.1").sites, ["module_output:transformer.h.1"]),
+    (lambda net: tg.Capture(net, "transformer.h[1].mlp").sites, ["module_output:transformer.h.1.mlp"]),
+    (lambda net: tg.Capture(net, "transformer.h.1.mlp.output").sites, ["module_output:transformer.h.1.mlp"]),
+    (lambda net: tg.Capture(net, "transformer.h.1.mlp.input").sites, ["module_input:transformer.h.1.mlp"]),
+    (lambda net: tg.Capture(net, net.transformer.h[1].mlp).sites, ["module_output:transformer.h.1.mlp"]),
+    (lambda net: tg.Capture(net, r"transformer\.h\.1\.ml.").sites, ["module_output:transformer.h.1.mlp"]),
+    (lambda net: tg.Capture(net, "Residual-Input.1").sites, ["residual_input.1"]),
+    (lambda net: tg.Capture(net, "RESIDUAL_INPUT[1]").sites, ["residual_input.1"]),
+    (lambda net: tg.Capture(net, tg.available_sites(net)[0]).sites, ["embed"]),
+    (lambda net: tg.Intervene(net, {"blocks.1.hook_resid_pre": torch.relu}).sites, ["residual_input.1"]),
+    (lambda net: tg.Intervene(net, {}).sites, []),
+    (lambda net: tg.Capture(net, "hidden_states"), "'residual_input', 'final_norm'"),
+    (lambda net: tg.Capture(net, "hidden_states.-1"), "'final_norm' for that"),
+    (lambda net: tg.Capture(net, "last_hidden_state"), "'final_norm'"),
+    (lambda net: tg.Capture(net, "logits"), "model_outputs='logits'"),
+    (lambda net: tg.Capture(net, "hook_embed"), "'module_output:transformer.wte'"),
+    (lambda net: tg.Capture(net, "hook_pos_embed"), "'module_output:transformer.wpe'"),
+    (lambda net: tg.Capture(net, "ln_final.hook_normalized"), "'final_norm'"),
+    (lambda net: tg.Capture(net, "blocks.0.mlp.hook_pre"), "'module_output:<path>'"),
+    (lambda net: tg.Capture(net, "residual_inputs"), "'residual_input'"),
+    (lambda net: tg.Capture(net, "residual_input.99"), "layers run from 0 to"),
+    (lambda net: tg.Capture(net, "h.0.attn"), "'module_output:transformer.h.0.attn'"),
+    (lambda net: tg.Capture(net, "attn"), "'attn_output'"),
+    (lambda net: tg.Capture(net, 1), "layers=1"),
+    (lambda net: tg.Capture(net, [-1]), r"layers=\[-1\]"),
+    (lambda net: tg.Intervene(net, {"embed": tg.Steer}), r"Write tg.Steer\("),
+    (lambda net: tg.Intervene(net, [("embed", torch.relu)]), "mapping from sites to edits"),
+    (lambda net: tg.NormalizationAblation(variants=["raw", half]), None),
+    (lambda net: tg.NormalizationAblation(variants=["raw", lambda x: x]), "variants={'raw': 'raw', 'mine': function}"),
+    (lambda net: tg.NormalizationAblation(variants=["raw", 3]), "variants are names"),
+    (lambda net: tg.NormalizationAblation(variants=half), "variants is a list"),
+    (lambda net: tg.NormalizationAblation(metrics=tg.SpectrumMetrics), r"Write tg.SpectrumMetrics\("),
+    (lambda net: given({"metrics": [tg.TwoNN]}), r"Write tg.TwoNN\("),
+    (lambda net: given({"metrics": tg.TwoNN}), r"Write tg.TwoNN\("),
+    (lambda net: given({"metrics": [tg.functional.twonn]}), "Write 'twonn'"),
+    (lambda net: given({"metrics": {"spectrum": tg.TwoNN()}}), "named by its out_keys"),
+    (lambda net: given({"metrics": 3}), "takes a name, a stage"),
+    (lambda net: given({"diagnostics": True}), "'normalization_ablation'"),
+    (lambda net: given({"select": "last"}), "select={'positions'"),
+    (lambda net: tg.compare(net, net, [], [tg.LinearCKA]), r"Write tg.LinearCKA\("),
+    (lambda net: tg.compare(net, net, [], tg.functional.rsa), "Write 'rsa'"),
+    (lambda net: tg.ForEach(tg.TwoNN, ["a"]), r"Write tg.TwoNN\("),
+    (lambda net: tg.ForEach(tg.TwoNN(), tg.Capture(net)), "Write capture.sites"),
+    (lambda net: tg.SelectTokens(tg.Capture(net)), "Write capture.sites"),
+    (lambda net: tg.RowSample(tg.Capture(net)), "Write capture.sites"),
+    (lambda net: tg.ForEachPair(tg.RSA(), ["a", "b"], pairs=["a->b"]), r"pairs=\[\('a', 'b'\)\]"),
+    (lambda net: tg.LinearProbe(metrics=[lambda x, y: 0]), "Write {'mine': function}"),
+    (lambda net: tg.run(tg.TwoNN, []), r"Write tg.TwoNN\("),
+    (lambda net: tg.run(TensorDictSequential(*SAMPLED, tg.TwoNN()), []), r"tg.ForEach\(tg.TwoNN"),
+    (lambda net: tg.run(TensorDictSequential(*SAMPLED, tg.LinearCKA()), []), r"tg.ForEachPair\(tg.LinearCKA"),
+    (lambda net: tg.run(TensorDictSequential(tg.SelectTokens(["a"]), tg.StreamingMean()), []), r"tg.ForEach\(tg.StreamingMean"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(FURTHER)))
+def test_a_site_or_an_object_as_guessed_works_or_is_answered(number):
+    guess, answer = FURTHER[number]
+    net = models.gpt2()
+    if answer is None or isinstance(answer, list):
+        found = guess(net)
+        assert answer is None or list(found) == answer
+    else:
+        with pytest.raises((TypeError, ValueError, IndexError), match=answer):
+            guess(net)
 
 
 def test_the_answers_name_what_there_is():

@@ -248,3 +248,13 @@ def test_the_most_activating_tokens_of_each_concept_with_their_text() -> None:
     best = along.argmax(0)
     assert found["context"][:, 0, 2].tolist() == ids[best].tolist()
     assert (found["row_id"][:, 0] >> 20).tolist() == (best // length).tolist()
+
+
+def test_a_basis_of_centred_rows_needs_no_mean():
+    covariance = torch.cov(torch.randn(5, 40))
+    without = tg.functional.concept_basis(covariance, n=2)
+    zero = tg.functional.concept_basis(covariance, torch.zeros(5), 2)
+    assert without.keys() == zero.keys()
+    for name, value in zero.items():
+        assert torch.equal(value, without[name]), name
+    assert tg.functional.concept_basis(covariance.expand(3, 5, 5), n=2)["mean"].shape == (3, 5)

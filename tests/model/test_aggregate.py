@@ -107,6 +107,44 @@ def test_groups_of_attention():
     torch.testing.assert_close(td["attn_pattern.2"].sum(-1), torch.ones(3, 4, 1))
 
 
+def test_groups_of_positions_in_one_aggregation():
+    """The last token, and the mean of the third and the sixth, counted over attended tokens; in a list or by name."""
+    model, batch = models.llama(), padded()
+    batch["attention_mask"][1, :3] = torch.tensor([0, 1, 1])
+    capture = Capture(model, ["residual_output", "attn_pattern"], layers=1)
+    whole = capture(TensorDict(batch))["acts"]
+    for positions in (("last", (2, 5)), ["last", [2, 5]], {"end": "last", "two": (2, 5)}):
+        td = tg.AggregateActs(capture.sites, positions=positions, reduce="mean")(capture(TensorDict(batch)))[
+            "acts"
+        ]
+        for i, start in enumerate([0, 1, 0]):
+            x, a = whole["residual_output.1"][i], whole["attn_pattern.1"][i]
+            expected = torch.stack([x[-1], (x[start + 2] + x[start + 5]) / 2])
+            torch.testing.assert_close(td["residual_output.1"][i], expected)
+            pattern = torch.stack([a[:, -1], (a[:, start + 2] + a[:, start + 5]) / 2], 1)
+            torch.testing.assert_close(td["attn_pattern.1"][i], pattern)
+    sums = tg.AggregateActs(
+        ["residual_output.1"], positions=["first", "all"], reduce="sum", over_examples="mean"
+    )
+    td = sums(capture(TensorDict(models.text_batch())))["acts", "residual_output.1"]
+    whole = capture(TensorDict(models.text_batch()))["acts", "residual_output.1"]
+    torch.testing.assert_close(td, torch.stack([whole[:, 0], whole.sum(1)], 1).mean(0))
+    spec = tg.CaptureSpec("residual_output", positions=["last", (2, 5)], reduce="mean")
+    assert spec.build(model)(TensorDict(batch))["acts", "residual_output.0"].shape == (3, 2, models.WIDTH)
+    with pytest.raises(ValueError, match="reduce='mean' or 'sum'"):
+        tg.AggregateActs(capture.sites, positions=["last", (2, 5)])
+    with pytest.raises(ValueError, match="one of all, last"):
+        tg.AggregateActs(capture.sites, positions=["last", "frist"], reduce="mean")
+    listed = tg.GroupAttention(["attn_pattern.1"], ["last", (2, 5)], ["all"])
+    named = tg.GroupAttention(["attn_pattern.1"], {"end": "last", "two": (2, 5)}, {"all": "all"})
+    batch = TensorDict(models.text_batch())
+    found = [stage(capture(batch.copy()))["acts", "attn_pattern.1"] for stage in (listed, named)]
+    assert torch.equal(*found)
+    assert found[0].shape == (3, 4, 2, 1)
+    with pytest.raises(ValueError, match="rows are groups"):
+        tg.GroupAttention(["attn_pattern.1"], [2, 5])
+
+
 def test_a_spec_says_it_all():
     model, batch = models.llama(), TensorDict(padded())
     spec = tg.CaptureSpec(

@@ -246,7 +246,7 @@ def test_errors_say_what_was_expected(llama):
     with pytest.raises(TypeError, match="no module or function"):
         Intervene(llama, {"residual_output": 3})
     with pytest.raises(ValueError, match="mapping from sites to edits"):
-        Intervene(llama, {})
+        Intervene(llama, [])
     context = Intervene(llama, {"z": tg.Scale(1.0)}, missing="ignore")
     with context, pytest.raises(RuntimeError, match="already in use"):
         context.__enter__()
@@ -267,3 +267,22 @@ def test_plain_modules():
         Intervene(model, {"module_output:0": tg.Scale(2.0, positions="last")}, in_keys=["x"])(
             TensorDict({"x": x})
         )
+
+
+def test_no_edits_are_a_baseline():
+    """Nothing changes, and the context gives what one with edits gives."""
+    model, batch = models.gpt2(), models.text_batch()
+    plain = model(**batch).logits
+    baseline = tg.Intervene(model, {})
+    assert baseline.sites == []
+    with baseline, tg.Capture(model, "residual_output") as calls:
+        assert torch.equal(model(**batch).logits, plain)
+    assert len(calls) == 1
+    assert torch.equal(baseline(TensorDict(batch))["logits"], plain)
+    for edits in ({}, {"residual_output.1": tg.Scale(factor=1.0)}):
+        written = tg.Intervene(model, edits, model_outputs=["logits"])(TensorDict(batch))
+        torch.testing.assert_close(written["logits"], plain)
+    with pytest.raises(ValueError, match="mapping from sites to edits"):
+        tg.Intervene(model, [("residual_output.1", tg.Scale(factor=1.0))])
+    with pytest.raises(TypeError, match=r"got the class Scale\. Write tg\.Scale\("):
+        tg.Intervene(model, {"residual_output.1": tg.Scale})

@@ -234,3 +234,23 @@ def test_tuned_lens():
         TunedLens(model, "residual_output")
     with pytest.raises(ValueError, match="used up"):
         lens.fit(iter([]), steps=1)
+
+
+def test_a_lens_over_stored_rows(tmp_path):
+    """The entropy that is read from what a store keeps is that of the model's own last layer."""
+    model, ids = models.llama(), models.text_batch()["input_ids"]
+    store, capture = tg.ActivationStore(tmp_path), tg.Capture(model, "residual_output")
+    sites = capture.sites
+    stages = [capture, tg.SelectTokens(sites), tg.StoreActivations(store, sites)]
+    tg.run(TensorDictSequential(*stages), [{"input_ids": ids}], progress=False)
+    read = tg.ForEach(tg.LogitLens(model, outputs=["entropy"], in_keys="tokens"), sites)
+    mean = tg.ForEach(tg.StreamingMean(in_keys=[("lens", "entropy")], out_keys="entropy"), sites)
+    result = tg.run(TensorDictSequential(read, mean), store.rows(store.query().ids[-1]), progress=False)
+    with torch.no_grad():
+        probabilities = model(input_ids=ids).logits.double().softmax(-1)
+    entropy = -(probabilities * probabilities.log()).sum(-1).mean()
+    torch.testing.assert_close(result["entropy", sites[-1], "mean"], entropy, rtol=1e-5, atol=0)
+    assert float(result["entropy", sites[-1], "count"]) == ids.numel()
+    # the sites of a stored run also go by other libraries' names
+    rows = store.rows(store.query().ids[-1], sites=["blocks.1.hook_resid_post"])
+    assert ("tokens", "residual_output.1") in next(iter(rows)).keys(True)

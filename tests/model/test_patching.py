@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import scipy.special
 import torch
 from tensordict import TensorDict
 
 import models
+import tdgeom as tg
 from tdgeom import UndefinedMeasureWarning
 from tdgeom.model.capture import Capture
 from tdgeom.model.patching import activation_patching, answer_probability, kl_from, logit_difference
@@ -226,3 +229,20 @@ def test_errors():
         activation_patching(
             model, clean, {"input_ids": corrupted["input_ids"][:2]}, metric="kl", progress=False
         )
+
+
+def test_metrics_of_logits_are_public():
+    """Against SciPy, for any leading dimensions; ids one or one each."""
+    logits, other = torch.randn(3, 2, 7), torch.randn(3, 2, 7)
+    ids = torch.randint(0, 7, (3, 2))
+    probabilities, reference = (scipy.special.softmax(x.double().numpy(), -1) for x in (logits, other))
+    expected = np.take_along_axis(logits.numpy(), ids.numpy()[..., None], -1)[..., 0] - logits.numpy()[..., 3]
+    np.testing.assert_array_equal(tg.functional.logit_diff(logits, ids, 3), expected)
+    np.testing.assert_allclose(tg.functional.token_probability(logits, 2), probabilities[..., 2], rtol=1e-5)
+    kl = scipy.special.rel_entr(reference, probabilities).sum(-1)
+    np.testing.assert_allclose(tg.functional.kl_divergence(logits, other), kl, rtol=1e-4)
+    np.testing.assert_allclose(tg.functional.kl_divergence(logits, logits), np.zeros((3, 2)), atol=1e-6)
+    with pytest.raises(ValueError, match="ids from 0 to 6"):
+        tg.functional.logit_diff(logits, 7, 0)
+    with pytest.raises(ValueError, match=r"one for each of \(3, 2\)"):
+        tg.functional.logit_diff(logits, [1, 2], 0)

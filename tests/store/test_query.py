@@ -257,3 +257,31 @@ def test_a_thousand_runs_are_queried_in_milliseconds(tmp_path) -> None:
 def test_torch_values_are_plain(store) -> None:
     run = enter(store, {"capture": {"count": int(torch.tensor(3))}, "experiment": "plain"})
     assert store.query(experiment="plain", capture={"count": 3}).ids == [run]
+
+
+def test_runs_are_found_by_their_age_and_deleted_by_place(tmp_path) -> None:
+    """Dates, times and ages; the last run of a query and of the store."""
+    from datetime import date, datetime, timedelta, timezone
+
+    now = datetime.now(timezone.utc)
+    store = tg.ActivationStore(tmp_path)
+    ages = (timedelta(days=400), timedelta(days=2), timedelta(minutes=5))
+    old, late, new = (enter(store, {"model": str(age)}, (now - age).timestamp()) for age in ages)
+    assert store.query(since=timedelta(hours=1)).ids == [new]
+    assert store.query(until=timedelta(hours=1)).ids == [old, late]
+    assert store.query(since=timedelta(days=-3)).ids == [late, new]
+    assert store.query(since=now - timedelta(days=3), until=now - timedelta(days=1)).ids == [late]
+    assert store.query(until=date(now.year - 1, 1, 1)).ids == store.query(until=f"{now.year - 1}-01-01").ids
+    with pytest.raises(ValueError, match="a date or a timedelta, got 'yesterday'"):
+        store.query(since="yesterday")
+    found = store.query()
+    assert found.delete(-1) == 1
+    assert found.ids == store.query().ids == [old, late]
+    assert store.delete(0) == 1
+    assert store.query().ids == [late]
+    with pytest.raises(LookupError, match="there is no run 3"):
+        store.delete(3)
+    assert store.query().delete(slice(0, 1)) == 1
+    assert store.query().delete() == 0
+    with pytest.raises(LookupError, match="no run"):
+        store.delete(-1)

@@ -26,6 +26,7 @@ def listed_measures(owner: str, given: Any) -> list[Any]:
     if given is None or isinstance(given, str | nn.Module):
         return [] if given is None else [given]
     refuse_class(f"{owner}: metrics", given)
+    given = [given] if inspect.isroutine(given) else given
     if isinstance(given, Mapping) or not isinstance(given, Iterable):
         raise TypeError(
             f"{owner}: metrics takes a name, a stage such as tg.TwoNN(), or a list of them, got {given!r:.80}. A stage's columns "

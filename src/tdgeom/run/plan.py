@@ -211,6 +211,11 @@ def _phase(unit: Any, phases: dict[Key, str], known: KeyTable) -> str:
         return "stream"
     if finished and per_batch:
         carried = [key_tuple(key)[-1] for key in per_batch if key_tuple(key)[0].startswith("sample")]
+        if carried and isinstance(unit, PairStage):
+            raise ValueError(
+                f"{describe(unit)} compares two sites and reads {per_batch}, which no stage writes. For pairs of sites: "
+                f"tg.ForEachPair({as_written(unit)}(...), sites)."
+            )
         if carried:
             raise ValueError(
                 f"{describe(unit)} reads {per_batch}, which nothing put into the sample. "
