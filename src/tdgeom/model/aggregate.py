@@ -150,7 +150,7 @@ class AggregateActs(_PerSite):
             raise ValueError(
                 f"AggregateActs: groups of positions, {positions!r}, are reduced to one each: reduce='mean' or 'sum'."
             )
-        self.positions = positions if groups is not None else check_positions(positions)
+        self.positions: Any = positions if groups is not None else check_positions(positions)
         self.reduce, self.over_examples = reduce, over_examples
 
     def reduced(self, value: Tensor, site: str, told: Mapping[str, Tensor | None]) -> Tensor:
