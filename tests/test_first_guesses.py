@@ -185,6 +185,8 @@ FURTHER = [
     (lambda net: tg.ForEach(tg.TwoNN(), tg.Capture(net)), "Write capture.sites"),
     (lambda net: tg.SelectTokens(tg.Capture(net)), "Write capture.sites"),
     (lambda net: tg.RowSample(tg.Capture(net)), "Write capture.sites"),
+    (lambda net: tg.SelectTokens(["a"], positions=["last", 0]), "use one of all, last"),
+    (lambda net: tg.SelectTokens(["a"], positions=lambda mask: mask), "use one of all, last"),
     (lambda net: tg.ForEachPair(tg.RSA(), ["a", "b"], pairs=["a->b"]), r"pairs=\[\('a', 'b'\)\]"),
     (lambda net: tg.LinearProbe(metrics=[lambda x, y: 0]), "Write {'mine': function}"),
     (lambda net: tg.run(tg.TwoNN, []), r"Write tg.TwoNN\("),

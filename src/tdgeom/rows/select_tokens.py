@@ -15,7 +15,7 @@ from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.stage import Stage
 from tdgeom.core.wrong_objects import site_list
 from tdgeom.model.padding_masks import refuse_unknown, token_mask
-from tdgeom.model.positions import Positions, is_position, position_mask
+from tdgeom.model.positions import Positions, check_positions, is_position, position_mask
 from tdgeom.model.sites import HEAD_KINDS, choice_beside, is_pattern, is_router
 from tdgeom.numerics.centring import upcast
 
@@ -153,6 +153,8 @@ class SelectTokens(Stage):
             raise ValueError(f"SelectTokens: skip_first must be 0 or more, got {skip_first}.")
         carried = [key_tuple(key)[-1] for key in also]
         by_key = isinstance(positions, str | tuple) and not is_position(positions)
+        if not by_key or not all(isinstance(part, str) for part in key_tuple(positions)):
+            check_positions(positions)
         given: list[Any] = [*(("acts", *name) for name in names), *also, *([positions] if by_key else [])]
         routers = [name for name in names if is_router(str(name[-1]))]
         choices: list[Any] = [("acts", *name[:-1], choice_beside(str(name[-1]))) for name in routers]
