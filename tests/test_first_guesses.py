@@ -196,6 +196,22 @@ FURTHER = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in STAGES
+        if "sites" in named(STAGES[name]) and name not in ("Capture", "CaptureSpec", "ForEachPair")
+    ],
+)
+def test_a_capture_is_no_list_of_sites(name):
+    """Every stage that takes sites says where the names are."""
+    needed = {"stage": tg.TwoNN(), "model": MODEL, "rows": {"last": "last"}, "store": None}
+    taken = {argument: value for argument, value in needed.items() if argument in named(STAGES[name])}
+    with pytest.raises(TypeError, match=f"{name}: sites are names, got Capture. Write capture.sites."):
+        STAGES[name](sites=tg.Capture(MODEL, "module_output:0"), **taken)
+
+
 @pytest.mark.parametrize("number", range(len(FURTHER)))
 def test_a_site_or_an_object_as_guessed_works_or_is_answered(number):
     guess, answer = FURTHER[number]

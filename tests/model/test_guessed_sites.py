@@ -207,6 +207,7 @@ ANSWERED = [
     (-1, "layers=-1"),
     ([0, 1], r"layers=\[0, 1\]"),
     ("3", "layers=3"),
+    ("residual_input,mlp_output", r"sites=\['residual_input', 'mlp_output'\]"),
     (None, "got None"),
     ({"layer": 1}, "got"),
     (torch.nn.Linear(2, 2), "does not hold it"),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key
 from tdgeom.core.stage import Stage
+from tdgeom.core.wrong_objects import site_list
 from tdgeom.model.positions import (
     Positions,
     check_positions,
@@ -75,6 +76,7 @@ class _PerSite(Stage):
     def __init__(
         self, sites: Sequence[str], *, in_keys: Key | list[Key] | None, out_keys: Key | list[Key] | None
     ) -> None:
+        sites = [sites] if isinstance(sites, str) else site_list(type(self).__name__, sites)
         keys: list[Key] = [("acts", str(site)) for site in sites]
         sides = sorted({token_side(site) for site in sites})
         self._tokens = [side + name for side in sides for name in ("attention_mask", "input_ids")]

@@ -12,6 +12,7 @@ from torch import Tensor
 from tdgeom.core.keys import Key, key_tuple, site_key
 from tdgeom.core.process_groups import broadcast_number, gather_states, rank_and_world
 from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.core.wrong_objects import site_list
 from tdgeom.files.errors import StoreError
 from tdgeom.store.activation_store import ActivationStore
 from tdgeom.store.resume import open_writer, refuse_other_rows
@@ -89,7 +90,8 @@ class StoreActivations(StreamingStage):
             )
         if shard_bytes < 1:
             raise ValueError(f"StoreActivations: shard_bytes must be at least 1, got {shard_bytes}.")
-        rows: list[Key] = ["tokens"] if sites is None else [("tokens", *site_key(site)) for site in sites]
+        named = None if sites is None else site_list("StoreActivations", sites)
+        rows: list[Key] = ["tokens"] if named is None else [("tokens", *site_key(site)) for site in named]
         rows += [("carried", str(name)) for name in also]
         super().__init__(
             in_keys=in_keys,

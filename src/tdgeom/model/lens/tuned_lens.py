@@ -11,6 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tdgeom.core.wrong_objects import site_list
 from tdgeom.model.capture import Capture
 from tdgeom.model.lens.logit_lens import Lens
 from tdgeom.model.positions import attended_tokens
@@ -39,7 +40,7 @@ class TunedLens(Lens):
     translators: Any  # nn.ModuleList of nn.Linear
 
     def __init__(self, model: nn.Module, sites: Sequence[str], **settings: Any) -> None:
-        if isinstance(sites, str) or not len(sites):
+        if isinstance(sites, str) or not site_list("TunedLens", sites):
             raise ValueError(f"TunedLens expects a list of concrete sites, got {sites!r}.")
         self.sites = [str(site) for site in sites]
         super().__init__(model, reads=[("acts", site) for site in self.sites], **settings)

@@ -101,7 +101,10 @@ def _meant(model: nn.Module, given: Any, prefix: str, found: Found) -> Site | re
     site: Site | re.Pattern | None = exact_site(name)
     stack = site.stack if isinstance(site, Site) else None
     if site is None or (stack is not None and stack not in [one.name for one in found(model)[0]]):
-        site = _by_path(model, name) or _by_word(model, name, found) or site
+        other = _by_path(model, name)
+        if other is None and "," not in name:
+            other = _by_word(model, name, found)
+        site = other or site
     if site is None:
         raise ValueError(_unknown(model, name))
     if isinstance(site, Site) and site.prefix:
@@ -250,7 +253,7 @@ def _facts(model: nn.Module, normed: bool, depth: int) -> dict[str, str]:
 def _suffix(paths: Sequence[str], name: str) -> str | None:
     """The one path that ends as a name does, or as it ends without its first part."""
     text = re.sub(r"\[(\d+)\]", r".\1", name)
-    for tail in (text, text.partition(".")[2]):
+    for tail in (text, text.partition(".")[2]) if "," not in name else ():
         found = [path for path in paths if path == tail or path.endswith("." + tail)]
         if not re.search("[a-z]", tail, re.I):
             continue
@@ -270,9 +273,11 @@ def _unknown(model: nn.Module, name: str) -> str:
         None if _PATTERN.search(name) else next(iter(get_close_matches(name, paths, n=1, cutoff=0.75)), None)
     )
     said = f" Write 'module_output:{near}'." if near else ""
-    if re.fullmatch(r"-?\d+", name):
+    if "," in name:
+        said = f" Write sites={[part.strip() for part in name.split(',') if part.strip()]}."
+    elif re.fullmatch(r"-?\d+", name):
         said = f" Layers are chosen beside: Capture(model, 'residual_input', layers={name})."
-    if not near and _PATTERN.search(name):
+    elif not near and _PATTERN.search(name):
         said = (
             f" As a glob of module paths, 'module_output:{name}', and as an expression, re.compile({name!r}), it matches no "
             "module."
