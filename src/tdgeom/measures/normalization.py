@@ -124,9 +124,7 @@ def named_variants(variants: Any) -> dict[str, str | Variant]:
     ways = f"names of {list(VARIANTS)}, functions with a name, or a mapping {{name: name or function(sample, position)}}"
     where = "NormalizationAblation: variants"
     if isinstance(variants, str) or not isinstance(variants, Iterable):
-        raise TypeError(
-            f"{where} is a list of {ways}, got {variants!r:.80}. Write variants=[{variants!r:.60}] for one."
-        )
+        raise TypeError(f"{where} is a list of names or a mapping, got {variants!r:.80}. It takes {ways}.")
     listed = (
         list(variants.items()) if isinstance(variants, Mapping) else [(_named(one), one) for one in variants]
     )
