@@ -76,7 +76,7 @@ class _PerSite(Stage):
     def __init__(
         self, sites: Sequence[str], *, in_keys: Key | list[Key] | None, out_keys: Key | list[Key] | None
     ) -> None:
-        sites = [sites] if isinstance(sites, str) else site_list(type(self).__name__, sites)
+        sites = [sites] if isinstance(sites, str) else site_list(f"{type(self).__name__}", sites)
         keys: list[Key] = [("acts", str(site)) for site in sites]
         sides = sorted({token_side(site) for site in sites})
         self._tokens = [side + name for side in sides for name in ("attention_mask", "input_ids")]

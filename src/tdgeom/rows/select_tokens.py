@@ -153,7 +153,9 @@ class SelectTokens(Stage):
             raise ValueError(f"SelectTokens: skip_first must be 0 or more, got {skip_first}.")
         carried = [key_tuple(key)[-1] for key in also]
         by_key = isinstance(positions, str | tuple) and not is_position(positions)
-        if not by_key or not all(isinstance(part, str) for part in key_tuple(positions)):
+        if not by_key or (
+            isinstance(positions, tuple) and not all(isinstance(part, str) for part in positions)
+        ):
             check_positions(positions)
         given: list[Any] = [*(("acts", *name) for name in names), *also, *([positions] if by_key else [])]
         routers = [name for name in names if is_router(str(name[-1]))]
