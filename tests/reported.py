@@ -91,3 +91,28 @@ def compared(layers: int = 5) -> ReportedRun:
     ]  # fmt: skip
     metadata = {"models": {"a": {"id": "one"}, "b": {"id": "two"}}, "align": "rows", "rows_observed": 500}
     return ReportedRun("comparison", {"metrics": pd.DataFrame(rows), "novelty": pairs}, {}, metadata)
+
+
+def further(layers: int = 4) -> ReportedRun:
+    """What else a report shows: a sweep over steps, dimension over scales, overlaps, a grid of patching, a table of its own."""
+    run = made_up(layers=layers)
+    metrics = run.tables["metrics"]
+    sweep = pd.concat(
+        [metrics.assign(step=s, d_pr=metrics["d_pr"] + s) for s in (0, 10, 1000)], ignore_index=True
+    )
+    place = metrics[["site", "kind", "layer", "stack", "relative_depth"]]
+    scales = pd.concat(
+        [place.assign(estimator="gride", step=s, estimate=9.0 - s + place["layer"] / 8, standard_error=0.2, scale=2.0**s)
+         for s in range(3)], ignore_index=True,
+    )  # fmt: skip
+    overlap = place.assign(measure="neighborhood_overlap", other="x", value=0.5 + place["layer"] / 10)
+    grid = [
+        {"kind": "residual_input", "by": "position", "layer": i, "column": j, "label": f"token{j}", "grid": i * j,
+         "recovered": i * j / 60}
+        for i in range(layers) for j in range(20)
+    ]  # fmt: skip
+    tables = {
+        **run.tables, "metrics": sweep, "diagnostics/intrinsic_dimension": scales, "diagnostics/overlap": overlap,
+        "patching": pd.DataFrame(grid), "diagnostics/verified_sites": pd.DataFrame({"site": ["x"], "outcome": ["passed"]}),
+    }  # fmt: skip
+    return ReportedRun("further", tables, run.eigenvalues, run.metadata)

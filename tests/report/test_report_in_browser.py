@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from reported import HOSTILE, compared, made_up
+from reported import HOSTILE, compared, further, made_up
 from tdgeom.report import write_report
 
 pytestmark = pytest.mark.browser
@@ -36,6 +36,7 @@ def files(tmp_path_factory):
         "two": [made_up("first"), made_up("second", seed=1)],
         "comparison": [compared()],
         "hostile": [made_up(hostile=HOSTILE)],
+        "kinds": [further()],
     }
     return {name: write_report(of, folder / f"{name}.html") for name, of in runs.items()}
 
@@ -78,7 +79,7 @@ def opened(browser, files):
         one.page.close()
 
 
-NAMES = ("one", "two", "comparison", "hostile")
+NAMES = ("one", "two", "comparison", "hostile", "kinds")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -225,12 +226,13 @@ def test_print_shows_everything_in_light_colours(opened):
 
 
 @pytest.mark.parametrize("width", [360, 800, 1400])
-def test_nothing_is_wider_than_the_window(opened, width):
-    report = opened("two", viewport={"width": width, "height": 900})
+@pytest.mark.parametrize("name", ["one", "two", "kinds"])
+def test_nothing_is_wider_than_its_box(opened, name, width):
+    report = opened(name, viewport={"width": width, "height": 900})
     assert report.page.evaluate("document.documentElement.scrollWidth") <= width
     texts = report.page.evaluate(
-        """() => [...document.querySelectorAll('.chart svg')].filter(svg => {
-        const box = svg.parentElement.getBoundingClientRect(), own = svg.getBoundingClientRect();
+        """() => [...document.querySelectorAll('.chart svg text, .chart svg')].filter(svg => {
+        const box = svg.closest('figure').getBoundingClientRect(), own = svg.getBoundingClientRect();
         return own.right > box.right + 1 || own.left < box.left - 1; }).length"""
     )
     assert texts == 0

@@ -39,6 +39,7 @@ def _of(theme: str, rows: dict[str, tuple[str, str, float | None, float | None, 
 
 COLUMNS: dict[str, Column] = {
     "layer": Column("layer"),
+    "from_layer": Column("layer, the first of the two"),
     "relative_depth": Column("relative depth", "layer / last layer", 0.0, 1.0),
     "layer_norm_depth": Column("relative depth", "layer / last analysed layer", 0.0, 1.0),
     "transition": Column("from layer -> to layer"),

@@ -20,14 +20,14 @@ _VIRIDIS = (
     "#2c728e", "#26828e", "#21918c", "#1fa088", "#28ae80", "#3fbc73",
     "#5ec962", "#84d44b", "#addc30", "#d8e219", "#fde725",
 )  # fmt: skip
-_LIGHT, _DARK = (0.0, 0.86), (0.22, 1.0)  # what shows up on white, and on black
+_LIGHT, _DARK = (0.0, 0.8), (0.34, 1.0)  # what shows up on white, and on black
 
 
 def depth_colours(count: int, *, on_dark: bool = False) -> list[str]:
     """``count`` colours from the first layer's to the last's, as hexadecimal RGB.
 
     >>> depth_colours(2), len(depth_colours(32, on_dark=True))
-    (['#440154', '#a3da36'], 32)
+    (['#440154', '#7cd250'], 32)
     """
     low, high = _DARK if on_dark else _LIGHT
     steps = [low + (high - low) * (i / max(count - 1, 1)) for i in range(count)]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import pandas as pd
+
 from tdgeom.report.contents import Chart, Section
 from tdgeom.report.profile_charts import measure_chart
 from tdgeom.report.profile_sections import IDENTITY, MARKS, tables_of
@@ -30,10 +33,10 @@ def ablation_section(runs: Sequence[ReportedRun]) -> Section | None:
         charts = [chart for name in measures if (chart := measure_chart(named, name, x)) is not None]
     else:
         for name in measures[:2]:
-            for variant, part in rows.groupby("variant", sort=False):
+            for variants, part in _apart(rows, name):
                 chart = measure_chart(part, name, x)
                 if chart is not None:
-                    title = f"{chart.title}, {VARIANTS.get(str(variant), variant)}"
+                    title = f"{chart.title}, {' = '.join(VARIANTS.get(one, one) for one in variants)}"
                     charts.append(Chart(title, chart.says, chart.spec, chart.words))
     numbers = [
         str(name)
@@ -47,3 +50,20 @@ def ablation_section(runs: Sequence[ReportedRun]) -> Section | None:
     columns = [*numbers, *[name for name in MARKS if name in rows]]
     tables = tables_of(rows, columns, "Every normalisation", "normalization_ablation")
     return Section("ablation", "What normalisation changes", says, charts, tables)
+
+
+def _apart(rows: pd.DataFrame, name: str) -> list[tuple[list[str], pd.DataFrame]]:
+    """The rows of each normalisation; those that give the same numbers once, under all their names."""
+    found: list[tuple[list[str], pd.DataFrame]] = []
+    for variant, part in rows.groupby("variant", sort=False):
+        values = part[name].to_numpy(dtype=float)
+        for variants, other in found:
+            same = len(other) == len(part) and list(other["_x"]) == list(part["_x"])
+            if same and np.allclose(
+                other[name].to_numpy(dtype=float), values, rtol=1e-6, atol=0, equal_nan=True
+            ):
+                variants.append(str(variant))
+                break
+        else:
+            found.append(([str(variant)], part))
+    return found

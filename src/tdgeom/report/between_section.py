@@ -46,7 +46,7 @@ def between_section(runs: Sequence[ReportedRun]) -> Section | None:
 
 
 def _lines(rows: pd.DataFrame, name: str, x: str) -> list[Chart]:
-    chart = measure_chart(rows, name, x)
+    chart = measure_chart(rows, name, "from_layer" if x == "layer" else x)
     return [] if chart is None else [chart]
 
 

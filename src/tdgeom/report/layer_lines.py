@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from tdgeom.measures.columns import Column
-from tdgeom.report.vega_charts import DASHES, ZOOM, chart, depth_variables, digits
+from tdgeom.report.vega_charts import DASHES, ZOOM, chart, depth_variables, digits, series_legend
 
 __all__ = ["HIDDEN", "in_order", "layer_chart", "layer_colours", "series_dashes"]
 
@@ -43,7 +43,7 @@ def series_dashes(series: Sequence[str]) -> dict[str, Any]:
     return {
         "field": "series", "type": "nominal",
         "scale": {"domain": list(series), "range": [DASHES[i % len(DASHES)] for i in range(len(series))]},
-        "legend": {"orient": "bottom", "title": None, "columns": 2, "symbolType": "stroke", "symbolSize": 400},
+        "legend": series_legend(series, symbolType="stroke", symbolSize=400),
     }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from tdgeom.measures.columns import Column
-from tdgeom.report.vega_charts import DASHES, SHAPES, ZOOM, chart, digits, line_colours
+from tdgeom.report.vega_charts import DASHES, SHAPES, ZOOM, chart, digits, line_colours, series_legend
 
 __all__ = ["line_chart", "whole_ticks"]
 
@@ -59,11 +59,7 @@ def line_chart(
     ticks = {"values": whole_ticks(rows["x"]), "format": "d"} if whole else {"tickCount": 6}
     place["axis"] = {**ticks, "grid": False}
     value = {"field": "y", "type": "quantitative", "title": None, "scale": scale, "axis": {"tickCount": 5}}
-    legend = (
-        {"orient": "bottom", "title": named or None, "columns": 2, "symbolStrokeWidth": 0}
-        if len(series) > 1
-        else None
-    )
+    legend = series_legend(series, named, symbolStrokeWidth=0)
     at = [(places or {}).get(name.split(" = ")[0], i) for i, name in enumerate(series)]
     shapes = [SHAPES[i % len(SHAPES)] for i in at]
     colours = line_colours(max(at, default=0) + 1)

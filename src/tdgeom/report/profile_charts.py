@@ -25,7 +25,7 @@ def measure_chart(rows: pd.DataFrame, name: str, x: str, *, log: bool = False) -
     words = said(points, column, x)
     spec = line_chart(
         points, column, column_of(x), series=series, log=log, domain=fixed_ends(column, points["y"]),
-        whole=x == "layer", words=f"{column.label}. {words}", places=_places(rows),
+        whole=x != "relative_depth", words=f"{column.label}. {words}", places=_places(rows),
     )  # fmt: skip
     below = _difference(rows, name, x) if rows["_run"].nunique() > 1 else None
     return Chart(_heading(column), _says(column.says, words, points, series), spec, words, difference=below)
@@ -54,7 +54,7 @@ def measures_chart(
     words = said(points, column, x)
     spec = line_chart(
         points, column, column_of(x), series=series, log=log, domain=None if log else fixed_ends(column, points["y"]),
-        whole=x == "layer", words=f"{title}. {words}",
+        whole=x != "relative_depth", words=f"{title}. {words}",
     )  # fmt: skip
     return Chart(_heading(column), _says(says, words, points, series), spec, words)
 
@@ -88,8 +88,8 @@ def _difference(rows: pd.DataFrame, name: str, x: str) -> Chart | None:
     words = said(others, change, x)
     title = f"{column.label[0].upper()}{column.label[1:]}: difference from {first}"
     spec = line_chart(
-        others, change, column_of(x), series=series, whole=x == "layer", words=f"{title}. {words}", height=110, zero=True,
-        places=_places(rows),
+        others, change, column_of(x), series=series, whole=x != "relative_depth", words=f"{title}. {words}", height=110,
+        zero=True, places=_places(rows),
     )  # fmt: skip
     return Chart(title, f"Difference from {first}", spec, words)
 
@@ -117,7 +117,7 @@ def drawn_once(points: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 def said(points: pd.DataFrame, column: Column, x: str) -> str:
     """A chart of lines in words: where each starts and ends, and its extremes; of many lines, the extremes alone."""
-    place = "layer" if x == "layer" else "depth"
+    place = "depth" if x == "relative_depth" else "layer"
     sentences = []
     for name, part in points.groupby("series", sort=False):
         part = part[np.isfinite(part["y"].to_numpy(float))].sort_values("x", kind="stable")
@@ -125,7 +125,7 @@ def said(points: pd.DataFrame, column: Column, x: str) -> str:
             continue
         low, high = part.iloc[part["y"].argmin()], part.iloc[part["y"].argmax()]
         who = f"{name}: " if points["series"].nunique() > 1 else ""
-        if low["y"] == high["y"]:
+        if _number(low["y"]) == _number(high["y"]):
             sentences.append(f"{who}{_number(low['y'])} throughout")
             continue
         sentences.append(
@@ -143,7 +143,7 @@ def said(points: pd.DataFrame, column: Column, x: str) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else "0" if abs(value) < 1e-9 else f"{value:.3g}"
 
 
 def _heading(column: Column) -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "depth_variables",
     "digits",
     "line_colours",
+    "series_legend",
 ]
 
 DEPTH_STEPS = 48
@@ -87,6 +88,14 @@ def chart(
         "layer": list(layers),
         **further,
     }
+
+
+def series_legend(series: Sequence[str], title: str = "", **how: Any) -> dict[str, Any] | None:
+    """The names of lines below a chart, one under the other where two would not stand side by side; None of one line."""
+    if len(series) < 2:
+        return None
+    columns = 2 if max(map(len, series)) <= 18 else 1
+    return {"orient": "bottom", "title": title or None, "columns": columns, "labelLimit": 250, **how}
 
 
 # Zoomed by the wheel only with Ctrl or Cmd, so that the page scrolls over it; the page's buttons zoom, too.
