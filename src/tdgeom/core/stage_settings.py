@@ -182,8 +182,13 @@ def _alike(a: Any, b: Any) -> bool:
 
 def plain_setting(value: Any) -> Any:
     """One setting as plain data; see ``Configured.settings``."""
-    if type(value) in _SAME or isinstance(value, bool | int):
+    kind = type(value)
+    if kind in _SAME or isinstance(value, bool | int):
         return value
+    if kind is list:
+        return [plain_setting(part) for part in value]
+    if kind is tuple:
+        return {"tuple": [plain_setting(part) for part in value]}
     if isinstance(value, str):
         return str(value)
     if isinstance(value, float):

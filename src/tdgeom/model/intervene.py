@@ -28,7 +28,7 @@ from tdgeom.model.edits.apply_edits import Editing, EditPlan
 from tdgeom.model.edits.edit import Edit
 from tdgeom.model.sites import LayerSpec, Site
 from tdgeom.model.structure.meant_sites import listed_sites
-from tdgeom.model.structure.resolve import sites_meant, takes_layers
+from tdgeom.model.structure.resolve import site_by_path, sites_meant, takes_layers
 from tdgeom.model.structure.resolved_site import ResolvedSite
 
 EditLike = nn.Module | Callable[[torch.Tensor], torch.Tensor]
@@ -143,14 +143,16 @@ class Intervene(HookingContext):
 
     def resolve(self, model: nn.Module) -> list[ResolvedSite]:
         """The places of the edits, in the order of the mapping."""
-        named = {name: sites_meant(model, name) for name in self._asked}
-        applied = any(takes_layers(one) for meant in named.values() for one in meant)
-        found = {}
-        for name, meant in named.items():  # a concrete name beside kinds has its own layer
-            own = self._layers if any(map(takes_layers, meant)) or not applied else "all"
-            found[name] = resolve_sites(
-                model, meant, layers=own, classes=self._classes, skip_classes=self._skipped
-            )
+        chosen: dict[str, Any] = {"classes": self._classes, "skip_classes": self._skipped}
+        paths = {name: site_by_path(model, name, layers=self._layers, **chosen) for name in self._asked}
+        found = {name: [entry] for name, entry in paths.items() if entry is not None}
+        if len(found) < len(paths):
+            named = {name: sites_meant(model, name) for name in self._asked}
+            applied = any(takes_layers(one) for meant in named.values() for one in meant)
+            for name, meant in named.items():  # a concrete name beside kinds has its own layer
+                own = self._layers if any(map(takes_layers, meant)) or not applied else "all"
+                found[name] = resolve_sites(model, meant, layers=own, **chosen)
+            found = {name: found[name] for name in self._asked}
         refuse_edits(model, (entry for entries in found.values() for entry in entries))
         self._set_plain(_listed=[self._asked[name] for name, entries in found.items() for _ in entries])
         return [entry for entries in found.values() for entry in entries]

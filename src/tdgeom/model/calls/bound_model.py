@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
+from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -103,7 +105,7 @@ def refuse_compiled(model: nn.Module, paths: Iterable[str], inside: Iterable[str
     for owner, _, _, module in chain([("", None, "", model)], steps_to(model, paths)):
         # a compiled module runs its traced graph: hooks added to what is inside are silently skipped
         whole = "_orig_mod" in module._modules or module._compiled_call_impl is not None
-        if whole or (owner in holding and _is_compiled(module.forward)):
+        if whole or (owner in holding and _has_compiled_forward(module)):
             where = f"its submodule {owner!r}" if owner else "it"
             remedy = (
                 "give the model before torch.compile (`compiled._orig_mod` is it) and call that"
@@ -114,6 +116,18 @@ def refuse_compiled(model: nn.Module, paths: Iterable[str], inside: Iterable[str
                 f"expected a model whose hooks fire, got a {type(model).__name__} of which {where} is "
                 f"compiled: hooks inside would silently never fire. Remedy: {remedy}."
             )
+
+
+_COMPILED: WeakKeyDictionary[FunctionType, bool] = WeakKeyDictionary()
+
+
+def _has_compiled_forward(module: nn.Module) -> bool:
+    function = type(module).forward
+    if "forward" in module.__dict__ or not isinstance(function, FunctionType):
+        return _is_compiled(module.forward)
+    if function not in _COMPILED:  # a class is asked about again with every context
+        _COMPILED[function] = _is_compiled(function)
+    return _COMPILED[function]
 
 
 def _is_compiled(forward: Any) -> bool:
