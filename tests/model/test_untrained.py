@@ -138,7 +138,7 @@ def test_a_loader_that_is_read_once_is_refused() -> None:
 
 
 def test_a_damaged_table_is_refused(both, tmp_path) -> None:
-    from tdgeom.analysis.results import _unpacked
+    from tdgeom.analysis.packed_tensors import unpack
 
     with pytest.raises(ValueError, match="is no key"):
-        _unpacked({"[[": np.zeros(2)})
+        unpack({"[[": np.zeros(2)})
