@@ -82,6 +82,7 @@ class Intervene(HookingContext):
 
     _told_anew = frozenset({"edits"})
     missing: str
+    _layers: LayerSpec
     _asked: dict[str, list[EditLike]]
     _listed: list[list[EditLike]]  # the edits of each place
     _editing: tuple[Editing, list[OwnHook]] | None
