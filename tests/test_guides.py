@@ -80,6 +80,13 @@ def test_standard_errors() -> None:
     ran("errors.md")
 
 
+@pytest.mark.filterwarnings("ignore::tdgeom.UndefinedMeasureWarning")
+def test_more_than_chance() -> None:
+    names = ran("significance.md")
+    assert names["table"]["neighborhood_overlap_p"].min() >= 0.01
+    assert set(names["curve"]["metric"]) >= {"d_pr", "twonn"}
+
+
 def test_comparing_representations() -> None:
     names = ran("comparing.md", other_model=models.bert())
     pairs = models.DEPTH * (models.DEPTH - 1) // 2
