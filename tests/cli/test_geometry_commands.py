@@ -65,6 +65,8 @@ def test_dimension_gives_the_numbers_of_the_library(command, folder, text, tmp_p
     assert mine["estimate"].tolist() == pytest.approx(direct.metrics["twonn_estimate"].tolist(), rel=1e-9)
     pictures = {path.name for path in (tmp_path / "run" / "plots").iterdir()}
     assert pictures == {"intrinsic_dimension.png", "intrinsic_dimension_over_scales.png"}
+    code, shown, err = command("show", tmp_path / "run")
+    assert code == 0 and shown.strip() in out  # the profile again, not another table
     kept = tg.AnalysisResults.load(tmp_path / "run").neighbors
     assert set(kept["neighbors"].keys()) == set(SITES)
 

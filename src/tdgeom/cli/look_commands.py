@@ -34,6 +34,7 @@ def show(
 ) -> None:
     """Print the tables of a saved analysis."""
     from tdgeom.cli.print_comparison import print_comparison
+    from tdgeom.cli.print_profile import PROFILES, print_profiles
     from tdgeom.cli.print_results import print_results
 
     results = tg.AnalysisResults.load(folder)
@@ -44,6 +45,8 @@ def show(
         print(f"tdgeom: warning: {' '.join(str(said).split())}", file=sys.stderr)
     if "align" in results.metadata:
         print_comparison(results, console())
+    elif columns is None and not PROFILES.keys().isdisjoint(results.diagnostics):
+        print_profiles(results, console())
     else:
         print_results(results, console(), columns)
 
