@@ -165,6 +165,14 @@ def test_tables_keep_every_number(one):
     } <= shown
 
 
+def test_an_error_stands_beside_what_it_is_of(one):
+    shown = [
+        table["columns"] for key, table in one.data["tables"].items() if key.startswith("metrics_dimension")
+    ]
+    (columns,) = [names for names in shown if "d_pr" in names]
+    assert columns[columns.index("d_pr") + 1] == "d_pr_se"
+
+
 def test_router_loads_are_a_matrix(one):
     grid = {(v["r"], v["c"]): v["v"] for v in values(one.titled("Load of every expert"))}
     loads = made_up().tables["router"]["load"]

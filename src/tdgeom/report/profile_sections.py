@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from tdgeom.measures.columns import column_of, is_error
+from tdgeom.measures.columns import column_of, error_column, is_error
 from tdgeom.report.contents import Chart, Section, Table
 from tdgeom.report.profile_charts import measure_chart, measures_chart
 from tdgeom.report.reported_run import ReportedRun, series_rows
@@ -101,6 +101,7 @@ def profile_sections(runs: Sequence[ReportedRun]) -> list[Section]:
             for name in left
             if column_of(name).theme == key or name in {n for p in panels for n in p.names}
         ]
+        own = [one for name in own for one in (name, error_column(name, numbers)) if one is not None]
         own += sorted(accompany, key=numbers.index) if key == "dimension" else []
         if charts:
             sections.append(Section(key, title, says, charts, tables_of(rows, own, title, f"metrics_{key}")))
