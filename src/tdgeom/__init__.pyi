@@ -27,6 +27,7 @@ from .analysis.default_pipeline import analysis_pipeline as analysis_pipeline
 from .analysis.analysis_settings import AnalysisSettings as AnalysisSettings
 from .analysis.results import AnalysisResults as AnalysisResults
 from .analysis.reports import write_report as write_report
+from .analysis.saving import NotSavedError as NotSavedError
 from .analysis.saved_results import load_results as load_results
 from .analysis.saved_results import save_results as save_results
 

@@ -14,6 +14,7 @@ from tdgeom.analysis.analysis_settings import MAX_ROWS, AnalysisSettings, Metric
 from tdgeom.analysis.baseline import with_baseline
 from tdgeom.analysis.one_model import analyzed
 from tdgeom.analysis.results import AnalysisResults, default_folder
+from tdgeom.analysis.saving import save_or_hand_over
 from tdgeom.analysis.seed_names import also_called
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import Key
@@ -25,6 +26,7 @@ from tdgeom.model.sites import LayerSpec
 from tdgeom.model.untrained import untrained_copy
 from tdgeom.model.verification.verify_sites import verify_sites
 from tdgeom.rows.batches import as_batch
+from tdgeom.run.checkpoint import checkpoints_kept
 
 __all__ = ["analyze_model"]
 
@@ -104,7 +106,7 @@ def analyze_model(
         untrained: measure the same model with re-initialised weights too (or the module given here), in the same tables:
             column ``weights`` says which. The loader must be one that can be read twice.
         checkpoint, every: as for ``run``: a file that keeps the state, and batches between two writes. Further stacks and the
-            untrained model have files of their own beside it.
+            untrained model have files of their own beside it. All go when the results are made and, with ``save_dir``, saved.
         in_keys: names for the entries of tuple batches, such as ["x", "label"].
         overwrite: replace an earlier bundle in ``save_dir``.
         verify: compare the sites with the model itself on the loader's first batch (``verify_sites``), before the analysis:
@@ -122,6 +124,7 @@ def analyze_model(
     Raises:
         ValueError: an unknown family, measure or diagnostic, no model or loader, an empty loader. TypeError: an argument given
             under both of its names. FileExistsError: ``save_dir`` is there already (said before the model runs).
+            NotSavedError: the bundle could not be written; ``error.results`` holds what was measured.
     """
     if dataloader is None:
         raise ValueError(
@@ -159,27 +162,28 @@ def analyze_model(
     verified = _verified(net, dataloader, settings, in_keys) if verify else None
     progress = None if progress else False
     options = {"every": every, "in_keys": in_keys, "progress": progress}
-    results = analyzed(net, label, dataloader, settings, checkpoint=checkpoint, **options)
-    if untrained is not False:
-        other = untrained if isinstance(untrained, nn.Module) else untrained_copy(net, seed=seed)
-        beside = None if checkpoint is None else f"{checkpoint}.untrained"
-        baseline = analyzed(other, label, dataloader, settings, checkpoint=beside, **options)
-        results = None if results is None or baseline is None else with_baseline(results, baseline)
-    if results is None:
-        return None  # the result is on rank 0
-    if verified is not None:
-        results.diagnostics["verified_sites"] = verified
-    results.metadata |= {
-        "hook_point": hook_point if sites is None else None,
-        "output_router_logits": output_router_logits,
-        "run_name": run_name,
-        "tokenizer": tokenizer_name,
-        "dataset": dataset_name,
-        **({"run_metadata": dict(run_metadata)} if run_metadata else {}),
-    }
-    if target is not None:
-        results.save(target, mode, overwrite=overwrite)
-    return results
+    with checkpoints_kept():  # until the results are safe
+        results = analyzed(net, label, dataloader, settings, checkpoint=checkpoint, **options)
+        if untrained is not False:
+            other = untrained if isinstance(untrained, nn.Module) else untrained_copy(net, seed=seed)
+            beside = None if checkpoint is None else f"{checkpoint}.untrained"
+            baseline = analyzed(other, label, dataloader, settings, checkpoint=beside, **options)
+            results = None if results is None or baseline is None else with_baseline(results, baseline)
+        if results is None:
+            return None  # the result is on rank 0
+        if verified is not None:
+            results.diagnostics["verified_sites"] = verified
+        results.metadata |= {
+            "hook_point": hook_point if sites is None else None,
+            "output_router_logits": output_router_logits,
+            "run_name": run_name,
+            "tokenizer": tokenizer_name,
+            "dataset": dataset_name,
+            **({"run_metadata": dict(run_metadata)} if run_metadata else {}),
+        }
+        if target is not None:
+            save_or_hand_over(results, target, mode, overwrite, checkpoint)
+        return results
 
 
 def _verified(

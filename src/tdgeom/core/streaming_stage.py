@@ -220,6 +220,16 @@ class StreamingStage(Stage):
     def settle(self) -> None:
         """Called before the state is saved: a stage that holds rows outside of it brings them to rest here."""
 
+    def begin(self) -> bool:
+        """Called where a run with a checkpoint begins: what a stage will begin outside of it, it names here in its state.
+
+        True where there is such a thing: the checkpoint is then written before the stage has rows.
+        """
+        return False
+
+    def go_on(self) -> None:
+        """Called where a run goes on from a checkpoint, when the state is set: what a stage began is this process' again."""
+
     def release(self) -> None:
         """Called where a run ends in an exception: a stage that holds files or locks lets go of them here."""
 

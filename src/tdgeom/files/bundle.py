@@ -6,7 +6,8 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,12 @@ def write_bundle(
         if earlier is not None:
             shutil.copytree(folder, draft, dirs_exist_ok=True)
         for name, table in tables.items():
-            write_table(draft / f"{name}.{_ending(mode)}", table)
+            with _named(folder / f"{name}.{_ending(mode)}"):
+                write_table(draft / f"{name}.{_ending(mode)}", table)
         for name, members in arrays.items() if earlier is None else ():
             if members:
-                np.savez_compressed(draft / f"{name}.npz", **members)
+                with _named(folder / f"{name}.npz"):
+                    np.savez_compressed(draft / f"{name}.npz", **members)
         new = {
             path.relative_to(draft).as_posix(): path for path in sorted(draft.rglob("*")) if path.is_file()
         }
@@ -91,9 +94,22 @@ def write_bundle(
         }
         columns = {name: column_kinds(table) for name, table in tables.items()}
         told = {"artifact_schema_version": SCHEMA_VERSION, **metadata, "artifact_dir": str(folder)}
-        text = json.dumps(plain({**told, "columns": columns, "files": files}), indent=2, allow_nan=False)
-        (draft / METADATA).write_text(text + "\n", encoding="utf-8")
+        with _named(folder / METADATA):
+            text = json.dumps(plain({**told, "columns": columns, "files": files}), indent=2, allow_nan=False)
+            (draft / METADATA).write_text(text + "\n", encoding="utf-8")
     return folder
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Which file it was that could not be written: a full disk does not say, and what cannot be a table neither."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} could not be written: {error}") from error
 
 
 def _ending(mode: str) -> str:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,13 @@ from tdgeom.run.batch_stages import selections
 from tdgeom.run.identity import pipeline_identity
 from tdgeom.run.plan import Plan
 
-__all__ = ["Checkpoint"]
+__all__ = ["STOPPED", "Checkpoint", "checkpoints_kept"]
 
 FORMAT = 1
 RECORD = "record"
+STOPPED = ("end of data", "max_rows")  # why a stream ended
 _LARGEST_RECORD = 16 * 2**20
+_WAITING: ContextVar[list[Path] | None] = ContextVar("checkpoints of ended runs", default=None)
 
 
 class Checkpoint:
@@ -114,6 +118,7 @@ class Checkpoint:
             ) from error
         for number, stage in enumerate(self.stages):
             self._put(stage, {n: held.pop(f"stage/{number}/{n}", None) for n in stage.state()}, device)
+            stage.go_on()
         for number, select in enumerate(self.selects):
             select.sequences.copy_(held.pop(f"select/{number}", torch.zeros((), dtype=torch.int64)))
         rows = {name.removeprefix("rows/"): value.to(device=device) for name, value in held.items()}
@@ -121,8 +126,12 @@ class Checkpoint:
         return {self.row_keys[name]: value for name, value in rows.items()}, record["place"]
 
     def remove(self) -> None:
-        """The run has ended: nothing is left to resume."""
-        self.path.unlink(missing_ok=True)
+        """The run has ended: nothing is left to resume; inside ``checkpoints_kept`` that is so when the block ends."""
+        waiting = _WAITING.get()
+        if waiting is None:
+            self.path.unlink(missing_ok=True)
+        else:
+            waiting.append(self.path)
 
     def _remove_drafts(self) -> None:
         """Delete what a process left that was killed while it wrote."""
@@ -168,6 +177,22 @@ class Checkpoint:
             )
 
 
+@contextmanager
+def checkpoints_kept() -> Iterator[None]:
+    """Checkpoints of the runs inside stay until the block has ended well: until what they gave is safe."""
+    if _WAITING.get() is not None:  # an outer block decides
+        yield
+        return
+    paths: list[Path] = []
+    token = _WAITING.set(paths)
+    try:
+        yield
+    finally:
+        _WAITING.reset(token)
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
 def _is_place(place: Any) -> bool:
     """Whether a record's place has the form that ``run`` writes."""
     if not isinstance(place, dict):
@@ -183,6 +208,7 @@ def _is_place(place: Any) -> bool:
         all(type(one) is int and 0 <= one < 2**62 for one in naturals)
         and all(isinstance(one, float | int) for one in seconds.values())
         and isinstance(place.get("first_batch"), str)
+        and place.get("stopped", "") in (None, "", *STOPPED)
     )
 
 

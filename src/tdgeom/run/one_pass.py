@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class OnePass:
         self.skipped = 0  # batches of the loader that an earlier run has seen
         self.first_batch: str | None = None
         self.data = hashlib.sha256()  # of every batch read, in order
+        self.ended = False  # an earlier run has read the whole stream
         for unit in (*plan.stream, *batch_stages.selects):
             unit.reset()
 
@@ -87,6 +89,14 @@ class OnePass:
         """Batches to blocks to updates, until the data or the budget ends."""
         bar.update(self.claimed)
         batches, given = enumerate(iterate(dataloader)), 0
+        if (
+            self.ended
+        ):  # what comes after the stream is left to do; the data must be those of then all the same
+            for index, batch in islice(batches, 1):
+                given = index + 1
+                self._seen_before(self.batch_stages.td(batch), index)
+            self._refuse_shorter(given, least=1)
+            return
         while True:
             with self.timed("load"):
                 index, batch = next(batches, (-1, None))
@@ -111,6 +121,8 @@ class OnePass:
                     break
             self._keep_place(index + 1)
         self.flush()
+        if self.first_batch is not None:
+            self._write_place(given, self.stopped)
 
     def data_sha256(self) -> str:
         """Of all batches read here in their order; empty where others were read elsewhere or in an earlier, interrupted run."""
@@ -221,9 +233,16 @@ class OnePass:
         self.seconds.update(place["seconds"])
         self.claimed, self.batch_stages.sequences = int(place["claimed"]), int(place["sequences"])
         self.skipped, self.first_batch = int(place["batches"]), place["first_batch"]
+        if place.get("stopped"):
+            self.ended, self.stopped = True, place["stopped"]
 
     def _keep_place(self, batches: int) -> None:
-        if self.checkpoint is None or batches % self.checkpoint.every:
+        if self.checkpoint is not None and batches % self.checkpoint.every == 0:
+            self._write_place(batches)
+
+    def _write_place(self, batches: int, stopped: str | None = None) -> None:
+        """Write the checkpoint; ``stopped`` says that the stream has ended, and why."""
+        if self.checkpoint is None:
             return
         rows, origin = self.blocks[self.batch_stages.main].held()
         place = {
@@ -234,6 +253,7 @@ class OnePass:
             "seconds": self.seconds,
             "claimed": self.claimed,
             "sequences": self.batch_stages.sequences,
+            "stopped": stopped,
         }
         self.checkpoint.save(rows, place)
 
@@ -246,11 +266,14 @@ class OnePass:
                     f"run resumes from {self.checkpoint.path}, but the loader's first batch is not the one of then: its order or "
                     f"its data changed (shuffle=True?). Give the same loader, or remove the file to start anew."
                 )
-            self.first_batch = found
+            if self.first_batch is None:
+                self.first_batch = found
+                if any([stage.begin() for stage in self.checkpoint.stages]):
+                    self._write_place(0)  # before they have rows: what they begin is known to whoever goes on
         return index < self.skipped
 
-    def _refuse_shorter(self, given: int) -> None:
-        if self.checkpoint is not None and given < self.skipped:
+    def _refuse_shorter(self, given: int, least: int | None = None) -> None:
+        if self.checkpoint is not None and given < (self.skipped if least is None else least):
             raise ValueError(
                 f"run resumes from {self.checkpoint.path}, which has seen {self.skipped} batches, but the loader ended after "
                 f"{given}: it is not the one of then. Give the same loader, or remove the file to start anew."

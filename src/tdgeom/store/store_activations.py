@@ -13,7 +13,7 @@ from tdgeom.core.keys import Key, key_tuple, site_key
 from tdgeom.core.process_groups import broadcast_number, gather_states, rank_and_world
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.core.wrong_objects import site_list
-from tdgeom.files.errors import StoreError
+from tdgeom.files.errors import StoreError, StoreLookupError
 from tdgeom.store.activation_store import ActivationStore
 from tdgeom.store.resume import open_writer, refuse_other_rows
 from tdgeom.store.run_description import DETAILS, describe_run
@@ -107,6 +107,7 @@ class StoreActivations(StreamingStage):
             self._refuse_another_model(resume)
         self._agreed: int | None = None  # the number of the run that all ranks will write
         self._writer: RunWriter | None = None
+        self._goes_on = False  # the run is one that a checkpoint of this stage's began
         self._layout = ShardLayout()
         self.add_state("runs", torch.int64)
 
@@ -152,6 +153,7 @@ class StoreActivations(StreamingStage):
     def reset(self) -> None:
         """Forget every row; the next ones begin a new run. A run under way keeps the rows it got and stays unfinished."""
         self._stop()
+        self._goes_on = False
         super().reset()
         self._agreed = broadcast_number(self._draw()) if rank_and_world()[1] > 1 else None
 
@@ -160,13 +162,24 @@ class StoreActivations(StreamingStage):
         if self._writer is not None:
             self._writer.flush()
 
+    def begin(self) -> bool:
+        """Name the run before it has rows, so that whoever goes on from the checkpoint writes this one."""
+        if self.is_empty:
+            self.set_state(self.start())
+        self._goes_on = True
+        return True
+
+    def go_on(self) -> None:
+        """The run is this process' to write and to end."""
+        self._goes_on = not self.is_empty
+
     def release(self) -> None:
         """The stream broke off: what came is written, and the run, which counts as failed, can be resumed at once."""
         self._stop()
 
     def sync_(self) -> None:
         """The stream has ended: the last rows are written, and once all ranks have done so, the run is complete."""
-        wrote = self._writer is not None
+        wrote = self._writer is not None or self._goes_on
         rank, world = rank_and_world()
         try:
             self.settle()
@@ -174,7 +187,7 @@ class StoreActivations(StreamingStage):
                 self.merge_(self.with_state(state))
             if rank != 0:
                 super().reset()  # the own one is collective
-            elif not self.is_empty and (wrote or world > 1):
+            elif not self.is_empty and (wrote or world > 1) and self._is_begun():
                 self.store.catalogue.complete(self.run_id)
             if world > 1:
                 broadcast_number(0)  # no rank goes on, or lets go of the run, before it is complete
@@ -197,6 +210,13 @@ class StoreActivations(StreamingStage):
             "bytes": torch.tensor(size),
             "relative_error": torch.tensor(max(errors, default=0.0), dtype=torch.float64),
         }
+
+    def _is_begun(self) -> bool:
+        """Whether the run has got rows: one that was only named is in no catalogue."""
+        try:
+            return self.store.catalogue.record(self.run_id) is not None
+        except StoreLookupError:
+            return False
 
     def _refuse_another_model(self, run: str) -> None:
         of_run, given = self.store.catalogue.record(run).about.model, self._about.model
