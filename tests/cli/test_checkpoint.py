@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import pandas as pd
 import pytest
 import torch
@@ -97,3 +99,24 @@ def test_a_damaged_or_misplaced_checkpoint_is_one_line(command, folder, text, tm
     (tmp_path / "state").write_bytes(b"\x80\x04.")
     assert refused(command(*start, tmp_path / "state"), "cannot be read", "Remove it to start anew")
     assert refused(command(*start, tmp_path), "is a folder: name a file to keep the state in")
+
+
+def test_what_cannot_be_saved_where_it_was_to_be_is_shown_and_saved_elsewhere(
+    command, folder, text, tmp_path, monkeypatch
+) -> None:
+    save, out = tg.AnalysisResults.save, tmp_path / "out"
+
+    def refused(results, save_dir, *args, **named):
+        if save_dir == out:
+            raise OSError(28, "No space left on device", str(out / "metrics.csv"))
+        return save(results, save_dir, *args, **named)
+
+    monkeypatch.setattr(tg.AnalysisResults, "save", refused)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    state = tmp_path / "state"
+    wanted = ("--metrics", "spectrum", "--max-rows", 300, "--checkpoint", state, "--out", out)
+    code, said, error = command("analyze", folder, "--text", text, *wanted)
+    assert code == 2 and "d_pr" in said and state.exists()
+    assert "No space left on device" in error and "The analysis is in" in error
+    [refuge] = tmp_path.glob("tdgeom-*/out")
+    assert tg.load_results(refuge).metadata["rows_observed"] == 300

@@ -53,33 +53,35 @@ def analyze(
 ) -> Any:
     """Measure a model's representations of a text: tables here, a bundle and a report in DIR."""
     from tdgeom.cli.print_results import print_results
+    from tdgeom.run.checkpoint import checkpoints_kept
 
     if max_rows is not None and max_tokens is not None:
         raise typer.BadParameter("--max-tokens is another name of --max-rows: give one of them")
     documents, named = options.documents()
     options.check_out(save_mode)
     net, batches = options.loaded(model, documents)
-    results = tg.analyze_model(
-        model,
-        batches,
-        model=net,
-        max_rows=max_rows or max_tokens or MAX_ROWS,
-        metrics=listed(metrics),
-        diagnostics=listed(diagnostics) if diagnostics else None,
-        layers=layer_choice(layers),
-        sites=listed(sites),
-        device=options.device_or_cuda(),
-        seed=options.seed,
-        select=options.select(),
-        untrained=options.untrained,
-        checkpoint=checkpoint,
-        every=every,
-        run_name=run_name,
-        tokenizer_name=options.tokenizer or model,
-        dataset_name=named,
-        run_metadata={"batch_size": options.batch_size, "command": "tdgeom analyze"},
-    )
-    options.finish(results, partial(print_results, columns=columns), save_mode)
+    with checkpoints_kept():  # until the analysis is saved
+        results = tg.analyze_model(
+            model,
+            batches,
+            model=net,
+            max_rows=max_rows or max_tokens or MAX_ROWS,
+            metrics=listed(metrics),
+            diagnostics=listed(diagnostics) if diagnostics else None,
+            layers=layer_choice(layers),
+            sites=listed(sites),
+            device=options.device_or_cuda(),
+            seed=options.seed,
+            select=options.select(),
+            untrained=options.untrained,
+            checkpoint=checkpoint,
+            every=every,
+            run_name=run_name,
+            tokenizer_name=options.tokenizer or model,
+            dataset_name=named,
+            run_metadata={"batch_size": options.batch_size, "command": "tdgeom analyze"},
+        )
+        options.finish(results, partial(print_results, columns=columns), save_mode)
     return results
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,14 +54,33 @@ class MeasuringOptions(InputOptions):
             return
         if self.command:
             results.metadata["command"] = {**self.command, "weights": self.weights}
+        elsewhere = None
         if self.out is not None:
-            results.save(self.out, save_mode, overwrite=self.overwrite)
+            elsewhere = self._saved_elsewhere(results, save_mode)
             if self.plots:
                 results.write_plots()
             try:
                 results.report()
             except ModuleNotFoundError as error:  # the tables are saved, and tdgeom report makes it later
                 typer.echo(f"tdgeom: no report: {error}", err=True)
+        self._show(results, printed)
+        if elsewhere is not None:
+            raise OSError(elsewhere)
+
+    def _saved_elsewhere(self, results: AnalysisResults, save_mode: str) -> str | None:
+        """Save an analysis in the folder asked for; where that fails, beside other temporary files, and what to say of it."""
+        out = self.out or Path()
+        try:
+            results.save(out, save_mode, overwrite=self.overwrite)
+            return None
+        except (OSError, ValueError) as error:
+            try:
+                refuge = results.save(Path(tempfile.mkdtemp(prefix="tdgeom-")) / out.name, save_mode)
+            except (OSError, ValueError):
+                raise error from None
+            return f"could not save in {out}: {error}. The analysis is in {refuge} instead; move it to where it should be."
+
+    def _show(self, results: AnalysisResults, printed: Callable[[AnalysisResults, Console], None]) -> None:
         if self.as_json:
             print_json({**results.to_dict(), "folder": results.artifact_dir})
             return
