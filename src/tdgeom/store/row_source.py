@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import Any, overload
 
 import numpy as np
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdgeom.core.keys import as_key
@@ -15,6 +16,7 @@ from tdgeom.files.shards import Shard, bits_of, from_bits
 from tdgeom.store.catalogue import Catalogue
 from tdgeom.store.run_shards import check_hash, decoded_rows, open_shard
 from tdgeom.store.shard_layout import StoredTensor
+from tdgeom.store.shuffled_rows import CHUNK_ROWS, MIXED_CHUNKS, ShuffledRows
 
 __all__ = ["RowSource"]
 
@@ -27,7 +29,9 @@ class RowSource:
     Iterating gives TensorDicts of batch size [] with ``("tokens", site)``, ``("carried", name)`` for what ``also=`` carried,
     ``"row_id"``, and, following from these, ``"document_id"`` (the sequence, unless one was carried) and ``"position"``;
     a batch never spans two shards, so the last of a shard may be smaller. ``source[rows]`` reads any rows by their
-    number in the run (a list, a slice or a mask). ``len(source)`` is the number of batches, ``source.rows`` that of rows.
+    number in the run (a list, a slice or a mask), ``source[3]`` one row as a nested dict. ``len(source)`` is the number of rows
+    (as ``source.rows``), so that it is a map-style data set of torch's: ``DataLoader(source, batch_size=64, shuffle=True,
+    num_workers=2)``, ``Subset`` and ``random_split`` take it. ``source.shuffled()`` reads faster, in chunks, in random order.
 
     With ``verify`` every shard is checked against its hash before the first of its rows is read.
 
@@ -57,7 +61,13 @@ class RowSource:
         return f"RowSource(run {self.run}: {self.rows:,} rows of {sites})"
 
     def __len__(self) -> int:
-        return sum(-(-one.rows // self.batch_rows) for one in self._records)
+        return self.rows
+
+    def shuffled(
+        self, *, seed: int = 0, chunk_rows: int = CHUNK_ROWS, mixed_chunks: int = MIXED_CHUNKS
+    ) -> ShuffledRows:
+        """The rows in a random order, in batches, for workers and ranks: see ``ShuffledRows``."""
+        return ShuffledRows(self, seed=seed, chunk_rows=chunk_rows, mixed_chunks=mixed_chunks)
 
     def __iter__(self) -> Iterator[TensorDict]:
         for number, record in enumerate(self._records):
@@ -66,8 +76,16 @@ class RowSource:
                 end = min(record.rows, begin + self.batch_rows)
                 yield self._batch([decoded_rows(shard, entry, begin, end) for entry in self._entries])
 
-    def __getitem__(self, rows: Tensor | np.ndarray | Sequence[int] | slice) -> TensorDict:
-        """Rows by number, in the order given."""
+    @overload
+    def __getitem__(self, rows: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, rows: Tensor | np.ndarray | Sequence[int] | slice) -> TensorDict: ...
+    def __getitem__(
+        self, rows: int | Tensor | np.ndarray | Sequence[int] | slice
+    ) -> TensorDict | dict[str, Any]:
+        """Rows by number, in the order given; one row, by a plain number, as a nested dict."""
+        if isinstance(rows, int | np.integer) and not isinstance(rows, bool):
+            return self.__getitems__([int(rows)])[0]
         numbers = self._numbers(rows)
         shard_of = np.searchsorted(self._starts, numbers, side="right") - 1
         # opened, and so checked, before memory is asked for on the word of the catalogue
@@ -86,6 +104,11 @@ class RowSource:
                 bits[name][here] = np.take(shard.bits(name), local, axis=0)
         found = {name: from_bits(bits[name], dtype) for name, (dtype, _) in parts.items()}
         return self._batch([entry.decoded(found.__getitem__) for entry in self._entries])
+
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """Rows one by one, as torch's loaders ask for those of a batch: nested dicts, which every collate function takes."""
+        found = self[list(rows)]
+        return [_row(found, place) for place in range(len(rows))]
 
     def _numbers(self, rows: Tensor | np.ndarray | Sequence[int] | slice) -> np.ndarray:
         if isinstance(rows, slice):
@@ -130,3 +153,11 @@ class RowSource:
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": {}, "_maps": {}}  # a mapped file does not travel to another process
+
+
+def _row(rows: TensorDictBase, place: int) -> dict[str, Any]:
+    """One of the rows, as a nested dict."""
+    return {
+        str(key): _row(value, place) if isinstance(value, TensorDictBase) else value[place]
+        for key, value in rows.items()
+    }
