@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from tdgeom.analysis.results import AnalysisResults
+from tdgeom.core.visible_text import visible
 from tdgeom.plot.matrices import matrix
 from tdgeom.plot.picture_files import one_picture, write_pictures
 
@@ -25,10 +27,12 @@ class Comparison(AnalysisResults):
 
     def __repr__(self) -> str:
         models = ", ".join(f"{side} {one['id']}" for side, one in self.metadata.get("models", {}).items())
-        return f"Comparison({models}: {len(self.novelty)} pairs of sites, {', '.join(self.measures)})"
+        return visible(
+            f"Comparison({models}: {len(self.novelty)} pairs of sites, {', '.join(self.measures)})"
+        )
 
     def _repr_html_(self) -> str:
-        return self.matrix().to_html() if self.measures else repr(self)
+        return visible(self.matrix().to_html() if self.measures else escape(repr(self)))
 
     def matrix(self, measure: str | None = None) -> pd.DataFrame:
         """A measure as a table: the first model's sites down, the second's across.

@@ -14,6 +14,7 @@ from tensordict import TensorDictBase
 
 from tdgeom.analysis.packed_tensors import pack, unpack
 from tdgeom.analysis.reports import write_report
+from tdgeom.core.visible_text import visible
 from tdgeom.files.bundle import METADATA, Bundle, read_bundle, safe_name, write_bundle
 from tdgeom.files.json_text import plain
 from tdgeom.plot.overview import overview, picture
@@ -62,7 +63,7 @@ class AnalysisResults:
             for name, table in self._tables().items()
             if len(table)
         ]
-        return f"{type(self).__name__}({label}: {', '.join(tables) or 'no tables'})"
+        return visible(f"{type(self).__name__}({label}: {', '.join(tables) or 'no tables'})")
 
     def _tables(self) -> dict[str, pd.DataFrame]:
         """Every table, under its name in a bundle."""
@@ -75,7 +76,7 @@ class AnalysisResults:
         return self.novelty
 
     def _repr_html_(self) -> str:
-        return self.metrics.to_html(max_rows=60, index=False)
+        return visible(self.metrics.to_html(max_rows=60, index=False))
 
     def save(
         self, save_dir: str | Path | None = None, save_mode: str = "bundle", *, overwrite: bool = False

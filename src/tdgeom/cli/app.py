@@ -22,6 +22,7 @@ from tdgeom.cli.report_command import report
 from tdgeom.cli.rerun_command import rerun
 from tdgeom.cli.runs_command import app as runs
 from tdgeom.cli.store_command import store
+from tdgeom.core.visible_text import visible
 
 __all__ = ["app", "main"]
 
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"tdgeom: error: {' '.join(message.split())}", file=sys.stderr)
+    print(visible(f"tdgeom: error: {' '.join(message.split())}"), file=sys.stderr)
     return 2
 
 
@@ -90,7 +91,7 @@ def _quiet() -> None:
     def one_line(message: Any, category: type, filename: str, *_: Any, **__: Any) -> None:
         ours = f"{os.sep}tdgeom{os.sep}" in filename and issubclass(category, UserWarning)
         if ours or category.__module__.startswith("tdgeom"):
-            print(f"tdgeom: warning: {' '.join(str(message).split())}", file=sys.stderr)
+            print(visible(f"tdgeom: warning: {' '.join(str(message).split())}"), file=sys.stderr)
 
     warnings.showwarning = one_line
 

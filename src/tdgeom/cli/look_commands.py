@@ -20,6 +20,7 @@ from tdgeom.cli.options import (
     print_json,
     quiet_transformers,
 )
+from tdgeom.core.visible_text import visible
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,7 +43,7 @@ def show(
         print_json({**results.to_dict(), "folder": results.artifact_dir})
         return
     for said in results.metadata.get("warnings") or ():
-        print(f"tdgeom: warning: {' '.join(str(said).split())}", file=sys.stderr)
+        print(visible(f"tdgeom: warning: {' '.join(str(said).split())}"), file=sys.stderr)
     if "align" in results.metadata:
         print_comparison(results, console())
     elif columns is None and not PROFILES.keys().isdisjoint(results.diagnostics):

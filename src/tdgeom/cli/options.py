@@ -90,9 +90,9 @@ def quiet_transformers() -> None:
 
 def console() -> Console:
     """Where tables are printed."""
-    from rich.console import Console
+    from tdgeom.cli.safe_console import SafeConsole
 
-    return Console(highlight=False, soft_wrap=False)
+    return SafeConsole(highlight=False, soft_wrap=False)
 
 
 def print_json(value: Any) -> None:

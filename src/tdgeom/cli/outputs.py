@@ -12,6 +12,7 @@ import typer
 
 from tdgeom.cli.inputs import InputOptions, OneModelInputs
 from tdgeom.cli.options import console, print_json
+from tdgeom.core.visible_text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,7 +63,7 @@ class MeasuringOptions(InputOptions):
             try:
                 results.report()
             except ModuleNotFoundError as error:  # the tables are saved, and tdgeom report makes it later
-                typer.echo(f"tdgeom: no report: {error}", err=True)
+                typer.echo(visible(f"tdgeom: no report: {error}"), err=True)
         self._show(results, printed)
         if elsewhere is not None:
             raise OSError(elsewhere)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tdgeom.cli.terminal_tables import print_in_groups
+from tdgeom.core.visible_text import visible
 from tdgeom.store.runs import Runs, size_text
 
 __all__: list[str] = []
@@ -40,5 +41,5 @@ def _cell(name: str, value: Any) -> str:
     if name == "rows" and value is not None:
         return f"{value:,}"
     text = ", ".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else value
-    shown = "".join(letter if letter.isprintable() else "�" for letter in str(text or "-"))
+    shown = visible(text or "-")
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST // 2 - 2]}...{shown[-LONGEST // 2 + 1 :]}"

@@ -10,6 +10,7 @@ import typer
 
 import tdgeom as tg
 from tdgeom.cli.options import Json, console, print_json
+from tdgeom.core.visible_text import visible
 
 if TYPE_CHECKING:
     from tdgeom.store.activation_store import ActivationStore
@@ -123,7 +124,7 @@ def verify(
     if as_json:
         print_json({"damage": [str(found) for found in damage]})
     else:
-        typer.echo("\n".join(map(str, damage)) or "all is well")
+        typer.echo(visible("\n".join(map(str, damage)) or "all is well"))
     if damage:
         raise typer.Exit(1)
 
@@ -136,7 +137,7 @@ def export(
 ) -> None:
     """Copy runs into a folder that import reads."""
     opened = _open(store)
-    typer.echo(str(_chosen(opened, runs).export(folder)))
+    typer.echo(visible(_chosen(opened, runs).export(folder)))
 
 
 @app.command("import", epilog="Example: [bold]tdgeom runs import moved --store other[/bold]")

@@ -106,7 +106,8 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = str(path)
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} could not be written: {error}") from error

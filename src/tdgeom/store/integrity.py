@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tdgeom.core.visible_text import visible
 from tdgeom.files.bundle import read_bundle
 from tdgeom.files.errors import StoreError
 from tdgeom.store.catalogue import BUNDLE, Catalogue
@@ -23,7 +24,7 @@ class Damage:
 
     def __str__(self) -> str:
         where = "/".join(part for part in (self.run, self.shard) if part) or "the catalogue"
-        return f"{where}: {self.problem}"
+        return visible(f"{where}: {self.problem}")
 
 
 def find_damage(catalogue: Catalogue, run: str | None = None) -> list[Damage]:

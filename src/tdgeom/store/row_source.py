@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tdgeom.core.keys import as_key
 from tdgeom.core.row_ids import POSITION_BITS
+from tdgeom.core.visible_text import visible
 from tdgeom.files.shards import Shard, bits_of, from_bits
 from tdgeom.store.catalogue import Catalogue
 from tdgeom.store.run_shards import check_hash, decoded_rows, open_shard
@@ -58,7 +59,7 @@ class RowSource:
 
     def __repr__(self) -> str:
         sites = ", ".join(entry.key[-1] for entry in self._entries if entry.key[0] in ("tokens", "carried"))
-        return f"RowSource(run {self.run}: {self.rows:,} rows of {sites})"
+        return visible(f"RowSource(run {self.run}: {self.rows:,} rows of {sites})")
 
     def __len__(self) -> int:
         return self.rows

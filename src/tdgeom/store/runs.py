@@ -9,6 +9,7 @@ from typing import Any, overload
 
 import pandas as pd
 
+from tdgeom.core.visible_text import visible
 from tdgeom.files.errors import StoreBusyError, StoreLookupError
 from tdgeom.store.row_source import RowSource
 from tdgeom.store.run_access import RunAccess
@@ -182,10 +183,10 @@ class Runs:
         lines = [_line(COLUMNS[:1] + COLUMNS[2:8] + ("size",))]
         lines += [_line(_cells(record)) for record in self._records[:_SHOWN]]
         left = len(self) - _SHOWN
-        return "\n".join(lines + ([f"... and {left} more"] if left > 0 else []))
+        return visible("\n".join(lines + ([f"... and {left} more"] if left > 0 else [])))
 
     def _repr_html_(self) -> str:
-        return self.to_frame().to_html(max_rows=_SHOWN, show_dimensions=True)
+        return visible(self.to_frame().to_html(max_rows=_SHOWN, show_dimensions=True))
 
 
 def _cells(record: RunRecord) -> tuple[str, ...]:
