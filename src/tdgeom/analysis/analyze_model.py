@@ -16,6 +16,7 @@ from tdgeom.analysis.one_model import analyzed
 from tdgeom.analysis.results import AnalysisResults, default_folder
 from tdgeom.analysis.saving import save_or_hand_over
 from tdgeom.analysis.seed_names import also_called
+from tdgeom.analysis.stored_rows import analyzed_rows, are_stored_rows
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import Key
 from tdgeom.files.bundle import check_target
@@ -76,7 +77,8 @@ def analyze_model(
 
     Args:
         model_name: a Hugging Face id, a local directory, or a module.
-        dataloader: an iterable of batches, see ``run``.
+        dataloader: an iterable of batches, see ``run``. ``store.rows(run)`` (also in the first place) needs no model: the tables
+            are of the rows that are kept, at all their sites or at ``sites``.
         model: a loaded module; takes precedence, ``model_name`` then only labels it.
         max_rows: rows to measure; reaching it is recorded in the metadata. ``max_tokens`` is the seed's name of it.
         metrics: "default" or None for all families ("spectrum", "sample", "novelty", "router"), or a list of families, of
@@ -126,6 +128,8 @@ def analyze_model(
             under both of its names. FileExistsError: ``save_dir`` is there already (said before the model runs).
             NotSavedError: the bundle could not be written; ``error.results`` holds what was measured.
     """
+    if dataloader is None and are_stored_rows(model_name):
+        model_name, dataloader = None, model_name
     if dataloader is None:
         raise ValueError(
             "analyze_model needs a dataloader: an iterable of tokenized batches, such as a list of dicts."
@@ -150,8 +154,15 @@ def analyze_model(
         errors=errors,
         convergence=convergence,
     )
-    net, label = _model(model_name, model, trust_remote_code, model_kwargs)
-    if device is not None and not getattr(net, "hf_device_map", None):
+    if (model is None and model_name is None) or are_stored_rows(dataloader):
+        net, label = None, model_name if isinstance(model_name, str) else None
+        if untrained is not False or verify:
+            raise ValueError(
+                "analyze_model: untrained= and verify= run the model, and stored rows have none. Leave them out."
+            )
+    else:
+        net, label = _model(model_name, model, trust_remote_code, model_kwargs)
+    if net is not None and device is not None and not getattr(net, "hf_device_map", None):
         net.to(device)
     twice = "untrained=" if untrained is not False else "verify=" if verify else None
     if twice is not None and isinstance(dataloader, Iterator):
@@ -159,12 +170,15 @@ def analyze_model(
             f"analyze_model: {twice} reads the data twice, but the dataloader is an iterator that can be read once. "
             "Give a list or a DataLoader."
         )
-    verified = _verified(net, dataloader, settings, in_keys) if verify else None
+    verified = _verified(net, dataloader, settings, in_keys) if verify and net is not None else None
     progress = None if progress else False
     options = {"every": every, "in_keys": in_keys, "progress": progress}
     with checkpoints_kept():  # until the results are safe
-        results = analyzed(net, label, dataloader, settings, checkpoint=checkpoint, **options)
-        if untrained is not False:
+        if net is None:
+            results = analyzed_rows(dataloader, label, settings, sites, checkpoint=checkpoint, **options)
+        else:
+            results = analyzed(net, label, dataloader, settings, checkpoint=checkpoint, **options)
+        if untrained is not False and net is not None:
             other = untrained if isinstance(untrained, nn.Module) else untrained_copy(net, seed=seed)
             beside = None if checkpoint is None else f"{checkpoint}.untrained"
             baseline = analyzed(other, label, dataloader, settings, checkpoint=beside, **options)

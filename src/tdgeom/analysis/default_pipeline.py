@@ -66,7 +66,7 @@ _OF_NEIGHBOURS = (
 
 @answer_guesses
 def analysis_pipeline(
-    capture: Capture,
+    capture: Capture | None,
     sites: Sequence[str],
     settings: AnalysisSettings | None = None,
     *,
@@ -76,7 +76,8 @@ def analysis_pipeline(
     """The pipeline that ``analyze_model`` runs: only the stages that the metrics asked for need.
 
     Args:
-        capture: the hooking context that reads ``sites`` and ``routers``.
+        capture: the hooking context that reads ``sites`` and ``routers``; None: the batches hold their rows already, as those of
+            ``store.rows(run)`` do.
         sites: sites whose geometry is measured.
         settings: what is asked, ``AnalysisSettings(metrics=..., sample_size=..., ...)``; default all of it. A stage of one's own
             runs at every site, a pair stage at every consecutive pair, a ``ForEachPair`` at its own pairs; what
@@ -148,6 +149,8 @@ def analysis_pipeline(
     if routers and "router" in settings.families:
         streams.append(ForEach(errors.around(RouterLoad(top_k=router_top_k)), routers))
     ends += errors.jackknives([*streams, *ends])
+    if capture is None:
+        return TensorDictSequential(*streams, *decompose, *ends)
     rows = SelectTokens([*sites, *routers], documents=bool(errors.groups), **settings.select)
     return TensorDictSequential(capture, rows, *streams, *decompose, *ends)
 

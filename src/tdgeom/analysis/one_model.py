@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from tdgeom.stream.covariance import StreamingCovariance
 from tdgeom.stream.grouped_covariance import GroupedCovariance
 from tdgeom.stream.row_sample import RowSample
 
-__all__ = ["analyzed"]
+__all__ = ["Described", "analyzed", "by_stack", "measured_passes"]
 
 # what is handed out as neighbour tables
 TABLES = ("neighbors", "sample_carried", "sample_row_id")
@@ -60,44 +60,86 @@ def analyzed(
     for entry in available_sites(model):
         depths[entry.site.stack] = max(depths.get(entry.site.stack, 0), entry.site.layer or 0)
     blocks = {stack: depths[stack] + 1 for stack in _stacks_of_blocks(model)}
-    passes: list[Measured] = []
-    said: list[str] = []
-    neighbors: dict[str, TensorDict] = {}
-    for number, (stack, sites) in enumerate(_by_stack(asked.sites, dataloader).items()):
-        own_routers = [site for site in routers if site.stack == stack]
-        pipeline = _stack_pipeline(model, sites, own_routers, settings)
+
+    def pipeline_of(stack: str | None, own: Sequence[Site]) -> TensorDictSequential:
+        return _stack_pipeline(model, own, [site for site in routers if site.stack == stack], settings)
+
+    found = measured_passes(
+        by_stack(asked.sites, dataloader),
+        pipeline_of,
+        dataloader,
+        settings,
+        Described(name, depths, row_unit(asked, settings.select)),
+        checkpoint,
+        **run_options,
+    )
+    if not found.passes:
+        return None
+    metadata = analysis_metadata(model, label, asked, [one.result for one in found.passes], settings, blocks)
+    return found.results(settings, {**metadata, "router_sites": [str(site) for site in routers]})
+
+
+@dataclass(frozen=True)
+class Described:
+    """What the tables say of the model: its names, the last layer of each of its stacks, and what a row is."""
+
+    name: Mapping[str, str]
+    depths: Mapping[str | None, int]
+    unit: str
+
+
+@dataclass
+class Passes:
+    """The passes of one analysis, with what was warned of and the neighbour tables taken out."""
+
+    passes: list[Measured]
+    said: list[str]
+    neighbors: dict[str, TensorDict]
+
+    def results(self, settings: AnalysisSettings, metadata: Mapping[str, Any]) -> AnalysisResults:
+        """The tables of all passes."""
+        return AnalysisResults(
+            metrics=table(metrics_rows, self.passes),
+            novelty=table(novelty_rows, self.passes),
+            router=table(router_rows, self.passes),
+            diagnostics={name: table(ablation_rows, self.passes) for name in settings.diagnostics or ()},
+            eigenvalues=eigenvalue_arrays(self.passes),
+            metadata={**metadata, "warnings": list(dict.fromkeys(self.said))},
+            neighbors=_one_or_by_stack(self.neighbors),
+            result=_one_or_by_stack({str(one.sites[0].stack): one.result for one in self.passes}),
+        )
+
+
+def measured_passes(
+    groups: Mapping[str | None, Sequence[Site]],
+    pipeline_of: Callable[[str | None, Sequence[Site]], TensorDictSequential],
+    dataloader: Iterable[Any],
+    settings: AnalysisSettings,
+    described: Described,
+    checkpoint: str | Path | None = None,
+    **run_options: Any,
+) -> Passes:
+    """A pass for each stack; of none on ranks other than the first."""
+    found = Passes([], [], {})
+    for number, (stack, sites) in enumerate(groups.items()):
+        pipeline = pipeline_of(stack, sites)
         beside = f"{checkpoint}.{stack}" if checkpoint is not None and number else checkpoint
         kept = _kept(pipeline, settings)
         with gathered() as told:
             result = run(
                 pipeline, dataloader, max_rows=settings.max_rows, keep=kept, checkpoint=beside, **run_options
             )
-        said += told.texts()
+        found.said += told.texts()
         if result is None:
             continue
         if settings.neighbors:
-            neighbors[str(stack)] = _taken_out(result)
+            found.neighbors[str(stack)] = _taken_out(result)
         sample = min(settings.sample_size, int(result["run", "rows"]))
-        depth = depths.get(stack, 0)
-        widths = _widths(pipeline, sites)
-        unit = row_unit(asked, settings.select)
-        passes.append(Measured(result, sites, name, depth, widths, sample, settings.novelty_k, unit))
-    if not passes:
-        return None
-    return AnalysisResults(
-        metrics=table(metrics_rows, passes),
-        novelty=table(novelty_rows, passes),
-        router=table(router_rows, passes),
-        diagnostics={name: table(ablation_rows, passes) for name in settings.diagnostics or ()},
-        eigenvalues=eigenvalue_arrays(passes),
-        metadata={
-            **analysis_metadata(model, label, asked, [one.result for one in passes], settings, blocks),
-            "warnings": list(dict.fromkeys(said)),
-            "router_sites": [str(site) for site in routers],
-        },
-        neighbors=_one_or_by_stack(neighbors),
-        result=_one_or_by_stack({str(one.sites[0].stack): one.result for one in passes}),
-    )
+        depth, widths = described.depths.get(stack, 0), _widths(pipeline, sites)
+        found.passes.append(
+            Measured(result, sites, described.name, depth, widths, sample, settings.novelty_k, described.unit)
+        )
+    return found
 
 
 def _stacks_of_blocks(model: nn.Module) -> list[str | None]:
@@ -132,7 +174,7 @@ def _router_sites(model: nn.Module, asked: Capture, settings: AnalysisSettings) 
     return []
 
 
-def _by_stack(sites: Sequence[Site], dataloader: Iterable[Any]) -> dict[str | None, list[Site]]:
+def by_stack(sites: Sequence[Site], dataloader: Iterable[Any]) -> dict[str | None, list[Site]]:
     """Sites by stack: the stacks of an encoder-decoder have rows of their own, so each gets a pass of its own."""
     groups: dict[str | None, list[Site]] = {}
     for site in sites:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, overload
 
@@ -34,7 +34,8 @@ class RowSource:
     (as ``source.rows``), so that it is a map-style data set of torch's: ``DataLoader(source, batch_size=64, shuffle=True,
     num_workers=2)``, ``Subset`` and ``random_split`` take it. ``source.shuffled()`` reads faster, in chunks, in random order.
 
-    With ``verify`` every shard is checked against its hash before the first of its rows is read.
+    ``source.about`` is what the store says of the run. With ``verify`` every shard is checked against its hash before the first
+    of its rows is read.
 
     Raises:
         StoreError: a shard is missing, damaged or not what the catalogue says.
@@ -47,7 +48,9 @@ class RowSource:
         entries: Sequence[StoredTensor],
         batch_rows: int,
         verify: bool = False,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
+        self.about = {"id": run, **(about or {})}
         self.run, self.batch_rows, self.verify = run, batch_rows, verify
         self._folder = catalogue.folder_of(run)
         self._entries = list(entries)
@@ -85,7 +88,9 @@ class RowSource:
         self, rows: int | Tensor | np.ndarray | Sequence[int] | slice
     ) -> TensorDict | dict[str, Any]:
         """Rows by number, in the order given; one row, by a plain number, as a nested dict."""
-        if isinstance(rows, int | np.integer) and not isinstance(rows, bool):
+        if isinstance(rows, bool):
+            rows = [rows]  # no number, which is said below
+        if isinstance(rows, int | np.integer):
             return self.__getitems__([int(rows)])[0]
         numbers = self._numbers(rows)
         shard_of = np.searchsorted(self._starts, numbers, side="right") - 1

@@ -79,7 +79,8 @@ class RunAccess:
             raise StoreError(f"run {run} holds no rows: it was saved from memory, load it with store.load.")
         if batch_rows < 1:
             raise ValueError(f"batch_rows must be at least 1, got {batch_rows}.")
-        return RowSource(self.catalogue, run, layout.of_rows(sites, also), batch_rows, verify)
+        about = self.catalogue.record(run).about.told()
+        return RowSource(self.catalogue, run, layout.of_rows(sites, also), batch_rows, verify, about)
 
     def metadata(self, run: str) -> dict[str, Any]:
         """Everything the catalogue says of a run, as JSON values."""
