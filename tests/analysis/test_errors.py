@@ -27,7 +27,11 @@ def batches(count=14, rows=8, length=7):
 @pytest.fixture(scope="module")
 def both():
     model, data = models.gpt2(), batches()
-    given = {"progress": False, "sample_size": 300, "metrics": ["default", "rbf_cka", "rsa"]}
+    given = {
+        "progress": False,
+        "sample_size": 300,
+        "metrics": ["default", "rbf_cka", "rsa", "procrustes", "levina_bickel"],
+    }
     return tg.analyze_model(model, data, **given), tg.analyze_model(model, data, errors=True, **given)
 
 
@@ -136,3 +140,36 @@ def test_a_stage_by_hand_takes_document_ids_from_the_batch():
     assert rows["carried", "document_id"].tolist() == [7] * 8 + [9] * 4
     rows = tg.SelectTokens(["x"], documents=True)(td.exclude("document_id"))
     assert rows["carried", "document_id"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_two_models_side_by_side():
+    """Measures over all rows have the errors of the sample's rows; here the sample is all rows."""
+    a, b, data = models.gpt2(), models.bert(), batches()
+    measures = ["linear_cka_debiased", "procrustes"]
+    plain = tg.compare(a, b, data, measures, layers=[1], progress=False)
+    errors = tg.compare(a, b, data, measures, layers=[1], errors=True, progress=False)
+    for name in plain.measures:
+        np.testing.assert_allclose(errors.novelty[name], plain.novelty[name], rtol=1e-9)
+    assert errors.measures == plain.measures
+    columns = list(errors.novelty.columns)
+    for name in errors.measures:
+        assert columns[columns.index(name) + 1] == f"{name}_se" and (errors.novelty[f"{name}_se"] > 0).all()
+    assert errors.metadata["settings"]["errors"]["groups"] == 20
+    assert errors.matrix("procrustes_se").shape == (1, 1)
+
+
+@pytest.mark.filterwarnings("ignore:jaccard_knn")
+def test_profiles_have_the_errors():
+    found = tg.analyze_model(
+        models.gpt2(),
+        batches(),
+        errors=True,
+        metrics=["twonn", "jaccard_knn"],
+        sample_size=400,
+        progress=False,
+    )
+    dimension, overlap = tg.intrinsic_dimension_profile(found), tg.overlap_profile(found)
+    assert (dimension["estimate_se"] > 0).all() and list(dimension["estimate_se"]) == list(
+        found.metrics["twonn_estimate_se"]
+    )
+    assert (overlap["value_se"] > 0).all() and set(overlap["measure"]) == {"jaccard_knn"}

@@ -5,6 +5,7 @@ process, several rounds; the table gives the median seconds and the median of ea
 
     python -m pip install -e ".[bench]" -c tests/constraints.txt
     python tests/benchmarks/analysis.py            # times
+    python tests/benchmarks/analysis.py --errors   # the default analysis with and without standard errors
     python tests/benchmarks/analysis.py --memory   # peak memory against the number of batches
 """
 
@@ -55,6 +56,16 @@ def ours(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> None
     )
 
 
+def plain(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
+    """The default analysis."""
+    tg.analyze_model(model, batches, max_rows=len(batches) * BATCH * LENGTH, progress=False)
+
+
+def with_errors(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
+    """The default analysis with standard errors of all measures."""
+    tg.analyze_model(model, batches, max_rows=len(batches) * BATCH * LENGTH, errors=True, progress=False)
+
+
 def theirs(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
     """The same analysis by representation-geometry: its sample has its default 512 rows."""
     from representation_geometry import analyze_model
@@ -83,11 +94,11 @@ def times(rounds: int, batches: int, contestants: dict[str, Callable[..., None]]
     for _ in range(rounds):
         for name, function in contestants.items():
             rows[name].append(seconds(function, model, data))
-    first = rows["bare forward pass"]
+    first = next(iter(rows.values()))
     print(
         f"{batches * BATCH * LENGTH:,} tokens, {rounds} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    print("| | seconds (median) | min - max | x bare forward | x representation-geometry |")
+    print(f"| | seconds (median) | min - max | x {next(iter(contestants))} | x representation-geometry |")
     print("|---|---|---|---|---|")
     for name, values in rows.items():
         ratio = statistics.median(a / b for a, b in zip(values, first))
@@ -97,13 +108,16 @@ def times(rounds: int, batches: int, contestants: dict[str, Callable[..., None]]
         print(f"| {name} | {statistics.median(values):.1f} | {span} | {ratio:.2f} | {other} |")
 
 
-def memory() -> None:
+ONE = {"bare": bare, "ours": ours, "plain": plain, "errors": with_errors}
+
+
+def memory(pair: tuple[str, str] = ("bare", "ours")) -> None:
     """Print peak memory for more and more batches, each in a process of its own."""
-    print("| batches | bare: peak MiB | analysis: peak MiB | beyond |")
+    print(f"| batches | {pair[0]}: peak MiB | {pair[1]}: peak MiB | beyond |")
     print("|---|---|---|---|")
     for batches in (4, 16, 64):
         peaks = []
-        for which in ("bare", "ours"):
+        for which in pair:
             done = subprocess.run(
                 [sys.executable, __file__, "--one", which, "--batches", str(batches)],
                 capture_output=True,
@@ -121,13 +135,16 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--without-peer", action="store_true")
-    parser.add_argument("--one", choices=("bare", "ours"))
+    parser.add_argument("--errors", action="store_true")
+    parser.add_argument("--one", choices=tuple(ONE))
     options = parser.parse_args()
     if options.one:
-        {"bare": bare, "ours": ours}[options.one](*model_and_batches(options.batches))
+        ONE[options.one](*model_and_batches(options.batches))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
     elif options.memory:
-        memory()
+        memory(("plain", "errors") if options.errors else ("bare", "ours"))
+    elif options.errors:
+        times(options.rounds, options.batches, {"default analysis": plain, "with errors": with_errors})
     else:
         contestants = {"bare forward pass": bare, "tdgeom": ours}
         if not options.without_peer:

@@ -136,12 +136,17 @@ class ComparisonSettings(Settings):
     stages: Sequence[PairStage]
     align: str
     sketch: int | None = None
+    errors: bool | int = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "errors", _groups(self.errors, "compare"))
 
     def record(self) -> dict[str, Any]:
         """Every setting that changes a number, as the metadata keep it."""
         return {
             "metrics": [stage_record(stage) for stage in self.stages],
             "sketch": self.sketch,
+            "errors": error_record(int(self.errors)),
             **super().record(),
         }
 

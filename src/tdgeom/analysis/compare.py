@@ -14,7 +14,9 @@ from torch import nn
 
 from tdgeom.analysis.analysis_settings import MAX_ROWS, ComparisonSettings, select_settings
 from tdgeom.analysis.comparison import Comparison
+from tdgeom.analysis.error_stages import ErrorStages
 from tdgeom.analysis.metadata import model_record, run_record
+from tdgeom.analysis.result_tables import errors_beside
 from tdgeom.analysis.seed_names import also_called
 from tdgeom.core.for_each import ForEach
 from tdgeom.core.for_each_pair import ForEachPair
@@ -22,6 +24,7 @@ from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import key_tuple
 from tdgeom.core.pair_stage import PairStage
 from tdgeom.core.warnings import gathered
+from tdgeom.measures.leave_out import SampleGroups
 from tdgeom.measures.listed_measures import listed_measures
 from tdgeom.measures.neighbors.nearest_neighbors import NearestNeighbors
 from tdgeom.measures.registry import DEFAULT_MEASURES, named_stages
@@ -60,6 +63,7 @@ def compare(
     max_rows: int | None = MAX_ROWS,
     sample_size: int = 4096,
     sketch: int | None = None,
+    errors: bool | int = False,
     select: Mapping[str, Any] | None = None,
     batch_size: int = 8,
     max_length: int = 256,
@@ -86,6 +90,8 @@ def compare(
         max_rows: rows to compare.
         sample_size: rows of the uniform sample that sample-based measures see.
         sketch: random projections a site in place of exact moments, for wide models (CKA then has a standard error).
+        errors: a column ``<measure>_se`` beside every measure that has an error: of the delete-a-group jackknife over 20 groups
+            of documents, or this many. Those of measures over all rows are of the sample's rows: never too small.
         select: further settings of ``SelectTokens``, with "rows".
         batch_size, max_length: of documents. One tokenizer splits longer documents; with two they are cut off, with a warning.
         device: moves both models there first.
@@ -122,6 +128,7 @@ def compare(
         stages=_stages(metrics, sketch),
         align=_alignment(align, tokenizer_a, tokenizer_b),
         sketch=sketch,
+        errors=errors,
     )
     captures = [
         Capture(net, sites, layers=layers, prefix=f"{name}/", in_keys=_inputs(side, settings.align))
@@ -199,19 +206,26 @@ def _stages_behind(captures: Sequence[Capture], settings: ComparisonSettings) ->
     sites_a, sites_b = (capture.sites for capture in captures)
     sites, pairs = [*sites_a, *sites_b], list(product(sites_a, sites_b))
     roots = {key_tuple(key)[0] for stage in settings.stages for key in stage.in_keys}
+    errors = ErrorStages(int(settings.errors))
+    documents = settings.align == "rows" and bool(errors.groups)
     behind: list[TensorDictModuleBase] = [
-        SelectTokens(sites, **settings.select)
+        SelectTokens(sites, documents=documents, **settings.select)
         if settings.align == "rows"
         else AlignedRows(sites_a, sites_b, align=settings.align)
     ]
     if "cross_moments" in roots:
         behind.append(StreamingCrossMoments(sites, pairs=pairs, sketch=settings.sketch, seed=settings.seed))
-    if roots & {"sample", "neighbors"}:
-        behind.append(RowSample(sites, size=settings.sample_size, seed=settings.seed))
+    if roots & {"sample", "neighbors"} or errors.groups:
+        also = ["document_id"] if documents else []
+        behind.append(RowSample(sites, size=settings.sample_size, seed=settings.seed, also=also))
+    if errors.groups:
+        behind.append(SampleGroups(groups=errors.groups))
     if "neighbors" in roots:
         k = max(int(getattr(stage, "k", 10)) for stage in settings.stages)
         behind.append(ForEach(NearestNeighbors(k), sites))
-    return [*behind, *(ForEachPair(stage, sites, pairs=pairs) for stage in settings.stages)]
+    whole = [one for stage in settings.stages for one in (errors.around(stage), *errors.beside(stage))]
+    ends = [ForEachPair(stage, sites, pairs=pairs) for stage in whole]
+    return [*behind, *ends, *errors.jackknives(ends)]
 
 
 def _loader(
@@ -251,7 +265,12 @@ def _comparison(
         models[name] = {**model_record(net, None, capture), "capture": spec}
     return Comparison(
         metrics=pd.DataFrame(metrics),
-        novelty=to_frame(result, "between"),
+        novelty=_in_order(to_frame(result, "between")),
         metadata={"models": models, "align": settings.align, **run_record([result], settings)},
         result=result,
     )
+
+
+def _in_order(table: pd.DataFrame) -> pd.DataFrame:
+    """Every measure's error right behind it."""
+    return table[list(errors_beside(dict.fromkeys(map(str, table))))]

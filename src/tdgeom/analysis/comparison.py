@@ -67,7 +67,7 @@ class Comparison(AnalysisResults):
     @property
     def measures(self) -> list[str]:
         """The measures' names, without their standard errors."""
-        return [name for name in self._columns if not name.endswith("_standard_error")]
+        return [name for name in self._columns if not name.endswith(("_standard_error", "_se"))]
 
     @property
     def _columns(self) -> list[str]:

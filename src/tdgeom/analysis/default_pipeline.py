@@ -8,20 +8,17 @@ from collections.abc import Sequence
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 
 from tdgeom.analysis.analysis_settings import AnalysisSettings
+from tdgeom.analysis.error_stages import ErrorStages
 from tdgeom.core.for_each import ForEach
 from tdgeom.core.for_each_pair import ForEachPair, pair_list
 from tdgeom.core.guessed_names import answer_guesses
-from tdgeom.core.keys import Key, key_tuple
+from tdgeom.core.keys import key_tuple
 from tdgeom.core.pair_stage import PairStage
-from tdgeom.core.pipeline import opened
-from tdgeom.core.renamed import stage_of
-from tdgeom.core.stage import Stage
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.measures.dimension.estimate import DimensionStage
 from tdgeom.measures.dimension.gride import Gride
 from tdgeom.measures.eigen_spectrum import EigenSpectrum
-from tdgeom.measures.jackknife import Jackknife
-from tdgeom.measures.leave_out import LeaveOut, LeaveOutPair, SampleGroups
+from tdgeom.measures.leave_out import SampleGroups
 from tdgeom.measures.leave_out_spectrum import LeaveOutSpectrum
 from tdgeom.measures.neighbors.nearest_neighbors import NearestNeighbors
 from tdgeom.measures.normalization import NormalizationAblation
@@ -37,7 +34,6 @@ from tdgeom.rows.select_tokens import SelectTokens
 from tdgeom.stream.covariance import StreamingCovariance
 from tdgeom.stream.cross_moments import StreamingCrossMoments
 from tdgeom.stream.grouped_covariance import GroupedCovariance
-from tdgeom.stream.replicates import Replicates
 from tdgeom.stream.row_sample import RowSample
 
 __all__ = ["HELD", "analysis_pipeline"]
@@ -51,16 +47,10 @@ HELD = (
     "cross_moments",
     "group_moments",
     "replicates",
+    "sample_between",
     "sample_group",
     "sample_group_rows",
     *map(str, PRODUCTS),
-)
-
-
-_OF_NEIGHBOURS = (
-    "tdgeom.measures.neighbors",
-    "tdgeom.measures.dimension",
-    "tdgeom.measures.similarity.cknna",
 )
 
 
@@ -98,7 +88,7 @@ def analysis_pipeline(
     )
     pairs = pair_list(sites) if paired else []
     also = [str(name) for name in settings.select.get("also", ())]
-    errors = _Errors(int(settings.errors or 0))
+    errors = ErrorStages(int(settings.errors or 0))
     ends: list[TensorDictModuleBase] = []
     if settings.neighbors:
         ends.append(ForEach(NearestNeighbors(settings.neighbors), sites))
@@ -124,7 +114,8 @@ def analysis_pipeline(
         if isinstance(stage, ForEachPair):
             ends.append(stage)
         elif isinstance(stage, PairStage):
-            ends.append(ForEachPair(errors.around(stage), sites, pairs=pairs))
+            whole = [errors.around(stage), *errors.beside(stage)]
+            ends += [ForEachPair(one, sites, pairs=pairs) for one in whole]
         else:
             streaming = isinstance(stage, StreamingStage)
             (streams if streaming else ends).append(ForEach(errors.around(stage), sites))
@@ -153,49 +144,6 @@ def analysis_pipeline(
         return TensorDictSequential(*streams, *decompose, *ends)
     rows = SelectTokens([*sites, *routers], documents=bool(errors.groups), **settings.select)
     return TensorDictSequential(capture, rows, *streams, *decompose, *ends)
-
-
-class _Errors:
-    """What an analysis with errors puts around its stages, and what turns their replicates into errors."""
-
-    def __init__(self, groups: int) -> None:
-        self.groups = groups
-
-    def around(self, stage: TensorDictModuleBase) -> TensorDictModuleBase:
-        """The stage with its replicates, where it can have some: of rows of the sample, of the spectra, a router's load."""
-        if not self.groups or not isinstance(stage, Stage):
-            return stage
-        if isinstance(stage, RouterLoad):
-            return Replicates(stage, groups=self.groups)
-        if type(stage) is SubspaceNovelty and stage.in_keys == SubspaceNovelty().in_keys:
-            vectors: list[Key] = [("replicates", side, "subspaces") for side in ("a", "b")]
-            return SubspaceNovelty(k=stage.k, in_keys=[*vectors, *stage.in_keys[2:]], out_keys=stage.out_keys)
-        if type(stage).__module__.startswith(_OF_NEIGHBOURS):
-            return stage  # what is left out would be told from what moves into its place
-        needed = [key for key in stage.in_keys if key not in stage.optional_in_keys]
-        if isinstance(stage, StreamingStage) or {key_tuple(key)[0] for key in needed} - {
-            "sample",
-            "sample_carried",
-        }:
-            return stage
-        return LeaveOutPair(stage) if isinstance(stage, PairStage) else LeaveOut(stage)
-
-    def jackknives(self, stages: Sequence[TensorDictModuleBase]) -> list[TensorDictModuleBase]:
-        """One for the values of all rows' replicates, one for those of the sample, one for each router."""
-        if not self.groups:
-            return []
-        by_rows: dict[Key, list[Key]] = {}
-        for unit in [part for stage in stages for part in opened(stage)]:
-            inner = stage_of(unit)
-            units = [inner] if not isinstance(inner, ForEachPair) else list(map(stage_of, inner.units))
-            if isinstance(units[0], LeaveOut | LeaveOutPair):
-                by_rows.setdefault("sample_group_rows", []).extend(unit.out_keys)
-            elif isinstance(inner, Replicates):
-                *values, rows = unit.out_keys
-                by_rows.setdefault(rows, []).extend(values)
-            elif isinstance(units[0], SubspaceNovelty) and key_tuple(unit.in_keys[0])[0] == "replicates":
-                by_rows.setdefault((*key_tuple(unit.in_keys[0])[:-1], "rows"), []).extend(unit.out_keys)
-        return [Jackknife(keys, rows=rows, parts=True) for rows, keys in by_rows.items()]
 
 
 def _of_a_sample(settings: AnalysisSettings) -> TensorDictSequential:

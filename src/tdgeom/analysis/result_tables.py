@@ -21,6 +21,7 @@ __all__ = [
     "Measured",
     "ablation_rows",
     "eigenvalue_arrays",
+    "errors_beside",
     "metrics_rows",
     "novelty_rows",
     "router_rows",

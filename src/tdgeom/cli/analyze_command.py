@@ -12,6 +12,7 @@ import tdgeom as tg
 from tdgeom.cli.options import (
     MAX_ROWS,
     Columns,
+    Errors,
     Json,
     Layers,
     Metrics,
@@ -40,6 +41,7 @@ def analyze(
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Another name of --max-rows.")] = None,
     metrics: Metrics = "default",
     diagnostics: Annotated[str | None, typer.Option(help="normalization_ablation", metavar="NAMES")] = None,
+    errors: Errors = False,
     save_mode: Annotated[str, typer.Option(help="bundle or csv (tables as CSV), or json.")] = "bundle",
     checkpoint: Annotated[
         Path | None,
@@ -68,6 +70,7 @@ def analyze(
             max_rows=max_rows or max_tokens or MAX_ROWS,
             metrics=listed(metrics),
             diagnostics=listed(diagnostics) if diagnostics else None,
+            errors=errors,
             layers=layer_choice(layers),
             sites=listed(sites),
             device=options.device_or_cuda(),

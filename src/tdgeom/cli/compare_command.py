@@ -12,6 +12,7 @@ import tdgeom as tg
 from tdgeom.cli.completion import completing, pair_measures
 from tdgeom.cli.options import (
     MAX_ROWS,
+    Errors,
     Layers,
     Sites,
     layer_choice,
@@ -52,6 +53,7 @@ def compare(
         ),
     ] = "auto",
     max_rows: Annotated[int, typer.Option(min=4, help="Rows to compare.")] = MAX_ROWS,
+    errors: Errors = False,
     sketch: Annotated[
         int | None,
         typer.Option(min=3, help="Random projections a site, for wide models. [exact moments]", metavar="K"),
@@ -83,6 +85,7 @@ def compare(
         select=options.select(),
         max_rows=max_rows,
         sketch=sketch,
+        errors=errors,
         batch_size=options.batch_size,
         max_length=min(map(options.length_for, nets, tokenizers)),
         device=options.device_or_cuda(),

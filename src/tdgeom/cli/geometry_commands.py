@@ -16,7 +16,7 @@ import typer
 
 import tdgeom as tg
 from tdgeom.cli.completion import ESTIMATORS, completing, site_kinds
-from tdgeom.cli.options import Model, Pool, listed, with_options
+from tdgeom.cli.options import Errors, Model, Pool, listed, with_options
 from tdgeom.cli.outputs import OneModelOptions
 from tdgeom.measures.registry import named_stages
 
@@ -44,6 +44,7 @@ class HiddenStateOptions(OneModelOptions):
     max_rows: Annotated[
         int, typer.Option(min=3, help="Rows to measure: sequences, or tokens with --pool none.")
     ] = 10_000
+    errors: Errors = False
     neighbors: Annotated[
         int | None,
         typer.Option(
@@ -151,6 +152,7 @@ def _measure(
         seed=options.seed,
         select=select,
         neighbors=options.neighbors or False,
+        errors=options.errors,
         untrained=options.untrained,
         tokenizer_name=options.tokenizer or model,
         dataset_name=named,

@@ -32,6 +32,9 @@ Sites = Annotated[
         autocompletion=completing(site_kinds),
     ),
 ]
+Errors = Annotated[
+    bool, typer.Option("--errors", help="A standard error beside every measure, over 20 groups of documents.")
+]
 Metrics = Annotated[
     str,
     typer.Option(

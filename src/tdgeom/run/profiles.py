@@ -32,7 +32,8 @@ def intrinsic_dimension_profile(result: Any) -> pd.DataFrame:
 
     Columns: ``site``, ``kind``, ``layer``, ``stack``, ``relative_depth``, ``estimator`` (the key part under which the stage
     wrote), ``step`` (0 for the finest scale; estimators that give one number have only that), ``rank`` (Gride's n at that
-    step; NaN of estimators without), ``estimate``, ``standard_error``, ``scale`` (the distance the estimate looks at),
+    step; NaN of estimators without), ``estimate`` (and, of an analysis with errors, ``estimate_se``, over documents),
+    ``standard_error`` (the estimator's own, of independent rows), ``scale`` (the distance the estimate looks at),
     ``rows`` used, ``duplicates`` dropped first and ``near_duplicates`` among them (-1 where unknown). Gride has a row for
     every n, the decimation profile one for every subset size. Of an analysis with an untrained baseline both, told apart by
     ``weights``; of several models all, by ``model``. Every site has a ``layer``, see ``to_frame``.
@@ -66,7 +67,8 @@ def overlap_profile(result: Any) -> pd.DataFrame:
     Columns: ``measure`` (``neighborhood_overlap``, ``jaccard_knn``, ``information_imbalance_ab``, ``..._ba`` of two sites;
     ``label_overlap`` of one, or the name under which the stage wrote), ``site`` (the first of a pair), ``other`` (the
     second, None for labels), ``kind``, ``layer``, ``stack`` and ``relative_depth`` of the first, ``other_layer`` and
-    ``other_relative_depth`` of the second, ``value``; with a baseline also ``weights``, of several models ``model``.
+    ``other_relative_depth`` of the second, ``value`` (and, of an analysis with errors, ``value_se``); with a baseline also
+    ``weights``, of several models ``model``.
 
     Args:
         result: what ``run`` returned, or ``AnalysisResults``, fresh or loaded; or a list or mapping (by name) of several.
@@ -160,9 +162,11 @@ def _dimension_rows(result: TensorDictBase, blocks: Mapping[str | None, int]) ->
 
 def _scales(leaves: TensorDictBase) -> Iterator[dict[str, Any]]:
     given = {
-        name: cell(leaves.get(name)) for name in ("rank", *DimensionEstimate._fields) if name in leaves.keys()
+        name: cell(leaves.get(name))
+        for name in ("rank", "estimate", "estimate_se", *DimensionEstimate._fields[1:])
+        if name in leaves.keys()
     }
-    named = {"rank": np.nan, **given}
+    named = {"rank": np.nan, **given}  # estimate_se: over documents, where errors were asked for
     steps = np.size(named["estimate"])
     columns = {name: np.broadcast_to(np.atleast_1d(value), (steps,)) for name, value in named.items()}
     for step in range(steps):
@@ -177,7 +181,8 @@ def _overlap_rows(result: TensorDictBase, blocks: Mapping[str | None, int]) -> I
     sites = [*labels, *(site for pair in pairs for site in pair)]
     places, depths = site_places(sites, blocks), relative_depths(sites)
 
-    def row(measure: str, value: Any, site: str, other: str | None = None) -> dict[str, Any]:
+    def row(measure: str, leaves: TensorDictBase, site: str, other: str | None = None) -> dict[str, Any]:
+        value, error = leaves.get(measure), leaves.get(f"{measure}_se", None)
         return {
             "measure": measure,
             "site": site,
@@ -187,12 +192,13 @@ def _overlap_rows(result: TensorDictBase, blocks: Mapping[str | None, int]) -> I
             "other_layer": None if other is None else places[other]["layer"],
             "other_relative_depth": float("nan") if other is None else depths[other],
             "value": cell(value),
+            **({} if error is None else {"value_se": cell(error)}),
         }
 
     for pair, leaves in pairs.items():
-        yield from (row(name, leaves.get(name), *pair) for name in leaves.keys() if name in OVERLAPS)
+        yield from (row(name, leaves, *pair) for name in leaves.keys() if name in OVERLAPS)
     for site, leaves in labels.items():
-        yield from (row(name, leaves.get(name), site) for name in leaves.keys())
+        yield from (row(name, leaves, site) for name in leaves.keys() if not name.endswith("_se"))
 
 
 def _branches(result: TensorDictBase, root: Key) -> Mapping[str, TensorDictBase]:

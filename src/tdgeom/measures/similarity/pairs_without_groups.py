@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -58,16 +57,24 @@ def _prepared(side: PairSide, group: Tensor, groups: int) -> _Rows:
     return side.held["sums"]
 
 
-def _products(a: _Rows, b: _Rows) -> Iterator[Tensor]:
-    """XᵀY about the means of what is left, without each group."""
-    parts = torch.stack([a.rows[part].mT @ b.rows[part] for part in a.parts])
-    whole = parts.sum(0)
-    for part, n, x, y in zip(parts, a.left, a.means, b.means):
-        yield whole - part - (n * x).to(part.dtype).unsqueeze(-1) * y.to(part.dtype)
-
-
 def _squares(a: _Rows, b: _Rows) -> Tensor:
-    return torch.stack([one.square().sum(dtype=torch.float64) for one in _products(a, b)])
+    """||XᵀY||²_F about the means of what is left, without each group, (G,).
+
+    With P = Σ over all rows, P_g over the group's, what is left is P - P_g - n·x̄ȳᵀ; each square is multiplied out, so that
+    the groups' products are read once.
+    """
+    parts = [a.rows[part].mT @ b.rows[part] for part in a.parts]
+    whole = torch.stack(parts).sum(0, dtype=torch.float64)
+    flat, size = whole.flatten(), whole.square().sum()
+    squares = []
+    for part, n, x, y in zip(parts, a.left, a.means, b.means):
+        # sums of so many products are not float32's
+        own = part.double()
+        one = own.flatten()
+        along = (x @ whole - x @ own) @ y
+        square = size - 2 * (one @ flat) + one @ one - 2 * n * along
+        squares.append(square + n.square() * (x @ x) * (y @ y))
+    return torch.stack(squares)
 
 
 def linear_cka_without(
