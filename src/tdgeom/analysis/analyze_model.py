@@ -104,7 +104,7 @@ def analyze_model(
             ``select={"also": [...]}`` carries: in ``results.neighbors`` and in the bundle.
         errors: standard errors of every measure that has one, in columns ``<metric>_se`` of all tables: those of the
             delete-a-group jackknife over 20 groups of documents, or this many. A document is a ``document_id`` of the
-            batches, else a sequence. Costs about an eighth of the time; see docs/errors.md.
+            batches, else a sequence. See docs/errors.md for what it costs.
         untrained: measure the same model with re-initialised weights too (or the module given here), in the same tables:
             column ``weights`` says which. The loader must be one that can be read twice.
         checkpoint, every: as for ``run``: a file that keeps the state, and batches between two writes. Further stacks and the
