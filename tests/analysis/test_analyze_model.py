@@ -292,3 +292,32 @@ def test_an_interrupted_analysis_goes_on(tmp_path) -> None:
     np.testing.assert_allclose(resumed.metrics["d_pr"], whole.metrics["d_pr"], rtol=1e-9)
     np.testing.assert_allclose(resumed.novelty["linear_cka"], whole.novelty["linear_cka"], rtol=1e-9)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_ablation_of_ones_own_is_in_the_table_of_ablations(tmp_path) -> None:
+    def clipped(rows: torch.Tensor) -> torch.Tensor:
+        return rows.clamp(-1, 1)
+
+    own = tg.NormalizationAblation(variants={"clipped": clipped})
+    for asked in (
+        {"diagnostics": [own]},
+        {"metrics": ["spectrum", own]},
+        {"diagnostics": ["normalization_ablation", own]},
+    ):
+        results = tg.analyze_model(
+            models.gpt2(),
+            loader(),
+            progress=False,
+            save_dir=tmp_path / str(len(asked)),
+            overwrite=True,
+            **asked,
+        )
+        table = tg.AnalysisResults.load(results.artifact_dir).diagnostics["normalization_ablation"]
+        row = table[(table["variant"] == "clipped") & (table["site"] == "residual_input.1")].iloc[0]
+        want = (
+            tg.to_frame(results.result, "ablation")
+            .query("variant == 'clipped' and site == 'residual_input.1'")
+            .iloc[0]
+        )
+        assert row["d_pr"] == pytest.approx(want["d_pr"])
+    assert {"raw", "token_l2", "clipped"} <= set(table["variant"])

@@ -75,7 +75,7 @@ class AnalysisSettings(Settings):
     """
 
     metrics: Metrics = "default"
-    diagnostics: str | Sequence[str] | None = None
+    diagnostics: str | NormalizationAblation | Sequence[str | NormalizationAblation] | None = None
     output_router_logits: bool | str = "auto"
     novelty_k: int = 32
     neighbors: bool | int | None = False
@@ -98,15 +98,17 @@ class AnalysisSettings(Settings):
         everything = not given or "default" in names
         asked = self.diagnostics or ()
         named_one = isinstance(asked, str) or not isinstance(asked, Iterable)
-        diagnostics = tuple([asked] if named_one else asked)
+        listed = [asked] if named_one else list(asked)
+        own = [one for one in listed if isinstance(one, NormalizationAblation)]
+        diagnostics = tuple(one for one in listed if not isinstance(one, NormalizationAblation))
         if unknown := [one for one in diagnostics if one not in DIAGNOSTICS]:
             raise ValueError(
-                f"analyze_model: unknown diagnostics {unknown}; there is {list(DIAGNOSTICS)}, by name. A stage with settings of "
-                f"your own goes into metrics=['default', tg.NormalizationAblation(...)]."
+                f"analyze_model: unknown diagnostics {unknown}; there is {list(DIAGNOSTICS)}, by name, or with variants of "
+                f"your own tg.NormalizationAblation(variants=...). Other stages go into metrics=['default', stage]."
             )
         found = {
             "families": tuple(name for name in FAMILIES if everything or name in names),
-            "stages": (*named, *(_module(one) for one in given if not isinstance(one, str))),
+            "stages": (*named, *(_module(one) for one in given if not isinstance(one, str)), *own),
             "diagnostics": diagnostics,
             "neighbors": 100 if self.neighbors is True else (self.neighbors or None),
             "errors": _groups(self.errors, "analyze_model"),

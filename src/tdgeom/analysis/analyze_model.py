@@ -20,6 +20,7 @@ from tdgeom.analysis.stored_rows import analyzed_rows, are_stored_rows
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import Key
 from tdgeom.files.bundle import check_target
+from tdgeom.measures.normalization import NormalizationAblation
 from tdgeom.model.calls.repeated_calls import CallsSpec
 from tdgeom.model.capture import Capture
 from tdgeom.model.loading import load_model
@@ -41,7 +42,7 @@ def analyze_model(
     model: nn.Module | None = None,
     max_rows: int | None = MAX_ROWS,
     metrics: Metrics = "default",
-    diagnostics: str | Sequence[str] | None = None,
+    diagnostics: str | NormalizationAblation | Sequence[str | NormalizationAblation] | None = None,
     layers: LayerSpec = "all",
     hook_point: str = "residual_input",
     sites: str | Sequence[str] | None = None,
@@ -84,7 +85,8 @@ def analyze_model(
         metrics: "default" or None for all families ("spectrum", "sample", "novelty", "router"), or a list of families, of
             measures by name (those of the pure functions: "twonn", "gride", "rankme", "linear_cka_debiased", ...; an unknown
             one lists them) and of stages of one's own: any TensorDict module whose inputs the pipeline has becomes columns.
-        diagnostics: ["normalization_ablation"] or None.
+        diagnostics: ["normalization_ablation"], or a ``NormalizationAblation(variants=...)`` of your own; or both, where their
+            variants have names of their own. The table is ``results.diagnostics["normalization_ablation"]``.
         layers: "all", a list (negative counts from the end), a slice or "0,3,7".
         hook_point: the kind of site, when ``sites`` is not given.
         sites: kinds or concrete site names, see ``Capture``.

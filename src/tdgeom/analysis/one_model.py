@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
 from torch import nn
@@ -102,12 +103,17 @@ class Passes:
             metrics=table(metrics_rows, self.passes),
             novelty=table(novelty_rows, self.passes),
             router=table(router_rows, self.passes),
-            diagnostics={name: table(ablation_rows, self.passes) for name in settings.diagnostics or ()},
+            diagnostics=self._ablations(),
             eigenvalues=eigenvalue_arrays(self.passes),
             metadata={**metadata, "warnings": list(dict.fromkeys(self.said))},
             neighbors=_one_or_by_stack(self.neighbors),
             result=_one_or_by_stack({str(one.sites[0].stack): one.result for one in self.passes}),
         )
+
+    def _ablations(self) -> dict[str, pd.DataFrame]:
+        """The table of normalisations, whether asked for by name or with variants of one's own."""
+        measured = [one for one in self.passes if "ablation" in one.result.keys()]
+        return {"normalization_ablation": table(ablation_rows, measured)} if measured else {}
 
 
 def measured_passes(

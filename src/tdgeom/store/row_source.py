@@ -34,8 +34,8 @@ class RowSource:
     (as ``source.rows``), so that it is a map-style data set of torch's: ``DataLoader(source, batch_size=64, shuffle=True,
     num_workers=2)``, ``Subset`` and ``random_split`` take it. ``source.shuffled()`` reads faster, in chunks, in random order.
 
-    ``source.about`` is what the store says of the run. With ``verify`` every shard is checked against its hash before the first
-    of its rows is read.
+    ``source.sites`` are the sites whose rows it gives; ``source.about`` is what the store says of the run. With ``verify`` every
+    shard is checked against its hash before the first of its rows is read.
 
     Raises:
         StoreError: a shard is missing, damaged or not what the catalogue says.
@@ -59,6 +59,11 @@ class RowSource:
         self.rows = int(self._starts[-1])
         self._open: dict[int, Shard] = {}
         self._maps: dict[int, Shard] = {}  # the last one used at the end
+
+    @property
+    def sites(self) -> list[str]:
+        """The sites whose rows it gives, in the order in which they were stored."""
+        return ["/".join(entry.key[1:]) for entry in self._entries if entry.key[0] == "tokens"]
 
     def __repr__(self) -> str:
         sites = ", ".join(entry.key[-1] for entry in self._entries if entry.key[0] in ("tokens", "carried"))

@@ -73,6 +73,9 @@ class _Leading(NamedTuple):
 class SubspaceNovelty(PairStage):
     """``feature_subspace_novelty`` between the leading eigenvectors of two sites, as many as both have.
 
+    mean_i √(1 - σ_i²), σ the singular values of UᵀV: the mean sine of the angles between the two subspaces, in [0, 1]. With k as
+    large as the number of features both are the whole space, and it is 0 whatever the sites are: take k well below.
+
     Args:
         k: how many leading directions at most. ``k_used`` is the smaller of this, the columns there are and the numerical rank
             of either side: eigenvectors beyond it are any vectors of the space in which the rows do not vary. Fewer than k (and
