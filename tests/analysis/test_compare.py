@@ -293,7 +293,7 @@ def test_mistakes_say_what_to_do(byte_tokenizer) -> None:
         tg.compare(model, model, [], names=("x", "x"))
     with pytest.raises(ValueError, match="align takes 'auto' or one of"):
         tg.compare(model, model, [], align="tokens")
-    with pytest.raises(ValueError, match="need tokenizer_a="):
+    with pytest.raises(ValueError, match="compare was given texts: give tokenizer="):
         tg.compare(model, model, demo_texts()[:2], progress=False)
     with pytest.raises(ValueError, match="give documents"):
         tg.compare(model, model, demo_texts()[:2], align="document")

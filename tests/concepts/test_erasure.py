@@ -116,8 +116,9 @@ def test_arrays_are_taken_and_mistakes_named():
     x, label = torch.randn(60, 4), torch.arange(60) % 2
     from_arrays = tg.Erase.fit(x.numpy(), label.tolist())
     assert torch.equal(from_arrays(tokens=x), tg.Erase.fit(x, label)(tokens=x))
-    with pytest.raises(TypeError, match="Erase.fit expects numbers at label, got list"):
-        tg.Erase.fit(x, ["a", "b"] * 30)
+    assert torch.equal(tg.Erase.fit(x, ["a", "b"] * 30)(tokens=x), from_arrays(tokens=x))
+    with pytest.raises(TypeError, match="Erase.fit expects numbers at label, got dict"):
+        tg.Erase.fit(x, {"a": 1})
     result = TensorDict({"erasure": {"residual_output.1": {"left": x, "right": x, "mean": x[0]}}})
     with pytest.raises(
         ValueError, match=r"'left', 'right' and 'mean', got \['erasure'\].*result\['erasure', site\]"

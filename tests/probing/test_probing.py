@@ -116,7 +116,7 @@ def test_labels_may_be_an_array_and_one_head_a_site(model, batches):
     probing = tg.Probing(model, "z", tg.LinearProbe(), labels=lambda td: parity(td).numpy(), capture=heads)
     probing.run(batches)
     assert probing.probes["z.0"].fitted["weight"].shape == (3, 4)
-    with pytest.raises(TypeError, match="Number classes that have names"):
+    with pytest.raises(ValueError, match=r"all \d+ training labels are class 0"):
         tg.Probing(model, "embed", tg.LinearProbe(), labels=lambda td: ["cat"] * 16).run(batches)
 
 
@@ -173,7 +173,9 @@ def test_errors_name_the_remedy_and_leave_no_hooks(model, batches):
         probing.table()
     with pytest.raises(TypeError, match="takes a probe"):
         tg.Probing(model, "embed", LogisticRegression())
-    with pytest.raises(TypeError, match="needs a tensor of labels"):
+    with pytest.raises(TypeError, match="needs labels, a tensor with a value"):
+        tg.Probing(model, "embed", tg.LinearProbe(), labels=lambda td: 1).run(batches)
+    with pytest.raises(ValueError, match="or a value a sequence"):
         tg.Probing(model, "embed", tg.LinearProbe(), labels=lambda td: [1, 2]).run(batches)
     with pytest.raises(ValueError, match=r"expects 'label'|a value a token|label"):
         tg.Probing(model, "embed", tg.LinearProbe(), labels=lambda td: td["input_ids"][:, :3]).run(batches)

@@ -134,13 +134,14 @@ def test_texts_reach_a_stage_of_ones_own(texts):
     assert float(tg.run(pipeline, [batch], progress=False)["mean", "mean"]) == 2
 
 
-def test_texts_as_rows_are_refused_with_the_remedy():
+def test_texts_where_a_stage_needs_numbers_are_refused_with_the_remedy():
     acts = {"acts": {"x": torch.ones(3, 2)}, "text": NAMES}
     pipeline = TensorDictSequential(
-        tg.SelectTokens(["x"], also=["text"]), tg.StreamingMean(in_keys=[("tokens", "x")])
+        tg.SelectTokens(["x"], also=["text"]), tg.StreamingMean(in_keys=[("carried", "text")])
     )
     with pytest.raises(
-        TypeError, match=r"SelectTokens reads a tensor at 'text', got .*words are numbered first"
+        TypeError,
+        match=r"StreamingMean reads a tensor at \('carried', 'text'\), got .*Give numbers as a tensor",
     ):
         tg.run(pipeline, [acts], progress=False)
 

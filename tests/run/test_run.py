@@ -257,7 +257,7 @@ def test_strings_none_and_nested_values_in_a_batch(gpt2):
 
 
 def test_refused_batches():
-    with pytest.raises(TypeError, match=r"got str\. Texts become batches with tdgeom.text.TextBatches"):
+    with pytest.raises(ValueError, match=r"run was given texts: give tokenizer= as well"):
         run(measures(), ["text"])
     with pytest.raises(TypeError, match=r"got int\. Give the loader a collate_fn"):
         run(measures(), [3])

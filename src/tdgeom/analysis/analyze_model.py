@@ -28,6 +28,7 @@ from tdgeom.model.sites import LayerSpec
 from tdgeom.model.untrained import untrained_copy
 from tdgeom.model.verification.verify_sites import verify_sites
 from tdgeom.rows.batches import as_batch
+from tdgeom.rows.data_sources import as_loader, holds_texts
 from tdgeom.run.checkpoint import checkpoints_kept
 
 __all__ = ["analyze_model"]
@@ -67,6 +68,10 @@ def analyze_model(
     checkpoint: str | Path | None = None,
     every: int = 100,
     in_keys: Sequence[Key] | None = None,
+    tokenizer: Any = None,
+    text_column: str | None = None,
+    batch_size: int | None = None,
+    max_length: int | None = None,
     overwrite: bool = False,
     verify: bool = False,
     calls: CallsSpec = None,
@@ -78,8 +83,8 @@ def analyze_model(
 
     Args:
         model_name: a Hugging Face id, a local directory, or a module.
-        dataloader: an iterable of batches, see ``run``. ``store.rows(run)`` (also in the first place) needs no model: the tables
-            are of the rows that are kept, at all their sites or at ``sites``.
+        dataloader: an iterable of batches, or with ``tokenizer`` texts or a dataset of texts; see ``run``. ``store.rows(run)`` (also
+            in the first place) needs no model: the tables are of the rows that are kept, at all their sites or at ``sites``.
         model: a loaded module; takes precedence, ``model_name`` then only labels it.
         max_rows: rows to measure; reaching it is recorded in the metadata. ``max_tokens`` is the seed's name of it.
         metrics: "default" or None for all families ("spectrum", "sample", "novelty", "router"), or a list of families, of
@@ -112,6 +117,8 @@ def analyze_model(
         checkpoint, every: as for ``run``: a file that keeps the state, and batches between two writes. Further stacks and the
             untrained model have files of their own beside it. All go when the results are made and, with ``save_dir``, saved.
         in_keys: names for the entries of tuple batches, such as ["x", "label"].
+        tokenizer, text_column, batch_size, max_length: of texts and datasets, as for ``run``. The tokenizer of a model that is
+            named is its own.
         overwrite: replace an earlier bundle in ``save_dir``.
         verify: compare the sites with the model itself on the loader's first batch (``verify_sites``), before the analysis:
             ``results.diagnostics["verified_sites"]``, kept in the bundle. The loader must be one that can be read twice.
@@ -134,7 +141,7 @@ def analyze_model(
         model_name, dataloader = None, model_name
     if dataloader is None:
         raise ValueError(
-            "analyze_model needs a dataloader: an iterable of tokenized batches, such as a list of dicts."
+            "analyze_model needs a dataloader: an iterable of batches, such as a list of dicts, or texts and tokenizer=."
         )
     mode = save_mode or "bundle"
     target = None if save_dir is None and save_mode is None else Path(save_dir or default_folder(run_name))
@@ -156,6 +163,8 @@ def analyze_model(
         errors=errors,
         convergence=convergence,
     )
+    if tokenizer is None and isinstance(model_name, str) and model is None and holds_texts(dataloader):
+        tokenizer = model_name
     if (model is None and model_name is None) or are_stored_rows(dataloader):
         net, label = None, model_name if isinstance(model_name, str) else None
         if untrained is not False or verify:
@@ -172,9 +181,18 @@ def analyze_model(
             f"analyze_model: {twice} reads the data twice, but the dataloader is an iterator that can be read once. "
             "Give a list or a DataLoader."
         )
-    verified = _verified(net, dataloader, settings, in_keys) if verify and net is not None else None
+    texts = {
+        "tokenizer": tokenizer,
+        "text_column": text_column,
+        "batch_size": batch_size,
+        "max_length": max_length,
+    }
+    verified = None
+    if verify and net is not None:
+        loader = as_loader(dataloader, owner="analyze_model", models=[net], **texts)
+        verified = _verified(net, loader, settings, in_keys)
     progress = None if progress else False
-    options = {"every": every, "in_keys": in_keys, "progress": progress}
+    options = {"every": every, "in_keys": in_keys, "progress": progress, **texts}
     with checkpoints_kept():  # until the results are safe
         if net is None:
             results = analyzed_rows(dataloader, label, settings, sites, checkpoint=checkpoint, **options)
@@ -210,7 +228,8 @@ def _verified(
     batch = next(iter(dataloader), None)
     if batch is None:
         raise ValueError("analyze_model: verify= found no batch: the dataloader is empty.")
-    td = as_batch(batch, asked.in_keys if in_keys is None else in_keys, asked.device)
+    own = [key for key in asked.in_keys if key not in asked.optional_in_keys]
+    td = as_batch(batch, own if in_keys is None else in_keys, asked.device, named=in_keys is not None)
     return verify_sites(model, td, sites=[str(site) for site in asked.sites])
 
 

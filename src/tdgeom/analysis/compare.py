@@ -32,8 +32,15 @@ from tdgeom.model.capture import Capture
 from tdgeom.model.capture_spec import CaptureSpec
 from tdgeom.model.loading import load_model, model_identity
 from tdgeom.model.sites import LayerSpec
+from tdgeom.rows.data_sources import (
+    BATCH_SIZE,
+    as_loader,
+    holds_texts,
+    named_tokenizer,
+    sequence_length,
+    texts_of,
+)
 from tdgeom.rows.select_tokens import SelectTokens
-from tdgeom.rows.text import TextBatches
 from tdgeom.rows.tokenizer_alignment import AlignedRows, PairedTexts, cut_alike
 from tdgeom.run.run import run
 from tdgeom.run.site_places import relative_depths, site_places
@@ -58,6 +65,8 @@ def compare(
     layers: LayerSpec = "all",
     tokenizer_a: Any = None,
     tokenizer_b: Any = None,
+    tokenizer: Any = None,
+    text_column: str | None = None,
     align: str = "auto",
     names: tuple[str, str] = ("a", "b"),
     max_rows: int | None = MAX_ROWS,
@@ -65,8 +74,8 @@ def compare(
     sketch: int | None = None,
     errors: bool | int = False,
     select: Mapping[str, Any] | None = None,
-    batch_size: int = 8,
-    max_length: int = 256,
+    batch_size: int = BATCH_SIZE,
+    max_length: int | None = None,
     device: str | torch.device | None = None,
     progress: bool | None = True,
     seed: int = 0,
@@ -75,14 +84,16 @@ def compare(
 
     Args:
         model_a, model_b: modules, Hugging Face ids or directories: two models, or two checkpoints of one.
-        dataloader: batches that both models take; or documents (strings), with ``tokenizer_a`` and, where it is another,
-            ``tokenizer_b``.
+        dataloader: batches that both models take; or documents (strings, a ``datasets.Dataset``), with ``tokenizer_a`` and,
+            where it is another, ``tokenizer_b``.
         metrics: names (those of the pure functions; ``tdgeom.measures.registry.known_measures`` lists them, and so does
             the command line) or pair stages. Default: debiased linear CKA over *all* rows (``"linear_cka_debiased"``, short
             ``"cka"``: ``LinearCKA(estimator="debiased", source="moments")``) and ``"neighborhood_overlap"`` of a sample
             (``NeighborhoodOverlap(k=10)``). ``measures`` is an earlier name of it.
         sites, layers: as for ``Capture``; the same for both models.
-        tokenizer_a, tokenizer_b: for documents; ``tokenizer_b`` None: the same.
+        tokenizer_a, tokenizer_b: for documents, tokenizers or their names; ``tokenizer_b`` None: the same. ``tokenizer`` is
+            ``tokenizer_a``; models that are named have their own.
+        text_column: the column that holds the text, where several do.
         align: "rows": the tokens are the same, matched by ``row_id``. "characters": tokens of the two tokenizers that end at
             the same character of the text. "document": the mean over each document's tokens. "auto": rows for one
             tokenizer (or two with one vocabulary), else characters where both are fast, else document.
@@ -93,7 +104,8 @@ def compare(
         errors: a column ``<measure>_se`` beside every measure that has an error: of the delete-a-group jackknife over 20 groups
             of documents, or this many. Those of measures over all rows are of the sample's rows: never too small.
         select: further settings of ``SelectTokens``, with "rows".
-        batch_size, max_length: of documents. One tokenizer splits longer documents; with two they are cut off, with a warning.
+        batch_size, max_length: of documents; default 8, and 256 or what the models take. One tokenizer splits longer ones; with
+            two they are cut off, with a warning.
         device: moves both models there first.
         progress: a progress bar on a terminal.
         seed: of the sample and the sketch.
@@ -115,6 +127,9 @@ def compare(
     """
     if len(set(names)) != 2 or not all(names) or any("/" in name for name in names):
         raise ValueError(f"compare: names are two different words without a slash, got {names}.")
+    tokenizer_a, tokenizer_b = _tokenizers(
+        tokenizer_a if tokenizer is None else tokenizer, tokenizer_b, (model_a, model_b), dataloader
+    )
     nets = [load_model(model) if isinstance(model, str) else model for model in (model_a, model_b)]
     if device is not None:
         nets = [net.to(device) for net in nets]
@@ -135,7 +150,20 @@ def compare(
         for net, name, side in zip(nets, names, "ab")
     ]
     pipeline = TensorDictSequential(*captures, *_stages_behind(captures, settings))
-    loader = _loader(dataloader, tokenizer_a, tokenizer_b, settings.align, batch_size, max_length)
+    if settings.align == "rows":
+        loader: Iterable[Any] = as_loader(
+            dataloader,
+            owner="compare",
+            tokenizer=tokenizer_a,
+            text_column=text_column,
+            batch_size=None if batch_size == BATCH_SIZE else batch_size,
+            max_length=max_length,
+            models=nets,
+        )
+    else:
+        texts, both = texts_of(dataloader, "compare", text_column), (tokenizer_a, tokenizer_b)
+        length = max_length or min(sequence_length(nets, one) for one in both)
+        loader = PairedTexts(texts, *both, align=settings.align, batch_size=batch_size, max_length=length)
     with gathered() as told:
         result = run(
             pipeline, loader, max_rows=max_rows, keep=["between"], progress=None if progress else False
@@ -145,6 +173,14 @@ def compare(
     compared = _comparison(result, nets, captures, names, settings)
     compared.metadata["warnings"] = told.texts()
     return compared
+
+
+def _tokenizers(a: Any, b: Any, models: tuple[Any, Any], data: Any) -> tuple[Any, Any]:
+    """Both tokenizers, by name too; those of models that are named, where texts have none."""
+    if a is None and b is None and holds_texts(data) and all(isinstance(model, str) for model in models):
+        a, b = models
+    found = [named_tokenizer(one) if isinstance(one, str) else one for one in (a, b)]
+    return found[0], found[1]
 
 
 def _alignment(align: str, tokenizer_a: Any, tokenizer_b: Any) -> str:
@@ -226,25 +262,6 @@ def _stages_behind(captures: Sequence[Capture], settings: ComparisonSettings) ->
     whole = [one for stage in settings.stages for one in (errors.around(stage), *errors.beside(stage))]
     ends = [ForEachPair(stage, sites, pairs=pairs) for stage in whole]
     return [*behind, *ends, *errors.jackknives(ends)]
-
-
-def _loader(
-    dataloader: Iterable[Any],
-    tokenizer_a: Any,
-    tokenizer_b: Any,
-    align: str,
-    batch_size: int,
-    max_length: int,
-) -> Iterable[Any]:
-    if align != "rows":
-        return PairedTexts(
-            dataloader, tokenizer_a, tokenizer_b, align=align, batch_size=batch_size, max_length=max_length
-        )
-    if tokenizer_a is not None:
-        return TextBatches(dataloader, tokenizer_a, batch_size=batch_size, max_length=max_length)
-    if isinstance(dataloader, list | tuple) and dataloader and isinstance(dataloader[0], str):
-        raise ValueError("compare: documents (strings) need tokenizer_a=; or give tokenized batches.")
-    return dataloader
 
 
 def _comparison(

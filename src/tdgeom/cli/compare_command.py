@@ -69,8 +69,15 @@ def compare(
     documents, named = options.documents()
     options.check_out()
     quiet_transformers()
-    tokenizers = [options.tokenizer_of(model) for model in (model_a, model_b)]
     nets = [options.load(model) for model in (model_a, model_b)]
+    if options.images is None:
+        tokenizers: list[Any] = [options.tokenizer_of(model) for model in (model_a, model_b)]
+        batches: dict[str, Any] = {
+            "batch_size": options.batch_size,
+            "max_length": min(map(options.length_for, nets, tokenizers)),
+        }
+    else:
+        documents, tokenizers, batches = options.pixels(documents, model_a, model_b), [None, None], {}
     result = tg.compare(
         nets[0],
         nets[1],
@@ -86,8 +93,7 @@ def compare(
         max_rows=max_rows,
         sketch=sketch,
         errors=errors,
-        batch_size=options.batch_size,
-        max_length=min(map(options.length_for, nets, tokenizers)),
+        **batches,
         device=options.device_or_cuda(),
         seed=options.seed,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +15,6 @@ from tdgeom.cli.options import Json, Pool, Remote, position_choice, quiet_transf
 if TYPE_CHECKING:
     from torch import nn
 
-    from tdgeom.rows.text import TextBatches
 
 __all__: list[str] = []
 
@@ -38,7 +37,14 @@ class InputOptions:
             show_default=False,
         ),
     ] = None
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a batch.")] = 8
+    fasta: Annotated[
+        str | None,
+        typer.Option(help="Sequences of a protein or genome: FASTA, or one a line.", metavar=""),
+    ] = None
+    images: Annotated[
+        str | None, typer.Option(help="A folder of images, for a model of images.", metavar="FOLDER")
+    ] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences, or images, a batch.")] = 8
     max_length: Annotated[
         int | None,
         typer.Option(
@@ -76,17 +82,25 @@ class InputOptions:
     command: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # as it was called
     weights: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # of the models loaded
 
-    def documents(self) -> tuple[Iterable[str], str]:
-        """The documents that exactly one of the three options names, and their name."""
-        from tdgeom.rows.text import read_dataset, read_jsonl, read_text
+    def documents(self) -> tuple[Iterable[Any], str]:
+        """The documents (or paths of images) that exactly one of the options names, and their name."""
+        from tdgeom.rows.images import image_files
+        from tdgeom.rows.text import read_dataset, read_fasta, read_jsonl, read_text
 
-        readers = {self.text: read_text, self.jsonl: read_jsonl, self.dataset: read_dataset}
-        named = [name for name in (self.text, self.jsonl, self.dataset) if name is not None]
+        readers: list[tuple[str | None, Callable[[str], Iterable[Any]]]] = [
+            (self.text, read_text),
+            (self.jsonl, read_jsonl),
+            (self.dataset, read_dataset),
+            (self.fasta, read_fasta),
+            (self.images, image_files),
+        ]
+        named = [(name, read) for name, read in readers if name is not None]
         if len(named) != 1:
             raise typer.BadParameter(
-                "give the text by exactly one of --text FILE, --jsonl FILE:FIELD and --dataset NAME"
+                "give the data by exactly one of --text FILE, --jsonl FILE:FIELD, --dataset NAME, --fasta FILE, --images FOLDER"
             )
-        return readers[named[0]](named[0]), named[0]
+        name, read = named[0]
+        return read(name), name
 
     def select(self) -> dict[str, Any]:
         """Which positions become rows: what was asked for, as ``SelectTokens`` takes it."""
@@ -122,6 +136,31 @@ class InputOptions:
                 f"could not load the tokenizer of {name!r}: {first_reason(name, error)} Name another one with --tokenizer."
             ) from error
 
+    def processor_of(self, name: str) -> Any:
+        """The image processor of that name."""
+        from transformers import AutoImageProcessor
+
+        from tdgeom.model.loading import first_reason
+
+        try:
+            return AutoImageProcessor.from_pretrained(name, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # no such repository, no model of images
+            raise ValueError(
+                f"could not load the image processor of {name!r}: {first_reason(name, error)}"
+            ) from error
+
+    def pixels(self, images: Iterable[Any], *names: str) -> Iterable[Any]:
+        """Batches of images as the processor of these models makes them; of models whose processors differ there are none."""
+        from tdgeom.rows.images import ImageBatches
+
+        processors = [self.processor_of(name) for name in names]
+        if any(one.to_dict() != processors[0].to_dict() for one in processors):
+            raise ValueError(
+                f"the image processors of {' and '.join(names)} differ, so that the models would see other pixels: compare them "
+                f"with tdgeom.compare on batches of your own."
+            )
+        return ImageBatches(images, processors[0], batch_size=self.batch_size)
+
     def length_for(self, model: nn.Module, tokenizer: Any) -> int:
         """The sequence length: what was asked for if the model takes it, else 256 or the most it takes."""
         names = ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -156,12 +195,19 @@ class OneModelInputs(InputOptions):
     tokenizer: Annotated[str | None, typer.Option(help="Another tokenizer than the model's own.")] = None
 
     def loaded(
-        self, model: str, documents: Iterable[str], labels: Sequence[float] | None = None
-    ) -> tuple[nn.Module, TextBatches]:
-        """The model with its weights, and its tokenizer's batches of the documents."""
+        self, model: str, documents: Iterable[Any], labels: Sequence[float] | None = None
+    ) -> tuple[nn.Module, Iterable[Any]]:
+        """The model with its weights, and its tokenizer's (or image processor's) batches of the documents."""
         from tdgeom.rows.text import TextBatches
 
         quiet_transformers()
+        if self.images is not None:
+            given = (
+                documents
+                if labels is None
+                else [(one, {"label": label}) for one, label in zip(documents, labels)]
+            )
+            return self.load(model), self.pixels(given, self.tokenizer or model)
         words = self.tokenizer_of(self.tokenizer or model)
         net = self.load(model)
         length = self.length_for(net, words)

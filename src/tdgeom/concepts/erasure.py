@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key, resolve_keys
 from tdgeom.core.stage import Stage
+from tdgeom.core.words import Words, class_names, class_numbers
 from tdgeom.numerics.centring import in_one_type
 from tdgeom.numerics.numerical_rank import directions_that_vary
 from tdgeom.probing.label_moments import LEAVES, label_moments, pool_folds, row_targets
@@ -161,6 +162,8 @@ class Erase(Stage):
     def fit(cls, x: Tensor, label: Tensor, **keys: Any) -> Erase:
         """The eraser of a label from rows: (N, D) with classes int (N,) or numbers float (N,), (N, K)."""
         x, label = plain_rows("Erase.fit", x=x, label=label)
+        if isinstance(label, Words):
+            label = class_numbers(label, class_names(label)).to(x.device)
         label, used = row_labels(label, x, key="label", owner="Erase.fit")
         return cls(leace(label_moments(x[used], row_targets(label[used], 1))), **keys)
 

@@ -15,10 +15,11 @@ from tdgeom.core.keys import NOT_WRITTEN, Key, key_tuple, resolve_keys
 from tdgeom.core.missing_parts import as_written, missing_part
 from tdgeom.core.stage_settings import Configured
 from tdgeom.core.surroundings import steady
+from tdgeom.core.words import Words, put, words_of
 
 __all__ = ["Outputs", "Stage", "device_of"]
 
-Outputs: TypeAlias = "Tensor | Sequence[Tensor] | Mapping[str, Tensor]"
+Outputs: TypeAlias = "Tensor | Sequence[Any] | Mapping[str, Any]"
 
 
 class Stage(Configured, TensorDictModuleBase):
@@ -44,6 +45,8 @@ class Stage(Configured, TensorDictModuleBase):
         shared: keys (or their roots) that stay as they are under ``ForEach``, one value for all sites, beside its own
             ``shared=``.
         takes_complex: whether rows may be complex; elsewhere they are refused, since products would drop a part.
+        takes_words: roots of keys among ``reads`` that may hold words (text, None, lists) in place of numbers, which ``compute``
+            gets as a ``Words``; elsewhere they are refused.
         one_thread_a_site: ``compute`` may run at several sites at once at the end of a run, each on one thread. Only for
             a ``compute`` that keeps nothing on ``self``; pays where it is one matrix decomposition a site.
 
@@ -62,6 +65,7 @@ class Stage(Configured, TensorDictModuleBase):
     shared: Collection[Key] = frozenset()
     takes_complex: ClassVar[bool] = False
     two_sided: ClassVar[bool] = False  # whether keys carry the side of a pair second
+    takes_words: ClassVar[Collection[str]] = frozenset()
     one_thread_a_site: ClassVar[bool] = False
 
     shapes: list[str | None]
@@ -181,16 +185,27 @@ class Stage(Configured, TensorDictModuleBase):
                 f"{' ...' if len(have) > 12 else ''}. Put the stage that writes it before this one, or name another "
                 f"key with in_keys=.{' ' + usual if usual else ''}"
             )
-        for key, value in zip(self.in_keys, values):
-            if value is not None and not isinstance(value, Tensor):
+        for place, (key, value) in enumerate(zip(self.in_keys, values)):
+            if value is None or isinstance(value, Tensor):
+                pass
+            elif (
+                self.may_be_words(place)
+                and (words := words_of(value, key, type(self).__qualname__)) is not None
+            ):
+                values[place] = words
+            else:
                 self._refuse_nested(key, value)
-            if value is not None and value.is_complex() and not self.takes_complex:
+            if isinstance(value, Tensor) and value.is_complex() and not self.takes_complex:
                 raise TypeError(
                     f"{type(self).__name__} expects real numbers at {key!r}, got {value.dtype} of shape {tuple(value.shape)}. "
                     f"Stack real and imaginary parts as features: torch.view_as_real(x).flatten(-2)."
                 )
         self._check_shapes(values, tensordict.batch_size)
         return values + [None] * (len(self.in_roles) - len(values))
+
+    def may_be_words(self, place: int) -> bool:
+        """Whether the input at a place of ``reads`` may hold words."""
+        return key_tuple(self.in_roles[place])[0] in self.takes_words
 
     def _refuse_nested(self, key: Key, value: Any) -> None:
         if isinstance(value, TensorDictBase) and not is_non_tensor(value):
@@ -203,8 +218,8 @@ class Stage(Configured, TensorDictModuleBase):
         words = getattr(value, "data", None)
         got = f"words: {words[:300]!r}" if isinstance(words, str) else type(value).__name__
         raise TypeError(
-            f"{type(self).__name__} reads a tensor at {key!r}, got {got}. Give numbers as a tensor; words are "
-            f"numbered first (sklearn.preprocessing.LabelEncoder)."
+            f"{type(self).__name__} reads a tensor at {key!r}, got {got}. Give numbers as a tensor; text goes with rows where "
+            f"SelectTokens(also=[...]) carries it, to Collect, RowSample, StoreActivations, LabelOverlap and probes."
         )
 
     def write(self, tensordict: TensorDictBase, outputs: Outputs) -> TensorDictBase:
@@ -213,7 +228,7 @@ class Stage(Configured, TensorDictModuleBase):
         for key, value in zip(self.out_keys_source, self.listed(outputs)):
             if key in selected and key != NOT_WRITTEN:
                 self._check_batch_size(key, value, tensordict.batch_size)
-                tensordict.set(key, value)
+                put(tensordict, key, value)
         return tensordict
 
     def _check_batch_size(self, key: Key, value: Tensor, batch_size: torch.Size) -> None:
@@ -224,7 +239,7 @@ class Stage(Configured, TensorDictModuleBase):
                 f"with batch_size=[] (td.auto_batch_size_(0))."
             )
 
-    def listed(self, outputs: Outputs) -> list[Tensor]:
+    def listed(self, outputs: Outputs) -> list[Any]:
         """The outputs of ``compute`` in the order of ``writes``."""
         if isinstance(outputs, Mapping):
             if set(outputs) != set(self.out_names):
@@ -244,7 +259,9 @@ class Stage(Configured, TensorDictModuleBase):
             raise ValueError(
                 f"{type(self).__name__}.compute returned {len(outputs)} outputs, its documented names are {self.out_names}."
             )
-        wrong = [name for name, value in zip(self.out_names, outputs) if not isinstance(value, Tensor)]
+        wrong = [
+            name for name, value in zip(self.out_names, outputs) if not isinstance(value, Tensor | Words)
+        ]
         if wrong:
             kind = type(outputs[self.out_names.index(wrong[0])]).__name__
             raise TypeError(

@@ -326,6 +326,8 @@ def rows_finite(rows: Tensor) -> Tensor:
 
 def text_tensor(text: str) -> Tensor:
     """Text as bytes in a tensor, the form in which it travels in a ``state_dict``."""
+    if not text:
+        return torch.zeros(0, dtype=torch.uint8, device="cpu")
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 

@@ -91,6 +91,7 @@ class Site(str):
     image: Any = (
         None  # what a context knows of the tokens before an image's patches; False at sites of a text
     )
+    channels: Any = None  # what a context knows of the channels of feature maps
 
     def __new__(cls, name: str) -> Site:
         """Parse a name."""
@@ -134,7 +135,7 @@ class Site(str):
     def with_prefix(self, prefix: str) -> Site:
         """The same place under another prefix."""
         site = Site.of(self.kind, self.layer, stack=self.stack, path=self.path, prefix=prefix)
-        site.image = self.image
+        site.image, site.channels = self.image, self.channels
         return site
 
     def __reduce__(self) -> tuple:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor
 from tdgeom.core.keys import Key
 from tdgeom.core.stage import Stage
 from tdgeom.core.surroundings import steady
+from tdgeom.core.words import Vocabulary, Words, class_names, integers_with_gaps
 from tdgeom.core.wrong_objects import named_functions
 from tdgeom.numerics.numerical_rank import above_rounding
 from tdgeom.probing import rules
+from tdgeom.probing.class_labels import numbers_of
 from tdgeom.probing.control_task import type_buckets
 from tdgeom.probing.labelled_rows import labelled_keys, one_hot, plain_rows, row_labels
 from tdgeom.probing.lbfgs import minimise
@@ -89,6 +92,7 @@ class BilinearProbe(Stage):
         True
     """
 
+    takes_words = frozenset({"sample_carried"})
     metrics: Mapping[str, Metric]
 
     def __init__(
@@ -117,13 +121,30 @@ class BilinearProbe(Stage):
         self.alphas, self.holdout, self.train_rows = alphas, holdout, train_rows
         self.permutations, self.ignore_index, self.seed = permutations, ignore_index, seed
         self.preprocess = preprocess
+        self.names: list[str] = []  # of the classes, as JSON
         self._fitted: Fitted | None = None
 
+    @property
+    def classes(self) -> list[Any]:
+        """The classes' names, in the order of their numbers; empty where labels are numbers."""
+        return [json.loads(name) for name in self.names]
+
+    def _numbered(self, label: Any, key: Key) -> Tensor:
+        """Labels as numbers; names in their order."""
+        is_named = (
+            isinstance(label, Words)
+            and integers_with_gaps(label, self.ignore_index, self.__name__, key) is None
+        )
+        self.names = class_names(label) if is_named else []
+        return numbers_of(label, self.names, self.ignore_index, self.__name__, key)
+
     def compute(
-        self, a: Tensor, b: Tensor, label: Tensor, row_id: Tensor, types: Tensor | None = None
+        self, a: Tensor, b: Tensor, label: Any, row_id: Tensor, types: Any = None
     ) -> dict[str, Tensor]:
         """Split by sequence, fit, score what was held out."""
         with torch.inference_mode(False), torch.no_grad():
+            label = self._numbered(label, self.in_keys[2]).to(a.device)
+            types = Vocabulary().encode(types).to(a.device) if isinstance(types, Words) else types
             label, used = row_labels(
                 label, a, key=self.in_keys[2], owner=self.__name__, ignore_index=self.ignore_index
             )
@@ -162,6 +183,7 @@ class BilinearProbe(Stage):
     def fit(self, x: Any, y: Any, label: Any) -> BilinearProbe:
         """Train on rows (N, D), (N, E) with labels (N,), at most ``train_rows`` of them; returns itself."""
         x, y, label = plain_rows(self.__name__, x=x, y=y, label=label)
+        label = self._numbered(label, "label").to(x.device)
         with torch.inference_mode(False), torch.no_grad(), steady(x.device):
             label, used = row_labels(
                 label, x, key="label", owner=self.__name__, ignore_index=self.ignore_index
@@ -179,9 +201,9 @@ class BilinearProbe(Stage):
             )
         return self._fitted
 
-    def predict(self, x: Any, y: Any) -> Tensor:
-        """Classes (N,), or numbers (N,) or (N, K), for matched rows (N, D), (N, E)."""
-        return rules.answers(self.fitted["task"], self.decision(x, y))
+    def predict(self, x: Any, y: Any) -> Any:
+        """Classes (N,), by name where labels were names, or numbers (N,) or (N, K), for matched rows (N, D), (N, E)."""
+        return rules.named_answers(self, rules.answers(self.fitted["task"], self.decision(x, y)))
 
     def decision(self, x: Any, y: Any) -> Tensor:
         """What ``predict`` decides by: (N, K)."""

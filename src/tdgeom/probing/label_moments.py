@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Key
-from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.numerics.products import gram
+from tdgeom.probing.class_labels import NamesClasses, moved_targets
 from tdgeom.probing.labelled_rows import labelled_keys, one_hot, row_labels
 from tdgeom.probing.splits import fold_index, row_groups
 
@@ -196,10 +197,11 @@ def class_counts(moments: Mapping[str, Tensor]) -> Tensor:
     return (pooled["target_mean"] * pooled["count"]).round().long()
 
 
-class StreamingLabelMoments(StreamingStage):
+class StreamingLabelMoments(NamesClasses):
     """Moments of all rows together with their labels: what LEACE, Fisher directions and closed-form probes need.
 
-    Integer labels (N,) become one-hot targets (classes are found as they come, or ``n_classes`` gives their number);
+    Labels that are names are numbered in the order of the names (``classes``). Integer labels (N,) become one-hot targets
+    (classes are found as they come, or ``n_classes`` gives their number);
     floating-point labels (N,) or (N, K) are regression targets as they are. float64 throughout, about the means; exact
     under any batch split, order and merge, to rounding. Rows are kept apart by ``folds`` folds of whole sequences, so
     that one pass gives every leave-one-fold-out fit. Memory 8·folds·D·(D+K) bytes.
@@ -247,16 +249,19 @@ class StreamingLabelMoments(StreamingStage):
         self.folds, self.n_classes, self.ignore_index, self.seed = folds, n_classes, ignore_index, seed
         for name in LEAVES:
             self.add_state(name, torch.int64 if name == "count" else torch.float64)
+        self.add_class_names()
 
-    def start(self, tokens: Tensor, label: Tensor, row_id: Tensor | None) -> LabelMoments:
+    def start(self, tokens: Tensor, label: Any, row_id: Tensor | None) -> LabelMoments:
         """Zeros of the rows' width; classes are added when they come."""
+        label = self.numbered(label, self.in_keys[1])
         regression = label.is_floating_point()
         targets = (1 if label.ndim == 1 else label.shape[-1]) if regression else self.n_classes or 1
         return zero_moments(self.folds, tokens.shape[-1], targets, tokens.device)
 
-    def accumulate(self, tokens: Tensor, label: Tensor, row_id: Tensor | None) -> None:
+    def accumulate(self, tokens: Tensor, label: Any, row_id: Tensor | None) -> None:
         """Add a block of rows."""
         key, ignore = self.in_keys[1], self.ignore_index
+        label = self.numbered(label, key).to(tokens.device)
         owner = "StreamingLabelMoments"
         label, used = row_labels(
             label, tokens, key=key, owner=owner, ignore_index=ignore, n_classes=self.n_classes
@@ -276,7 +281,16 @@ class StreamingLabelMoments(StreamingStage):
                 )
             fold = fold_index(row_groups(row_id), self.folds, self.seed)
         targets = row_targets(label, held)
-        self.set_state(with_rows(self.state(), tokens, targets, torch.where(used, fold, -1)))
+        self.set_state(with_rows(self.moments, tokens, targets, torch.where(used, fold, -1)))
+
+    @property
+    def moments(self) -> LabelMoments:
+        """The state's moments."""
+        return {name: getattr(self, name) for name in LEAVES}
+
+    def renumber(self, places: Tensor, classes: int) -> None:
+        """Move the classes' targets."""
+        self.set_state(moved_targets(self.moments, places, classes))
 
     def fits(self, name: str, value: Tensor) -> bool:
         """Either may have met classes that the other has not; ``combine`` compares the rest."""
@@ -284,8 +298,9 @@ class StreamingLabelMoments(StreamingStage):
 
     def combine(self, other: StreamingLabelMoments) -> None:
         """Add another's moments, fold by fold."""
-        self.set_state(merged_moments(self.state(), other.state(), "StreamingLabelMoments"))
+        other = self.agree_on_classes(other)
+        self.set_state(merged_moments(self.moments, other.moments, "StreamingLabelMoments"))
 
     def result(self) -> LabelMoments:
         """The moments of all rows so far."""
-        return {name: value.clone() for name, value in self.state().items()}
+        return {name: value.clone() for name, value in self.moments.items()}

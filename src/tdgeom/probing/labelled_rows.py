@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Key
+from tdgeom.core.words import Words
+from tdgeom.probing.class_labels import named_label
 
 __all__: list[str] = []
 
@@ -37,24 +39,26 @@ def labelled_keys(
     return reads if control is None else {**reads, (f"{root}carried", control): "N"}
 
 
-def plain_rows(owner: str, **given: Any) -> list[Tensor]:
+def plain_rows(owner: str, **given: Any) -> list[Any]:
     """What a user hands over, as tensors: tensors, NumPy arrays or lists of numbers; (N, D) rows and finite values.
 
-    ``label`` may have any shape of its own.
+    ``label`` may have any shape of its own, or hold names: ``Words``.
 
     >>> [value.dtype for value in plain_rows("LinearProbe", x=[[1.0], [2.0]], label=[0, 1])]
     [torch.float32, torch.int64]
     """
-    found: list[Tensor] = []
+    found: list[Tensor | Words] = []
     for name, value in given.items():
+        if name == "label" and (words := named_label(value)) is not None:
+            found.append(words)
+            continue
         if not isinstance(value, Tensor):
             try:
                 value = torch.as_tensor(value)
             except (TypeError, ValueError, RuntimeError):
                 kind = getattr(value, "dtype", None) or type(value).__name__
                 raise TypeError(
-                    f"{owner} expects numbers at {name}, got {kind}. Number classes that have names from 0, such as "
-                    f"numpy.unique(names, return_inverse=True)[1]."
+                    f"{owner} expects numbers at {name}, got {kind}. Labels may be numbers or names of classes, one a row."
                 ) from None
         if name != "label" and value.ndim != 2:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +11,10 @@ from torch import Tensor
 from tdgeom.core.keys import Key
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.stage import Stage
+from tdgeom.core.words import Vocabulary, Words
 from tdgeom.numerics.centring import in_one_type
 from tdgeom.probing import rules
+from tdgeom.probing.class_labels import numbers_of
 from tdgeom.probing.control_task import type_buckets
 from tdgeom.probing.labelled_rows import labelled_keys, row_labels
 from tdgeom.probing.rules import AnyProbe
@@ -122,13 +125,18 @@ class HeldOutRows(GrowingRows):
         controlled = {} if probe.fitted["control"] is None else {"right": torch.bool}
         self.declare(decision=torch.float64, label=None, group=torch.int64, **controlled)
 
-    def kept(self, *inputs: Tensor) -> dict[str, Tensor]:
+    takes_words = frozenset({"carried"})
+
+    def kept(self, *inputs: Any) -> dict[str, Tensor]:
         """Decisions, labels and groups of the rows with a label, and where the probe of the control task is right."""
         (probe,), rows, (label, row_id, *types) = self.probe, inputs[: self.width], inputs[self.width :]
         key, owner = self.in_keys[self.width], type(probe).__name__
+        label = numbers_of(label, probe.names, probe.ignore_index, owner, key).to(rows[0].device)
         label, used = row_labels(label, rows[0], key=key, owner=owner, ignore_index=probe.ignore_index)
         ready = tuple(rules.prepared(probe, x) for x in rows)
         found = {"decision": probe.decide(probe.fitted, ready), "label": label, "group": row_groups(row_id)}
+        if types and isinstance(types[0], Words):
+            types = [Vocabulary().encode(types[0]).to(rows[0].device)]
         if types:
             right = rules.control_right(probe, ready, type_buckets(types[0], probe.seed))
             found |= {} if right is None else {"right": right}

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key
 from tdgeom.core.row_ids import POSITION_BITS
-from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.core.surroundings import steady
+from tdgeom.core.words import Vocabulary, Words
 from tdgeom.core.wrong_objects import named_functions
 from tdgeom.numerics.hashing import EMPTY, hash_ids
 from tdgeom.probing import rules
+from tdgeom.probing.class_labels import NamesClasses, moved_labels, moved_targets
 from tdgeom.probing.control_task import BUCKETS, control_map, type_buckets
 from tdgeom.probing.label_moments import (
     LEAVES,
@@ -37,7 +38,7 @@ from tdgeom.stream.held_rows import same_kind
 __all__ = ["Probe"]
 
 
-class Probe(StreamingStage):
+class Probe(NamesClasses):
     """A probe as a streaming stage: rows with labels in, held-out scores out. Base of every probe of one site.
 
     Whole sequences are held out by a hash of their index (``row_id >> 20``), so that every site, batch split and process
@@ -58,7 +59,8 @@ class Probe(StreamingStage):
         1.0
 
     Args:
-        labels: the carried value to predict, ``SelectTokens(..., also=[labels])``.
+        labels: the carried value to predict, ``SelectTokens(..., also=[labels])``: numbers, or names of classes (text, booleans;
+            None: a row without one), which are numbered in the order of the names: ``classes``.
         holdout: share of the sequences that is held out; 0 trains on everything and leaves the scores NaN.
         test_rows: held-out rows kept for scoring. train_rows: training rows kept by probes that need the rows.
         control: a carried value, such as "input_ids", whose values are the types of the control task of Hewitt and Liang
@@ -125,6 +127,7 @@ class Probe(StreamingStage):
                 self.add_state(part + name, None if name in ("x", "label") else torch.int64)
         for name in () if self.keeps_rows else LEAVES:
             self.add_state("moment_" + name, torch.int64 if name == "count" else torch.float64)
+        self.add_class_names()
         self._fitted: Fitted | None = None
 
     @property
@@ -182,7 +185,7 @@ class Probe(StreamingStage):
         return BUCKETS if self.control is not None else 0
 
     def start(
-        self, tokens: Tensor, label: Tensor, row_id: Tensor | None, types: Tensor | None = None
+        self, tokens: Tensor, label: Any, row_id: Tensor | None, types: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Empty samples, of the rows' width and the labels' kind, and moments of no rows."""
         rows = self._rows(tokens, label, row_id, types, 0)
@@ -201,19 +204,20 @@ class Probe(StreamingStage):
         return state
 
     def _rows(
-        self, tokens: Tensor, label: Tensor, row_id: Tensor | None, types: Tensor | None, seen: int
+        self, tokens: Tensor, label: Any, row_id: Tensor | None, types: Any, seen: int
     ) -> dict[str, Tensor]:
         """One block of rows as the state holds them."""
         x, key = rules.prepared(self, tokens), self.in_keys[1]
+        label = self.numbered(label, key).to(tokens.device)
+        if isinstance(types, Words):
+            types = Vocabulary().encode(types).to(tokens.device)
         label, used = row_labels(label, tokens, key=key, owner=self.__name__, ignore_index=self.ignore_index)
         if row_id is None:  # rows without an id: each is its own group, numbered as it comes
             row_id = torch.arange(seen, seen + len(used), device=x.device) << POSITION_BITS
         bucket = torch.zeros_like(row_id) if types is None else type_buckets(types, self.seed)
         return {"x": x, "label": label, "ids": row_id.long(), "bucket": bucket, "used": used}
 
-    def accumulate(
-        self, tokens: Tensor, label: Tensor, row_id: Tensor | None = None, types: Tensor | None = None
-    ) -> None:
+    def accumulate(self, tokens: Tensor, label: Any, row_id: Tensor | None = None, types: Any = None) -> None:
         """Add a block of rows: to the held-out sample, or to the training state."""
         rows = self._rows(tokens, label, row_id, types, int(self.count))
         used = rows.pop("used")
@@ -245,10 +249,21 @@ class Probe(StreamingStage):
 
     def fits(self, name: str, value: Tensor) -> bool:
         """Either may have met classes that the other has not."""
-        return name.startswith("moment_") or super().fits(name, value)
+        return name.startswith("moment_") or name == "class_texts" or super().fits(name, value)
+
+    def renumber(self, places: Tensor, classes: int) -> None:
+        """Move the classes of the rows and moments held."""
+        for part in self.parts:
+            label = self.state()[part + "label"]
+            self.set_state({part + "label": moved_labels(label, places)})
+        if not self.keeps_rows:
+            moments = self.named("moment_")
+            self._set_moments(moved_targets(moments, places, classes, self._bucket_columns))
+        self._fitted = None
 
     def combine(self, other: Probe) -> None:
         """Offer the other's samples to the own, and add its moments."""
+        other = self.agree_on_classes(other)
         for part in self.parts:
             if len(self.named(part)["hashes"]) > 1:
                 theirs = {name: value.to(self.home) for name, value in other.named(part).items()}
@@ -355,9 +370,9 @@ class Probe(StreamingStage):
         """What the last fit predicts."""
         return self.fitted["task"]
 
-    def predict(self, x: Any) -> Tensor:
-        """Classes (N,), or numbers (N,) or (N, K), for rows (N, D)."""
-        return rules.answers(self.task, self.decision(x))
+    def predict(self, x: Any) -> Any:
+        """Classes (N,), by name as an array where labels were names; or numbers (N,) or (N, K), for rows (N, D)."""
+        return rules.named_answers(self, rules.answers(self.task, self.decision(x)))
 
     def decision(self, x: Any) -> Tensor:
         """What ``predict`` decides by: (N, K) for rows (N, D)."""
@@ -367,14 +382,14 @@ class Probe(StreamingStage):
         """Scores by name on rows and their labels; error bars over the groups of ``row_id``."""
         return rules.score(self, x, y, row_id=row_id)
 
-    def direction(self, label: int | None = None, *, unit: bool = True) -> Tensor:
+    def direction(self, label: int | str | None = None, *, unit: bool = True) -> Tensor:
         """The concept activation vector of a fitted linear probe, float64: what Steer and ProjectOut take.
 
         Two classes or one target: (D,), towards class 1 (towards larger values). More: (D, K), a column each, or the
         column of ``label``. For ``preprocess`` it lives in the preprocessed space.
 
         Args:
-            label: the class (or target) to point to.
+            label: the class (by number or name) or target to point to.
             unit: length 1; False keeps the probe's own scale.
         """
         return rules.concept_direction(self, label, unit=unit)

@@ -11,13 +11,14 @@ import numpy as np
 import pandas as pd
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential, WrapModule
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential, WrapModule
 from torch import Tensor, nn
 
 from tdgeom.core.for_each import ForEach
 from tdgeom.core.for_each_pair import ForEachPair, pair_list
 from tdgeom.core.keys import Key
 from tdgeom.core.process_groups import rank_and_world
+from tdgeom.core.words import Words, put, words_of
 from tdgeom.model.capture import Capture
 from tdgeom.probing import rules
 from tdgeom.probing.bilinear import BilinearProbe
@@ -34,14 +35,21 @@ __all__ = ["Probing"]
 Labels = str | tuple[str, ...] | Callable[[TensorDictBase], Tensor]
 
 
-def label_tensor(value: Any, source: str) -> Tensor:
-    """Labels as a tensor: a tensor, or an array of numbers."""
+def label_tensor(value: Any, source: str) -> Tensor | Words:
+    """Labels as a tensor or as words: a tensor, an array of numbers, or a list of names."""
+    words = (
+        None if isinstance(value, str | int | float | Tensor | None) else words_of(value, "labels", "Probing")
+    )
+    if words is not None and not isinstance(value, np.ndarray):
+        value = np.array(words.tolist()) if all(type(one) in (int, float) for one in words) else words
+    if isinstance(value, Words):
+        return value
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         value = torch.as_tensor(value, device="cpu")
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"Probing needs a tensor of labels, a value a sequence (B,) or a token (B, T); {source} {type(value).__name__}. "
-            f"Number classes that have names from 0."
+            f"Probing needs labels, a tensor with a value a sequence (B,) or a token (B, T) or a list of names; {source} "
+            f"{type(value).__name__}."
         )
     return value
 
@@ -51,9 +59,34 @@ def labelled(labels: Labels, out_key: Key) -> TensorDictModuleBase:
     if callable(labels):
         function = labels
         said = "the labels function returned"
-        return WrapModule(lambda td: td.set(out_key, label_tensor(function(td), said)))
-    said = f"the batch holds at {labels!r}"
-    return TensorDictModule(lambda value: label_tensor(value, said), in_keys=[labels], out_keys=[out_key])
+
+        def from_batch(td: TensorDictBase) -> TensorDictBase:
+            put(td, out_key, label_tensor(function(td), said))
+            return td
+
+        return WrapModule(from_batch)
+    return BatchLabels(labels, out_key)
+
+
+class BatchLabels(TensorDictModuleBase):
+    """Puts the labels that a batch holds where the rows' selection finds them."""
+
+    def __init__(self, labels: Any, out_key: Key) -> None:
+        super().__init__()
+        self.in_keys: list[Any] = [labels]
+        self.out_keys: list[Any] = [out_key]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Copy, as a tensor or as words."""
+        (key,) = self.in_keys
+        value = tensordict.get(key, None)
+        if value is None:
+            have = sorted(map(str, tensordict.keys()))
+            raise KeyError(
+                f"Probing reads labels at {key!r}, but the batch has {have[:12]}. Name them: labels='labels', say."
+            )
+        put(tensordict, self.out_keys[0], label_tensor(value, f"the batch holds at {key!r}"))
+        return tensordict
 
 
 class Phase:
@@ -71,7 +104,7 @@ class Phase:
                     "Probing expects labels for every model call: set `phase.labels = y` before the call (a value a sequence "
                     "(B,) or a token (B, T)), or give Probing(labels=) a function of the call's inputs."
                 )
-            td.set(self.label_key, label_tensor(self.labels, "phase.labels is"))
+            put(td, self.label_key, label_tensor(self.labels, "phase.labels is"))
             self.labels = None
         self.pass_.feed(td)
 
@@ -100,7 +133,8 @@ class Probing:
         sites: kinds, concrete names, or a list of them, as for ``Capture``.
         probe: a probe with its default keys, copied for each site. A ``BilinearProbe`` is copied for each pair. With
             ``control="input_ids"`` the control task takes token ids as types.
-        labels: the batch's key of the labels, a value a sequence (B,) or a token (B, T); or a function of the batch (a
+        labels: the batch's key of the labels, a value a sequence (B,) or a token (B, T), numbers or names of classes; or a
+            function of the batch (a
             TensorDict with the model's inputs) that returns them.
         pairs: "consecutive", "all" or a list of (a, b), for bilinear probes.
         select: further settings of ``SelectTokens``, such as ``dict(positions="last")`` or ``dict(pool="mean")``.
@@ -156,7 +190,15 @@ class Probing:
     # ------------------------------------------------------------------------------------------ loaders
 
     def run(
-        self, dataloader: Iterable[Any], test: Iterable[Any] | None = None, *, max_rows: int | None = None
+        self,
+        dataloader: Iterable[Any],
+        test: Iterable[Any] | None = None,
+        *,
+        max_rows: int | None = None,
+        tokenizer: Any = None,
+        text_column: str | None = None,
+        batch_size: int | None = None,
+        max_length: int | None = None,
     ) -> pd.DataFrame:
         """Fit and score over loaders and return the table.
 
@@ -164,20 +206,28 @@ class Probing:
             dataloader: labelled batches; without ``test`` the probe holds out its own share of sequences.
             test: labelled batches that are scored; then everything in ``dataloader`` trains.
             max_rows: stop after this many rows of each.
+            tokenizer, text_column, batch_size, max_length: of texts and datasets, as for ``tdgeom.run``.
         """
+        options: dict[str, Any] = {
+            "max_rows": max_rows,
+            "tokenizer": tokenizer,
+            "text_column": text_column,
+            "batch_size": batch_size,
+            "max_length": max_length,
+            "progress": False,
+        }
         before = [self.capture, labelled(self.labels, self.label_key)]
         units = self._fit_units(self.probe.holdout if test is None else 0.0)
         first = run(
             TensorDictSequential(*before, *units),
             dataloader,
-            max_rows=max_rows,
             keep=["probe"],
-            progress=False,
+            **options,
         )
         self._collect(units[-1], first)
         if test is not None:
             pipeline = TensorDictSequential(*before, *self._score_units())
-            self._scores = run(pipeline, test, max_rows=max_rows, progress=False)
+            self._scores = run(pipeline, test, **options)
         return self.table()
 
     # ---------------------------------------------------------------------------------------- contexts

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tdgeom.core.surroundings import steady
+from tdgeom.probing.class_labels import numbers_of
 from tdgeom.probing.control_task import control_map
 from tdgeom.probing.labelled_rows import plain_rows, row_labels
 from tdgeom.probing.scores import SCORES, complete, probe_scores
@@ -46,6 +48,14 @@ class AnyProbe(Protocol):
     permutations: int
     ignore_index: int
     seed: int
+
+    @property
+    def names(self) -> list[str]:
+        """The classes' names as JSON, in the order of their numbers; none where labels were numbers."""
+
+    @property
+    def classes(self) -> list[Any]:
+        """The classes' names."""
 
     @property
     def fitted(self) -> Fitted:
@@ -161,6 +171,11 @@ def answers(task: Task, decided: Tensor) -> Tensor:
     return decided[:, 0] if decided.shape[1] == 1 else decided
 
 
+def named_answers(probe: AnyProbe, found: Tensor) -> Any:
+    """Answers by the names of the classes, as an array, where the probe was fitted on names."""
+    return np.array(probe.classes)[found.cpu().numpy()] if probe.names else found
+
+
 def control_right(probe: AnyProbe, inputs: tuple[Tensor, ...], bucket: Tensor) -> Tensor | None:
     """Where the probe of the control task gives its random labels: bool (N,); None without such a probe."""
     control = probe.fitted["control"]
@@ -174,6 +189,7 @@ def score(probe: AnyProbe, *inputs: Any, row_id: Tensor | None = None) -> dict[s
     """Scores by name of a fitted probe on plain rows and their labels, the last of ``inputs``."""
     name = type(probe).__name__
     *rows, label = plain_rows(name, **dict(zip("xy", inputs[:-1])), label=inputs[-1])
+    label = numbers_of(label, probe.names, probe.ignore_index, name, "y").to(rows[0].device)
     label, used = row_labels(label, rows[0], key="y", owner=name, ignore_index=probe.ignore_index)
     group = torch.arange(len(used), device=used.device) if row_id is None else row_groups(row_id)
     with torch.no_grad(), steady(label.device):
@@ -223,7 +239,7 @@ def unscored(probe: AnyProbe, device: torch.device) -> dict[str, Tensor]:
     return found | {name: torch.full_like(found["accuracy"], torch.nan) for name in probe.metrics}
 
 
-def concept_direction(probe: AnyProbe, label: int | None = None, *, unit: bool = True) -> Tensor:
+def concept_direction(probe: AnyProbe, label: int | str | None = None, *, unit: bool = True) -> Tensor:
     """See ``Probe.direction``."""
     weight, task = probe.fitted.get("weight"), probe.fitted["task"]
     if weight is None or weight.ndim != 2:
@@ -237,9 +253,18 @@ def concept_direction(probe: AnyProbe, label: int | None = None, *, unit: bool =
         vectors = (weight - weight.mean(0)).mT
     if unit:
         vectors = vectors / vectors.norm(dim=0)
-    if label is not None:
-        if not 0 <= label < vectors.shape[1]:
+    place: int | None
+    if isinstance(label, str):
+        if label not in probe.classes:
+            raise ValueError(
+                f"the probe has the classes {probe.classes[:12] or 'of numbers'}, got label={label!r}."
+            )
+        place = probe.classes.index(label)
+    else:
+        place = label
+    if place is not None:
+        if not 0 <= place < vectors.shape[1]:
             raise ValueError(f"the probe has classes 0..{vectors.shape[1] - 1}, got label={label}.")
-        return vectors[:, label].clone()
+        return vectors[:, place].clone()
     single = vectors.shape[1] == (1 if task.regression else 2)
     return vectors[:, -1].clone() if single else vectors

@@ -22,8 +22,13 @@ from tdgeom.core.keys import Key, key_tuple
 __all__ = ["as_batch", "batch_length", "iterate"]
 
 
-def as_batch(batch: object, in_keys: Sequence[Key] | None, device: torch.device | None) -> TensorDict:
-    """A shallow TensorDict of batch size []: the batch itself is never altered."""
+def as_batch(
+    batch: object, in_keys: Sequence[Key] | None, device: torch.device | None, *, named: bool = True
+) -> TensorDict:
+    """A shallow TensorDict of batch size []: the batch itself is never altered.
+
+    ``in_keys`` are the keys of values without names; where nobody ``named`` them, one value more, (B,), is the labels.
+    """
     ragged: dict[str, Tensor] = {}
     if is_tensor_collection(batch):
         td = _copy(batch, ragged)
@@ -33,18 +38,29 @@ def as_batch(batch: object, in_keys: Sequence[Key] | None, device: torch.device 
             _put(td, key, value, ragged)
     else:
         values = (
-            [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, list | tuple) else None
+            [batch]
+            if isinstance(batch, Tensor | np.ndarray)
+            else list(batch)
+            if isinstance(batch, list | tuple)
+            else None
         )
         if values is None:
             raise TypeError(
-                f"run takes batches that are a dict, a BatchEncoding, a TensorDict, a tensor or a tuple of tensors, got "
+                f"run takes batches that are a dict, a BatchEncoding, a TensorDict, a tensor, an array or a tuple of these, got "
                 f"{type(batch).__name__}. "
                 + (
-                    "Texts become batches with tdgeom.text.TextBatches(texts, tokenizer)."
+                    "Texts become batches with run(..., tokenizer=tokenizer), or tdgeom.text.TextBatches(texts, tokenizer)."
                     if isinstance(batch, str)
                     else "Give the loader a collate_fn, such as the tokenizer's data collator."
                 )
             )
+        if (
+            not named
+            and in_keys is not None
+            and len(in_keys) == len(values) - 1 == 1
+            and _is_labels(values[1])
+        ):
+            in_keys = [*in_keys, "labels"]
         if in_keys is None or len(in_keys) < len(values):
             raise ValueError(
                 f"run got a batch of {len(values)} unnamed value(s): name them with in_keys=, for instance "
@@ -56,6 +72,15 @@ def as_batch(batch: object, in_keys: Sequence[Key] | None, device: torch.device 
     if ragged:
         _mask_ends(td, ragged)
     return td.to(device, non_blocking=True) if device is not None else td
+
+
+def _is_labels(value: Any) -> bool:
+    """Whether the second of two values is a label a sequence; a mask, say, has more dimensions."""
+    if isinstance(value, Tensor | np.ndarray):
+        return value.ndim == 1
+    return isinstance(value, list | tuple) and not any(
+        isinstance(one, list | tuple | Tensor | np.ndarray) for one in value
+    )
 
 
 def _copy(td: Any, lengths: dict[str, Tensor]) -> TensorDict:
@@ -87,11 +112,25 @@ def _put(td: TensorDict, key: Key, value: Any, lengths: dict[str, Tensor]) -> No
             _put(inner, name, part, lengths)
         td.set(key, inner)
     else:
-        array = np.asarray(value) if not isinstance(value, str) else None
-        if array is not None and array.dtype.kind in "biuf":
+        array = _numbers(value)
+        if array is not None:
             td.set(key, torch.as_tensor(array, device="cpu"))
         else:
-            td.set_non_tensor(key, list(value) if isinstance(value, list) else value)
+            listed = value.tolist() if isinstance(value, np.ndarray) else value
+            td.set_non_tensor(key, list(listed) if isinstance(listed, list | tuple) else listed)
+
+
+def _numbers(value: Any) -> np.ndarray | None:
+    """A list, an array or a number as an array of numbers; None where it holds something else, or lists of several lengths."""
+    if isinstance(value, str | bytes):
+        return None
+    if isinstance(value, list | tuple) and value and all(isinstance(one, Tensor) for one in value):
+        value = [one.detach().cpu().numpy() for one in value]
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        return None
+    return array if array.dtype.kind in "biuf" else None
 
 
 def _mask_ends(td: TensorDict, lengths: dict[str, Tensor]) -> None:

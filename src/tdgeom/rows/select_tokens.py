@@ -13,6 +13,7 @@ from torch import Tensor
 from tdgeom.core.keys import Key, key_tuple, site_key
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.stage import Stage
+from tdgeom.core.words import Words
 from tdgeom.core.wrong_objects import site_list
 from tdgeom.model.padding_masks import refuse_unknown, token_mask
 from tdgeom.model.positions import Positions, check_positions, is_position, position_mask
@@ -103,9 +104,14 @@ class SelectTokens(Stage):
         documents: write ``("carried", "document_id")`` (N,) for every row, that of the batch (B,) or the sequence: which rows
             belong together, for error bars and splits.
         also: keys of the batch carried to rows as ``("carried", name)``: (B, T, ...) values by position, (B, ...) values
-            repeated for the sequence's rows. A nested key is carried under its last part.
+            repeated for the sequence's rows. A nested key is carried under its last part. Words are carried too (text, None,
+            lists of numbers: a value a sequence; lists of text: a word for each of its tokens).
         pad_id: the padding id to warn about when there is no mask. A ``Capture`` in ``run`` supplies its model's.
         mask_key: where the attention mask is.
+        channels: "first" or "last", the axis of channels in feature maps, (B, C, H, W) or (B, H, W, C), whose positions become
+            rows, line by line; None: what the site's module says of its channels (``out_channels`` of a convolution,
+            ``num_features`` of a batch norm, the last such part of a block), where the shape agrees. With ``pool="mean"`` maps of
+            several sizes go together, one row an image.
 
     Reads ``("acts", site)``, the keys of ``also``, and where present ``"attention_mask"``, ``"src_key_padding_mask"`` and
     ``"tgt"`` (torch's own transformers), ``"sequence_id"``, ``"input_ids"`` and ``"special_tokens_mask"``; writes
@@ -138,6 +144,7 @@ class SelectTokens(Stage):
         pad_id: int | None = None,
         mask_key: Key = "attention_mask",
         documents: bool = False,
+        channels: str | None = None,
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:
@@ -149,6 +156,8 @@ class SelectTokens(Stage):
             raise ValueError("SelectTokens needs at least one site, such as capture.sites, got none.")
         if pool not in (None, "mean"):
             raise ValueError(f"SelectTokens: pool takes 'mean' or None, got {pool!r}.")
+        if channels not in (None, "first", "last"):
+            raise ValueError(f"SelectTokens: channels takes 'first', 'last' or None, got {channels!r}.")
         if skip_first < 0:
             raise ValueError(f"SelectTokens: skip_first must be 0 or more, got {skip_first}.")
         carried = [key_tuple(key)[-1] for key in also]
@@ -184,6 +193,9 @@ class SelectTokens(Stage):
         )
         self._routers = len(choices)
         self._sites, self._also, self._by_key = len(names), len(also), by_key
+        self.channels = channels
+        self._channels = [getattr(site, "channels", None) for site in listed_sites]
+        self.models_channels: dict[str, Any] = {}  # run says it of sites that are only named
         self._images = [getattr(site, "image", None) for site in listed_sites]
         self.models_image: Any = None  # run says it of sites that are only named
         self.positions, self.pool, self.skip_first = positions, pool, skip_first
@@ -207,11 +219,16 @@ class SelectTokens(Stage):
         refuse_unknown(tensordict.get(self.mask_key, None), words)
         return super().read(tensordict)
 
-    def compute(self, *inputs: Any) -> list[Tensor]:
+    def may_be_words(self, place: int) -> bool:
+        """What is carried may be."""
+        return self._sites <= place < self._sites + self._also
+
+    def compute(self, *inputs: Any) -> list[Any]:
         """Select the rows of one batch."""
         acts, carried = inputs[: self._sites], inputs[self._sites : self._sites + self._also]
         choices = inputs[len(inputs) - self._routers :]
         batch = self._told(inputs)
+        acts = tuple(self._tokens_of_map(value, place, batch) for place, value in enumerate(acts))
         attended = self._attended(acts[0], batch)
         guessed = batch.mask is None and batch.padding is None and batch.input_ids is None
         keep, rank = self._keep(attended, batch)
@@ -232,13 +249,44 @@ class SelectTokens(Stage):
             ids = (sequence << POSITION_BITS)[used]
         else:
             rows = [_rows(value, keep, whole) for value in fitted]
-            extra = [_rows(self._per_position(value, key, keep), keep, whole) for key, value in named]
+            extra = [
+                self._words_by_row(value, key, keep, attended)
+                if isinstance(value, Words)
+                else _rows(self._per_position(value, key, keep), keep, whole)
+                for key, value in named
+            ]
             ids = row_id.flatten() if whole else row_id[keep]
         return [*rows, *extra, ids, *(self._chosen(choice, keep, ids) for choice in choices)]
 
     def reset(self) -> None:
         """Start counting sequences at 0 again (for batches without ``sequence_id``)."""
         self.sequences.zero_()
+
+    def _tokens_of_map(self, value: Tensor, place: int, batch: _Batch) -> Tensor:
+        """A feature map as (B, H·W, C), or (B, C) where an image's positions are averaged; other activations as they are."""
+        key = self.in_keys[place]
+        name = key_tuple(key)[-1]
+        told = (batch.mask, batch.padding, batch.input_ids)
+        is_text = any(one is not None for one in told)
+        if value.ndim != 4 or is_pattern(name) or _has_heads(key) or (is_text and self.channels is None):
+            return value
+        known = self._channels[place] or self.models_channels.get(name)
+        axis = {"first": 1, "last": 3}.get(self.channels or "")
+        axis = known.axis(tuple(value.shape)) if axis is None and known is not None else axis
+        if axis is None:
+            count = None if known is None else known.count
+            raise ValueError(
+                f"SelectTokens got {key!r} of shape {tuple(value.shape)}, and "
+                f"{'nothing says' if count is None else f'the {count} channels of its module do not say'} which axis counts "
+                f"channels. For feature maps give channels='first', (B, C, H, W), or channels='last', (B, H, W, C); positions of "
+                f"tokens need {self.mask_key!r} or 'input_ids'."
+            )
+        value = value.flatten(2).transpose(1, 2) if axis == 1 else value.flatten(1, 2)
+        return upcast(value).mean(1) if self._whole_image else value
+
+    @property
+    def _whole_image(self) -> bool:
+        return self.pool == "mean" and self.positions == "all" and not self.skip_first
 
     def _told(self, values: Sequence[Any]) -> _Batch:
         return _Batch(*(None if place is None else values[place] for place in self._places))
@@ -417,13 +465,40 @@ class SelectTokens(Stage):
             f"({keep.shape[0]},) first; got {tuple(value.shape)}."
         )
 
+    def _words_by_row(self, words: Words, key: Key, keep: Tensor, attended: Tensor) -> Words:
+        """A sequence's words for its rows: a list of text has one a position, padding in or left out."""
+        count, length = keep.shape
+        if len(words) != count:
+            raise ValueError(
+                f"SelectTokens(also=[{key!r}]) expects a value a sequence, {count} of them; got a list of {len(words)}."
+            )
+        kept, real = keep.cpu(), attended.bool().cpu()
+        if not any(map(_is_word_list, words)):
+            return words[kept.nonzero()[:, 0]]
+        found: list[Any] = []
+        for own, chosen, here in zip(words, kept, real):
+            places = torch.arange(length) if len(own or ()) == length else here.cumsum(0) - 1
+            if own is None or len(own) not in (length, int(here.sum())):
+                raise ValueError(
+                    f"SelectTokens(also=[{key!r}]) takes a list of text for a word a token, as many as the sequence has tokens, "
+                    f"{int(here.sum())} (or {length} with padding); got {0 if own is None else len(own)}. A list that says one "
+                    f"thing of the whole sequence is given as one text: ' '.join(words)."
+                )
+            found += [own[place] for place in places[chosen].tolist()]
+        return Words(found)
+
     def _chosen(self, choice: Tensor | None, keep: Tensor, ids: Tensor) -> Tensor:
         """The experts of each row, (N, k), of none where nobody told (or rows are means of positions)."""
         if choice is None or self.pool or choice.shape[:2] != keep.shape:
             return ids.new_empty(ids.shape[0], 0)
         return choice[keep.to(choice.device)].long()
 
-    def _one_per_sequence(self, value: Tensor, key: Key, keep: Tensor) -> Tensor:
+    def _one_per_sequence(self, value: Any, key: Key, keep: Tensor) -> Any:
+        if isinstance(value, Words) and any(map(_is_word_list, value)):
+            raise ValueError(
+                f"SelectTokens(pool='mean') gives one row a sequence, but {key!r} has lists of text, a word a token. Carry one "
+                f"text a sequence: ' '.join(words)."
+            )
         if value.shape[:2] == keep.shape and keep.shape[1] > 1:
             raise ValueError(
                 f"SelectTokens(pool='mean') gives one row a sequence, but {key!r} has a value a token, {tuple(value.shape)}. "
@@ -445,6 +520,10 @@ class SelectTokens(Stage):
                 f"counts as a row. Pass the tokenizer's attention mask.",
                 stacklevel=2,
             )
+
+
+def _is_word_list(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(one, str) for one in value)
 
 
 def _has_heads(key: Key) -> bool:

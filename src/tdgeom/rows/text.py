@@ -8,10 +8,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Documents", "TextBatches", "read_dataset", "read_jsonl", "read_text"]
+__all__ = ["Documents", "Records", "TextBatches", "read_dataset", "read_fasta", "read_jsonl", "read_text"]
 
 
 class Documents:
@@ -96,6 +97,64 @@ def read_jsonl(spec: str) -> Documents:
             yield _field(row, field, f"{path}, line {number}", "FILE:FIELD")
 
     return Documents(opened, str(path))
+
+
+def read_fasta(path: str | Path) -> Records:
+    """The sequences of a FASTA file: what follows each ``>header`` line, its lines joined, without blanks and a final ``*``.
+
+    A file without headers holds a sequence a line. Iterating gives the sequences; ``rows()`` gives each with its header as a
+    column, ``("MKV", {"header": "sp|P1 name"})``.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError (while reading): not UTF-8, no sequence in it, or a header without one.
+
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "two.fasta")
+        >>> _ = path.write_text(">one a protein\\nMKV\\nLA*\\n>two\\nGG\\n")
+        >>> list(read_fasta(path)), [columns["header"] for _, columns in read_fasta(path).rows()]
+        (['MKVLA', 'GG'], ['one a protein', 'two'])
+    """
+    path = _file(path)
+
+    def opened() -> Iterator[tuple[str, dict[str, Any]]]:
+        header: str | None = None
+        parts: list[str] = []
+        for number, line in enumerate(_lines(path), 1):
+            line = line.strip()
+            if line.startswith(";") or not line:
+                continue
+            if line.startswith(">") or header is None:
+                if header is not None:
+                    yield _record(header, parts, path)
+                if not line.startswith(">"):  # no headers: a sequence a line
+                    yield _record(str(number), [line], path)
+                    continue
+                header, parts = line[1:].strip(), []
+            else:
+                parts.append(line)
+        if header is not None:
+            yield _record(header, parts, path)
+
+    return Records(opened, str(path))
+
+
+def _record(header: str, parts: list[str], path: Path) -> tuple[str, dict[str, Any]]:
+    sequence = "".join("".join(parts).split()).removesuffix("*")
+    if not sequence:
+        raise ValueError(f"{path}: the record {header[:80]!r} has no sequence.")
+    return sequence, {"header": header}
+
+
+class Records(Documents):
+    """Documents with further columns, read afresh at every pass."""
+
+    def __init__(self, opened: Callable[[], Iterator[tuple[str, dict[str, Any]]]], name: str) -> None:
+        super().__init__(lambda: (text for text, _ in opened()), name)
+        self._records = opened
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Each document with its columns."""
+        return self._records()
 
 
 def read_dataset(spec: str) -> Documents:
@@ -191,7 +250,7 @@ class TextBatches:
 
     Each batch is a dict of int64 tensors: ``input_ids``, ``attention_mask``, ``special_tokens_mask`` (B, T),
     ``document_id`` (B,) (the document's index in ``texts``), ``token_type_ids`` if the tokenizer makes them, and ``label``
-    (B,) if ``labels`` are given.
+    (B,) if ``labels`` are given (a list where they are names).
 
     Args:
         texts: an iterable of strings. Something that can be iterated again (a list, ``read_text(...)``) makes the loader
@@ -199,10 +258,10 @@ class TextBatches:
         tokenizer: a Hugging Face tokenizer, fast or slow.
         batch_size: sequences a batch.
         max_length: longest sequence, special tokens included.
-        labels: one number a document.
+        labels: one number, or the name of a class, a document.
 
     Raises:
-        TypeError: ``texts`` is one string, or holds something else than strings; labels that are names. ValueError: settings
+        TypeError: ``texts`` is one string, or holds something else than strings. ValueError: settings
             out of range, labels that do not match. RuntimeError: a second pass over a generator.
 
         >>> from tdgeom.demo import demo_model
@@ -219,7 +278,7 @@ class TextBatches:
         *,
         batch_size: int = 8,
         max_length: int = 256,
-        labels: Sequence[float] | None = None,
+        labels: Sequence[Any] | None = None,
     ) -> None:
         if isinstance(texts, str):
             raise TypeError("TextBatches expects an iterable of documents, got one string: put it in a list.")
@@ -231,17 +290,11 @@ class TextBatches:
             )
         if labels is not None and isinstance(texts, Sized) and len(labels) != len(texts):
             raise ValueError(f"TextBatches expects one label a document, got {len(labels)} for {len(texts)}.")
-        named = labels is not None and next((label for label in labels if isinstance(label, str)), None)
-        if isinstance(named, str):
-            raise TypeError(
-                f"TextBatches expects labels that are numbers, got {named!r}. Number the names: "
-                f"pandas.factorize(labels)[0], or numpy.unique(labels, return_inverse=True)[1]."
-            )
         self.texts, self.tokenizer, self.labels = texts, tokenizer, labels
         self.batch_size, self.max_length = batch_size, max_length
         self._read = False
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         if isinstance(self.texts, Iterator):
             if self._read:
                 raise RuntimeError(
@@ -253,15 +306,27 @@ class TextBatches:
         while chunk := list(islice(sequences, self.batch_size)):
             yield self._batch(chunk)
 
-    def _sequences(self) -> Iterator[tuple[int, dict[str, list[int]]]]:
-        """(document, its next sequence), in the order of the text."""
-        documents = ((index, self._checked(text, index)) for index, text in enumerate(self.texts))
-        documents = (pair for pair in documents if pair[1].strip())
+    def documents(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Each document with what else is known of it, by column."""
+        given: Any = (
+            self.texts.rows() if isinstance(self.texts, Records) else ((text, {}) for text in self.texts)
+        )
+        for index, (text, columns) in enumerate(given):
+            checked = self._checked(text, index)
+            yield checked, columns if self.labels is None else {**columns, "label": self.labels[index]}
+
+    def _sequences(self) -> Iterator[tuple[dict[str, Any], dict[str, list[int]]]]:
+        """(what is known of a document, its next sequence), in the order of the text."""
+        documents = (
+            (text, {"document_id": index, **columns})
+            for index, (text, columns) in enumerate(self.documents())
+        )
+        documents = (pair for pair in documents if pair[0].strip())
         cut = self._cut_fast if getattr(self.tokenizer, "is_fast", False) else self._cut_slow
         while group := list(islice(documents, self.batch_size)):
-            for member, sequence in cut([text for _, text in group]):
+            for member, sequence in cut([text for text, _ in group]):
                 if sequence["input_ids"]:
-                    yield group[member][0], sequence
+                    yield group[member][1], sequence
 
     def _checked(self, text: object, index: int) -> str:
         if not isinstance(text, str):
@@ -299,11 +364,11 @@ class TextBatches:
     def _fields(made: Mapping[str, Any]) -> list[str]:
         return [name for name in ("input_ids", "token_type_ids", "special_tokens_mask") if name in made]
 
-    def _batch(self, chunk: list[tuple[int, dict[str, list[int]]]]) -> dict[str, Tensor]:
+    def _batch(self, chunk: list[tuple[dict[str, Any], dict[str, list[int]]]]) -> dict[str, Any]:
         fields = {name: [sequence[name] for _, sequence in chunk] for name in chunk[0][1]}
-        batch = padded(fields, self.tokenizer)
-        documents = [document for document, _ in chunk]
-        batch["document_id"] = torch.tensor(documents, device="cpu")
-        if self.labels is not None:
-            batch["label"] = torch.as_tensor([self.labels[document] for document in documents], device="cpu")
+        batch: dict[str, Any] = dict(padded(fields, self.tokenizer))
+        for name in chunk[0][0]:
+            column = [known.get(name) for known, _ in chunk]
+            numbers = all(isinstance(one, int | float | np.generic) for one in column)
+            batch.setdefault(name, torch.as_tensor(column, device="cpu") if numbers else column)
         return batch

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, skip_existing
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdgeom.core.keys import Key, KeyTable, key_tuple, optional_in_keys
 from tdgeom.core.missing_parts import missing_part
 from tdgeom.core.process_groups import rank_and_world
 from tdgeom.core.renamed import describe
 from tdgeom.core.row_ids import POSITION_BITS
+from tdgeom.core.words import words_of
 from tdgeom.rows.batches import as_batch, batch_length
 from tdgeom.run.finish import call, give
 from tdgeom.run.plan import Plan
@@ -46,13 +47,14 @@ class BatchStages:
         self.selects = selections(plan)
         for select in self.selects:
             select.models_pad_id, select.models_image = _pad_id(plan), _image(plan)
+            select.models_channels = _channels(plan)
         places = [place for unit in plan.batch if (place := _device_of(unit)) is not None]
         self.device = torch.device(device) if device is not None else places[0] if places else None
         self.keys = keys_by_selection(plan)
         self.main = next(iter(self.keys))
         self.optional = plan.optional_stream_keys
         self.sequences = 0  # numbered so far
-        self._in_keys = in_keys if in_keys is not None else _unwritten(plan)
+        self._in_keys, self._named = in_keys if in_keys is not None else _unwritten(plan), in_keys is not None
         self._counts_ahead = (
             rank_and_world()[1] > 1
         )  # whether other ranks' batches are counted without being run
@@ -61,7 +63,7 @@ class BatchStages:
 
     def td(self, batch: Any) -> TensorDict:
         """Whatever the loader yields, as a TensorDict on the right device."""
-        return as_batch(batch, self._in_keys, self.device)
+        return as_batch(batch, self._in_keys, self.device, named=self._named)
 
     def number(self, td: TensorDict) -> None:
         """Give a batch that brings no ``sequence_id`` the next ones in stream order."""
@@ -70,7 +72,7 @@ class BatchStages:
             td.set("sequence_id", torch.arange(self.sequences, self.sequences + length, device="cpu"))
             self.sequences += length
 
-    def rows(self, td: TensorDict) -> tuple[dict[Key, dict[Key, Tensor]], int]:
+    def rows(self, td: TensorDict) -> tuple[dict[Key, dict[Key, Any]], int]:
         """Run the per-batch stages on ``td``; (the rows that the streaming stages read, by selection; how many of the main)."""
         if not self._by_shape:
             self._refuse_results(td)
@@ -147,7 +149,7 @@ class BatchStages:
                 ids = (sequence[:1] << POSITION_BITS) + torch.arange(first.shape[0], device=first.device)
                 td.set(self.main, ids)
 
-    def _read(self, td: TensorDict, key: Key, ids: Key, count: int | None) -> Tensor | None:
+    def _read(self, td: TensorDict, key: Key, ids: Key, count: int | None) -> Any:
         value = td.get(key, None)
         if value is None and key in self.optional:
             return None
@@ -159,7 +161,9 @@ class BatchStages:
                 f"{have[:12]}. Name the right key with in_keys=, or add the stage that "
                 f"writes it (SelectTokens writes ('tokens', site), also= carries further values).{' ' + usual if usual else ''}"
             )
-        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != count:
+        if not isinstance(value, Tensor):
+            value = words_of(value, key, "a streaming stage")
+        if value is None or value.ndim == 0 or value.shape[0] != count:
             raise ValueError(
                 f"a streaming stage reads rows, tensors whose first dimension is that of {ids!r} ({count}), "
                 f"but {key!r} has shape {tuple(getattr(value, 'shape', ()))}. Carry it to rows with "
@@ -169,6 +173,12 @@ class BatchStages:
 
     def _rows_by_mask(self, td: TensorDict) -> int | None:
         return self.selects[0].count_rows(td) if self.selects else None
+
+
+def models_of(plan: Plan) -> list[nn.Module]:
+    """The models that per-batch stages run."""
+    found = (getattr(getattr(unit, "_orig_mod", unit), "model", None) for unit in plan.batch)
+    return [model for model in found if isinstance(model, nn.Module)]
 
 
 def _device_of(unit: TensorDictModuleBase) -> torch.device | None:
@@ -190,6 +200,12 @@ def _image(plan: Plan) -> Any:
     """What a captured model's sites know of the tokens before an image's patches."""
     sites = [site for unit in plan.batch for site in getattr(unit, "sites", ())]
     return next((image for site in sites if (image := getattr(site, "image", None))), None)
+
+
+def _channels(plan: Plan) -> dict[str, Any]:
+    """What captured models' sites know of the channels of feature maps."""
+    sites = [site for unit in plan.batch for site in getattr(unit, "sites", ())]
+    return {str(site): known for site in sites if (known := getattr(site, "channels", None))}
 
 
 def selections(plan: Plan) -> list[Any]:

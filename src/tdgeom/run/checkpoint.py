@@ -21,7 +21,8 @@ from torch import Tensor
 from tdgeom.core.keys import Key, key_tuple
 from tdgeom.core.renamed import stage_of
 from tdgeom.core.stage_settings import differences
-from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.core.streaming_stage import StreamingStage, tensor_text, text_tensor
+from tdgeom.core.words import Words
 from tdgeom.files.errors import StoreError
 from tdgeom.files.json_text import canonical_json, plain, read_json
 from tdgeom.files.shard_writing import bytes_of, write_shard
@@ -75,9 +76,15 @@ class Checkpoint:
         self.optional = {"/".join(key_tuple(key)) for key in plan.optional_stream_keys}
         self.fits = {"format": FORMAT, "settings": plain(dict(settings)), "stages": pipeline_identity(plan)}
 
-    def save(self, rows: Mapping[Key, Tensor], place: Mapping[str, Any]) -> None:
+    def save(self, rows: Mapping[Key, Tensor | Words], place: Mapping[str, Any]) -> None:
         """Write the state of all stages, the rows not yet handed to them, and the place in the loader."""
-        tensors = {f"rows/{'/'.join(key_tuple(key))}": value for key, value in rows.items()}
+        tensors: dict[str, Tensor] = {}
+        for key, value in rows.items():
+            name = "/".join(key_tuple(key))
+            if isinstance(value, Words):
+                tensors[f"words/{name}"] = text_tensor(json.dumps(value.tolist()))
+            else:
+                tensors[f"rows/{name}"] = value
         for number, stage in enumerate(self.stages):
             stage.settle()
             tensors |= {f"stage/{number}/{name}": value for name, value in stage.state().items()}
@@ -91,7 +98,7 @@ class Checkpoint:
         except StoreError as error:
             raise OSError(f"run could not write its checkpoint: {error}") from error
 
-    def load(self, device: torch.device | None) -> tuple[dict[Key, Tensor], dict[str, Any]] | None:
+    def load(self, device: torch.device | None) -> tuple[dict[Key, Any], dict[str, Any]] | None:
         """Put the stages where the file says; (rows not yet handed on, the place). None where there is no file.
 
         Raises:
@@ -121,7 +128,12 @@ class Checkpoint:
             stage.go_on()
         for number, select in enumerate(self.selects):
             select.sequences.copy_(held.pop(f"select/{number}", torch.zeros((), dtype=torch.int64)))
-        rows = {name.removeprefix("rows/"): value.to(device=device) for name, value in held.items()}
+        rows: dict[str, Any] = {}
+        for name, value in held.items():
+            kind, _, key = name.partition("/")
+            rows[key] = (
+                Words(json.loads(tensor_text(value) or "[]")) if kind == "words" else value.to(device=device)
+            )
         self._refuse_other_rows(rows, sum(count for _, count in record["place"]["origin"]))
         return {self.row_keys[name]: value for name, value in rows.items()}, record["place"]
 
@@ -149,7 +161,7 @@ class Checkpoint:
                 )
             stage.set_state({name: value.to(device=device)})
 
-    def _refuse_other_rows(self, rows: Mapping[str, Tensor], count: int) -> None:
+    def _refuse_other_rows(self, rows: Mapping[str, Any], count: int) -> None:
         """Held rows are those of every key (optional ones may be absent), as many as the place says; none where it says none."""
         wanted = set(self.row_keys) if count else set()
         if not wanted - self.optional <= set(rows) <= wanted or any(

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, is_leaf_nontensor
 from tensordict.nn import TensorDictModuleBase
 from threadpoolctl import threadpool_limits
 
@@ -72,7 +72,7 @@ def _drop(
     """Delete what these stages have read or written, where nothing is left to read it; a parent key reads all its leaves."""
     later = KeyTable(key for unit in left for key in unit.in_keys)
     done = {key_tuple(key)[0] for unit in group for key in (*unit.in_keys, *unit.out_keys)} - set(keep)
-    for key in list(td.keys(True, True)):
+    for key in list(td.keys(True, True, is_leaf=is_leaf_nontensor)):
         if key_tuple(key)[0] in done and not later.touching(key):
             td.del_(key)
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Key
+from tdgeom.core.words import Words
 
 __all__ = ["BLOCK_ROWS", "GatheredRows"]
 
 BLOCK_ROWS = 2048
-Block = tuple[dict[Key, Tensor], list[int]]
+Block = tuple[dict[Key, Any], list[int]]  # a tensor or words by key
 
 
 class GatheredRows:
@@ -24,11 +26,11 @@ class GatheredRows:
 
     def __init__(self, block_rows: int) -> None:
         self.block_rows = block_rows
-        self._block: dict[Key, Tensor] = {}
+        self._block: dict[Key, Any] = {}
         self._origin: list[tuple[int, int]] = []
         self._held = 0
 
-    def add(self, rows: Mapping[Key, Tensor], count: int, batch: int) -> Iterator[Block]:
+    def add(self, rows: Mapping[Key, Any], count: int, batch: int) -> Iterator[Block]:
         """Take rows in; yield every full block with the batch number of each of its rows."""
         start = 0
         while start < count:
@@ -48,16 +50,16 @@ class GatheredRows:
         if self._held:
             yield self._take()
 
-    def held(self) -> tuple[dict[Key, Tensor], list[tuple[int, int]]]:
+    def held(self) -> tuple[dict[Key, Any], list[tuple[int, int]]]:
         """The rows not yet handed on, and how many came from which batch."""
         return {key: block[: self._held] for key, block in self._block.items()}, list(self._origin)
 
-    def restore(self, rows: Mapping[Key, Tensor], origin: Sequence[tuple[int, int]]) -> None:
+    def restore(self, rows: Mapping[Key, Any], origin: Sequence[tuple[int, int]]) -> None:
         """Hold these rows, as ``held`` gave them."""
         self._origin = [(batch, count) for batch, count in origin]
         self._copy(rows, sum(count for _, count in self._origin))
 
-    def _copy(self, rows: Mapping[Key, Tensor], count: int) -> None:
+    def _copy(self, rows: Mapping[Key, Any], count: int) -> None:
         if self._held and rows.keys() != self._block.keys():
             raise ValueError(
                 f"run got {list(rows)} in one batch and {list(self._block)} in the batches before: an optional input is there in "
@@ -65,6 +67,9 @@ class GatheredRows:
             )
         for key, value in rows.items():
             block = self._block.get(key)
+            if isinstance(value, Words) or isinstance(block, Words):
+                self._block[key] = self._words(block, value)
+                continue
             if block is None:
                 block = value.new_empty((self.block_rows, *value.shape[1:]))
             elif block.shape[1:] != value.shape[1:]:
@@ -77,6 +82,13 @@ class GatheredRows:
             block[self._held : self._held + count] = value.detach()
             self._block[key] = block
         self._held += count
+
+    def _words(self, block: Tensor | Words | None, value: Tensor | Words) -> Words:
+        """Words behind those held; numbers are words too, where another batch has a None among them."""
+        come = value if isinstance(value, Words) else Words(value.tolist())
+        if block is None:
+            return come
+        return Words(block[: self._held].tolist()).together_with(come)
 
     def _take(self) -> Block:
         block = {key: value[: self._held] for key, value in self._block.items()}

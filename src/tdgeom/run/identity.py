@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDictBase, is_leaf_nontensor
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from tdgeom.core.keys import key_tuple
 from tdgeom.core.renamed import describe
 from tdgeom.core.stage_settings import Configured
+from tdgeom.core.streaming_stage import text_tensor
+from tdgeom.core.words import words_of
 from tdgeom.files.json_text import canonical_json, plain
 from tdgeom.files.shard_writing import bytes_of
 from tdgeom.model.loading import config_summary
@@ -68,8 +71,15 @@ def _sampled(value: Tensor) -> bytes | memoryview:
 
 def tensors_sha256(td: TensorDictBase) -> str:
     """SHA-256 of a batch's tensors (their names, shapes and first MiB), to see that a loader starts as it did before."""
-    named = {key_tuple(key): td.get(key) for key in td.keys(True, True)}
-    held = {key: value for key, value in sorted(named.items()) if isinstance(value, Tensor)}
+    named = {key_tuple(key): td.get(key) for key in td.keys(True, True, is_leaf=is_leaf_nontensor)}
+    held: dict[Any, Tensor] = {}
+    for key, value in sorted(named.items()):
+        if isinstance(value, Tensor):
+            held[key] = value
+            continue
+        with suppress(TypeError):  # objects that are no words say nothing of themselves
+            words = words_of(value, key, "run")
+            held[key] = text_tensor("\n".join(words.texts() if words is not None else ()))
     return _sha256(held, lambda value: bytes_of(value)[:_HASHED])
 
 

@@ -18,6 +18,7 @@ from tdgeom.core.keys import Key
 from tdgeom.core.process_groups import Repeats, rank_and_world
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.streaming_stage import rows_finite
+from tdgeom.core.words import put
 from tdgeom.rows.batches import iterate
 from tdgeom.run.batch_stages import BatchStages
 from tdgeom.run.checkpoint import Checkpoint
@@ -165,9 +166,7 @@ class OnePass:
             elapsed = max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix_str(f"{self.counts['tokens'] / elapsed:,.0f} tokens/s")
 
-    def _without_repeats(
-        self, rows: dict[Key, Tensor], count: int, fresh: Tensor
-    ) -> tuple[dict[Key, Tensor], int]:
+    def _without_repeats(self, rows: dict[Key, Any], count: int, fresh: Tensor) -> tuple[dict[Key, Any], int]:
         sequences = rows[self.batch_stages.main] >> POSITION_BITS
         new = torch.isin(sequences, fresh.to(sequences.device))
         left = int(new.sum())
@@ -178,17 +177,19 @@ class OnePass:
 
     # ------------------------------------------------------------------------------------------------ streaming
 
-    def _update(self, ids: Key, block: dict[Key, Tensor], origin: list[int]) -> None:
+    def _update(self, ids: Key, block: dict[Key, Any], origin: list[int]) -> None:
         with self.timed("stream"):
             block = self._finite(ids, block, origin)
             count = block[ids].shape[0]
             if count:
                 self.counts["rows"] += count if ids == self.batch_stages.main else 0
-                td = TensorDict(block, batch_size=[])
+                td = TensorDict({}, batch_size=[])
+                for key, value in block.items():
+                    put(td, key, value)
                 for unit in self.readers[ids]:
                     unit.update(td)
 
-    def _finite(self, ids: Key, block: dict[Key, Tensor], origin: list[int]) -> dict[Key, Tensor]:
+    def _finite(self, ids: Key, block: dict[Key, Any], origin: list[int]) -> dict[Key, Any]:
         """The block's rows that are finite at every site; or an error that names the first that is not."""
         row_id = block[ids]
         good = torch.ones(row_id.shape[0], dtype=torch.bool, device=row_id.device)

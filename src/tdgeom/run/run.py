@@ -17,7 +17,8 @@ from tdgeom.core.keys import Key, as_key, key_tuple
 from tdgeom.core.process_groups import sum_over_ranks
 from tdgeom.core.renamed import stage_of
 from tdgeom.core.warnings import gathered
-from tdgeom.run.batch_stages import BatchStages
+from tdgeom.rows.data_sources import as_loader
+from tdgeom.run.batch_stages import BatchStages, models_of
 from tdgeom.run.checkpoint import Checkpoint
 from tdgeom.run.finish import run_end
 from tdgeom.run.gathered_rows import BLOCK_ROWS
@@ -40,6 +41,10 @@ def run(
     nonfinite: str = "raise",
     in_keys: Sequence[Key] | None = None,
     device: torch.device | str | None = None,
+    tokenizer: Any = None,
+    text_column: str | None = None,
+    batch_size: int | None = None,
+    max_length: int | None = None,
     sharded: bool = False,
     checkpoint: str | Path | None = None,
     every: int = 100,
@@ -53,7 +58,10 @@ def run(
 
     Args:
         pipeline: a TensorDictSequential of stages. Its streaming state is reset first and stays afterwards.
-        dataloader: an iterable of dicts, BatchEncodings, TensorDicts, or (with ``in_keys``) tensors and tuples.
+        dataloader: an iterable of dicts, BatchEncodings, TensorDicts, tensors, arrays or tuples; ``(x, y)`` is the model's input
+            and ``"labels"``. Or, with ``tokenizer``, texts, a ``datasets.Dataset`` (streaming too), a data frame, a
+            ``DataLoader`` over one; a sentence encoder brings its own tokenizer. Their other columns stay beside the text, for
+            ``SelectTokens(also=[...])``.
         max_rows: stop after this many rows (those that ``nonfinite="drop"`` leaves out count too).
         inputs: results of an earlier run that stages here may read (the second pass of a two-pass analysis).
         keep: roots to keep, such as ["spectrum"]; default all streaming and end results.
@@ -61,6 +69,9 @@ def run(
         nonfinite: "raise" names site and batch of a NaN or Inf; "drop" leaves such rows out at all sites and counts them.
         in_keys: names for the entries of tuple batches; default the first inputs that the pipeline needs.
         device: where batches go; default the model's device.
+        tokenizer: makes sequences of texts: a tokenizer or its name; of images: an image processor.
+        text_column: the column that holds the text, where several do.
+        batch_size, max_length: of texts: sequences a batch (8) and the longest sequence (256, or what the model takes).
         sharded: the loader already holds this rank's share; batches carry ``sequence_id``, repeats count once.
         checkpoint: a file that keeps the state of the run. Where it exists the run goes on from it: batches already seen are
             read from the loader, which must give the same ones in the same order, and skipped. Other stages, settings,
@@ -97,6 +108,15 @@ def run(
             "run found no streaming stage in the pipeline, so nothing would be kept. Put one behind the per-batch stages "
             "(StreamingCovariance, RowSample, StreamingMean, Collect), or call the pipeline on a TensorDict directly."
         )
+    loader = as_loader(
+        dataloader,
+        owner="run",
+        tokenizer=tokenizer,
+        text_column=text_column,
+        batch_size=batch_size,
+        max_length=max_length,
+        models=models_of(plan),
+    )
     one_pass = OnePass(
         plan,
         BatchStages(plan, inputs, in_keys, device),
@@ -117,7 +137,7 @@ def run(
             disable=None if progress is None else not progress,
             leave=False,
         ) as bar:
-            one_pass.read(dataloader, bar)
+            one_pass.read(loader, bar)
         with one_pass.timed("finish"), gathered():
             ended = end_of(one_pass, inputs, keep)
     except BaseException:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
-from tensordict import TensorDictBase, is_tensor_collection
+from tensordict import NonTensorStack, TensorDictBase, is_leaf_nontensor, is_non_tensor, is_tensor_collection
 from torch import Tensor
 
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import key_tuple
+from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.run.site_places import SiteParts, site_places
 
 __all__ = ["to_frame"]
@@ -27,7 +29,8 @@ def to_frame(result: TensorDictBase, root: str) -> pd.DataFrame:
     A root whose first level is pairs (``"a->b"``) has one row a pair, with columns ``a`` and ``b``; a root with a level
     between site and metric has one row for each (the ablation's ``variant``, the dimension family's ``estimator``).
     Scalars become numbers; vectors stay NumPy arrays in their cell. Site names also come apart into ``kind``, ``layer``,
-    ``stack``; every site has a layer, see ``site_places``: ``embed`` 0, ``final_norm`` one after the last block.
+    ``stack``; every site has a layer, see ``site_places``: ``embed`` 0, ``final_norm`` one after the last block. Carried values
+    ("collected_carried", "sample_carried") have a row a row, with ``row_id``, ``sequence`` and ``position``: text is text there.
 
     Args:
         result: what ``run`` returned.
@@ -43,6 +46,8 @@ def to_frame(result: TensorDictBase, root: str) -> pd.DataFrame:
         [['residual_input.0', 0, 2.0]]
     """
     branch = result.get(root, None)
+    if branch is not None and is_tensor_collection(branch) and root.endswith("carried"):
+        return _row_table(result, root, branch)
     if branch is None or not is_tensor_collection(branch):
         have = sorted(str(key) for key in result.keys() if is_tensor_collection(result.get(key)))
         raise KeyError(f"to_frame: the result has nothing under {root!r}; there is {have}.")
@@ -50,7 +55,7 @@ def to_frame(result: TensorDictBase, root: str) -> pd.DataFrame:
     for path, value in leaves(branch):
         where, name = path[:-1], path[-1]
         if len(path) == 1:  # a vector a site, such as ("eigenvalues", site), or a result of no site
-            where, name = ((name,), root) if value.ndim else ((), name)
+            where, name = ((name,), root) if np.ndim(value) else ((), name)
         rows.setdefault(where, {})[name] = cell(value)
     width = max((len(where) for where in rows), default=0)
     level = [LEVELS.get(root, "part"), *(f"part_{i}" for i in range(2, width))]
@@ -59,21 +64,43 @@ def to_frame(result: TensorDictBase, root: str) -> pd.DataFrame:
     return whole_numbers(pd.DataFrame(table), "layer", "layer_a", "layer_b")
 
 
+def _row_table(result: TensorDictBase, root: str, branch: TensorDictBase) -> pd.DataFrame:
+    """Carried values, a row a row and a column a name; which row it is, where the ids lie beside them."""
+    ids = result.get(f"{root.removesuffix('carried')}row_id", None)
+    columns: dict[str, Any] = {}
+    if isinstance(ids, Tensor):
+        columns["row_id"] = ids.cpu().numpy()
+        columns["sequence"] = columns["row_id"] >> POSITION_BITS
+        columns["position"] = columns["row_id"] & ((1 << POSITION_BITS) - 1)
+    for path, value in leaves(branch):
+        column = cell(value)
+        columns["/".join(path)] = list(column) if np.ndim(column) > 1 else column
+    return pd.DataFrame(columns)
+
+
 def whole_numbers(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """The table with these columns as integers, where they are there and have no gap."""
     full = [column for column in columns if column in table and table[column].notna().all()]
     return table.astype(dict.fromkeys(full, int))
 
 
-def leaves(branch: TensorDictBase) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """Every tensor below a branch, with its path."""
-    for key, value in branch.items(include_nested=True, leaves_only=True):
-        if isinstance(value, Tensor):
-            yield key_tuple(key), value
+def leaves(branch: TensorDictBase) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every tensor and every list of words below a branch, with its path."""
+    for key, value in branch.items(include_nested=True, leaves_only=True, is_leaf=is_leaf_nontensor):
+        if is_non_tensor(value):
+            held: Any = value.tolist() if isinstance(value, NonTensorStack) else value.data
+        else:
+            held = value
+        if isinstance(held, Tensor | list):
+            yield key_tuple(key), held
 
 
-def cell(value: Tensor) -> Any:
-    """A tensor as a table's cell: a Python number, or a NumPy array."""
+def cell(value: Any) -> Any:
+    """A tensor as a table's cell: a Python number, or a NumPy array; words as an array of objects."""
+    if isinstance(value, list):
+        found = np.empty(len(value), dtype=object)
+        found[:] = value
+        return found
     value = value.detach().cpu()
     if value.ndim:
         return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()

@@ -18,6 +18,7 @@ from tensordict import (
 )
 from torch import Tensor
 
+from tdgeom.core.words import Words
 from tdgeom.files.errors import StoreError
 from tdgeom.files.json_text import plain, read_json
 from tdgeom.store.shard_layout import ShardLayout, entries_of
@@ -57,10 +58,11 @@ def pack(captured: Captured) -> tuple[ShardLayout, dict[str, Tensor]]:
     return layout, {entry.name: tensors[entry.key] for entry in layout.entries}
 
 
-def unpack(layout: ShardLayout, tensors: Mapping[str, Tensor]) -> TensorDict | list[TensorDict]:
+def unpack(layout: ShardLayout, tensors: Mapping[str, Tensor | Words]) -> TensorDict | list[TensorDict]:
     """What ``pack`` took apart, as TensorDicts; a list's members have batch size []."""
     tree: dict[str, Any] = {}
-    leaves = [(one.key, tensors[one.name]) for one in layout.entries]
+    held = [(one.key, tensors[one.name]) for one in layout.entries]
+    leaves = [(key, NonTensorData(leaf.tolist()) if isinstance(leaf, Words) else leaf) for key, leaf in held]
     for key, leaf in [*leaves, *((key, _value(layout, key, value)) for key, value in layout.values)]:
         inside = tree
         for name in key[:-1]:

@@ -50,6 +50,10 @@ def refuse_other_rows(run: str, held: ShardLayout, given: ShardLayout) -> None:
         for key in dict.fromkeys([*held.by_key, *given.by_key])
         if held.by_key.get(key) != given.by_key.get(key)
     ]
+    differing += [
+        f"{key[-1]!r} holds words in one and numbers in the other"
+        for key in sorted({*held.words} ^ {*given.words})
+    ]
     raise StoreError(
         f"run {run} holds other rows than come now: {'; '.join(differing[:6])}. Use one stage for each kind of rows."
     )

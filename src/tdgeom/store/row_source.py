@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, overload
 
 import numpy as np
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, is_non_tensor
 from torch import Tensor
 
 from tdgeom.core.keys import as_key
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.visible_text import visible
+from tdgeom.core.words import Vocabulary, Words, put
 from tdgeom.files.shards import Shard, bits_of, from_bits
 from tdgeom.store.catalogue import Catalogue
-from tdgeom.store.run_shards import check_hash, decoded_rows, open_shard
+from tdgeom.store.run_shards import check_hash, decoded_rows, open_shard, read_vocabulary, spelled_out
 from tdgeom.store.shard_layout import StoredTensor
 from tdgeom.store.shuffled_rows import CHUNK_ROWS, MIXED_CHUNKS, ShuffledRows
 
@@ -27,8 +28,9 @@ _MOST_MAPS = 100  # some systems allow a process 256 open files
 class RowSource:
     """The rows of a stored run, a source of batches for ``run``.
 
-    Iterating gives TensorDicts of batch size [] with ``("tokens", site)``, ``("carried", name)`` for what ``also=`` carried,
-    ``"row_id"``, and, following from these, ``"document_id"`` (the sequence, unless one was carried) and ``"position"``;
+    Iterating gives TensorDicts of batch size [] with ``("tokens", site)``, ``("carried", name)`` for what ``also=`` carried
+    (words as lists, which are found under ``("tokens", name)`` too), ``"row_id"``, and, following from these,
+    ``"document_id"`` (the sequence, unless one was carried) and ``"position"``;
     a batch never spans two shards, so the last of a shard may be smaller. ``source[rows]`` reads any rows by their
     number in the run (a list, a slice or a mask), ``source[3]`` one row as a nested dict. ``len(source)`` is the number of rows
     (as ``source.rows``), so that it is a map-style data set of torch's: ``DataLoader(source, batch_size=64, shuffle=True,
@@ -49,14 +51,17 @@ class RowSource:
         batch_rows: int,
         verify: bool = False,
         about: Mapping[str, Any] | None = None,
+        words: Collection[tuple[str, ...]] = (),
     ) -> None:
         self.about = {"id": run, **(about or {})}
+        self.words = frozenset(words)
         self.run, self.batch_rows, self.verify = run, batch_rows, verify
         self._folder = catalogue.folder_of(run)
         self._entries = list(entries)
         self._records = catalogue.shards(run)
         self._starts = np.array([0, *accumulate(one.rows for one in self._records)], dtype=np.int64)
         self.rows = int(self._starts[-1])
+        self._vocabularies: dict[int, Vocabulary] = {}
         self._open: dict[int, Shard] = {}
         self._maps: dict[int, Shard] = {}  # the last one used at the end
 
@@ -83,7 +88,8 @@ class RowSource:
             shard = self._shard(number)
             for begin in range(0, record.rows, self.batch_rows):
                 end = min(record.rows, begin + self.batch_rows)
-                yield self._batch([decoded_rows(shard, entry, begin, end) for entry in self._entries])
+                columns = [decoded_rows(shard, entry, begin, end) for entry in self._entries]
+                yield self._batch(columns, [number])
 
     @overload
     def __getitem__(self, rows: int) -> dict[str, Any]: ...
@@ -114,7 +120,7 @@ class RowSource:
             for name in bits:
                 bits[name][here] = np.take(shard.bits(name), local, axis=0)
         found = {name: from_bits(bits[name], dtype) for name, (dtype, _) in parts.items()}
-        return self._batch([entry.decoded(found.__getitem__) for entry in self._entries])
+        return self._batch([entry.decoded(found.__getitem__) for entry in self._entries], touched)
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Rows one by one, as torch's loaders ask for those of a batch: nested dicts, which every collate function takes."""
@@ -152,10 +158,26 @@ class RowSource:
             self._maps.pop(next(iter(self._maps))).unmap()
         return self._open[number]
 
-    def _batch(self, columns: Sequence[Tensor]) -> TensorDict:
+    def _spelled_out(self, codes: Tensor, shards: Sequence[int]) -> Words:
+        together = Vocabulary()
+        for number in shards:
+            if number not in self._vocabularies:
+                self._vocabularies = {number: read_vocabulary(self._shard(number))} | (
+                    self._vocabularies if len(shards) > 1 else {}
+                )
+            together.update(self._vocabularies[number])
+        return spelled_out(codes, together, f"run {self.run}")
+
+    def _batch(self, columns: Sequence[Tensor], shards: Sequence[int]) -> TensorDict:
         found = TensorDict({}, batch_size=[])
+        sites = {entry.key for entry in self._entries}
         for entry, column in zip(self._entries, columns):
-            found.set(as_key(entry.key), column)
+            if entry.key in self.words:
+                words = self._spelled_out(column, shards)
+                for key in {entry.key, ("tokens", *entry.key[1:])} - (sites - {entry.key}):
+                    put(found, as_key(key), words)
+            else:
+                found.set(as_key(entry.key), column)
         row_id = found.get("row_id")
         carried = found.get(("carried", "document_id"), None)
         found.set("document_id", row_id >> POSITION_BITS if carried is None else carried)
@@ -163,12 +185,15 @@ class RowSource:
         return found
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}, "_maps": {}}  # a mapped file does not travel to another process
+        # a mapped file does not travel to another process
+        return {**self.__dict__, "_open": {}, "_maps": {}, "_vocabularies": {}}
 
 
 def _row(rows: TensorDictBase, place: int) -> dict[str, Any]:
     """One of the rows, as a nested dict."""
     return {
-        str(key): _row(value, place) if isinstance(value, TensorDictBase) else value[place]
+        str(key): _row(value, place)
+        if isinstance(value, TensorDictBase)
+        else (value.data if is_non_tensor(value) else value)[place]
         for key, value in rows.items()
     }

@@ -80,7 +80,9 @@ class RunAccess:
         if batch_rows < 1:
             raise ValueError(f"batch_rows must be at least 1, got {batch_rows}.")
         about = self.catalogue.record(run).about.told()
-        return RowSource(self.catalogue, run, layout.of_rows(sites, also), batch_rows, verify, about)
+        return RowSource(
+            self.catalogue, run, layout.of_rows(sites, also), batch_rows, verify, about, layout.words
+        )
 
     def metadata(self, run: str) -> dict[str, Any]:
         """Everything the catalogue says of a run, as JSON values."""

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tdgeom.core.words import Vocabulary
 from tdgeom.files.atomic import explained, sync_folder
 from tdgeom.files.errors import StoreBusyError, StoreError
 from tdgeom.files.shard_writing import write_shard
 from tdgeom.store.catalogue import Catalogue
 from tdgeom.store.run_records import ShardRecord
-from tdgeom.store.shard_layout import ShardLayout
+from tdgeom.store.shard_layout import WORDS, ShardLayout
 from tdgeom.store.stored_dtypes import encode, rounding_error
 from tdgeom.store.write_lock import Lock
 
@@ -73,6 +74,8 @@ class RunWriter:
     def __init__(self, lock: RunLock, layout: ShardLayout, shard_bytes: int, known: np.ndarray) -> None:
         self.run, self._lock = lock.run, lock
         self._entries, self._known = layout.entries, np.sort(known)
+        self._codes = [entry.name for entry in layout.entries if entry.key in layout.words]
+        self._vocabulary = self._coming = Vocabulary()
         self._capacity = max(1, shard_bytes // layout.row_bytes)
         self._held = 0
         self._buffers = {
@@ -85,12 +88,17 @@ class RunWriter:
         self._number = max(mine, default=-1) + 1
         self._failure: str | None = None
 
-    def append(self, values: Sequence[Tensor]) -> None:
+    def append(self, values: Sequence[Tensor], vocabulary: Vocabulary | None = None) -> None:
         """Copy rows of every entry, in the order of the layout (``row_id`` last); full shards are written.
+
+        Words come as their codes, with the vocabulary that spells them out.
 
         Raises:
             StoreError: a value beyond the stored dtype's range, or the disk refused (the run is then marked as failed).
         """
+        if vocabulary is not None:
+            self._vocabulary.update(vocabulary)
+            self._coming = vocabulary  # of whose rows some may go into the next shard
         if len(self._known):
             row_id = values[-1].cpu().numpy()
             nearest = np.searchsorted(self._known, row_id).clip(max=len(self._known) - 1)
@@ -135,7 +143,7 @@ class RunWriter:
                 self._lock.catalogue.set_state(self.run, "failed", self._failure)
             self._lock.release()
             raise
-        self._held, self._rounding = 0, {}
+        self._held, self._rounding, self._vocabulary = 0, {}, self._coming.copy()
         self._number += 1
 
     def stop(self) -> None:
@@ -147,6 +155,10 @@ class RunWriter:
     def _write_shard(self) -> None:
         name = ShardRecord(self._lock.rank, self._number, 0, 0, "", {}).name
         tensors = {name: buffer[: self._held] for name, buffer in self._buffers.items()}
+        if self._codes:
+            own = self._vocabulary.copy()
+            own.keep(code for name in self._codes for code in torch.unique(tensors[name]).tolist())
+            tensors[WORDS] = own.tensor()
         size, digest = write_shard(self._lock.folder / name, tensors)
         rounding = {name: part.tolist() for name, part in self._rounding.items()}
         record = ShardRecord(self._lock.rank, self._number, self._held, size, digest, rounding)

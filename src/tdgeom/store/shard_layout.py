@@ -18,8 +18,9 @@ from tdgeom.model.guessed_sites import read_guess
 from tdgeom.model.sites import KINDS
 from tdgeom.store.stored_dtypes import SCALED, decode
 
-__all__ = ["StoredTensor", "ShardLayout", "entries_of"]
+__all__ = ["WORDS", "StoredTensor", "ShardLayout", "entries_of"]
 
+WORDS = "#words"  # the vocabulary of a shard's own rows, as bytes
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
 
 
@@ -65,6 +66,7 @@ class ShardLayout:
     ``rows``: tensors are joined along their first dimension over all shards; else one shard holds them whole.
     ``several``: a list of TensorDicts, the position in the list being the first part of every key.
     ``values``: leaves that are no tensors; ``stacks``: the keys of those that hold one value a sequence.
+    ``words``: the keys of rows whose numbers are codes of words, which every shard holds for its own rows (``WORDS``).
     """
 
     entries: tuple[StoredTensor, ...] = ()
@@ -73,6 +75,7 @@ class ShardLayout:
     several: bool = False
     values: tuple[tuple[tuple[str, ...], Any], ...] = ()
     stacks: tuple[tuple[str, ...], ...] = ()
+    words: tuple[tuple[str, ...], ...] = ()
 
     @property
     def by_key(self) -> dict[Key, StoredTensor]:
@@ -120,7 +123,7 @@ class ShardLayout:
             StoreError: it is no layout; ``what`` opens the message.
         """
         try:
-            raw = {"stacks": [], **read_json(text, what)}
+            raw = {"stacks": [], "words": [], **read_json(text, what)}
             layout = cls(
                 entries=tuple(map(_entry, raw["entries"])),
                 rows=bool(raw["rows"]),
@@ -128,6 +131,7 @@ class ShardLayout:
                 several=bool(raw["several"]),
                 values=tuple((tuple(map(str, key)), value) for key, value in raw["values"]),
                 stacks=tuple(tuple(map(str, key)) for key in raw["stacks"]),
+                words=tuple(tuple(map(str, key)) for key in raw["words"]),
             )
             if layout.to_json() != canonical_json(raw):
                 raise ValueError("it is not as it was written")
@@ -155,7 +159,7 @@ def entries_of(
     >>> [one.name for one in entries_of({("a", "b"): (torch.int8, torch.int8, ()), ("a/b",): (torch.int8, torch.int8, ())})]
     ['a/b', 'a/b#1']
     """
-    used = {"__metadata__"}
+    used = {"__metadata__", WORDS}
     found = []
     for number, (key, (dtype, stored, shape)) in enumerate(tensors.items()):
         name = "/".join(key)
@@ -200,5 +204,8 @@ def _refuse_impossible(layout: ShardLayout) -> None:
     values = dict(layout.values)
     if not all(isinstance(values.get(key), list) for key in layout.stacks):
         raise ValueError("a stack is no list")
+    codes = {one.key for one in layout.entries if one.dtype == one.stored == torch.int64 and not one.shape}
+    if not codes >= set(layout.words):
+        raise ValueError("words without codes")
     if not all(keys) or {key[:n] for key in keys for n in range(1, len(key))} & set(keys):
         raise ValueError("a key is empty, or the parent of another")

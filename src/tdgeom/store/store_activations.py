@@ -12,6 +12,7 @@ from torch import Tensor
 from tdgeom.core.keys import Key, key_tuple, site_key
 from tdgeom.core.process_groups import broadcast_number, gather_states, rank_and_world
 from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.core.words import Vocabulary, Words
 from tdgeom.core.wrong_objects import site_list
 from tdgeom.files.errors import StoreError, StoreLookupError
 from tdgeom.store.activation_store import ActivationStore
@@ -38,7 +39,8 @@ class StoreActivations(StreamingStage):
     Args:
         store: an ``ActivationStore``, or the path of one.
         sites: the sites to keep, such as ``capture.sites``; None for one unnamed site (``"tokens"``).
-        also: names carried by ``SelectTokens(also=...)``, such as "document_id" or "input_ids", kept as they come.
+        also: names carried by ``SelectTokens(also=...)``, such as "document_id" or "category", kept as they come: numbers, or
+            words (text, None, lists).
         dtype: what sites are cast to: "bfloat16", "float16", "float32", "float64", "float8" (e4m3fn with a float32 scale a
             row), a ``torch.dtype``, or None: as they come.
         shard_bytes: the size of a shard.
@@ -65,6 +67,7 @@ class StoreActivations(StreamingStage):
     """
 
     takes_complex = True  # rows are kept as they come
+    takes_words = frozenset({"carried"})
     # only rows of the same keys in the same store add up; where they went, and what the run says of itself, may differ
     publishing = frozenset(
         {"shard_bytes", "resume", "model", "revision", "dataset", "experiment", "tag", *DETAILS}
@@ -122,14 +125,17 @@ class StoreActivations(StreamingStage):
             raise StoreError("StoreActivations has seen no rows, so it has begun no run.")
         return id_of(int(self.runs[-1]))
 
-    def start(self, *inputs: Tensor) -> Mapping[str, Tensor]:
+    def start(self, *inputs: Any) -> Mapping[str, Tensor]:
         """The run to write."""
         return {"runs": torch.tensor([self._draw() if self._agreed is None else self._agreed])}
 
-    def accumulate(self, *inputs: Tensor) -> None:
+    def accumulate(self, *inputs: Any) -> None:
         """Append rows to the run."""
         inputs = (*inputs[:-1], inputs[-1].long())  # row ids
         layout = self._layout_of(inputs)
+        vocabulary = Vocabulary() if layout.words else None
+        if vocabulary is not None:
+            inputs = tuple(vocabulary.encode(one) if isinstance(one, Words) else one for one in inputs)
         if self._writer is None:
             if len(self.runs) > 1:
                 raise StoreError(
@@ -140,7 +146,7 @@ class StoreActivations(StreamingStage):
             self._layout = layout
         if layout != self._layout:
             refuse_other_rows(self.run_id, self._layout, layout)
-        self._writer.append(inputs)
+        self._writer.append(inputs, vocabulary)
 
     def combine(self, other: Any) -> None:
         """Count another's runs as well; ranks write one run together."""
@@ -231,15 +237,19 @@ class StoreActivations(StreamingStage):
             self._writer.stop()
         self._writer = None
 
-    def _layout_of(self, inputs: Sequence[Tensor]) -> ShardLayout:
+    def _layout_of(self, inputs: Sequence[Any]) -> ShardLayout:
         count = inputs[-1].shape
-        tensors = {}
+        tensors, words = {}, []
         for position, (key, role, value) in enumerate(zip(self.in_keys, self.in_roles, inputs)):
             if value.shape[:1] != count:
                 raise ValueError(
                     f"StoreActivations expects {key!r} of shape ({count[0]}, ...) beside {self.in_keys[-1]!r}, got "
                     f"{tuple(value.shape)}. Rows of all sites must come from one selection (SelectTokens)."
                 )
+            if isinstance(value, Words):
+                words.append(key_tuple(role))
+                tensors[key_tuple(role)] = (torch.int64, torch.int64, ())
+                continue
             if self.dtype is not None and position < self._sites and value.is_complex():
                 raise ValueError(
                     f"StoreActivations casts real rows to {self.dtype}, got {value.dtype} at {key!r}. Keep them as they come "
@@ -248,7 +258,7 @@ class StoreActivations(StreamingStage):
             is_cast = position < self._sites and value.is_floating_point()
             stored = self.dtype if self.dtype is not None and is_cast else value.dtype
             tensors[key_tuple(role)] = (value.dtype, stored, value.shape[1:])
-        return ShardLayout(entries_of(tensors))
+        return ShardLayout(entries_of(tensors), words=tuple(words))
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self.settle()

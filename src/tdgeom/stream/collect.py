@@ -10,12 +10,12 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key
 from tdgeom.stream.growing_rows import GrowingRows
-from tdgeom.stream.held_rows import named_rows, row_keys
+from tdgeom.stream.held_rows import HoldsWords, named_rows, row_keys
 
 __all__ = ["Collect"]
 
 
-class Collect(GrowingRows):
+class Collect(HoldsWords, GrowingRows):
     """Every row of the stream, in the order of its row id, up to a stated limit.
 
     For what must be kept whole (a small model's activations, a per-row score); buffers double as they fill, so a run
@@ -24,10 +24,12 @@ class Collect(GrowingRows):
     Args:
         sites: the sites to keep, such as ``capture.sites``; None for one unnamed site (``"tokens"``).
         limit: the most rows it may hold.
-        also: names carried by ``SelectTokens(also=...)`` kept beside the sites.
+        also: names carried by ``SelectTokens(also=...)`` kept beside the sites: numbers, or words (text, None, lists), which come
+            back as a list.
 
     Reads ``("tokens", site)``, ``("carried", name)`` and ``"row_id"``; writes ``("collected", site)``,
-    ``("collected_carried", name)`` and ``"collected_row_id"``.
+    ``("collected_carried", name)``, ``"collected_row_id"``, and each carried value once more beside the sites, ``("collected",
+    name)``.
 
     Raises:
         ValueError: more rows than ``limit``, or inputs that are not the same rows.
@@ -54,11 +56,15 @@ class Collect(GrowingRows):
         if limit < 1:
             raise ValueError(f"Collect: limit must be at least 1, got {limit}.")
         reads, writes = row_keys("Collect", "collected", sites, also)
-        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=writes)
+        carried = [("collected", str(name)) for name in also]
+        beside = [key for key in carried if key not in writes and not isinstance(out_keys, list)]
+        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=[*writes, *beside])
+        self._beside = [len(reads) - 1 - len(carried) + carried.index(key) for key in beside]
         self.limit = limit
         self.declare(ids=torch.int64, **{f"rows_{i}": None for i in range(len(reads) - 1)})
+        self.add_vocabulary()
 
-    def kept(self, *inputs: Tensor) -> dict[str, Tensor]:
+    def kept(self, *inputs: Any) -> dict[str, Tensor]:
         """Rows and their ids, all of them."""
         return named_rows(self, inputs)
 
@@ -71,8 +77,18 @@ class Collect(GrowingRows):
             )
         super().append(rows)
 
-    def result(self) -> list[Tensor]:
+    def rows(self) -> dict[str, Tensor]:
+        """The rows kept so far, as views of the state."""
+        return {name: value for name, value in super().rows().items() if name != "vocabulary"}
+
+    def combine(self, other: Any) -> None:
+        """Append another's rows."""
+        theirs = self.agree_with(other)
+        self.append({name: theirs[name][: other.held] for name in self.rows()})
+
+    def result(self) -> list[Any]:
         """The rows in the order of their ids."""
-        ids, *rows = self.rows().values()
+        ids, *rows = self.with_words(self.rows()).values()
         ids, order = torch.sort(ids, stable=True)
-        return [*(value[order] for value in rows), ids]
+        ordered = [value[order] for value in rows]
+        return [*ordered, ids, *(ordered[place] for place in self._beside)]

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import Key, as_key
-from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.core.words import Vocabulary, Words
 from tdgeom.numerics.hashing import EMPTY
 from tdgeom.rows.token_context import marked_text
+from tdgeom.stream.held_rows import HoldsWords
 
 __all__ = ["MaxActivating", "describe_exemplars", "top_activating", "top_rows"]
 
@@ -50,7 +51,7 @@ def top_activating(coordinates: Tensor, row_id: Tensor, k: int = 10) -> tuple[Te
     return coordinates.gather(0, best).mT, row_id.to(best.device)[best].mT
 
 
-class MaxActivating(StreamingStage):
+class MaxActivating(HoldsWords):
     """The k rows of a stream with the largest value of every unit, with their text, in memory that does not grow.
 
     Units are the features of a site, or projections on ``directions``. Whole heads are units of
@@ -68,7 +69,8 @@ class MaxActivating(StreamingStage):
         units: which features to watch (default all of them).
         directions: (D, U), watch projections ``x @ directions`` instead.
         smallest: keep the smallest values instead, ascending.
-        context: the carried value kept with a row, ``SelectTokens(..., also=[context])``; see ``ContextWindow``.
+        context: the carried value kept with a row, ``SelectTokens(..., also=[context])``; see ``ContextWindow``. Words (the text
+            of a sequence, its category) are kept too: ``context`` is then U lists of k.
 
         >>> import torch, tdgeom as tg
         >>> rows, windows = torch.tensor([[1.0], [4.0]]), torch.tensor([[7], [8]])
@@ -101,7 +103,7 @@ class MaxActivating(StreamingStage):
         super().__init__(
             in_keys=in_keys,
             out_keys=out_keys,
-            reads={as_key(("tokens", *at)): "N D", ("carried", context): "N W", "row_id": "N"},
+            reads={as_key(("tokens", *at)): "N D", ("carried", context): None, "row_id": "N"},
             writes=[("exemplars", *at, name) for name in ("values", "row_id", "context")],
         )
         self.k, self.units, self.smallest = k, None if units is None else list(units), smallest
@@ -109,34 +111,64 @@ class MaxActivating(StreamingStage):
         self.add_state("top", torch.float32)
         self.add_state("ids", torch.int64)
         self.add_state("text", torch.int64)
+        self.add_vocabulary()
 
-    def start(self, rows: Tensor, context: Tensor, row_id: Tensor) -> Mapping[str, Tensor]:
+    def start(self, rows: Tensor, context: Any, row_id: Tensor) -> Mapping[str, Tensor]:
         """Room for k rows, all of them still empty."""
-        shape = (self.k, self._values(rows[:0]).shape[1])
+        shape, context = (self.k, self._values(rows[:0]).shape[1]), self._contexts(context, rows)
         return {
             "top": torch.full(shape, -torch.inf, dtype=torch.float32, device=rows.device),
             "ids": torch.full(shape, EMPTY, dtype=torch.int64, device=rows.device),
             "text": torch.full((*shape, context.shape[1]), -1, dtype=torch.int64, device=rows.device),
         }
 
-    def accumulate(self, rows: Tensor, context: Tensor, row_id: Tensor) -> None:
+    def accumulate(self, rows: Tensor, context: Any, row_id: Tensor) -> None:
         """Keep the best of what is held and what comes."""
-        values, row_id, context = self._values(rows), row_id.long(), context.long()
+        values, row_id, context = self._values(rows), row_id.long(), self._contexts(context, rows)
         best = top_rows(values, row_id, self.k)
         self._join(values.gather(0, best), row_id[best], context[best])
+        self.forget_words({"text": self.text})
 
     def combine(self, other: MaxActivating) -> None:
         """Keep the best of both."""
-        self._join(*(value.to(self.home) for value in (other.top, other.ids, other.text)))
+        theirs = self._alike(other)
+        self._join(*(theirs[name] for name in ("top", "ids", "text")))
 
-    def result(self) -> Mapping[str, Tensor]:
+    def _contexts(self, context: Tensor | Words, rows: Tensor) -> Tensor:
+        """(N, W) int64: windows of token ids, or the codes of words."""
+        if isinstance(context, Words) and not self.is_empty and not self.vocabulary.numel():
+            raise ValueError(
+                f"MaxActivating has seen windows of token ids at {self.in_keys[1]!r} and now gets words: reset() it."
+            )
+        if isinstance(context, Words) or self.vocabulary.numel():
+            return self.coded("text", context).to(rows.device).unsqueeze(-1)
+        if context.ndim != 2 or context.shape[0] != rows.shape[0]:
+            raise ValueError(
+                f"MaxActivating expects {self.in_keys[1]!r} of shape ({rows.shape[0]}, W), a window of token ids a row "
+                f"(ContextWindow), or words, got {tuple(context.shape)}."
+            )
+        return context.long()
+
+    def _alike(self, other: MaxActivating) -> Mapping[str, Tensor]:
+        """The other's state; words on one side alone are refused."""
+        if bool(self.vocabulary.numel()) != bool(other.vocabulary.numel()):
+            raise ValueError(
+                "MaxActivating cannot merge contexts that are words with contexts that are token ids."
+            )
+        return self.agree_with(other)
+
+    def result(self) -> Mapping[str, Any]:
         """Values, row ids and contexts, (U, k, ...)."""
         held = int((self.ids[:, 0] != EMPTY).sum())
         values = -self.top[:held] if self.smallest else self.top[:held]
+        context: Any = self.text[:held].transpose(0, 1).clone()
+        if self.vocabulary.numel():
+            spelled = Vocabulary.of(self.vocabulary).decode(context.flatten()).tolist()
+            context = Words([spelled[start : start + held] for start in range(0, len(spelled), held)])
         return {
             "values": values.T.clone(),
             "row_id": self.ids[:held].T.clone(),
-            "context": self.text[:held].transpose(0, 1).clone(),
+            "context": context,
         }
 
     def _values(self, rows: Tensor) -> Tensor:
@@ -164,10 +196,13 @@ def describe_exemplars(
 ) -> list[str]:
     """One line an exemplar of a unit: its value and its text with the token itself in double brackets.
 
-    ``exemplars`` is what ``MaxActivating`` wrote (``result["exemplars", site]``); ``before`` as in ``ContextWindow``.
+    ``exemplars`` is what ``MaxActivating`` wrote (``result["exemplars", site]``); ``before`` as in ``ContextWindow``. Words kept
+    in place of windows stand as they are.
     """
-    windows = exemplars["context"][unit][:most].tolist()
-    values = exemplars["values"][unit][:most].tolist()
+    values, contexts = exemplars["values"][unit][:most].tolist(), exemplars["context"][unit][:most]
+    if isinstance(contexts, list):
+        return [f"{value:8.3f}  {text}" for value, text in zip(values, contexts)]
+    windows = contexts.tolist()
     return [
         f"{value:8.3f}  {marked_text(ids, before, tokenizer.decode)}" for value, ids in zip(values, windows)
     ]

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Key
-from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.numerics.hashing import hash_ids
 from tdgeom.stream import reservoir
-from tdgeom.stream.held_rows import named_rows, row_keys
+from tdgeom.stream.held_rows import HoldsWords, named_rows, row_keys
 
 __all__ = ["RowSample"]
 
 
-class RowSample(StreamingStage):
+class RowSample(HoldsWords):
     """A uniform sample without replacement of all rows of the stream: those with the smallest hash of (seed, row id).
 
     Membership depends on a row's id alone, so the sample is the same for every batch split, order and number of shards,
@@ -28,7 +27,8 @@ class RowSample(StreamingStage):
         sites: the sites to sample, such as ``capture.sites``; None for one unnamed site (``"tokens"``).
         size: rows kept (all rows while fewer have been seen).
         seed: another seed, another sample.
-        also: names carried by ``SelectTokens(also=...)`` that the sample keeps beside the sites.
+        also: names carried by ``SelectTokens(also=...)`` that the sample keeps beside the sites: numbers, or words (text, None,
+            lists), which come back as a list.
 
     Reads ``("tokens", site)``, ``("carried", name)`` and ``"row_id"`` (int64, unique in the stream); writes
     ``("sample", site)``, ``("sample_carried", name)`` and ``"sample_row_id"``.
@@ -65,21 +65,29 @@ class RowSample(StreamingStage):
         for number in range(len(reads) - 1):
             self.add_state(f"rows_{number}", None)
         self.add_state("hashes", torch.int64)
+        self.add_vocabulary()
 
-    def start(self, *inputs: Tensor) -> dict[str, Tensor]:
+    @property
+    def _slots(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.state().items() if name != "vocabulary"}
+
+    def start(self, *inputs: Any) -> dict[str, Tensor]:
         """Empty slots."""
         return reservoir.empty_slots(self.size, named_rows(self, inputs))
 
-    def accumulate(self, *inputs: Tensor) -> None:
+    def accumulate(self, *inputs: Any) -> None:
         """Let each new row with a small enough hash take the slot of the row with the largest."""
         rows = named_rows(self, inputs)
-        reservoir.offer(self.state(), {**rows, "hashes": hash_ids(rows["ids"], self.seed)})
+        reservoir.offer(self._slots, {**rows, "hashes": hash_ids(rows["ids"], self.seed)})
+        self.forget_words(self._slots)
 
     def combine(self, other: RowSample) -> None:
         """Offer the other's rows to the own slots."""
-        reservoir.offer(self.state(), {name: value.to(self.home) for name, value in other.state().items()})
+        theirs = self.agree_with(other)
+        reservoir.offer(self._slots, theirs)
 
-    def result(self) -> list[Tensor]:
+    def result(self) -> list[Any]:
         """The sample in hash order."""
-        ids, *rows, _ = reservoir.in_hash_order(self.state(), "RowSample").values()
+        held = reservoir.in_hash_order(self._slots, "RowSample")
+        ids, *rows, _ = self.with_words(held).values()
         return [*rows, ids]

@@ -12,6 +12,7 @@ from torch import Tensor
 from tdgeom.core.keys import Key, Keys
 from tdgeom.core.stage import Stage
 from tdgeom.core.warnings import tell
+from tdgeom.core.words import Words, class_names, class_numbers, integers_with_gaps
 from tdgeom.measures.neighbors.foreign_tables import own_distances, own_index
 from tdgeom.measures.neighbors.nearest_neighbors import nearest_neighbors
 from tdgeom.measures.neighbors.neighbor_table import Neighbors, check_rows, minkowski
@@ -228,7 +229,7 @@ class LabelOverlap(Stage):
         metric: as in ``nearest_neighbors``.
         source: ``"sample"`` (searches itself, in ``memory`` bytes) or ``"neighbors"`` (reads
             ``NearestNeighbors``'s ``index``).
-        labels: the name of the carried label.
+        labels: the name of the carried label: whole numbers, or words, which stand for classes (None: a row without one).
         ignore_index: rows of this label have none: they are neither asked nor counted as neighbours.
         in_keys: default ``["sample", ("sample_carried", labels)]``; with neighbours ``("neighbors", "index")`` first, and last
             ``("neighbors", "distance")`` and ``("neighbors", "tied_beyond")``, which tell of ties.
@@ -239,6 +240,8 @@ class LabelOverlap(Stage):
     >>> tg.LabelOverlap(k=1)(sample=x, label=torch.tensor([0, 0, 0, 1, 1])).item()
     1.0
     """
+
+    takes_words = frozenset({"sample_carried"})
 
     def __init__(
         self,
@@ -276,8 +279,13 @@ class LabelOverlap(Stage):
         self.k, self.class_fraction, self.balanced = k, class_fraction, balanced
         self.metric, self.source, self.memory = metric, source, memory
 
-    def compute(self, given: Tensor, label: Tensor, *table: Tensor | None) -> Tensor:
+    def compute(self, given: Tensor, label: Tensor | Words, *table: Tensor | None) -> Tensor:
         """The mean overlap."""
+        if isinstance(label, Words):
+            numbers = integers_with_gaps(label, self.ignore_index, "LabelOverlap", self.in_keys[1])
+            if numbers is None:
+                numbers = class_numbers(label, class_names(label), self.ignore_index)
+            label = numbers.to(given.device)
         overlap: Callable[..., Tensor] = partial(label_overlap, metric=self.metric, memory=self.memory)
         if self.source == "neighbors":
             distance, tied_beyond = table

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from tdgeom.model.calls.bound_model import refuse_compiled
+from tdgeom.model.calls.channel_axis import attach_channels
 from tdgeom.model.calls.image_tokens import attach_images
 from tdgeom.model.calls.places import Places
 from tdgeom.model.calls.verified import verified
@@ -33,6 +34,7 @@ def known_places(model: nn.Module, entries: Sequence[ResolvedSite]) -> Places:
     if places is not None and places.is_as_found():
         return places  # compiled code and images were looked for then
     attach_images(model, entries)
+    attach_channels(model, entries)
     places = Places(model, entries)
     refuse_compiled(model, places.paths, places.insides())
     if places.can_be_kept():
