@@ -251,7 +251,7 @@ def test_feature_maps_are_no_rows():
     site = "module_output:conv"
     maps = TensorDict({"acts": {site: torch.rand(2, 3, 5, 5)}})
     with pytest.raises(
-        ValueError, match=r"\(2, 3, 5, 5\).*neither 'attention_mask' nor 'input_ids'.*callback"
+        ValueError, match=r"\(2, 3, 5, 5\), and nothing says which axis counts channels.*channels='first'"
     ):
         tg.SelectTokens([site])(maps)
     heads = maps.set(
