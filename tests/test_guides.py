@@ -130,3 +130,8 @@ def test_how_composition_works() -> None:
     rows = sum(int((batch["input_ids"] != 0).sum()) for batch in batches(3))
     assert int(names["result"]["run", "rows"]) == rows
     assert len(names["spectrum"]) < len(names["pipeline"])
+
+
+def test_the_page_on_data():
+    """Its blocks assert what they show."""
+    ran("data.md")
