@@ -83,8 +83,8 @@ def analyze_model(
 
     Args:
         model_name: a Hugging Face id, a local directory, or a module.
-        dataloader: an iterable of batches, or with ``tokenizer`` texts or a dataset of texts; see ``run``. ``store.rows(run)`` (or
-            in the first place) needs no model: the tables are of the rows that are kept, at all their sites or at ``sites``.
+        dataloader: an iterable of batches, or texts or a dataset of texts with ``tokenizer``, see ``run``. ``store.rows(run)``
+            (also in the first place) needs no model: the tables are of the rows that are kept, at all their sites or ``sites``.
         model: a loaded module; takes precedence, ``model_name`` then only labels it.
         max_rows: rows to measure; reaching it is recorded in the metadata. ``max_tokens`` is the seed's name of it.
         metrics: "default" or None for all families ("spectrum", "sample", "novelty", "router"), or a list of families, of
