@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from tensordict.nn import TensorDictModuleBase
 
@@ -96,9 +96,9 @@ class AnalysisSettings(Settings):
         measures = [one for one in given if isinstance(one, str) and one not in families]
         named = named_stages(measures, also=families)
         everything = not given or "default" in names
-        asked = self.diagnostics or ()
-        named_one = isinstance(asked, str) or not isinstance(asked, Iterable)
-        listed = [asked] if named_one else list(asked)
+        asked: Any = self.diagnostics or ()
+        one_thing = isinstance(asked, str) or not isinstance(asked, Iterable)
+        listed = [asked] if one_thing else list(asked)
         own = [one for one in listed if isinstance(one, NormalizationAblation)]
         diagnostics = tuple(one for one in listed if not isinstance(one, NormalizationAblation))
         if unknown := [one for one in diagnostics if one not in DIAGNOSTICS]:
@@ -121,7 +121,7 @@ class AnalysisSettings(Settings):
         return {
             "metrics": [*self.families, *(type(stage).__name__ for stage in self.stages)],
             "extra_stages": [stage_record(stage) for stage in self.stages],
-            "diagnostics": list(self.diagnostics or ()),
+            "diagnostics": list(cast(Any, self.diagnostics or ())),
             "novelty_k": self.novelty_k,
             "neighbors": self.neighbors,
             "errors": error_record(self.errors),
