@@ -90,6 +90,50 @@ def test_a_steering_vector_can_be_trained(llama):
     assert vector.grad.norm() > 0
 
 
+def test_a_trained_coefficient_and_the_edits_of_a_context_are_registered(llama):
+    coefficient, vector = nn.Parameter(torch.tensor(2.0)), torch.arange(float(models.WIDTH))
+    steer, scale = tg.Steer(vector, coefficient=coefficient), tg.Scale(0.5)
+    context = Intervene(llama, {"residual_output.0": [steer, scale, steer], "residual_output.1": steer})
+    assert list(context.edits) == [steer, scale]
+    assert list(context.parameters()) == [coefficient]
+    assert sorted(context.state_dict()) == ["edits.0.coefficient", "edits.0.vector"]
+    assert context.double().edits[0].vector.dtype == torch.float64
+    assert torch.equal(tg.Steer(vector, coefficient=3)(activation=vector[None, None]), 4 * vector[None, None])
+
+
+class LooksWhileReplacing(tg.Steer):
+    def replace(self, value, call):
+        return super().replace(value, call) * call.attended(value)[:, -value.shape[1] :, None]
+
+
+class LooksForPlaces(tg.Steer):
+    def where(self, value, call):
+        return call.attended(value)[:, -value.shape[1] :, None]
+
+
+class LooksWhileComputing(tg.Scale):
+    def compute(self, value, mask=None, *others):
+        return torch.where(mask[:, -value.shape[1] :, None], super().compute(value, mask, *others), value)
+
+
+@pytest.mark.parametrize("kind", [LooksWhileReplacing, LooksForPlaces, LooksWhileComputing])
+def test_edits_at_all_positions_are_told_the_mask_where_a_subclass_looks_at_it(llama, kind):
+    batch = models.text_batch()
+    batch["attention_mask"][0, -2:] = 0
+    given = 3.0 if kind is LooksWhileComputing else torch.ones(models.WIDTH)
+    with (
+        torch.no_grad(),
+        Capture(llama, "mlp_output.1") as before,
+        Intervene(llama, {"mlp_output.1": kind(given)}),
+        Capture(llama, "mlp_output.1") as after,
+    ):
+        llama(**batch)
+    x, y = before[0]["acts", "mlp_output.1"], after[0]["acts", "mlp_output.1"]
+    new = 3 * x if kind is LooksWhileComputing else x + 1
+    other = torch.zeros_like(x) if kind is LooksWhileReplacing else x
+    torch.testing.assert_close(y, torch.where(batch["attention_mask"].bool()[..., None], new, other))
+
+
 def test_ablations(llama):
     batch, x = models.text_batch(), torch.randn(4, 3, 2)
     reference = Capture(llama, "mlp_output.1")(TensorDict(other_for("llama")))

@@ -299,4 +299,7 @@ class Stage(Configured, TensorDictModuleBase):
 
 def device_of(inputs: Sequence[Any]) -> torch.device:
     """Where the first tensor is; the CPU without one."""
-    return next((value.device for value in inputs if isinstance(value, Tensor)), torch.device("cpu"))
+    for value in inputs:
+        if isinstance(value, Tensor):
+            return value.device
+    return torch.device("cpu")

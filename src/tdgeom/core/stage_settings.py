@@ -82,6 +82,11 @@ class Configured:
         """Set attributes that are words, numbers and lists: by assignment a module looks for parameters and modules in each."""
         self.__dict__.update(values)
 
+    def _set_keys(self, **keys: list[Any]) -> None:
+        """Set ``in_keys`` or ``out_keys``, properties for which a module's assignment would look for parameters first."""
+        for name, listed in keys.items():
+            object.__setattr__(self, name, listed)
+
     def settings(self) -> dict[str, Any]:
         """The arguments of ``__init__`` by name, as plain data; one whose attribute was set to something else since, as set.
 
@@ -149,24 +154,24 @@ def _noting(init: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(init)
     def __init__(self: Configured, *args: Any, **kwargs: Any) -> None:
-        outermost = type(self).__init__ is __init__  # of the class made, not of one above it
+        if type(self).__init__ is not __init__:  # of a class above the one that is made
+            return init(self, *args, **kwargs)
         try:
             init(self, *args, **kwargs)
         except TypeError as error:
             known = inspect.signature(type(self)).parameters
             unknown = [name for name in kwargs if name not in known]
-            if outermost and unknown and is_about(error, unknown[0]):
+            if unknown and is_about(error, unknown[0]):
                 refuse_unknown(type(self).__name__, unknown, known)
             raise
-        if outermost:
-            held, own, noted = self.__dict__, _names(cast(Any, type(self))), self.__dict__["_call"]
-            given = dict(zip(own, zip(args, noted[0]))) | {n: (v, noted[1].get(n)) for n, v in kwargs.items()}
-            made = {name: held[name] for name in (*own, *kwargs) if name in held}
-            # what was put there as it came is known already
-            held["_made"] = {
-                name: given[name][1] if name in given and given[name][0] is value else _kept(value)
-                for name, value in made.items()
-            }
+        held, own, noted = self.__dict__, _names(cast(Any, type(self))), self.__dict__["_call"]
+        given = dict(zip(own, zip(args, noted[0]))) | {n: (v, noted[1].get(n)) for n, v in kwargs.items()}
+        made = {name: held[name] for name in (*own, *kwargs) if name in held}
+        # what was put there as it came is known already
+        held["_made"] = {
+            name: given[name][1] if name in given and given[name][0] is value else _kept(value)
+            for name, value in made.items()
+        }
 
     return __init__
 
@@ -183,7 +188,11 @@ def _alike(a: Any, b: Any) -> bool:
 def plain_setting(value: Any) -> Any:
     """One setting as plain data; see ``Configured.settings``."""
     kind = type(value)
-    if kind in _SAME or isinstance(value, bool | int):
+    if kind in _SAME:
+        return value
+    if kind is float and math.isfinite(value):
+        return value
+    if isinstance(value, bool | int):
         return value
     if kind is list:
         return [plain_setting(part) for part in value]

@@ -81,6 +81,7 @@ class Intervene(HookingContext):
     """
 
     _told_anew = frozenset({"edits"})
+    edits: nn.ModuleList
     missing: str
     _layers: LayerSpec
     _asked: dict[str, list[EditLike]]
@@ -136,9 +137,10 @@ class Intervene(HookingContext):
         )
         modules = [edit for listed in self._asked.values() for edit in listed if isinstance(edit, nn.Module)]
         # registered, so that vectors follow .to() and trained ones show among the parameters
-        self.edits = nn.ModuleList(dict.fromkeys(modules))
+        held = self._modules["edits"] = nn.ModuleList()
+        held._modules.update((str(number), edit) for number, edit in enumerate(dict.fromkeys(modules)))
         self._set_plain(sites=list(dict.fromkeys(entry.site for entry in self._bound.sites)))
-        self.out_keys: list[Any] = list(self.model_outputs if out_keys is None else out_keys)
+        self._set_keys(out_keys=list(self.model_outputs if out_keys is None else out_keys))
         if len(self.out_keys) != len(self.model_outputs):
             raise ValueError(f"out_keys= expected {len(self.model_outputs)} keys, got {len(self.out_keys)}.")
 
@@ -223,6 +225,8 @@ class Intervene(HookingContext):
                 edit.receive(name, site, acts)
 
     def _forget_others(self) -> None:
+        if not self._asking:
+            return
         for edit, name, site, _ in self._wanted():
             edit.receive(name, site, None)
 

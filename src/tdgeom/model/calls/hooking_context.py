@@ -74,7 +74,7 @@ class HookingContext(Configured, TensorDictModuleBase):
         inputs, (demanded, optional) = self._bound.inputs, self._further_inputs()
         self._set_plain(optional_in_keys=list(dict.fromkeys([*inputs.optional_keys, *optional])))
         keys: list[Any] = [*inputs.demanded.values(), *demanded, *self.optional_in_keys]
-        self.in_keys = keys
+        self._set_keys(in_keys=keys)
 
     def _further_inputs(self) -> tuple[Sequence[Key], Sequence[Key]]:
         """Keys beside the model's inputs that must be in a batch, and those that may."""

@@ -205,10 +205,17 @@ def _refuse_too_long(model: nn.Module, given: Mapping[str, Any]) -> None:
     config, ids = getattr(model, "config", None), given.get("input_ids")
     if config is None:
         return
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
-    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
-    if not known or not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] <= max(known):
-        return  # so that nothing is looked for or waited for in the usual case
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        return
+    known: list[int] = []
+    for name in ("max_position_embeddings", "n_positions"):
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and limit > 0:
+            if ids.shape[1] <= limit:
+                return  # so that nothing is looked for or waited for in the usual case
+            known.append(limit)
+    if not known:
+        return
     numbered, mask = given.get("position_ids"), given.get("attention_mask")
     needed = ids.shape[1] if numbered is None else int(numbered.max()) + 1
     if numbered is None and isinstance(mask, Tensor) and mask.ndim == 2:

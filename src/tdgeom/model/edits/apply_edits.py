@@ -301,10 +301,11 @@ class Editing(SiteHooks):
         given = value.transpose(1, 2) if turns else value
         version = None if given.is_inference() else given._version
         if isinstance(edit, TensorDictModuleBase):
-            told = self._told(planned, given, step)
             if isinstance(edit, Edit) and edit.is_plain():  # the short way to the same numbers
-                new = edit.computed([given, *told.values(), site, planned.entry.groups])
+                tokens = self._told(planned, given, step).values() if edit.looks_at_tokens() else [None] * 3
+                new = edit.computed([given, *tokens, site, planned.entry.groups])
             else:
+                told = self._told(planned, given, step)
                 known = {name: entry for name, entry in told.items() if entry is not None}
                 td = TensorDict({"activation": given, **known, **planned.words}, batch_size=[])
                 out = edit(td)

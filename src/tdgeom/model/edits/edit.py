@@ -164,6 +164,10 @@ class Edit(Stage):
         """Whether the edit asks for some positions, of which there may be none."""
         return not (isinstance(self.positions, str) and self.positions == "all")
 
+    def looks_at_tokens(self) -> bool:
+        """Whether mask and tokens of its calls make a difference to the edit."""
+        return self.selects() or not _ignores_tokens(cast(Any, type(self)))
+
     def selection(self) -> str:
         """The positions asked for, in words."""
         return f"positions={self.positions!r}"
@@ -196,6 +200,13 @@ def _calls_compute(kind: Any) -> bool:
     return all(getattr(kind, name) is getattr(Edit, name) for name in _CALLED)
 
 
+@lru_cache(1024)
+def _ignores_tokens(kind: Any) -> bool:
+    """Whether an edit of this class that acts at all positions is known to look at nothing but the activation and the site."""
+    usual = all(getattr(kind, name) is getattr(Edit, name) for name in ("compute", "where", "selects"))
+    return usual and (kind.replace is Edit.replace or kind.replace is Steer.replace)
+
+
 def _chosen(size: int, which: Any, value: Tensor) -> Tensor:
     """(size,), true at ``which``."""
     chosen = torch.zeros(size, dtype=torch.bool, device=value.device)
@@ -218,6 +229,8 @@ class Steer(Edit):
     """
 
     vector: Tensor
+    coefficient: float
+    per_position: bool
 
     def __init__(
         self, vector: Tensor, *, coefficient: float = 1.0, per_position: bool = False, **settings: Any
@@ -227,7 +240,11 @@ class Steer(Edit):
             self.vector = vector
         else:
             self.register_buffer("vector", vector.detach().clone())
-        self.coefficient, self.per_position = coefficient, per_position
+        self._set_plain(per_position=per_position)
+        if type(coefficient) is float:
+            self._set_plain(coefficient=coefficient)
+        else:  # a Parameter is registered
+            self.coefficient = coefficient
 
     def replace(self, value: Tensor, call: EditCall) -> Tensor:
         """``x + coefficient * vector``."""
