@@ -144,11 +144,11 @@ def test_inputs_that_are_no_tensor_of_the_stage():
     ):
         Norms()(td)
     words = TensorDict(sample=SAMPLE).set_non_tensor("extra", "cat")
-    with pytest.raises(TypeError, match=r"Norms reads a tensor at 'extra', got .*words are numbered first"):
+    with pytest.raises(TypeError, match=r"Norms reads a tensor at 'extra', got .*Give numbers as a tensor"):
         Norms(in_keys=["sample", "extra"])(words)
     names = TensorDict(sample=SAMPLE)
     names["extra"] = ["a", "b"]
-    with pytest.raises(TypeError, match=r"Norms reads a tensor at 'extra', got .*words are numbered first"):
+    with pytest.raises(TypeError, match=r"Norms reads a tensor at 'extra', got .*Give numbers as a tensor"):
         Norms(in_keys=["sample", "extra"])(names)
     for stage, known in ((Norms(), "sample, extra_weight"), (tg.StreamingCovariance(), "tokens")):
         with pytest.raises(TypeError, match=rf"tensors by keyword: {known}; got \['x'\]\. Name other inputs"):
