@@ -187,7 +187,7 @@ def agree(measure: Callable[..., Any], *rows: Tensor) -> None:
         )
 
 
-# rows closer than 16 roundings of their length are copies of each other: float32 rows a million standard deviations out, or
+# rows closer than 64 roundings of their length are copies of each other: float32 rows a million standard deviations out, or
 # that differ in one feature of sixteen, may be, where the same numbers in float64 are not
 LEAVE_OUT_COPIES = {
     "global_pca", "twonn", "twonn_ml", "gride", "levina_bickel", "mom", "tle", "local_knn", "local_pca", "ca_pca",

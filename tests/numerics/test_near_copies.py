@@ -12,7 +12,7 @@ import tdgeom as tg
 from tdgeom.numerics import near_copies as module
 from tdgeom.numerics.near_copies import near_copies, rounding_radius
 
-TIMES = {torch.float64: 16, torch.float32: 16, torch.bfloat16: 4, torch.float16: 4}
+TIMES = {torch.float64: 64, torch.float32: 64, torch.bfloat16: 4, torch.float16: 4}
 
 
 def by_loops(x: np.ndarray, radius: float) -> np.ndarray:
@@ -107,3 +107,26 @@ def test_whole_numbers_are_copies_only_where_equal():
     x = torch.tensor([[10**9, 0], [10**9 + 1, 0], [10**9, 0]])
     table = tg.functional.nearest_neighbors(x, 1)
     assert table.duplicates == 1 and table.near_duplicates == 0
+
+
+@pytest.mark.parametrize(("dtype", "roundings"), [(torch.float32, 25), (torch.bfloat16, 3.5)])
+def test_repeats_as_far_apart_as_a_deep_model_leaves_them_move_no_estimate(dtype, roundings):
+    """What six layers make of one sentence in batches of other shapes; rows ten times as far apart are rows of their own."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(400, 6, generator=g) @ torch.randn(6, 48, generator=g) + torch.randn(
+        400, 48, generator=g
+    )
+    rows = rows.to(dtype).double()
+    aside = torch.nn.functional.normalize(torch.randn(40, 48, generator=g, dtype=torch.float64), dim=-1)
+    step = aside * rows[:40].norm(dim=-1, keepdim=True) * torch.finfo(dtype).eps
+    # half precision would round the step itself: the rows' own dtype only says which rule holds
+    both = torch.cat((rows, rows[:40] + roundings * step))
+    found = near_copies(both, rounding_radius(dtype))
+    assert found[400:].tolist() == list(range(40)) and found[:400].tolist() == list(range(400))
+    apart = torch.cat((rows, rows[:40] + 10 * roundings * step))
+    assert near_copies(apart, rounding_radius(dtype)).tolist() == list(range(440))
+    if dtype == torch.float32:
+        for estimator in (tg.functional.twonn, tg.functional.levina_bickel, tg.functional.gride):
+            one, again = estimator(rows.float()), estimator(both.float())
+            torch.testing.assert_close(again.estimate, one.estimate, rtol=1e-2, atol=0)
+            assert again.near_duplicates == 40

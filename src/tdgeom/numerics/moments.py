@@ -13,11 +13,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from tdgeom.numerics.products import add_gram, factors
+from tdgeom.numerics.products import add_upper, factors, upper_times
 
 __all__ = ["Moments", "about_running_mean", "add_rows", "merge_moments", "moments_about"]
 
 Moments: TypeAlias = "dict[str, Tensor]"
+
+_CACHED = 2**22  # bytes of rows in float64 that are centred, measured and multiplied before the next
+_FEWEST = 512  # rows: products of fewer wait for the memory of their sum
 
 
 def about_running_mean(rows: Sequence[Tensor], mean: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,24 +61,67 @@ def about_running_mean(rows: Sequence[Tensor], mean: Tensor, count: Tensor) -> t
 def add_rows(state: Moments, rows: Tensor, dtype: torch.dtype = torch.float64) -> None:
     """Add a block of rows (N, D), N >= 1, to ``state`` (count, mean, scatter, norm2_x, norm4), in place but for ``norm4``.
 
-    ``dtype``: what the products of ``scatter`` are taken in; everything else is float64.
+    ``dtype``: what the products of ``scatter`` are taken in; everything else is float64. Of ``scatter`` the upper triangle
+    counts (``mirror`` makes it whole).
     """
-    y, mean, step = about_running_mean([rows], state["mean"], state["count"])
+    before, n = state["count"].double(), rows.shape[0]
+    parts = _parts(rows)
+    held = torch.empty(parts[0].shape[0] + 1, rows.shape[1], dtype=torch.float64, device=rows.device)
+    own = _mean(parts, held)
+    step = (own - state["mean"]) * (n / (before + n))
     norm2_x, norm4 = moments_about(state, -step)
-    squared = y[:-1].square().sum(-1)
-    add_gram(state["scatter"], factors(y, dtype))
-    state["norm2_x"].copy_(norm2_x + squared @ y[:-1])
-    state["norm4"] = (
-        norm4 + squared.square().sum()
-    )  # a new tensor: compiled code drops in-place updates of 0-dim buffers
-    state["mean"].copy_(mean)
-    state["count"].add_(rows.shape[0])
+    state["mean"].add_(step)
+    largest = _largest(rows, state["mean"], step * before.sqrt()) if dtype == torch.float32 else None
+    for i, part in enumerate(parts):
+        m = part.shape[0]
+        y = held[:m].copy_(part).sub_(state["mean"])
+        squared = torch.linalg.vector_norm(y, dim=-1).square()
+        norm2_x, norm4 = norm2_x + squared @ y, norm4 + squared @ squared
+        if i == 0:  # one row more moves what was summed before to the new mean
+            held[m] = step * before.sqrt()
+            y = held[: m + 1]
+        add_upper(state["scatter"], factors(y, dtype, largest))
+    state["norm2_x"].copy_(norm2_x)
+    state["norm4"] = norm4  # a new tensor: compiled code drops in-place updates of 0-dim buffers
+    state["count"].add_(n)
+
+
+def _parts(rows: Tensor) -> tuple[Tensor, ...]:
+    """Rows that stay in a CPU's cache as float64; on other devices, and in a graph, all of them at once."""
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return (rows,)
+    return rows.split(max(_FEWEST, _CACHED // (8 * max(1, rows.shape[1]))))
+
+
+def _largest(rows: Tensor, centre: Tensor, shift: Tensor) -> Tensor:
+    """(D,) the size of the largest value of the centred rows and the shift."""
+    apart = torch.maximum(rows.amax(0).double() - centre, centre - rows.amin(0).double())
+    return torch.maximum(apart, shift.abs())
+
+
+def _mean(parts: Sequence[Tensor], held: Tensor) -> Tensor:
+    """The mean (D,) of all parts in float64, each copied to ``held``; of float64 rows and whole numbers to the last bit."""
+    n = sum(part.shape[0] for part in parts)
+    ones = held.new_ones(held.shape[0])
+
+    def about(centre: Tensor | None) -> Tensor:
+        total = torch.zeros_like(held[0])
+        for part in parts:
+            y = held[: part.shape[0]].copy_(part)
+            y = y if centre is None else y.sub_(centre)
+            total = total + ones[: part.shape[0]] @ y
+        return total / n
+
+    mean = about(None)
+    exact = parts[0].is_floating_point() and parts[0].dtype != torch.float64
+    # A float64 mean of float64 rows is rounded; one of float32 rows is not, but for what no digit of theirs shows.
+    return mean if exact else mean + about(mean)
 
 
 def moments_about(moments: Moments, shift: Tensor) -> tuple[Tensor, Tensor]:
     """norm2_x and norm4 of the same rows about a centre at ``mean - shift``; needs count, scatter, norm2_x, norm4."""
     n, trace = moments["count"].double(), moments["scatter"].diagonal().sum()
-    turned = moments["scatter"] @ shift
+    turned = upper_times(moments["scatter"], shift)
     size, cubic = shift @ shift, moments["norm2_x"]
     return (
         cubic + 2 * turned + (trace + n * size) * shift,

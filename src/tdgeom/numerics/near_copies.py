@@ -1,14 +1,15 @@
 """Copies up to rounding: one row computed twice, in batches of other shapes, differs in its last bits.
 
-Rows x and y are copies if |x - y| <= c·eps·|x|, eps that of the precision in which they were captured: c = 16 in float32 (and
-float64), 4 in bfloat16 and float16. Repeats of one row by one model stay below 7.0 and 1.8 eps|x|. The first row in the given
-order stands for all within that distance of it, so no two copies are farther apart than twice that, and there are no chains.
+Rows x and y are copies if |x - y| <= c·eps·|x|, eps that of the precision in which they were captured: c = 64 in float32 (and
+float64), 4 in bfloat16 and float16. Repeats of one row by one model differ by up to 25 and 3.6 eps|x|, distinct rows of a float32
+model by more than 800. The first row in the given order stands for all within that distance of it, so no two copies are farther
+apart than twice that, and there are no chains.
 
 Copies lie within that distance of each other in any projection too. Sorting one projection leaves few pairs to look at in
 float32; half precision leaves many, and a product of a few projections (a hundredth of a search) does it there. What is left is
 compared from differences in float64.
 
-Float32 rows with a mean of a hundred thousand standard deviations or more lie within that distance of one another because of the
+Float32 rows with a mean of thirty thousand standard deviations or more lie within that distance of one another because of the
 mean: there only exact copies are copies.
 """
 
@@ -23,7 +24,7 @@ from tdgeom.numerics.differences import pair_distances, product_error
 
 __all__ = ["near_copies", "rounding_radius"]
 
-_TIMES = {torch.float64: 16.0, torch.float32: 16.0, torch.bfloat16: 4.0, torch.float16: 4.0}
+_TIMES = {torch.float64: 64.0, torch.float32: 64.0, torch.bfloat16: 4.0, torch.float16: 4.0}
 _LINES = 16  # projections
 _PAIRS = 2**16  # looked at together, and more where few of them are near
 _FEW = 16  # pairs a row, up to which they are listed
@@ -79,7 +80,7 @@ def _hidden_by_an_offset(x: Tensor, size: Tensor, radius: float) -> bool:
     mean = x.mean(0, dtype=torch.float64)
     spread = (size.square().mean() - mean.square().sum()).clamp(min=0).sqrt()
     within = float(radius * size.square().mean().sqrt() / spread)
-    return (0.25 if radius < 1e-3 else 1.0) < within < 4.0
+    return 0.25 < within < 16.0 if radius < 1e-3 else 1.0 < within < 4.0
 
 
 def _projected(x: Tensor) -> tuple[Tensor, Tensor]:

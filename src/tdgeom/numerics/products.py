@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import wraps
-from itertools import pairwise
 from typing import Literal, TypeVar
 
 import torch
@@ -19,23 +18,27 @@ __all__ = [
     "Precision",
     "add_gram",
     "add_product",
+    "add_upper",
     "check_precision",
     "factors",
     "gram",
     "in_own_precision",
+    "mirror",
     "product_dtype",
     "product_error",
+    "upper_times",
 ]
 
 _Result = TypeVar("_Result")
 Precision = Literal["auto", "float64", "float32"]
 
-_NARROWEST = 64  # columns of a strip: narrower ones cost more than they save
-_STRIPS = 16  # multiply 17/32 of the square
+_NARROWEST = 96  # columns: to halve fewer costs more than it saves
+_PARTS = 32  # of the columns: 33/64 of the square are multiplied
+_CELLS = 2**17  # of a float32 product that are added at a time, in the cache
 # CUDA capabilities whose float64 units are half of float32's
 _FULL_RATE = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
-_ROWS = 256  # of a float32 product
-_ROUNDINGS = 32.0  # what its entries are off by at most, in units of eps/2: docs/precision.md
+_ROWS = 704  # of a float32 product, at most
+_ROUNDINGS = 64.0  # what its entries are off by at most, in units of eps/2: docs/precision.md
 
 
 def in_own_precision(function: Callable[..., _Result]) -> Callable[..., _Result]:
@@ -77,28 +80,33 @@ def product_error(dtype: torch.dtype) -> float:
     return _ROUNDINGS * torch.finfo(dtype).eps / 2
 
 
-def _edges(width: int) -> list[int]:
-    strips = max(1, min(_STRIPS, width // _NARROWEST))
-    return [round(width * i / strips) for i in range(strips + 1)]
+def _least(width: int) -> int:
+    """Columns of a product that are multiplied as a square: to halve fewer costs more than it saves."""
+    return max(_NARROWEST, width // _PARTS)
+
+
+def _half(width: int) -> int:
+    return (width // 2 + 7) // 8 * 8
 
 
 @in_own_precision
 def gram(y: Tensor) -> Tensor:
     """yᵀy in float64: (*B, N, D) of any real dtype -> (*B, D, D).
 
-    Strips of columns are multiplied each with the columns from it on, and mirrored: half the products of the square, and a
-    result that is symmetric to the last bit. BLAS' own symmetric product is no faster, and not within a graph's reach.
+    The columns are halved: what one half has with the other is one product, mirrored, and each half is treated alike until few
+    columns are left. Little more than half the products of the square, in large pieces, and a symmetric result.
     """
-    y = y.double()
-    edges = _edges(y.shape[-1])
-    strips = [y[..., a:b].mT @ y[..., a:] for a, b in pairwise(edges)]
-    if len(strips) == 1:
-        return strips[0]
-    rows = []
-    for i, (a, b) in enumerate(pairwise(edges)):
-        above = [strips[j][..., a - edges[j] : b - edges[j]].mT for j in range(i)]
-        rows.append(torch.cat([*above, strips[i]], -1))
-    return torch.cat(rows, -2)
+    return _gram(y.double(), _least(y.shape[-1]))
+
+
+def _gram(y: Tensor, least: int) -> Tensor:
+    width = y.shape[-1]
+    if width <= least:
+        return _from_upper(y.mT @ y)
+    left, right = y[..., : _half(width)], y[..., _half(width) :]
+    beside = left.mT @ right
+    above = torch.cat((_gram(left, least), beside), -1)
+    return torch.cat((above, torch.cat((beside.mT, _gram(right, least)), -1)), -2)
 
 
 @dataclass(frozen=True)
@@ -112,23 +120,70 @@ class Factors:
         return Factors(self.values[:, columns], None if self.scale is None else self.scale[columns])
 
 
-def factors(y: Tensor, dtype: torch.dtype = torch.float64) -> Factors:
-    """Columns (N, E) float64 for products in ``dtype``: in float32 at unit size, so that no square under- or overflows."""
+def factors(y: Tensor, dtype: torch.dtype = torch.float64, largest: Tensor | None = None) -> Factors:
+    """Columns (N, E) float64 for products in ``dtype``: in float32 at unit size, so that no square under- or overflows.
+
+    ``largest``: (E,) what no value's size exceeds, where that is known.
+    """
     if dtype == torch.float64:
         return Factors(y)
-    largest = y.abs().amax(0)
+    largest = y.abs().amax(0) if largest is None else largest
     scale = torch.where(largest > 0, largest, 1.0).log2().ceil().exp2()
-    return Factors((y / scale).to(dtype), scale)
+    return Factors((y * (1 / scale)).to(dtype), scale)
 
 
 def add_gram(total: Tensor, y: Factors) -> None:
     """``total`` (D, E) += xᵀy in place, x the first D of the E columns y: what is symmetric in it is multiplied once."""
     width = total.shape[0]
-    edges = _edges(width)
-    for a, b in pairwise(edges):
-        add_product(total[a:b, a:], y[a:b], y[a:])
-    for a, b in pairwise(edges):
-        total[b:, a:b] = total[a:b, b:width].mT
+    add_upper(total[:, :width], y[:width])
+    if total.shape[1] > width:
+        add_product(total[:, width:], y[:width], y[width:])
+    mirror(total[:, :width])
+
+
+def add_upper(total: Tensor, y: Factors) -> None:
+    """The upper triangle of ``total`` (D, D) += yᵀy in place; what lies below it is left as it may be."""
+    for a, b, c in _pieces(total.shape[0]):
+        add_product(total[a:b, b:c] if b < c else total[a:b, a:b], y[a:b], y[b:c] if b < c else y[a:b])
+
+
+def mirror(total: Tensor) -> Tensor:
+    """``total`` (D, D), in place, with its lower triangle from the upper."""
+    for a, b, c in _pieces(total.shape[0]):
+        if b < c:
+            total[b:c, a:b] = total[a:b, b:c].mT
+        else:
+            total[a:b, a:b] = _from_upper(total[a:b, a:b])
+    return total
+
+
+def _from_upper(square: Tensor) -> Tensor:
+    return square.triu() + square.triu(1).mT
+
+
+def upper_times(total: Tensor, vector: Tensor) -> Tensor:
+    """The symmetric matrix whose upper triangle is that of ``total`` (D, D), times a vector (D,)."""
+    turned = torch.zeros_like(vector)
+    for a, b, c in _pieces(total.shape[0]):
+        if b < c:
+            turned[a:b] += total[a:b, b:c] @ vector[b:c]
+            turned[b:c] += total[a:b, b:c].mT @ vector[a:b]
+        else:
+            turned[a:b] += _from_upper(total[a:b, a:b]) @ vector[a:b]
+    return turned
+
+
+def _pieces(width: int) -> Iterator[tuple[int, int, int]]:
+    """(a, b, c): the columns a..b-1 with b..c-1, which lie above the diagonal; or, where c = b, with themselves."""
+    least, left = _least(width), [(0, width)]
+    while left:
+        a, c = left.pop()
+        if c - a <= least:
+            yield a, c, c
+            continue
+        b = a + _half(c - a)
+        yield a, b, c
+        left += [(b, c), (a, b)]
 
 
 def add_product(total: Tensor, x: Factors, y: Factors) -> None:
@@ -136,6 +191,10 @@ def add_product(total: Tensor, x: Factors, y: Factors) -> None:
     if x.scale is None or y.scale is None:
         total.addmm_(x.values.mT, y.values)
         return
+    step = max(1, _CELLS // y.values.shape[1])
     # Few rows at a time: what a float32 sum loses grows with them.
-    for left, right in zip(x.values.split(_ROWS), y.values.split(_ROWS)):
-        total.add_((left.mT @ right).double() * x.scale.unsqueeze(-1) * y.scale)
+    parts = -(-x.values.shape[0] // _ROWS)
+    for left, right in zip(x.values.tensor_split(parts), y.values.tensor_split(parts)):
+        product = left.mT @ right
+        for sums, part, scale in zip(total.split(step), product.split(step), x.scale.split(step)):
+            sums.addcmul_(part.double().mul_(scale.unsqueeze(-1)), y.scale.expand(part.shape))

@@ -12,7 +12,7 @@ from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.core.warnings import tell
 from tdgeom.numerics.centring import real_rows
 from tdgeom.numerics.moments import add_rows, merge_moments
-from tdgeom.numerics.products import Precision, check_precision, gram, product_dtype, product_error
+from tdgeom.numerics.products import Precision, check_precision, gram, mirror, product_dtype, product_error
 
 __all__ = ["StreamingCovariance", "covariance"]
 
@@ -118,7 +118,7 @@ class StreamingCovariance(StreamingStage):
         return {
             "count": self.count.clone(),
             "mean": self.mean.clone(),
-            "covariance": self.scatter / (self.count.double() - 1),
+            "covariance": mirror(self.scatter / (self.count.double() - 1)),
             "norm4": self.norm4.clone(),
             "norm2_x": self.norm2_x.clone(),
             "relative_error": self.relative_error.clone(),

@@ -57,7 +57,7 @@ def nearest_neighbors(
         ``distinct_distance`` (\*B, N, k) float64 among distinct rows: on the first occurrence of a row its
         distances to the nearest *other distinct* rows, on a later copy NaN throughout (so that every distinct
         row counts once), and NaN where fewer than k other distinct rows exist. Copies up to rounding are no distinct
-        rows: |x - y| <= c·eps|x| with eps of the dtype given, c = 16 in float32 and float64, 4 in half precision; the
+        rows: |x - y| <= c·eps|x| with eps of the dtype given, c = 64 in float32 and float64, 4 in half precision; the
         first row stands for all within that distance of it. ``duplicates`` (\*B,) int64: the number of later copies,
         ``near_duplicates`` (\*B,) int64: those among them that are copies up to rounding only. ``tied_beyond`` (\*B, N)
         bool: whether a row outside the table is as near as the last one in it (to 1e-12). ``distance`` and
