@@ -15,6 +15,7 @@ from tensordict import TensorDict
 
 import tdgeom as tg
 from tdgeom import functional as F
+from tdgeom.measures.neighbors import row_classes
 from tdgeom.measures.neighbors.tie_weights import tie_weights
 
 
@@ -234,3 +235,30 @@ def test_distances_are_equal_to_twelve_digits():
     distance = torch.tensor([[1.0, 1.0 + 1e-13, 1.0 + 1e-11]], dtype=torch.float64)
     weight, beyond = tie_weights(distance, 1)
     assert weight.tolist() == [[0.5, 0.5, 0.0]] and not beyond.any()
+
+
+@pytest.mark.parametrize("function", [F.neighborhood_overlap, F.jaccard_knn, F.cknna])
+def test_data_sets_with_and_without_repeats_in_one_batch(function):
+    (x, y), (u, v), (w, _) = (sides(kind, 60, 5) for kind in ("zeros", "no ties", "repeated"))
+    wide = torch.stack([torch.nn.functional.pad(rows, (0, 5 - rows.shape[1])) for rows in (x, u, w)])
+    other = torch.nn.functional.pad(v, (0, 2))
+    together = function(wide, other, k=6)  # broadcast
+    alone = torch.stack([function(rows, other, k=6) for rows in wide])
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        function(other, wide, k=6), function(other.expand_as(wide.new_empty(3, 60, 6)), wide, k=6)
+    )
+    mapped = torch.vmap(lambda rows: function(rows, other, k=6))(wide)
+    torch.testing.assert_close(mapped, alone, rtol=1e-9, atol=1e-12)
+
+
+def test_a_thousand_copies_make_no_table_wider(monkeypatch):
+    asked = []
+    original = row_classes.search_distinct
+    monkeypatch.setattr(
+        row_classes, "search_distinct", lambda x, k, **how: asked.append(k) or original(x, k, **how)
+    )
+    x, y = (rows + 0.01 * (rows != 0) for rows in sides("zeros", 1500, 6))
+    F.neighborhood_overlap(x, y, k=10)
+    F.label_overlap(x, torch.arange(1500) % 3, k=10)
+    assert asked == [10] * 3

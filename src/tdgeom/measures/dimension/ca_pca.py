@@ -36,7 +36,7 @@ def ca_pca(x: Tensor, *, k: int | Literal["auto"] = "auto", memory: int | None =
     >>> print(f"{ca_pca(sphere, k=30).estimate:.1f}")
     2.0
     """
-    k = auto_k(k, x.shape[-2:][0])  # a single dimension is refused by the search, in words
+    k = auto_k(k, x)
     table = distinct_neighbors(x, k + 1, memory=memory)
     copies = table.duplicates, table.near_duplicates
     return _ca_pca(x, table.index, table.distance, *copies, k=k, memory=memory)[0]

@@ -94,8 +94,10 @@ def mean_estimate(
     return DimensionEstimate(mean, error, masked_mean(scale, used), rows, *copies), local
 
 
-def auto_k(k: int | Literal["auto"], n: int) -> int:
-    """A number of neighbours; ``"auto"`` is √n, at least 2 and so that twice as many exist."""
+def auto_k(k: int | Literal["auto"], rows: Tensor | int) -> int:
+    """A number of neighbours for rows (*B, N, D), or N of them; ``"auto"`` is √N, at least 2 and so that twice as many exist."""
+    # a single dimension is refused by the search, in words
+    n = rows if isinstance(rows, int) else rows.shape[-2:][0]
     return max(2, min(math.isqrt(n), (n - 1) // 2)) if k == "auto" else k
 
 

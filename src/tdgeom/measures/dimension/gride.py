@@ -16,6 +16,7 @@ from tdgeom.measures.dimension.estimate import (
 )
 from tdgeom.measures.neighbors.nearest_neighbors import distinct_neighbors
 from tdgeom.numerics.centring import warn_undefined
+from tdgeom.numerics.quantiles import quantiles_of_numbers
 
 __all__ = ["Gride", "gride", "gride_from_distances", "gride_ranks"]
 
@@ -147,11 +148,7 @@ def _fisher(t: Tensor) -> Tensor:
 
 
 def _below_cut(ratio: Tensor, valid: Tensor) -> Tensor:
-    middle, high = torch.nanquantile(
-        torch.where(valid, ratio, torch.nan),
-        torch.tensor([0.5, 0.95], dtype=ratio.dtype, device=ratio.device),
-        dim=-1,
-    )
+    middle, high = quantiles_of_numbers(torch.where(valid, ratio, torch.nan), (0.5, 0.95))
     return ratio < (20 * (high - middle) + middle).unsqueeze(-1)
 
 

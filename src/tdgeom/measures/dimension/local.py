@@ -37,7 +37,7 @@ def local_knn(
     >>> print(f"{local_knn(sheet, k=30).estimate:.1f}")
     2.0
     """
-    k = auto_k(k, x.shape[-2:][0])  # a single dimension is refused by the search, in words
+    k = auto_k(k, x)
     table = distinct_neighbors(x, 2 * k, memory=memory)
     return local_knn_from_distances(table.distance, table.duplicates, table.near_duplicates, k=k)[0]
 
@@ -100,7 +100,7 @@ def local_pca(
     >>> print(f"{local_pca(circle, k=20).estimate:.1f}")
     1.0
     """
-    k = auto_k(k, x.shape[-2:][0])  # a single dimension is refused by the search, in words
+    k = auto_k(k, x)
     table = distinct_neighbors(x, k, memory=memory)
     count = counting_rule(rule, alpha, share, LOCAL_PCA_RULES)
     copies = table.duplicates, table.near_duplicates

@@ -17,9 +17,9 @@ from tdgeom.measures.neighbors.distance_blocks import (
 )
 from tdgeom.measures.neighbors.foreign_tables import own_index
 from tdgeom.measures.neighbors.nearest_neighbors import nearest_neighbors
-from tdgeom.measures.neighbors.neighbor_table import Neighbors, check_rows, minkowski, searchable
+from tdgeom.measures.neighbors.neighbor_table import check_rows, minkowski, searchable
+from tdgeom.measures.neighbors.row_classes import RowClasses, cells_of, grouped, nearest_classes
 from tdgeom.measures.neighbors.search import search_distinct, search_rows_exactly
-from tdgeom.measures.neighbors.tie_weights import weighted_table
 from tdgeom.numerics.centring import check_matched, warn_undefined
 from tdgeom.numerics.copies import SAME, all_alike, first_copies
 from tdgeom.numerics.differences import budget, pair_distances
@@ -153,23 +153,23 @@ def _mean_rank(
 
 def _mean_rank_of_ties(x: Tensor, y: Tensor, k: int, p: float, memory: int | None) -> Tensor:
     """() for one data set: rows as near as the k-th share the places left, so the ranks of all of them are needed."""
-    n, alike = len(x), all_alike(x)
-    if bool(alike | all_alike(y)):
+    n = len(x)
+    if bool(all_alike(x) | all_alike(y)):
         return x.new_full((), torch.nan, dtype=torch.float64)
 
-    def search(width: int) -> Neighbors:
-        return nearest_neighbors(x, width, metric=p, memory=memory)
-
-    index, weight = weighted_table(search, k, k, n, alike)
+    (sides,) = nearest_classes(x.unsqueeze(0), k, p, memory)
     # Among distinct rows of y, each as many as it has copies.
-    kept, group = first_copies(y).unique(return_inverse=True)
-    many = torch.bincount(group)
-    order = group.argsort()
-    total = x.new_zeros((), dtype=torch.float64)
+    group, many, kept = grouped(y)
+    cells = cells_of(sides, RowClasses(group, many, group.unsqueeze(-1), group.unsqueeze(-1)))
+    order, total = cells.b.argsort(), x.new_zeros((), dtype=torch.float64)
     for part in order.split(max(1, budget(memory) // (64 * n))):
-        asked, inverse = group[part].unique(return_inverse=True)
-        ranks = _group_ranks(y[kept], asked, many, p, memory)[inverse]
-        total = total + (ranks.gather(-1, group[index[part]]) * weight[part]).sum()
+        asked, row = cells.b[part].unique(return_inverse=True)
+        ranks = _group_ranks(y[kept], asked, many, p, memory)
+        mine = cells.a[part]
+        weight = ranks.new_zeros(len(part), len(sides.size)).scatter(1, sides.index[mine], sides.weight[mine])
+        summed = weight[:, cells.a].mul_(ranks[row][:, cells.b]) @ cells.count.double()
+        itself = weight.gather(1, mine.unsqueeze(-1)) * ranks[row].gather(1, cells.b[part].unsqueeze(-1))
+        total = total + (cells.count[part] * (summed - itself[:, 0])).sum()
     return total / (n * k)
 
 

@@ -16,6 +16,13 @@ from tdgeom.core.words import Words, class_names, class_numbers, integers_with_g
 from tdgeom.measures.neighbors.foreign_tables import own_distances, own_index
 from tdgeom.measures.neighbors.nearest_neighbors import nearest_neighbors
 from tdgeom.measures.neighbors.neighbor_table import Neighbors, check_rows, minkowski
+from tdgeom.measures.neighbors.row_classes import (
+    RowClasses,
+    cells_of,
+    nearest_classes,
+    repeats,
+    single_rows,
+)
 from tdgeom.measures.neighbors.tie_weights import tie_weights, warn_of_ties_beyond, weighted_table
 from tdgeom.numerics.centring import holds, occurs, warn_undefined
 from tdgeom.numerics.copies import all_alike, undefined_where_alike
@@ -73,6 +80,12 @@ def label_shares(
             continue
         rows, own, asked = rows[:, at], own[:, at], asked[:, at]
 
+        if repeats(rows) and bool((asked == asked[0, 0]).all()):
+            found = nearest_classes(rows, int(asked[0, 0]), "cosine" if cosine else p, memory)
+            same = torch.stack([_same_in_classes(*one) for one in zip(found, own)])
+            share[items.unsqueeze(-1), at] = same / asked
+            continue
+
         def search(width: int, rows: Tensor = rows) -> Neighbors:
             return nearest_neighbors(rows, width, metric="cosine" if cosine else p, memory=memory)
 
@@ -86,6 +99,18 @@ def _same(index: Tensor, weight: Tensor, label: Tensor) -> Tensor:
     """The weight of neighbours with a row's own label, (*B, N)."""
     near = label.gather(-1, index.flatten(-2)).view(index.shape)
     return ((near == label.unsqueeze(-1)) * weight).sum(-1)
+
+
+def _same_in_classes(classes: RowClasses, label: Tensor) -> Tensor:
+    """As ``_same``, of one data set whose rows repeat."""
+    names, number = label.unique(return_inverse=True)
+    cells = cells_of(classes, single_rows(number.unsqueeze(-1), None)._replace(group=number, size=names))
+    code = cells.a * len(names) + cells.b
+    index, weight = classes.index[classes.group], classes.weight[classes.group]
+    wanted = index * len(names) + number.unsqueeze(-1)
+    place = torch.searchsorted(code, wanted).clamp(max=len(code) - 1)
+    many = torch.where(code[place] == wanted, cells.count[place], 0)
+    return (weight * (many - (index == classes.group.unsqueeze(-1)).long())).sum(-1)
 
 
 def label_overlap_of(

@@ -13,6 +13,13 @@ from tdgeom.core.pair_stage import PairStage, check_spread
 from tdgeom.measures.neighbors.foreign_tables import own_distances, own_index, without_self
 from tdgeom.measures.neighbors.nearest_neighbors import nearest_neighbors
 from tdgeom.measures.neighbors.neighbor_table import Neighbors, check_rows, minkowski
+from tdgeom.measures.neighbors.row_classes import (
+    RowClasses,
+    nearest_classes,
+    repeats,
+    single_rows,
+    weight_in_common,
+)
 from tdgeom.measures.neighbors.tie_weights import (
     common_weight,
     tie_weights,
@@ -126,6 +133,9 @@ class _Side(NamedTuple):
     search: tuple[float, bool, int | None] | None = (
         None  # in a graph being traced ``near`` holds the rows, to be searched so
     )
+    classes: list[RowClasses] | None = (
+        None  # of every data set, where rows repeat: ``near`` are then their numbers
+    )
 
 
 def _side(x: Tensor, k: int, metric: str | float, memory: int | None) -> _Side:
@@ -135,6 +145,11 @@ def _side(x: Tensor, k: int, metric: str | float, memory: int | None) -> _Side:
     ):  # how far ties reach no graph can know: one node of it searches and compares
         check_rows(x, k)
         return _Side(k, x, None, alike, (*minkowski(metric), memory))
+
+    if repeats(check_rows(x, k)[0]):
+        found = nearest_classes(x, k, metric, memory)
+        numbers = torch.stack([classes.group for classes in found]).view(*x.shape[:-1], 1)
+        return _Side(k, numbers, None, alike, classes=found)
 
     def search(width: int) -> Neighbors:
         return nearest_neighbors(x, width, metric=metric, memory=memory)
@@ -169,12 +184,33 @@ def _compared(
 
 def _shared(a: _Side, b: _Side) -> tuple[Tensor, Tensor]:
     """Σ w·w' and its ceiling, row by row."""
+    if a.classes or b.classes:
+        return _shared_by_classes(a, b)
     if a.weight is None and b.weight is None:
         common = common_neighbors(a.near, b.near).double()
         return common, torch.full_like(common, a.k)
     full = [torch.ones_like(s.near, dtype=torch.float64) if s.weight is None else s.weight for s in (a, b)]
     common = common_weight(a.near, full[0], b.near, full[1])
     return common, torch.minimum(*(weight.square().sum(-1) for weight in full))
+
+
+def _shared_by_classes(a: _Side, b: _Side) -> tuple[Tensor, Tensor]:
+    """The same where rows of a side repeat, a data set at a time."""
+    lead = torch.broadcast_shapes(a.near.shape[:-2], b.near.shape[:-2])
+    pairs = zip(*(_spread_classes(side, lead) for side in (a, b)))
+    common, most = zip(*(weight_in_common(*pair) for pair in pairs))
+    shape = (*lead, a.near.shape[-2])
+    return torch.stack(common).view(shape), torch.stack(most).view(shape)
+
+
+def _spread_classes(side: _Side, lead: torch.Size) -> list[RowClasses]:
+    own, table = side.near.shape[:-2], side.near.shape[-2:]
+    each = side.classes
+    if each is None:
+        near, weight = side.near.reshape(-1, *table), side.weight
+        weights = [None] * len(near) if weight is None else list(weight.reshape(-1, *table))
+        each = [single_rows(*one) for one in zip(near, weights)]
+    return [each[i] for i in torch.arange(len(each)).view(own).expand(lead).flatten().tolist()]
 
 
 def _empty(x: Tensor, y: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:

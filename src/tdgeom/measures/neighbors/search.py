@@ -202,7 +202,10 @@ def search_rows_exactly(x: Tensor, which: Tensor, k: int, *, p: float, memory: i
         keys_between(full[part][None], full[None], half[part][None], half[None], p, out=own)
         own = own[0]
         own[torch.arange(len(part), device=x.device), part] = torch.inf
-        low, near = own.topk(min(k + 1, n - 1), dim=-1, largest=False)
+        most = min(k + 1, n - 1)
+        # in full a sort is the faster selection
+        low, near = own.sort(-1) if 2 * most > n else own.topk(most, dim=-1, largest=False)
+        low, near = low[:, :most], near[:, :most]
         index[here] = near[:, :k]
         torch.mul(low[:, :k], 2 * scale.square() if p == 2 else scale, out=distance[here])
         if p == 2:

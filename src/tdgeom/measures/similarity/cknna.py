@@ -9,6 +9,14 @@ from torch import Tensor
 
 from tdgeom.core.keys import Keys
 from tdgeom.core.pair_stage import PairStage
+from tdgeom.measures.neighbors.row_classes import (
+    RowClasses,
+    cells_of,
+    grouped,
+    meetings,
+    repeats,
+    single_rows,
+)
 from tdgeom.measures.neighbors.tie_weights import warn_of_ties
 from tdgeom.measures.similarity.hsic import alignment, hsic1
 from tdgeom.measures.similarity.pair_sources import MATCHED_ROWS
@@ -32,6 +40,16 @@ class _Neighbours(NamedTuple):
     ceiling: (
         Tensor  # (...) the measure of the side with itself, of which each draws its own places among ties
     )
+    classes: list[_Classes] | None = (
+        None  # of every data set, where rows repeat: ``near`` are then their numbers
+    )
+
+
+class _Classes(NamedTuple):
+    """The same of one data set, among classes of rows that are copies of each other."""
+
+    table: RowClasses
+    value: Tensor  # (m, K) inner products with the classes of ``table.index``
 
 
 def _neighbours(x: Tensor, k: int, measure: str) -> _Neighbours:
@@ -44,6 +62,8 @@ def _neighbours(x: Tensor, k: int, measure: str) -> _Neighbours:
     )  # an isotropic scale cancels, and squares stay in range
     size = torch.linalg.vector_norm(rows.detach(), dim=-1, keepdim=True)
     rounding = 1e-12 * size * size.amax(-2, keepdim=True)
+    if repeats(x):
+        return _repeating(rows, k)
     width = (
         n - 1 if torch.compiler.is_compiling() else min(k + 1, n - 1)
     )  # a graph can't widen as it learns of ties
@@ -60,6 +80,53 @@ def _neighbours(x: Tensor, k: int, measure: str) -> _Neighbours:
     side = _Neighbours(near, value, None if plain else weight, nothing, nothing)
     own = _hsic(side, side._replace(weight=None))  # a row's weight for itself is its mask once, not squared
     return side._replace(own=own, ceiling=torch.ones_like(own) if plain else _hsic(side, side) / own)
+
+
+def _repeating(rows: Tensor, k: int) -> _Neighbours:
+    """The same where rows repeat."""
+    flat = rows.reshape(-1, *rows.shape[-2:])
+    found = [_classes(one, k) for one in flat]
+    own = torch.stack([_hsic_of_classes(one, one, once=True) for one in found])
+    with_itself = torch.stack([_hsic_of_classes(one, one) for one in found])
+    numbers = torch.stack([one.table.group for one in found]).view(*rows.shape[:-1], 1)
+    own, ceiling = (value.view(rows.shape[:-2]) for value in (own, with_itself / own))
+    return _Neighbours(numbers, numbers.double(), None, own, ceiling, found)
+
+
+def _classes(rows: Tensor, k: int) -> _Classes:
+    group, size, kept = grouped(rows)
+    distinct = rows[kept]
+    norm = torch.linalg.vector_norm(distinct, dim=-1, keepdim=True)
+    rounding = 1e-12 * norm * norm.amax(-2, keepdim=True)
+
+    def found(which: Tensor, width: int) -> tuple[Tensor, ...]:
+        """Of some classes: the classes of the largest products, these, their weights, and whether others share in them."""
+        product = distinct[which] @ distinct.mT
+        own = which.unsqueeze(-1)
+        product.scatter_(-1, own, torch.where(size[own] > 1, product.gather(-1, own), -torch.inf))
+        value, near = product.sort(-1, descending=True) if width == len(size) else product.topk(width)
+        count = torch.where(value > -torch.inf, size[near] - (near == own).long(), 0)
+        value = torch.where(count > 0, value, 0.0)
+        place = (count.cumsum(-1) < k).sum(-1, keepdim=True).clamp(max=width - 1)
+        last = value.gather(-1, place)
+        above, equal = value > last + rounding[which], (value - last).abs() <= rounding[which]
+        left = k - (count * above).sum(-1, keepdim=True)
+        share = left.double() / (count * equal).sum(-1, keepdim=True)
+        weight = torch.where(count > 0, above.double() + torch.where(equal, share, 0.0), 0.0)
+        return near, value, weight
+
+    every, width = torch.arange(len(size), device=rows.device), min(k + 1, len(size))
+    parts = [found(part, width) for part in every.split(_BLOCK)]
+    near, value, weight = (torch.cat(part) for part in zip(*parts))
+    open_ = (weight[:, -1] > 0).nonzero().flatten() if width < len(size) else every[:0]
+    if len(open_):
+        # all that is tied with them; the others name themselves in what they have more of columns
+        more = len(size) - width
+        near = torch.cat((near, every.unsqueeze(-1).expand(-1, more)), -1)
+        value, weight = (torch.nn.functional.pad(part, (0, more)) for part in (value, weight))
+        for part in open_.split(_BLOCK):
+            near[part], value[part], weight[part] = found(part, len(size))
+    return _Classes(RowClasses(group, size, near, weight), value)
 
 
 def _largest(rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -87,6 +154,10 @@ def _hsic(a: _Neighbours, b: _Neighbours) -> Tensor:
     The mask is not symmetric, so the transposes of the formula are kept: ``Σ K∘Lᵀ`` and ``Σ KL``.
     """
     n = a.near.shape[-2]
+    if a.classes or b.classes:
+        lead = torch.broadcast_shapes(a.near.shape[:-2], b.near.shape[:-2])
+        pairs = zip(*(_spread_classes(side, lead) for side in (a, b)))
+        return torch.stack([_hsic_of_classes(*pair) for pair in pairs]).view(lead)
     if max(a.near.shape[-1], b.near.shape[-1]) > n // 16:
         return _dense_hsic(a, b)
     lead = torch.broadcast_shapes(a.near.shape[:-2], b.near.shape[:-2])
@@ -107,6 +178,37 @@ def _hsic(a: _Neighbours, b: _Neighbours) -> Tensor:
     columns = k_values.new_zeros(*lead, n).scatter_add(-1, j, k_values)
     middle = (columns * l_values.unflatten(-1, (n, -1)).sum(-1)).sum(-1)
     return hsic1(trace, middle, k_values.sum(-1), l_values.sum(-1), n)
+
+
+def _spread_classes(side: _Neighbours, lead: torch.Size) -> list[_Classes]:
+    own, table = side.near.shape[:-2], side.near.shape[-2:]
+    each = side.classes
+    if each is None:
+        near, value, weight = (
+            [None] * max(1, own.numel()) if part is None else list(part.reshape(-1, *table))
+            for part in (side.near, side.value, side.weight)
+        )
+        each = [_Classes(single_rows(i, w), v) for i, v, w in zip(near, value, weight)]
+    return [each[i] for i in torch.arange(len(each)).view(own).expand(lead).flatten().tolist()]
+
+
+def _hsic_of_classes(a: _Classes, b: _Classes, *, once: bool = False) -> Tensor:
+    """``_hsic`` of one data set; ``once``: the mask is a's own weights."""
+    cells = cells_of(a.table, b.table)
+    m, count = len(cells.count), cells.count
+    p, q, i, j = (torch.cat(part) for part in zip(*meetings(a.table, b.table, cells)))
+    mask = a.table.weight[cells.a[p], i]
+    mask = mask if once else mask * b.table.weight[cells.b[p], j]
+    k_values, l_values = mask * a.value[cells.a[p], i], mask * b.value[cells.b[p], j]
+    itself = (p == q).long()
+    pairs = count[p] * (count[q] - itself)  # of rows in p and q, a row and itself left out
+    found, place = _looked_up(q * m + p, p * m + q)
+    trace = torch.where(found, pairs * k_values * l_values[place], 0).sum()
+    columns, rows = k_values.new_zeros(m), k_values.new_zeros(m)
+    columns.index_add_(0, q, (count[p] - itself) * k_values)
+    rows.index_add_(0, p, (count[q] - itself) * l_values)
+    middle = (count * columns * rows).sum()
+    return hsic1(trace, middle, (pairs * k_values).sum(), (pairs * l_values).sum(), len(cells.inverse))
 
 
 def _dense_hsic(a: _Neighbours, b: _Neighbours) -> Tensor:
