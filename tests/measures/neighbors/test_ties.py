@@ -239,7 +239,7 @@ def test_distances_are_equal_to_twelve_digits():
 
 @pytest.mark.parametrize("function", [F.neighborhood_overlap, F.jaccard_knn, F.cknna])
 def test_data_sets_with_and_without_repeats_in_one_batch(function):
-    (x, y), (u, v), (w, _) = (sides(kind, 60, 5) for kind in ("zeros", "no ties", "repeated"))
+    (x, _), (u, v), (w, _) = (sides(kind, 60, 5) for kind in ("zeros", "no ties", "repeated"))
     wide = torch.stack([torch.nn.functional.pad(rows, (0, 5 - rows.shape[1])) for rows in (x, u, w)])
     other = torch.nn.functional.pad(v, (0, 2))
     together = function(wide, other, k=6)  # broadcast
