@@ -53,7 +53,7 @@ class StreamingCrossMoments(StreamingStage):
     ``source="moments"`` compute their value over all rows of a run.
 
     and ``"relative_error"`` () behind all others: no entry of a covariance or cross covariance C is further off than that times
-    √(C_ii C_jj).
+    √(C_ii C_jj). The same again for every pair, as its last leaf, where the stages between two sites read it.
 
     A block is centred about the running mean that includes it and multiplied and added in float64; what was summed before is
     moved to that mean by a row more in the product and by vectors. So offsets, scales and massive rows cost no digits, and batch
@@ -132,6 +132,7 @@ class StreamingCrossMoments(StreamingStage):
         places: list[tuple[str, ...]] = [(*part, leaf) for part in parts for leaf in SITE_LEAVES]
         places += [(f"{a}->{b}", leaf) for a, b in self.pairs for leaf in PAIR_LEAVES]
         places.append(("relative_error",))
+        places += [(f"{a}->{b}", "relative_error") for a, b in self.pairs]
         writes: list[Key] = [("cross_moments", *place) for place in places]
         if isinstance(out_keys, (str, tuple)):
             out_keys = [(*key_tuple(out_keys), *place) for place in places]
@@ -279,7 +280,7 @@ class StreamingCrossMoments(StreamingStage):
             i, j = self.sites.index(a), self.sites.index(b)
             block = scatter[i, j] if i <= j else scatter[j, i].mT
             leaves += [(block / degrees).contiguous(), norms(i, j), vectors(i, j), vectors(j, i)]
-        return [*leaves, self.relative_error.clone()]
+        return [*leaves, *(self.relative_error.clone() for _ in range(1 + len(self.pairs)))]
 
     def _edges(self) -> list[int]:
         """Where each site's columns start, after projection."""

@@ -182,6 +182,7 @@ class CCA(LinearPairStage):
     def compare(self, a: Factor, b: Factor, *rest: Tensor) -> dict[str, Tensor]:
         """One product and its singular values."""
         tell_few("CCA", "cca_mean and cca_r2", a, b)
+        self.judge("cca_mean and cca_r2", a, b, *rest)
         correlations = _correlations(overlap(a, b, *rest))
         values = {"cca_mean": _mean(correlations, a, b), "cca_r2": _mean(correlations.square(), a, b)}
         warn_undefined(values["cca_mean"], "cca_mean and cca_r2", _REASON)
@@ -205,6 +206,7 @@ class SVCCA(LinearPairStage):
 
     def compare(self, a: Factor, b: Factor, *rest: Tensor) -> Tensor:
         """One product and its singular values."""
+        self.judge("svcca", a, b, *rest)
         return warn_undefined(_mean(_correlations(overlap(a, b, *rest)), a, b), "svcca", _REASON)
 
 
@@ -223,6 +225,7 @@ class PWCCA(LinearPairStage):
     def compare(self, a: Factor, b: Factor, *rest: Tensor) -> dict[str, Tensor]:
         """One product and its singular vectors on both sides."""
         tell_few("PWCCA", "pwcca_ab and pwcca_ba", a, b)
+        self.judge("pwcca_ab and pwcca_ba", a, b, *rest)
         m = overlap(a, b, *rest)
         values = {"pwcca_ab": _weighted(m, a, b), "pwcca_ba": _weighted(m.mT, b, a)}
         warn_undefined(values["pwcca_ab"], "pwcca_ab and pwcca_ba", _REASON)

@@ -62,7 +62,7 @@ def _neighbours(x: Tensor, k: int, measure: str) -> _Neighbours:
     )  # an isotropic scale cancels, and squares stay in range
     size = torch.linalg.vector_norm(rows.detach(), dim=-1, keepdim=True)
     rounding = 1e-12 * size * size.amax(-2, keepdim=True)
-    if repeats(x):
+    if repeats(rows):
         return _repeating(rows, k)
     width = (
         n - 1 if torch.compiler.is_compiling() else min(k + 1, n - 1)

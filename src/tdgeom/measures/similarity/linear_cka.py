@@ -164,7 +164,7 @@ class LinearCKA(MomentPairStage):
     """
 
     sources = ("sample", "moments", "sketch")
-    optional = frozenset()
+    optional = frozenset({"relative_error"})
 
     def __init__(
         self,
@@ -216,13 +216,15 @@ class LinearCKA(MomentPairStage):
             off = _off_product(a, b)
             found = [[_aligned(a, b, off, name)] for name in self.estimates]
         else:
-            cross_covariance, norm2_product = (value.to(torch.float64) for value in rest)
+            cross_covariance, norm2_product = (value.to(torch.float64) for value in rest[:2])
             if self.source == "moments":
                 norm2_product = norm2_product[..., None, None]
             groups, scale = norm2_product.shape[-1], (a.n - 1).square()[..., None, None]
             cross = block_squares(cross_covariance, groups) * scale
             tables = (_tables(a, b, cross, norm2_product, name) for name in self.estimates)
             exact = self.source == "moments"
+            if exact and "linear_cka_debiased" in self.estimates and len(rest) > 2:
+                self.tell_unresolved("linear_cka_debiased", _moved(a, b, cross, norm2_product), rest[2])
             found = [
                 [alignment(*(table[..., 0, 0] for table in one))] if exact else [*ratio_over_groups(*one)]
                 for one in tables
@@ -230,6 +232,17 @@ class LinearCKA(MomentPairStage):
         for name, (value, *_) in zip(self.estimates, found):
             warn_undefined(value, name, _REASON if name == "linear_cka" else _REASON_DEBIASED)
         return [value for values in found for value in values]
+
+
+def _moved(a: _Moments, b: _Moments, cross: Tensor, norm2_product: Tensor) -> Tensor:
+    """(...) by how many times the products' relative error the debiased estimate may move: sums of squares less their bias."""
+    between, own_a, own_b = _tables(a, b, cross, norm2_product, "linear_cka_debiased")
+    root = (own_a * own_b).sqrt()
+    value = between / root
+    moved = 2 * (cross * (a.square * b.square).sqrt()).sqrt() / root + value.abs() * (
+        a.square / own_a + b.square / own_b
+    )
+    return moved[..., 0, 0]
 
 
 def _tables(

@@ -122,7 +122,26 @@ def tell_few(stage: str, measures: str, a: Factor, b: Factor) -> None:
     tell_beyond_features(stage, measures, rows, max(a.coefficients.shape[-1], b.coefficients.shape[-1]))
 
 
-def overlap(a: Factor, b: Factor, cross_covariance: Tensor | None = None) -> Tensor:
+def moved_by_rounding(a: Factor, b: Factor, *, standardise: bool) -> Tensor:
+    """(...) by how many times the products' relative error a mean over the directions of both sides may move.
+
+    An eigenvalue along v is off by that error times Σ_j v_j² C_jj, and what is divided by it by the quotient of both.
+    """
+    found = []
+    for side in (a, b):
+        used = side.coefficients.square().sum(-1) > 0
+        square = torch.where(used, side.values, 1.0).square().unsqueeze(-1)
+        variance = side.coefficients.square().sum(-2, keepdim=True)
+        if standardise:  # the features' own variances are 1
+            along = side.n[..., None] - 1 if side.n is not None else torch.ones_like(side.values)
+        else:
+            along = (side.coefficients.square() / square * variance).sum(-1)
+        share = torch.where(used, along / square.squeeze(-1), 0.0)
+        found.append(share.sum(-1) / side.rank)
+    return found[0] + found[1]
+
+
+def overlap(a: Factor, b: Factor, cross_covariance: Tensor | None = None, *further: Tensor) -> Tensor:
     """U_aᵀU_b (..., r, s), whose singular values are the canonical correlations."""
     if a.n is None or cross_covariance is None:
         return a.basis.mT @ b.basis
@@ -138,6 +157,12 @@ class LinearPairStage(MomentPairStage):
 
     standardise: bool = True
     share: float | None = None
+
+    def judge(self, names: str, a: Factor, b: Factor, *rest: Tensor) -> None:
+        """A warning where float32 products behind the moments do not resolve the directions; ``rest``: as ``compare`` has it."""
+        if len(rest) > 1:
+            moved = moved_by_rounding(a, b, standardise=self.standardise)
+            self.tell_unresolved(names, moved, rest[1])
 
     def prepare(self, *inputs: Tensor) -> Factor:
         """One decomposition a site."""

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Key, Keys
 from tdgeom.core.pair_stage import PairStage
+from tdgeom.core.warnings import UnresolvedMeasureWarning, tell
+from tdgeom.numerics.centring import occurs
 
 __all__ = ["MATCHED_ROWS", "MomentPairStage", "Source", "refuse_sketch"]
 
+FINE = 1e-10  # of a relative error, above which products were float32
 Source = Literal["sample", "moments", "sketch"]
 
 MATCHED_ROWS: dict[Key, str] = {("sample", "a"): "N D", ("sample", "b"): "N E"}
@@ -47,7 +51,7 @@ class MomentPairStage(PairStage):
             from a sketch of them, where it is there.
     """
 
-    optional = frozenset({"norm4"})
+    optional = frozenset({"norm4", "relative_error"})
 
     sources: Sequence[Source] = ("sample", "moments")
     measures: Sequence[str] = ()
@@ -69,5 +73,21 @@ class MomentPairStage(PairStage):
             reads |= {
                 ("cross_moments", side, "norm4"): "" for side in "ab" if "norm4" not in self.side_leaves
             }
+            if source == "moments":
+                reads[("cross_moments", "relative_error")] = ""
         writes: list[Key] = [("between", name) for name in self.measures]
         super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=writes)
+
+    def tell_unresolved(self, names: str, moved: Tensor, relative_error: Tensor | None) -> None:
+        """One warning where float32 products, off by ``relative_error``, may have moved a measure by 1e-4.
+
+        ``moved``: by how many times the relative error.
+        """
+        if relative_error is None or not occurs(relative_error > FINE):
+            return
+        if occurs(relative_error * torch.nan_to_num(moved, 0.0, 0.0) > 1e-4):
+            tell(
+                f"{type(self).__qualname__}: the rounding of float32 products could move {names} by more than 1e-4: unresolved. "
+                f"StreamingCrossMoments(precision='float64') resolves them.",
+                UnresolvedMeasureWarning,
+            )
