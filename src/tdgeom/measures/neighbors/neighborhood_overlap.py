@@ -207,9 +207,9 @@ def _spread_classes(side: _Side, lead: torch.Size) -> list[RowClasses]:
     own, table = side.near.shape[:-2], side.near.shape[-2:]
     each = side.classes
     if each is None:
-        near, weight = side.near.reshape(-1, *table), side.weight
-        weights = [None] * len(near) if weight is None else list(weight.reshape(-1, *table))
-        each = [single_rows(*one) for one in zip(near, weights)]
+        near = side.near.reshape(-1, *table)
+        weight = torch.ones_like(near) if side.weight is None else side.weight.reshape(-1, *table)
+        each = [single_rows(*one) for one in zip(near, weight)]
     return [each[i] for i in torch.arange(len(each)).view(own).expand(lead).flatten().tolist()]
 
 

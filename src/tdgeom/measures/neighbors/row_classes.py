@@ -109,8 +109,8 @@ def class_weights(distance: Tensor, count: Tensor, k: int | Tensor) -> tuple[Ten
 def single_rows(index: Tensor, weight: Tensor | None) -> RowClasses:
     """A neighbour table (N, K) of rows that are each a class of their own."""
     own = torch.arange(len(index), device=index.device)
-    weight = torch.ones_like(index, dtype=torch.float64) if weight is None else weight
-    return RowClasses(own, torch.ones_like(own), index, weight)
+    weight = torch.ones_like(index) if weight is None else weight
+    return RowClasses(own, torch.ones_like(own), index, weight.double())
 
 
 def cells_of(a: RowClasses, b: RowClasses) -> Cells:

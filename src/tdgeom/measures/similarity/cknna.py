@@ -184,10 +184,8 @@ def _spread_classes(side: _Neighbours, lead: torch.Size) -> list[_Classes]:
     own, table = side.near.shape[:-2], side.near.shape[-2:]
     each = side.classes
     if each is None:
-        near, value, weight = (
-            [None] * max(1, own.numel()) if part is None else list(part.reshape(-1, *table))
-            for part in (side.near, side.value, side.weight)
-        )
+        near, value = side.near.reshape(-1, *table), side.value.reshape(-1, *table)
+        weight = torch.ones_like(value) if side.weight is None else side.weight.reshape(-1, *table)
         each = [_Classes(single_rows(i, w), v) for i, v, w in zip(near, value, weight)]
     return [each[i] for i in torch.arange(len(each)).view(own).expand(lead).flatten().tolist()]
 
