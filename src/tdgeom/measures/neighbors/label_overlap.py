@@ -21,7 +21,6 @@ from tdgeom.measures.neighbors.row_classes import (
     cells_of,
     nearest_classes,
     repeats,
-    single_rows,
 )
 from tdgeom.measures.neighbors.tie_weights import tie_weights, warn_of_ties_beyond, weighted_table
 from tdgeom.numerics.centring import holds, occurs, warn_undefined
@@ -104,7 +103,7 @@ def _same(index: Tensor, weight: Tensor, label: Tensor) -> Tensor:
 def _same_in_classes(classes: RowClasses, label: Tensor) -> Tensor:
     """As ``_same``, of one data set whose rows repeat."""
     names, number = label.unique(return_inverse=True)
-    cells = cells_of(classes, single_rows(number.unsqueeze(-1), None)._replace(group=number, size=names))
+    cells = cells_of(classes, RowClasses(number, names, names.unsqueeze(-1), names.unsqueeze(-1)))
     code = cells.a * len(names) + cells.b
     index, weight = classes.index[classes.group], classes.weight[classes.group]
     wanted = index * len(names) + number.unsqueeze(-1)

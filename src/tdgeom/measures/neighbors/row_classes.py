@@ -7,7 +7,7 @@ asked for, however often rows repeat. What two sides share is counted among cell
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ __all__ = [
 _ENTRIES = 2**22  # looked at together
 
 
-class RowClasses(NamedTuple):
+@dataclass(frozen=True)
+class RowClasses:
     """The classes of N rows, and the neighbouring classes of each with the weight of every member (not the row itself)."""
 
     group: Tensor  # (N,) the class of each row
@@ -34,7 +35,8 @@ class RowClasses(NamedTuple):
     weight: Tensor  # (m, K) float64
 
 
-class Cells(NamedTuple):
+@dataclass(frozen=True)
+class Cells:
     """The members that a class of one side has in common with one of the other: C of them."""
 
     inverse: Tensor  # (N,) the cell of each row
