@@ -222,7 +222,8 @@ def agree(measure: Callable[..., Any], *rows: Tensor) -> None:
 
 
 # rows closer than 64 roundings of their length are copies of each other: float32 rows a million standard deviations out, or
-# that differ in one feature of sixteen, may be, where the same numbers in float64 are not
+# that differ in one feature of sixteen or lie on a line (N²·c·eps pairs of them, by chance), may be, where the same numbers in
+# float64 are not
 LEAVE_OUT_COPIES = {
     "global_pca", "twonn", "twonn_ml", "gride", "levina_bickel", "mom", "tle", "local_knn", "local_pca", "ca_pca",
 }  # fmt: skip
@@ -232,7 +233,8 @@ LEAVE_OUT_COPIES = {
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(how=bad_rows())
 def test_a_measure_of_one_side(name, how):
-    assume(name not in LEAVE_OUT_COPIES or (how["offset"] < 1e6 and how["constant"] <= WIDTH // 2))
+    spread = how["offset"] < 1e6 and how["constant"] <= WIDTH // 2 and how["rank"] > 1
+    assume(name not in LEAVE_OUT_COPIES or spread)
     agree(ONE[name], made(how))
 
 
