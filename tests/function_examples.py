@@ -137,14 +137,16 @@ CALLS: dict[str, Call] = {
     "covariance": Call(F.covariance, one),
     "eigen_spectrum": Call(lambda c: F.eigen_spectrum(c, k=2), lambda seed: (covariance(seed),)),
     "entropy_dimension": Call(F.entropy_dimension, values),
-    "rows_to_settle": Call(lambda v: F.rows_to_settle(v, torch.arange(len(v), 0, -1)), values),
-    "settling": Call(lambda v: F.settling(v, torch.arange(len(v), 0, -1)), values),
+    "rows_to_settle": Call(lambda v: F.rows_to_settle(v, torch.arange(len(v), 0, -1, device="cpu")), values),
+    "settling": Call(lambda v: F.settling(v, torch.arange(len(v), 0, -1, device="cpu")), values),
     "ledoit_wolf": Call(
         F.ledoit_wolf,
         lambda seed: (torch.tensor(N), covariance(seed), (rows(seed) - rows(seed).mean(0)).square().sum(-1).square().sum()),
     ),
     "noise_rank": Call(lambda v: F.noise_rank(v, N), values),
-    "oracle_approximating": Call(lambda c: F.oracle_approximating(torch.tensor(N), c), lambda seed: (covariance(seed),)),
+    "oracle_approximating": Call(
+        lambda c: F.oracle_approximating(torch.tensor(N, device="cpu"), c), lambda seed: (covariance(seed),)
+    ),
     "numerical_rank": Call(F.numerical_rank, values),
     "log_spectrum_slope": Call(F.log_spectrum_slope, values),
     "normalized": Call(lambda x: F.normalized(x, "feature_standardized"), one),
@@ -155,7 +157,7 @@ CALLS: dict[str, Call] = {
     "error_interval": Call(
         lambda x, e: F.error_interval(x, e, 19, scale="log"), lambda seed: (spectrum(seed)[:3], spectrum(seed)[3:6])
     ),
-    "group_jackknife": Call(lambda v: F.group_jackknife(v, 2 + torch.arange(29)), values),
+    "group_jackknife": Call(lambda v: F.group_jackknife(v, 2 + torch.arange(29, device="cpu")), values),
     "sample_metrics": Call(F.sample_metrics, one),
     "spectrum_metrics": Call(F.spectrum_metrics, values),
     # concepts and probes

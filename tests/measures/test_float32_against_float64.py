@@ -117,6 +117,7 @@ ONE: dict[str, Callable[[Tensor], Any]] = {
     "rdm_euclidean": lambda x: F.rdm(x, "euclidean"),
     "streamed": streamed,
     "ablated": ablated,
+    "participation_ratio_sampled": F.participation_ratio_sampled,
 }
 TWO: dict[str, Callable[[Tensor, Tensor], Any]] = {
     **{
@@ -132,6 +133,12 @@ TWO: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "neighborhood_overlap": lambda x, y: F.neighborhood_overlap(x, y, k=5),
     "jaccard_knn": lambda x, y: F.jaccard_knn(x, y, k=5),
     "information_imbalance": F.information_imbalance,
+    "linear_cka_null": F.linear_cka_null,
+    "linear_cka_sampled": F.linear_cka_sampled,
+    "procrustes_bounds": F.procrustes_bounds,
+    "subspace_overlap_corrected": lambda x, y: F.subspace_overlap_corrected(
+        x, y[:, : x.shape[1]], k=1, splits=3
+    ),
     "rsa_kendall": lambda x, y: F.rsa(x, y, "euclidean", "kendall_a"),
     "rsa_pearson": lambda x, y: F.rsa(x, y, "euclidean", "pearson"),
     "moments_cka": from_moments(tg.LinearCKA(source="moments")),

@@ -120,8 +120,8 @@ def error_interval(
     if not 0 < level < 1:
         raise ValueError(f"error_interval: level lies between 0 and 1, got {level!r}.")
     x, error = estimate.double(), standard_error.double()
-    degrees = torch.as_tensor(degrees, dtype=torch.float64).cpu()
-    quantile = torch.as_tensor(student.ppf((1 + level) / 2, degrees.clamp(min=1).numpy()))
+    degrees = torch.as_tensor(degrees, dtype=torch.float64, device="cpu")
+    quantile = torch.as_tensor(student.ppf((1 + level) / 2, degrees.clamp(min=1).numpy()), device="cpu")
     quantile = torch.where(degrees >= 1, quantile, torch.nan).to(x.device)
     plain = (x - quantile * error, x + quantile * error)
     if scale == "linear":

@@ -56,7 +56,7 @@ def _powers(product: Tensor) -> tuple[Tensor, Tensor]:
 
 def _permuted(a: _Side, b: _Side, value: Tensor) -> NullOfCKA:
     """The exact first two moments over all N! permutations (Kazi-Aoual et al. 1995), the third as N grows."""
-    n = a.n
+    n = a.n if a.n.ndim >= b.n.ndim else b.n
     dimension = [s.trace.square() / s.square for s in (a, b)]
     mean = (dimension[0] * dimension[1]).sqrt() / (n - 1)
     spread = torch.ones_like(n)
@@ -70,7 +70,8 @@ def _permuted(a: _Side, b: _Side, value: Tensor) -> NullOfCKA:
     deviation = torch.where(fine, variance, torch.nan).sqrt()
     skewness = 8**0.5 * a.cube * b.cube / (a.square * b.square) ** 1.5
     z = (value - mean) / deviation
-    return NullOfCKA(mean, deviation, z, _upper_tail(z, skewness), (value - mean) / (1 - mean), n)
+    found = mean, deviation, z, _upper_tail(z, skewness), (value - mean) / (1 - mean)
+    return NullOfCKA(*found, n.expand_as(mean).clone())
 
 
 def _upper_tail(z: Tensor, skewness: Tensor) -> Tensor:
