@@ -73,11 +73,11 @@ def test_welch_where_documents_differ() -> None:
 
 
 def test_halves_of_one_corpus_are_called_different_no_oftener_than_the_level() -> None:
-    """The largest of all metrics and sites, by Holm: 30 pairs of runs of one model on documents of one kind."""
+    """The largest of all metrics and sites, by Holm: 16 pairs of runs of one model on documents of one kind."""
     model = models.gpt2()
     false = [
         tg.difference(*(analyzed(model, 2 * s + half, max_rows=400) for half in (0, 1)))["differs"].any()
-        for s in range(30)
+        for s in range(16)
     ]
     assert np.mean(false) <= 0.05 + 2.5 * (0.05 * 0.95 / len(false)) ** 0.5
 
