@@ -449,8 +449,9 @@ class SelectTokens(Stage):
         if value.ndim != 3 or value.shape[:2] != keep.shape:
             raise ValueError(
                 f"SelectTokens expects {key!r} of shape ({keep.shape[0]}, {keep.shape[1]}, D) to fit {self.mask_key!r}, got "
-                f"{tuple(value.shape)}. Sites with another number of positions (the other stack of an encoder-decoder "
-                f"model, say) need a pipeline of their own."
+                f"{tuple(value.shape)}. Sites with another number of positions (a decoder's beside its encoder's) take a "
+                f"SelectTokens of their own, with mask_key='decoder_attention_mask' and another name for its 'row_id' "
+                f"(out_keys=)."
             )
         return value
 
