@@ -18,6 +18,7 @@ import tdgeom as tg
 from tdgeom.analysis.compare import MAX_ROWS
 from tdgeom.cli.compare_command import compare as compare_command
 from tdgeom.measures.registry import ALIASES, DEFAULT_MEASURES, MEASURES, known_measures
+from tdgeom.model.calls.repeated_calls import FiredTooOften
 from terminal import refused
 
 
@@ -362,3 +363,26 @@ def test_the_earlier_name_of_metrics_is_taken(wide):
     assert by_alias.matrix().equals(tg.compare(models.gpt2(), wide, loader(), ["cka"], **settings).matrix())
     with pytest.raises(TypeError, match="measures= is another name of metrics=; got both"):
         tg.compare(models.gpt2(), wide, loader(), metrics="cka", measures="cka", **settings)
+
+
+def test_a_module_that_runs_several_times_is_compared_at_the_call_that_is_named() -> None:
+    from transformers import AlbertConfig, AlbertModel
+
+    torch.manual_seed(0)
+    model = AlbertModel(
+        AlbertConfig(
+            vocab_size=models.VOCAB, embedding_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=3,
+            num_attention_heads=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )
+    ).eval()  # fmt: skip
+    site = "module_output:encoder.albert_layer_groups.0.albert_layers.0"
+    with pytest.raises(FiredTooOften, match="calls="):
+        tg.compare(model, model, loader(), "linear_cka", sites=site, progress=False)
+    with pytest.raises(ValueError, match="calls='all' has several values"):
+        tg.compare(model, model, loader(), "linear_cka", sites=site, calls="all", progress=False)
+    other = tg.compare(
+        model, copy.deepcopy(model), loader(), "linear_cka", sites=site, calls="last", progress=False
+    )
+    assert other.metadata["settings"]["calls"] == "last" and other.matrix("linear_cka").iloc[
+        0, 0
+    ] == pytest.approx(1.0)

@@ -28,6 +28,7 @@ from tdgeom.measures.leave_out import SampleGroups
 from tdgeom.measures.listed_measures import listed_measures
 from tdgeom.measures.neighbors.nearest_neighbors import NearestNeighbors
 from tdgeom.measures.registry import DEFAULT_MEASURES, named_stages
+from tdgeom.model.calls.repeated_calls import CallsSpec, check_calls
 from tdgeom.model.capture import Capture
 from tdgeom.model.capture_spec import CaptureSpec
 from tdgeom.model.loading import load_model, model_identity
@@ -79,6 +80,7 @@ def compare(
     device: str | torch.device | None = None,
     progress: bool | None = True,
     seed: int = 0,
+    calls: CallsSpec = None,
 ) -> Comparison | None:
     """Compare every layer of one model with every layer of another, over the same data in one pass.
 
@@ -109,6 +111,8 @@ def compare(
         device: moves both models there first.
         progress: a progress bar on a terminal.
         seed: of the sample and the sketch.
+        calls: which call is compared of a module that runs several times in one pass, as ``Capture`` takes it: "first", "last"
+            or a number from 0. Default: such a module is an error.
 
     Returns:
         Comparison, on rank 0 of a process group (None elsewhere); ``tg.plot.matrix(comparison.novelty, measure)`` draws it.
@@ -144,9 +148,17 @@ def compare(
         align=_alignment(align, tokenizer_a, tokenizer_b),
         sketch=sketch,
         errors=errors,
+        calls=_one_call(calls),
     )
     captures = [
-        Capture(net, sites, layers=layers, prefix=f"{name}/", in_keys=_inputs(side, settings.align))
+        Capture(
+            net,
+            sites,
+            layers=layers,
+            prefix=f"{name}/",
+            in_keys=_inputs(side, settings.align),
+            calls=settings.calls,
+        )
         for net, name, side in zip(nets, names, "ab")
     ]
     pipeline = TensorDictSequential(*captures, *_stages_behind(captures, settings))
@@ -291,3 +303,11 @@ def _comparison(
 def _in_order(table: pd.DataFrame) -> pd.DataFrame:
     """Every measure's error right behind it."""
     return table[list(errors_beside(dict.fromkeys(map(str, table))))]
+
+
+def _one_call(calls: CallsSpec) -> CallsSpec:
+    if check_calls(calls) == "all":
+        raise ValueError(
+            "compare: calls='all' has several values for one row. Remedy: calls='first', 'last' or a number."
+        )
+    return calls
