@@ -67,4 +67,7 @@ def test_what_a_thread_of_ours_tells_is_told_where_it_was_started():
     finally:
         torch.set_num_threads(threads)
     assert {w.filename for w in seen} == {__file__}
-    assert [str(w.message)[-9:] for w in seen] == ["[at x, y]"]
+    assert len(seen) == 1 and str(seen[0].message)[-9:] in (
+        "[at x, y]",
+        "[at y, x]",
+    )  # whichever thread was first

@@ -10,7 +10,9 @@ from stage_examples import EXAMPLES, is_streaming
 NAMES = [
     name
     for name, example in EXAMPLES.items()
-    if type(example.make()).__module__.startswith("tdgeom.measures") and not is_streaming(example.make())
+    if type(example.make()).__module__.startswith("tdgeom.measures")
+    and not is_streaming(example.make())
+    and "compile" not in example.exempt  # with the reason
 ]
 QUICK = ("TwoNN", "NearestNeighbors", "LabelOverlap", "LinearCKA", "CKNNA", "SoftMatching", "SampleMetrics")
 
