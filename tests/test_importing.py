@@ -172,3 +172,13 @@ def test_a_type_checker_sees_every_name(tmp_path):
     assert "Found 1 error" in found and 'Module has no attribute "nothing"' in found
     assert '"tdgeom.measures.dimension.twonn.TwoNN"' in found and "max_rows" in found
     assert "tdgeom.rows.text.TextBatches" in found
+
+
+def test_a_sequence_made_of_public_names_knows_optional_inputs_in_a_fresh_process() -> None:
+    program = (
+        "import tdgeom as tg\n"
+        "from tensordict.nn import TensorDictSequential\n"
+        "p = TensorDictSequential(tg.RowSample(), tg.SampleMetrics(), tg.TwoNN())\n"
+        "assert len(list(p.select_subsequence(in_keys=['sample']).module)) == 2\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

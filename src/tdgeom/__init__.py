@@ -22,6 +22,7 @@ def __getattr__(name: str) -> Any:
     if name in _SHORT_NAMES:
         return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:
+        importlib.import_module(f"{__name__}.core.pipeline")  # teaches sequences what an optional input is
         return _load(name)
     raise AttributeError(
         f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__]
