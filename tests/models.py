@@ -167,6 +167,19 @@ def text_batch(batch: int = 3, length: int = 7) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def labelled_batches(count: int, rows: int = 8) -> list[dict[str, torch.Tensor]]:
+    """Sequences of which those labelled 1 end in token 9, those labelled 0 in token 5; padded on the left and right."""
+    made = []
+    for seed in range(count):
+        ids = torch.randint(10, VOCAB, (rows, 7), generator=torch.Generator().manual_seed(seed))
+        label = torch.arange(rows) % 2
+        ids[:, -1] = 5 + 4 * label
+        mask = torch.ones_like(ids)
+        mask[0, :2] = 0
+        made.append({"input_ids": ids, "attention_mask": mask, "label": label})
+    return made
+
+
 def _seeded(kind, config) -> nn.Module:
     torch.manual_seed(0)
     model = kind(config).eval()

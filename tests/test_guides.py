@@ -13,22 +13,10 @@ from tensordict.nn import TensorDictSequential
 
 import models
 import tdgeom as tg
+from models import labelled_batches as batches
 
 matplotlib.use("Agg")
 DOCS = Path(__file__).parents[1] / "docs"
-
-
-def batches(count: int, rows: int = 8) -> list[dict[str, torch.Tensor]]:
-    """Sequences of which those labelled 1 end in token 9, those labelled 0 in token 5; padded on the left and right."""
-    made = []
-    for seed in range(count):
-        ids = torch.randint(10, models.VOCAB, (rows, 7), generator=torch.Generator().manual_seed(seed))
-        label = torch.arange(rows) % 2
-        ids[:, -1] = 5 + 4 * label
-        mask = torch.ones_like(ids)
-        mask[0, :2] = 0
-        made.append({"input_ids": ids, "attention_mask": mask, "label": label})
-    return made
 
 
 def ran(page: str, **given) -> dict:

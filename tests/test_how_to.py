@@ -1,0 +1,49 @@
+"""The pages of docs/howto: each of their Python blocks runs and asserts what it claims.
+
+A page is given the model and the data that docs/howto/index.md speaks of, and nothing else: what it uses it imports. A block of
+``py`` is a call of another tool, shown beside ours and not run.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+import models
+
+matplotlib.use("Agg")
+DOCS = Path(__file__).parents[1] / "docs"
+FOLDERS = ("howto",)
+PAGES = sorted(page for folder in FOLDERS for page in (DOCS / folder).glob("*.md") if page.stem != "index")
+
+
+def blocks_of(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.stem}")
+def test_every_block_runs_and_asserts(page, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    loader = models.labelled_batches(12)
+    batch = {name: value for name, value in loader[0].items() if name != "label"}
+    names = {"model": models.gpt2(), "loader": loader, "batch": batch}
+    blocks = blocks_of(page)
+    assert blocks or page.stem == "troubleshooting"
+    for number, block in enumerate(blocks):
+        tree = ast.parse(block)
+        assert any(isinstance(node, ast.Assert) for node in ast.walk(tree)), (
+            f"block {number} of {page} asserts nothing"
+        )
+        exec(compile(tree, f"{page.name}, block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_an_index_leads_to_every_page(folder) -> None:
+    index = (DOCS / folder / "index.md").read_text(encoding="utf-8")
+    listed = re.search(r"```{toctree}.*?\n\n(.*?)```", index, re.DOTALL)[1].split()
+    assert sorted(listed) == sorted(page.stem for page in PAGES if page.parent.name == folder)
+    assert set(re.findall(r"\]\((\w+)\.md\)", index)) == set(listed)
