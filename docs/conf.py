@@ -13,7 +13,12 @@ author = "tdgeom contributors"
 copyright = "2026, tdgeom contributors"
 version = release = installed_version("tdgeom")
 
-extensions = ["myst_parser", "api_reference"]
+extensions = ["myst_nb", "api_reference", "notebook_pages"]
+nb_execution_mode = "force"
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+nb_output_stderr = "warn"  # what a notebook warns of fails a build with -W
 exclude_patterns = ["_build", "_ext"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3

@@ -72,6 +72,17 @@ def test_a_measure_with_a_range_has_the_whole_of_it(results):
     assert plot.matrix(pairs, "linear_cka", Figure().subplots(), vmax=0.5).images[0].get_clim() == (0, 0.5)
 
 
+def test_a_cell_has_no_minus_before_a_nought(ax):
+    plot.matrix(np.array([[-0.001, -0.0], [-0.01, 1.0]]), ax=ax)
+    assert [text.get_text() for text in ax.texts] == ["0.00", "0.00", "-0.01", "1.00"]
+
+
+def test_a_profile_of_several_scales_says_where_they_are_drawn(ax):
+    table = pd.DataFrame({"layer": [0, 1], "estimate": [np.ones(3), np.ones(3)]})
+    with pytest.raises(ValueError, match="several values in a row.*scale_profile"):
+        plot.profile(table, "estimate", ax=ax)
+
+
 def test_ablation_names_lines_that_coincide(results, ax):
     assert plot.ablation(results, "top1_share", ax) is ax
     drawn = [text.get_text() for text in ax.get_legend().get_texts()]

@@ -62,6 +62,10 @@ def profile(
     missing = [column for column in (x, y, hue, errors) if column is not None and column not in table]
     if missing:
         raise KeyError(f"profile finds no column {missing}; the table has {list(table.columns)}.")
+    if table[y].map(np.ndim).any():
+        raise ValueError(
+            f"profile draws one number a row; column {y!r} has several values in a row: tg.plot.scale_profile draws scales."
+        )
     table, hue = _by_model(table, x, hue)
     table = table.assign(_error=table[errors] if errors else np.nan if yerr is None else np.asarray(yerr))
     groups = list(table.groupby(hue, sort=False, dropna=False)) if hue else [(None, table)]

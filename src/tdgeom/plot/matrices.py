@@ -102,6 +102,6 @@ def _write_cells(ax: Any, image: Any, grid: np.ndarray) -> None:
         if np.isfinite(value):
             red, green, blue, _ = image.cmap(image.norm(value))
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-            said = f"{value:.2f}" if small else f"{value:.3g}"
+            said = f"{round(float(value), 2) + 0.0:.2f}" if small else f"{value:.3g}"  # "0.00", not "-0.00"
             colour = "white" if dark else "black"
             ax.text(column, row, said, ha="center", va="center", fontsize="x-small", color=colour)
