@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
 
 import rank_programs
-from tdgeom.core.process_groups import Repeats
+from tdgeom.run.shares import SeenIds, rows_before
 
 TESTS = Path(__file__).parent.parent
 
@@ -97,18 +98,37 @@ def test_a_cut_falls_in_the_middle_of_a_batch(one):
     assert 43 not in [sum(whole[:i]) for i in range(7)]
 
 
-def test_repeats_in_one_process():
-    repeats = Repeats()
-    new, done = repeats.step(torch.tensor([3, 4, 3]))
-    assert new.tolist() == [3, 4] and not done
-    new, done = repeats.step(torch.tensor([4, 5]))
-    assert new.tolist() == [5] and not done
-    assert repeats.step(None) == (None, True)
+def test_ids_that_come_again_are_seen():
+    generator = np.random.default_rng(0)
+    seen, known = SeenIds(), set()
+    for _ in range(30):
+        ids = generator.integers(0, 200, generator.integers(0, 40))
+        expected = []
+        for one in ids.tolist():
+            expected.append(one not in known)
+            known.add(one)
+        assert seen.add(ids).tolist() == expected
 
 
-def test_a_sharded_loader_without_sequence_ids_is_refused():
-    batches = [{"tokens": {"x": torch.ones(3, 4)}}]
-    with pytest.raises(
-        KeyError, match=r"sharded=True\) needs 'sequence_id' \(B,\) in every batch, unique over all ranks"
-    ):
-        rank_programs.tg.run(rank_programs.measures(["x"]), batches, sharded=True, progress=False)
+def test_rows_before_a_unit_are_those_of_lower_order_on_any_rank():
+    counts, orders = [[2, 5], [3, 0, 4]], [[0, 3], [1, 2, 4]]
+    assert [one.tolist() for one in rows_before(counts, orders)] == [[0, 5], [2, 5, 10]]
+
+
+def test_a_sharded_loader_needs_no_ids():
+    batches = [{"tokens": {"x": torch.arange(12.0, dtype=torch.float64).reshape(3, 4).square()}}] * 2
+    result = rank_programs.tg.run(
+        rank_programs.tg.ForEach(rank_programs.tg.StreamingMean(), ["x"]),
+        batches,
+        sharded=True,
+        progress=False,
+    )
+    assert int(result["run", "rows"]) == 6
+
+
+def test_ids_count_once_in_one_process():
+    batch = {"tokens": torch.arange(12.0).reshape(3, 4), "sequence_id": torch.tensor([4, 9, 4])}
+    rows = {"tokens": torch.ones(2, 4), "row_id": torch.tensor([7, 8])}
+    for loader, left in (([batch, batch], 2), ([rows, rows], 2)):
+        result = rank_programs.tg.run(rank_programs.tg.StreamingMean(), loader, sharded=True, progress=False)
+        assert int(result["run", "rows"]) == left

@@ -1,14 +1,25 @@
-"""Process groups: who does which batch, which repeated sequences count once, and states moved between ranks."""
+"""Process groups: who this process is, and values and states moved between ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Repeats", "broadcast_number", "gather_states", "rank_and_world", "sum_over_ranks"]
+__all__ = [
+    "broadcast_number",
+    "from_first_rank",
+    "gather_numbers",
+    "gather_states",
+    "gather_texts",
+    "rank_and_world",
+    "refuse_no_group",
+    "sum_over_ranks",
+]
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -42,47 +53,54 @@ def broadcast_number(number: int) -> int:
     return int(shared)
 
 
-class Repeats:
-    """Which sequences of a sharded loader are new: every id counts once over all ranks, on the lowest rank first.
+def gather_numbers(numbers: Sequence[int]) -> list[list[int]]:
+    """Every rank's int64 numbers, as many as each has, on every rank. Collective."""
+    world = rank_and_world()[1]
+    if world == 1:
+        return [list(numbers)]
+    wire = _wire()
+    sizes = [torch.zeros((), dtype=torch.int64, device=wire) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor(len(numbers), dtype=torch.int64, device=wire))
+    counts = [int(size) for size in sizes]
+    if not max(counts):
+        return [[] for _ in counts]
+    padded = torch.zeros(max(counts), dtype=torch.int64, device=wire)
+    padded[: len(numbers)] = torch.tensor(list(numbers), dtype=torch.int64, device=wire)
+    gathered = [torch.zeros_like(padded) for _ in range(world)]
+    dist.all_gather(gathered, padded)
+    return [part[:count].tolist() for part, count in zip(gathered, counts)]
 
-    Samplers that even out ranks repeat documents. Each step every rank announces the ids of its batch (or that it has
-    none left), so all ranks hold the same set of seen ids and nobody counts a document twice.
-    """
 
-    def __init__(self) -> None:
-        self._seen: set[int] = set()
+def gather_texts(text: str) -> list[str]:
+    """Every rank's text, on every rank. Collective."""
+    size = len(text.encode())
+    words = torch.frombuffer(bytearray(text.encode() + bytes(-size % 8 + 8)), dtype=torch.int64)
+    every = gather_numbers([size, *words.tolist()])
+    return [bytes(torch.tensor(part[1:]).view(torch.uint8).numpy())[: part[0]].decode() for part in every]
 
-    def step(self, ids: Tensor | None) -> tuple[Tensor | None, bool]:
-        """(the new ones among ids, whether every rank is out of batches). Collective: all ranks call it in step."""
-        rank, world = rank_and_world()
-        mine = [] if ids is None else ids.tolist()
-        new: list[int] = []
-        every = self._exchange(mine, ids is None) if world > 1 else [None if ids is None else mine]
-        for source, announced in enumerate(every):
-            for one in announced or []:
-                if one not in self._seen:
-                    self._seen.add(one)
-                    if source == rank:
-                        new.append(one)
-        finished = all(announced is None for announced in every)
-        return (None if ids is None else torch.tensor(new, dtype=torch.int64, device="cpu")), finished
 
-    @staticmethod
-    def _exchange(ids: list[int], out_of_batches: bool) -> list[list[int] | None]:
-        _, world = rank_and_world()
-        wire = _wire()
-        sizes = [torch.zeros((), dtype=torch.int64, device=wire) for _ in range(world)]
-        dist.all_gather(
-            sizes, torch.tensor(-1 if out_of_batches else len(ids), dtype=torch.int64, device=wire)
-        )
-        longest = max(int(size) for size in sizes)
-        if longest <= 0:
-            return [None if int(size) < 0 else [] for size in sizes]
-        padded = torch.zeros(longest, dtype=torch.int64, device=wire)
-        padded[: len(ids)] = torch.tensor(ids, dtype=torch.int64, device=wire)
-        gathered = [torch.zeros_like(padded) for _ in range(world)]
-        dist.all_gather(gathered, padded)
-        return [None if int(size) < 0 else part[: int(size)].tolist() for size, part in zip(sizes, gathered)]
+def from_first_rank(value: Any) -> Any:
+    """What rank 0 has, on every rank; the others' own is not read. Collective."""
+    if rank_and_world()[1] == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0, device=_wire())
+    return held[0]
+
+
+def refuse_no_group(owner: str) -> None:
+    """An error where a launcher started several processes, and none of them has said that they belong together."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if rank_and_world()[1] > 1 or "RANK" not in os.environ or not world.isdigit() or int(world) < 2:
+        return
+    if dist.is_available() and dist.is_initialized():  # a group of this process alone
+        return
+    raise RuntimeError(
+        f"{owner}: a launcher started {world} processes (WORLD_SIZE), this is RANK {os.environ['RANK']}, but there is no process "
+        f"group: each would read all of the data. To share the work call torch.distributed.init_process_group('gloo') first, or "
+        f"'nccl' on CUDA behind torch.cuda.set_device(int(os.environ['LOCAL_RANK'])). For runs that have nothing to do with one "
+        f"another, take WORLD_SIZE out of os.environ."
+    )
 
 
 _DTYPES = (

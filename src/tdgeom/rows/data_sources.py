@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from tdgeom.rows.images import ImageBatches, is_image, is_image_processor
 from tdgeom.rows.text import TextBatches
+from tdgeom.rows.tokenizer_alignment import PairedTexts
 
 __all__ = ["DataSource", "as_loader", "holds_texts", "named_tokenizer", "sequence_length", "texts_of"]
 
@@ -130,17 +131,29 @@ class DataSource:
     ) -> None:
         self.data, self.owner, self.tokenizer, self.text_column = data, owner, tokenizer, text_column
         self.batch_size, self.max_length, self.models, self.asked = batch_size, max_length, models, asked
+        self.part = (
+            0,
+            1,
+        )  # of the whole data, and of how many parts: documents are numbered past those of the others
+        self.makes_documents = False  # known once it is read
         self._read = False
 
     def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.data, TextBatches | ImageBatches | PairedTexts):
+            self.data.part = self.part
+            self.makes_documents = True
         first, elements = self._opened()
         if first is None or isinstance(first, TensorDictBase):
             return elements
         if is_image(first) or self._image_column(first) is not None:
-            return iter(
-                ImageBatches(self._images(elements, first), self._processor(), batch_size=self.batch_size)
+            self.makes_documents = not _numbered(first)
+            images = ImageBatches(
+                self._images(elements, first), self._processor(), batch_size=self.batch_size
             )
+            images.part = self.part
+            return iter(images)
         if self._holds_text(first):
+            self.makes_documents = not _numbered(first)
             return self._of_texts(elements)
         if isinstance(first, Mapping) and _is_tokenized_row(first):
             return self._of_rows(elements)
@@ -268,11 +281,13 @@ class DataSource:
                     f"{self.owner} was given texts: give tokenizer= as well (a tokenizer, or its name), or tokenized batches, "
                     f"such as tdgeom.text.TextBatches(texts, tokenizer)."
                 )
-            return _encoded(rows, encoder, self.batch_size)
+            return _encoded(rows, encoder, self.batch_size, self.part)
         if is_image_processor(self.tokenizer):
             raise TypeError(f"{self.owner} was given texts, but tokenizer= is an image processor.")
         length = self.max_length or sequence_length(self.models, self.tokenizer)
-        return iter(_RowTexts(rows, self.tokenizer, batch_size=self.batch_size, max_length=length))
+        texts = _RowTexts(rows, self.tokenizer, batch_size=self.batch_size, max_length=length)
+        texts.part = self.part
+        return iter(texts)
 
     # ------------------------------------------------------------------------------------------------ rows and images
 
@@ -318,7 +333,7 @@ class _RowTexts(TextBatches):
 
 
 def _encoded(
-    rows: Iterator[tuple[str, dict[str, Any]]], encoder: Any, batch_size: int
+    rows: Iterator[tuple[str, dict[str, Any]]], encoder: Any, batch_size: int, part: tuple[int, int]
 ) -> Iterator[dict[str, Any]]:
     """Batches as a sentence encoder makes them of texts for itself."""
     make = getattr(encoder, "preprocess", None) or encoder.tokenize
@@ -326,7 +341,7 @@ def _encoded(
     while chunk := list(islice(rows, batch_size)):
         batch = dict(make([text for text, _ in chunk]))
         known = {name: [columns.get(name) for _, columns in chunk] for name in chunk[0][1]}
-        numbers = torch.arange(count, count + len(chunk), device="cpu")
+        numbers = torch.arange(count, count + len(chunk), device="cpu") * part[1] + part[0]
         count += len(chunk)
         yield {"document_id": numbers, **known, **batch}
 
@@ -371,6 +386,11 @@ def _rows(element: Mapping[Any, Any], column: str) -> Iterator[dict[str, Any]]:
             for name, value in element.items()
             if hasattr(value, "__getitem__") and len(value) == count
         }
+
+
+def _numbered(element: Any) -> bool:
+    """Whether data bring the numbers of their documents."""
+    return isinstance(element, Mapping) and "document_id" in element
 
 
 def _text_columns(element: Mapping[Any, Any]) -> list[str]:

@@ -57,6 +57,7 @@ class ImageBatches:
     def __init__(self, images: Iterable[Any] | str | Path, processor: Any, *, batch_size: int = 8) -> None:
         self.images: Iterable[Any] = image_files(images) if isinstance(images, str | Path) else images
         self.processor, self.batch_size = processor, batch_size
+        self.part = (0, 1)  # see DataSource
         if not is_image_processor(processor):
             raise TypeError(
                 f"ImageBatches takes an image processor (transformers.AutoImageProcessor), got {type(processor).__name__}."
@@ -67,7 +68,7 @@ class ImageBatches:
         while chunk := [self._opened(one) for one in islice(images, self.batch_size)]:
             batch = dict(self.processor([image for image, _ in chunk], return_tensors="pt"))
             known = {name: [columns.get(name) for _, columns in chunk] for name in chunk[0][1]}
-            numbers = torch.arange(count, count + len(chunk), device="cpu")
+            numbers = torch.arange(count, count + len(chunk), device="cpu") * self.part[1] + self.part[0]
             count += len(chunk)
             yield {"document_id": numbers, **known, **batch}
 

@@ -292,6 +292,7 @@ class TextBatches:
             raise ValueError(f"TextBatches expects one label a document, got {len(labels)} for {len(texts)}.")
         self.texts, self.tokenizer, self.labels = texts, tokenizer, labels
         self.batch_size, self.max_length = batch_size, max_length
+        self.part = (0, 1)  # see DataSource
         self._read = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -318,7 +319,7 @@ class TextBatches:
     def _sequences(self) -> Iterator[tuple[dict[str, Any], dict[str, list[int]]]]:
         """(what is known of a document, its next sequence), in the order of the text."""
         documents = (
-            (text, {"document_id": index, **columns})
+            (text, {"document_id": index * self.part[1] + self.part[0], **columns})
             for index, (text, columns) in enumerate(self.documents())
         )
         documents = (pair for pair in documents if pair[0].strip())

@@ -120,10 +120,14 @@ class PairedTexts:
             )
         self.texts, self.tokenizers, self.align = texts, (tokenizer_a, tokenizer_b), align
         self.batch_size, self.max_length = batch_size, max_length
+        self.part = (0, 1)  # see DataSource
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._told = False
-        numbered = ((index, text) for index, text in enumerate(self.texts) if _document(text).strip())
+        part, parts = self.part
+        numbered = (
+            (index * parts + part, text) for index, text in enumerate(self.texts) if _document(text).strip()
+        )
         while group := list(islice(numbered, self.batch_size)):
             yield self._batch([index for index, _ in group], [text for _, text in group])
 

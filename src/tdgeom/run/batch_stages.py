@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from tdgeom.core.keys import Key, KeyTable, key_tuple, optional_in_keys
 from tdgeom.core.missing_parts import missing_part
-from tdgeom.core.process_groups import rank_and_world
 from tdgeom.core.renamed import describe
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.words import words_of
 from tdgeom.rows.batches import as_batch, batch_length
+from tdgeom.rows.split_loaders import SplitLoader
 from tdgeom.run.finish import call, give
 from tdgeom.run.plan import Plan
 
@@ -53,31 +53,55 @@ class BatchStages:
         self.keys = keys_by_selection(plan)
         self.main = next(iter(self.keys))
         self.optional = plan.optional_stream_keys
-        self.sequences = 0  # numbered so far
+        self.sequences = self.batches = 0  # numbered so far
+        self.part: tuple[int, int] = (0, 1)  # which part of the data these batches are, of how many
+        self.places: SplitLoader | None = None  # the sampler that says where in the whole they stand
         self._in_keys, self._named = in_keys if in_keys is not None else _unwritten(plan), in_keys is not None
-        self._counts_ahead = (
-            rank_and_world()[1] > 1
-        )  # whether other ranks' batches are counted without being run
-        self._by_shape: dict[object, int] = {}  # rows that a batch of these shapes gave
-        self._mask_tells: bool | None = None  # whether a batch's mask has given its number of rows so far
+        self._begun = False
 
     def td(self, batch: Any) -> TensorDict:
         """Whatever the loader yields, as a TensorDict on the right device."""
         return as_batch(batch, self._in_keys, self.device, named=self._named)
 
-    def number(self, td: TensorDict) -> None:
-        """Give a batch that brings no ``sequence_id`` the next ones in stream order."""
-        if td.get("sequence_id", None) is None:
-            length = batch_length(td)
-            td.set("sequence_id", torch.arange(self.sequences, self.sequences + length, device="cpu"))
+    def number(self, td: TensorDict) -> Tensor:
+        """Give a batch that brings no ``sequence_id`` the next ones in stream order; where in the order its sequences stand.
+
+        Parts of split data are numbered past one another: by their place in the whole where a sampler says it, else each
+        sequence by its index and then the rank.
+        """
+        length = batch_length(td)
+        if self.places is not None:
+            if not self.places.fits(self.sequences, self.batches, length):
+                raise ValueError(
+                    f"run: {self.places.by} deals out the data in batches of {self.places.batch_size}, and the first batches "
+                    f"were such, but batch {self.batches} holds {length} sequences: which of the whole they are cannot be told. "
+                    f"Put a 'sequence_id' (B,) that is unique over all ranks into the batches."
+                )
+            numbers = self.places.places(self.sequences, self.batches, length)
+        else:
+            part, parts = self.part
+            numbers = (self.sequences + torch.arange(length, device="cpu")) * parts + part
+        self.batches += 1
+        if td.get("sequence_id", None) is None or self.places is not None:
             self.sequences += length
+        if td.get("sequence_id", None) is None:
+            td.set("sequence_id", numbers)
+        return numbers
+
+    def ids(self, td: TensorDict) -> tuple[Tensor | None, bool]:
+        """(what a batch itself calls its sequences, or its rows where it brings these; whether it is rows); None: nothing."""
+        given, by_row = td.get("sequence_id", None), False
+        written = (key for unit in self.plan.batch for key in unit.out_keys)
+        if given is None and not any(key_tuple(key) == key_tuple(self.main) for key in written):
+            given = td.get(self.main, None)
+            by_row = given is not None
+        return (given.flatten().long().cpu() if isinstance(given, Tensor) else None), by_row
 
     def rows(self, td: TensorDict) -> tuple[dict[Key, dict[Key, Any]], int]:
         """Run the per-batch stages on ``td``; (the rows that the streaming stages read, by selection; how many of the main)."""
-        if not self._by_shape:
+        if not self._begun:
             self._refuse_results(td)
-        shapes = _shapes(td)
-        from_mask = self._rows_by_mask(td) if self._counts_ahead else None
+            self._begun = True
         for unit in self.plan.batch:
             give(unit, self.inputs, td)
             call(unit, td)
@@ -86,24 +110,7 @@ class BatchStages:
         for ids, keys in self.keys.items():
             count = None if (row_id := td.get(ids, None)) is None else row_id.shape[0]
             rows[ids] = {key: value for key in keys if (value := self._read(td, key, ids, count)) is not None}
-        count = rows[self.main][self.main].shape[0]
-        self._by_shape[shapes] = count
-        self._mask_tells = from_mask == count and self._mask_tells is not False
-        return rows, count
-
-    def count(self, td: TensorDict) -> int:
-        """How many rows a batch gives, without the model where that can be had.
-
-        From its mask where that has proved right, else from an earlier batch of the same shapes, else by running it.
-        """
-        if not self.plan.batch:
-            return td.get(self.plan.stream_keys[0]).shape[0]
-        if self._mask_tells and (count := self._rows_by_mask(td)) is not None:
-            return count
-        shapes = _shapes(td)
-        if shapes not in self._by_shape:
-            self.rows(td)
-        return self._by_shape[shapes]
+        return rows, rows[self.main][self.main].shape[0]
 
     def tokens_and_padding(self, td: TensorDict) -> tuple[int, int]:
         """(attended positions, positions of padding) of a batch that ``rows`` has seen.
@@ -171,9 +178,6 @@ class BatchStages:
             )
         return value.detach()
 
-    def _rows_by_mask(self, td: TensorDict) -> int | None:
-        return self.selects[0].count_rows(td) if self.selects else None
-
 
 def models_of(plan: Plan) -> list[nn.Module]:
     """The models that per-batch stages run."""
@@ -209,8 +213,8 @@ def _channels(plan: Plan) -> dict[str, Any]:
 
 
 def selections(plan: Plan) -> list[Any]:
-    """The per-batch stages that select rows and know how many before the model has run."""
-    return [unit for unit in plan.batch if hasattr(unit, "count_rows")]
+    """The per-batch stages that select rows."""
+    return [unit for unit in plan.batch if hasattr(unit, "count_positions")]
 
 
 def keys_by_selection(plan: Plan) -> dict[Key, list[Key]]:
@@ -251,8 +255,3 @@ def _unwritten(plan: Plan) -> list[Key]:
         ]
         written |= {key_tuple(key) for key in unit.out_keys}
     return wanted
-
-
-def _shapes(td: TensorDict) -> object:
-    values = [(key, td.get(key)) for key in td.keys(True, True)]
-    return frozenset((key, tuple(value.shape)) for key, value in values if isinstance(value, Tensor))

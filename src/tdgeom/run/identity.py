@@ -57,6 +57,8 @@ def _sha256(tensors: Mapping[Any, Tensor], read: Callable[[Tensor], bytes | memo
 
 def _sampled(value: Tensor) -> bytes | memoryview:
     """The bytes of values evenly spaced in a tensor, without a copy of the whole."""
+    if hasattr(value, "placements"):  # a part of it lies on every rank
+        return b""
     try:
         bits = (
             value.detach().view(torch.uint8) if value.element_size() == 1 else value.detach()
@@ -83,8 +85,8 @@ def tensors_sha256(td: TensorDictBase) -> str:
     return _sha256(held, lambda value: bytes_of(value)[:_HASHED])
 
 
-def pipeline_identity(plan: Plan) -> list[dict[str, Any]]:
-    """Every stage up to the streaming ones: its name, its keys, and what else changes its numbers.
+def pipeline_identity(plan: Plan, *, end: bool = False) -> list[dict[str, Any]]:
+    """Every stage up to the streaming ones (with ``end``, all): its name, its keys, and what else changes its numbers.
 
     That is the settings of the stage, its own weights, and, where it runs a model, the model's class, configuration and
     weights. Functions count by their name, objects of other kinds not at all.
@@ -98,7 +100,7 @@ def pipeline_identity(plan: Plan) -> list[dict[str, Any]]:
             "settings": _settings(unit),
             **(_computes_with(unit, models) if number < len(plan.batch) else {}),
         }
-        for number, unit in enumerate((*plan.batch, *plan.stream))
+        for number, unit in enumerate((*plan.batch, *plan.stream, *(plan.end if end else ())))
     ]
 
 

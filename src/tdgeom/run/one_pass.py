@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 from tqdm import tqdm
 
 from tdgeom.core.keys import Key
-from tdgeom.core.process_groups import Repeats, rank_and_world
+from tdgeom.core.process_groups import rank_and_world
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.streaming_stage import rows_finite
 from tdgeom.core.words import put
-from tdgeom.rows.batches import iterate
+from tdgeom.rows.batches import batch_length, iterate
+from tdgeom.rows.data_sources import DataSource
+from tdgeom.rows.split_loaders import find_split
+from tdgeom.run.agreement import Beginning, Division, compare_ends, compare_runs, divide
 from tdgeom.run.batch_stages import BatchStages
 from tdgeom.run.checkpoint import Checkpoint
 from tdgeom.run.gathered_rows import BLOCK_ROWS, GatheredRows
-from tdgeom.run.identity import tensors_sha256
+from tdgeom.run.identity import pipeline_identity, tensors_sha256
+from tdgeom.run.own_rows import OwnRows, Units, first_of_each
 from tdgeom.run.plan import Plan
+from tdgeom.run.shares import Shares
 
 __all__ = ["OnePass"]
 
@@ -45,27 +52,30 @@ class OnePass:
         max_rows: int | None = None,
         block_rows: int = BLOCK_ROWS,
         drop_nonfinite: bool = False,
-        sharded: bool = False,
+        sharded: bool | None = None,
+        agree: Mapping[str, Any] | None = None,
     ) -> None:
         self.plan, self.batch_stages = plan, batch_stages
         self.max_rows, self.drop_nonfinite, self.sharded = max_rows, drop_nonfinite, sharded
+        self.agree = agree or {}
         self.blocks = {ids: GatheredRows(block_rows) for ids in batch_stages.keys}
         self.readers = {
             ids: [unit for unit in plan.stream if set(unit.in_keys) <= set(keys)]
             for ids, keys in batch_stages.keys.items()
         }
         if len(self.blocks) > 1 and (max_rows is not None or sharded):
-            raise ValueError(
-                f"run: max_rows and sharded count the rows of one selection, this pipeline has those of {list(self.blocks)}. Run "
-                f"one pipeline a selection."
-            )
-        self.repeats = Repeats() if sharded else None
+            self._refuse_selections()
         self.rank, self.world = rank_and_world()
+        self.division = Division(split=bool(sharded))
+        self.once = False  # sequences bring ids, each of which counts once
+        self.dealt: int | None = (
+            None  # elements that a sampler deals out; what it gives behind them repeats some
+        )
+        self.shares = Shares(max_rows=max_rows, split=bool(sharded))
         self.counts = dict.fromkeys(
             ("rows", "tokens", "padding_rows", "dropped_rows", "repeated_rows", "batches"), 0
         )
         self.seconds = dict.fromkeys(("load", "batch", "stream", "finish"), 0.0)
-        self.claimed = 0  # rows of all ranks' batches so far: the budget
         self.stopped = "end of data"
         self.checkpoint: Checkpoint | None = None
         self.skipped = 0  # batches of the loader that an earlier run has seen
@@ -88,8 +98,9 @@ class OnePass:
 
     def read(self, dataloader: Iterable[Any], bar: tqdm) -> None:
         """Batches to blocks to updates, until the data or the budget ends."""
-        bar.update(self.claimed)
-        batches, given = enumerate(iterate(dataloader)), 0
+        bar.update(self.shares.claimed)
+        compare_runs(self._identity)
+        batches, given = self._divided(dataloader), 0
         if (
             self.ended
         ):  # what comes after the stream is left to do; the data must be those of then all the same
@@ -98,36 +109,126 @@ class OnePass:
                 self._seen_before(self.batch_stages.td(batch), index)
             self._refuse_shorter(given, least=1)
             return
-        while True:
-            with self.timed("load"):
-                index, batch = next(batches, (-1, None))
-                td = None if index < 0 else self.batch_stages.td(batch)
-            fresh = None
-            if self.repeats is not None:
-                fresh, everyone_done = self.repeats.step(None if td is None else _sequence_ids(td))
-                if everyone_done:
-                    break
-            elif td is None:
+        while not self.shares.spent:
+            own, hashes = self._load(batches)
+            given += len(hashes)
+            index, td = own or (-1, None)
+            units = self._units(td)
+            new, over = self.shares.announce(len(hashes), units.ids)
+            if over:
                 self._refuse_shorter(given)
                 break
-            given += td is not None
-            if td is None or self._spent():
-                continue  # only a sharded loader comes here: others still announce their batches
-            if self._seen_before(td, index):
-                continue
-            self.take(td, index, fresh, bar)
-            if self._spent():
-                self.stopped = "max_rows"
-                if self.repeats is None:
-                    break
-            self._keep_place(index + 1)
+            rows = None if td is None else self._rows_of(td, units, new)
+            self._hand_on(rows, units, index, bar)
+            for number, found in enumerate(hashes):
+                if self.division.split or self.shares.reached[number % self.world]:
+                    self.data.update(found)
+            if td is not None and not self.shares.spent:
+                self._keep_place(given)
+        if self.shares.spent:
+            self.stopped = "max_rows"
         self.flush()
+        compare_ends(given, self.data.hexdigest(), self._identity, split=self.division.split)
         if self.first_batch is not None:
             self._write_place(given, self.stopped)
 
+    def _divided(self, dataloader: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+        """The loader's batches, numbered, once all ranks have found out how the data lie with them."""
+        source = dataloader if isinstance(dataloader, DataSource) else None
+        found = find_split(dataloader) if self.world > 1 else None
+        apart = self.world > 1 and (found is not None or bool(self.sharded))
+        if source is not None:  # documents are numbered where they are read
+            source.part = (self.rank, self.world) if apart else (0, 1)
+        batches = iterate(dataloader)
+        if self.world == 1 and not self.sharded:
+            return enumerate(batches)
+        with self.timed("load"):
+            first = list(islice(batches, 1))
+        td = self.batch_stages.td(first[0]) if first else None
+        ids = None if td is None else self.batch_stages.ids(td)[0]
+        made = source is not None and source.makes_documents
+        fits = found is not None and (td is None or found.fits(0, 0, batch_length(td)))
+        self.division = divided = divide(
+            Beginning(
+                first="" if td is None else tensors_sha256(td),
+                ids=None if ids is None else ids.tolist(),
+                sharded=self.sharded,
+                found=found,
+                placed=fits and not made,
+            )
+        )
+        if divided.split and len(self.blocks) > 1:
+            self._refuse_selections()
+        if divided.split and self.world > 1:
+            self.batch_stages.part = (self.rank, self.world)
+        self.once = divided.split and ids is not None
+        if found is not None:
+            self.batch_stages.places = found if divided.placed else None
+            self.dealt = found.length if divided.placed or made else None
+            self.once &= found.repeats and self.dealt is None
+            if found.repeats and self.dealt is None and ids is None and td is not None:
+                warnings.warn(
+                    f"{found.by} may repeat sequences to give all ranks as many, and nothing in the batches tells which: they "
+                    f"would count twice. Put a 'sequence_id' (B,) that is unique over all ranks into the batches.",
+                    stacklevel=3,
+                )
+        self.shares = Shares(
+            split=divided.split,
+            once=self.once,
+            max_rows=self.max_rows,
+            found_by_ids=divided.by_ids,
+            placed=divided.placed,
+        )
+        return enumerate(chain(first, batches))
+
+    def _load(self, batches: Iterator[tuple[int, Any]]) -> tuple[tuple[int, TensorDict] | None, list[bytes]]:
+        """(this rank's batch of the next round and its number, the hashes of the batches that came: of one loader all ranks')."""
+        own, hashes = None, []
+        for place in range(1 if self.division.split else self.world):
+            with self.timed("load"):
+                index, batch = next(batches, (-1, None))
+                if index < 0:
+                    break
+                td = self.batch_stages.td(batch)
+            if self._seen_before(td, index):
+                hashes.append(b"")
+                continue
+            hashes.append(tensors_sha256(td).encode())
+            if not self.division.split:
+                self.batch_stages.number(td)
+            if self.division.split or place == self.rank:
+                own = index, td
+        return own, hashes
+
+    def _units(self, td: TensorDict | None) -> Units:
+        """What of a batch counts by itself: its sequences (or rows) where each rank has a loader, else the batch as a whole."""
+        if td is None:
+            return Units()
+        if not self.division.split:
+            return Units(order=[0])
+        given, by_row = self.batch_stages.ids(td)
+        if given is None and self.once:
+            raise ValueError(
+                f"run: the first batch brings ids that are unique over all ranks ('sequence_id' or {self.batch_stages.main!r}), "
+                f"a later one does not. Put them into every batch, or into none."
+            )
+        documents, places = td.get("document_id", None), self.batch_stages.number(td)
+        ids, length = places if given is None else given, self.dealt
+        again = None
+        if length is not None and self.division.placed:
+            again = places >= length
+        elif length is not None and isinstance(documents, Tensor):
+            again = documents.cpu() >= length
+        return Units(
+            ids.tolist(),
+            (places if self.division.placed else ids).tolist(),
+            by_row,
+            None if again is None else again.numpy(),
+        )
+
     def data_sha256(self) -> str:
         """Of all batches read here in their order; empty where others were read elsewhere or in an earlier, interrupted run."""
-        return "" if self.skipped or self.sharded else self.data.hexdigest()
+        return "" if self.skipped or self.division.split else self.data.hexdigest()
 
     def flush(self) -> None:
         """The rows that fill no block to the streaming stages."""
@@ -135,45 +236,58 @@ class OnePass:
             for block, origin in blocks.flush():
                 self._update(ids, block, origin)
 
-    def _spent(self) -> bool:
-        return self.max_rows is not None and self.claimed >= self.max_rows
-
-    def take(self, td: TensorDict, index: int, fresh: Tensor | None = None, bar: tqdm | None = None) -> None:
-        """One batch: counted, or run and its rows handed on; ``fresh`` are the sequences that no rank has had before."""
+    def take(self, td: TensorDict, index: int) -> None:
+        """One batch that nobody shares out: counted, run, and its rows handed on."""
         self.data.update(tensors_sha256(td).encode())
         self.batch_stages.number(td)
-        if not self.sharded and index % self.world != self.rank:
-            self.claimed += self.batch_stages.count(td) if self.max_rows is not None else 0
-            return
+        units = self._units(td)
+        self._hand_on(self._rows_of(td, units, np.ones(0, dtype=bool)), units, index)
+
+    def _rows_of(self, td: TensorDict, units: Units, new: np.ndarray) -> OwnRows:
+        """Run a batch; its rows, without those of the units that are not ``new``."""
         with self.timed("batch"):
             rows, count = self.batch_stages.rows(td)
+        read = self.batch_stages.tokens_and_padding(td)
         main = self.batch_stages.main
-        if fresh is not None:
-            rows[main], count = self._without_repeats(rows[main], count, fresh)
-        tokens, padding = self.batch_stages.tokens_and_padding(td)
-        self.counts["tokens"] += tokens
-        self.counts["padding_rows"] += padding
-        self.counts["batches"] += 1
-        if self.max_rows is not None and self.claimed + count > self.max_rows:
-            count = self.max_rows - self.claimed
-            rows[main] = {key: value[:count] for key, value in rows[main].items()}
-        self.claimed += count
-        for ids, blocks in self.blocks.items():
-            for block, origin in blocks.add(rows[ids], rows[ids][ids].shape[0], index):
-                self._update(ids, block, origin)
+        if not self.division.split:
+            return OwnRows(rows, np.zeros(count, dtype=np.int64), np.full(1, count), read)
+        unit = units.of_rows(rows[main][main].cpu().numpy())
+        fresh = new if units.again is None else new & ~units.again
+        keep = fresh[unit]
+        if len(set(units.ids)) < len(units.ids):  # an id twice in one batch
+            keep &= first_of_each(rows[main][main].cpu().numpy())
+        self.counts["repeated_rows"] += int((~keep).sum())
+        return OwnRows(rows, unit, np.bincount(unit, minlength=len(units.ids)), read).kept(main, keep)
+
+    def _hand_on(self, own: OwnRows | None, units: Units, index: int, bar: tqdm | None = None) -> None:
+        """A round's rows to the blocks, as many of them as the limit leaves. Collective where there is one."""
+        before, main = self.shares.claimed, self.batch_stages.main
+        allowed = self.shares.budget(
+            [] if own is None else own.counts.tolist(), [] if own is None else units.order
+        )
+        taken = 0
+        if own is not None and self.shares.reached[self.rank]:
+            for name, count in zip(("tokens", "padding_rows", "batches"), (*own.read, 1)):
+                self.counts[name] += count
+            own = own.cut(main, allowed)
+            taken = len(own.unit)
+            for ids, blocks in self.blocks.items():
+                for block, origin in blocks.add(own.rows[ids], own.rows[ids][ids].shape[0], index):
+                    self._update(ids, block, origin)
         if bar is not None and not bar.disable:
-            bar.update(count)
+            bar.update(taken if self.max_rows is None else self.shares.claimed - before)
             elapsed = max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix_str(f"{self.counts['tokens'] / elapsed:,.0f} tokens/s")
 
-    def _without_repeats(self, rows: dict[Key, Any], count: int, fresh: Tensor) -> tuple[dict[Key, Any], int]:
-        sequences = rows[self.batch_stages.main] >> POSITION_BITS
-        new = torch.isin(sequences, fresh.to(sequences.device))
-        left = int(new.sum())
-        if left == count:
-            return rows, count
-        self.counts["repeated_rows"] += count - left
-        return {key: value[new] for key, value in rows.items()}, left
+    def _identity(self) -> dict[str, Any]:
+        """What all ranks must have in common before and after the batches."""
+        return {"settings": dict(self.agree), "stages": pipeline_identity(self.plan, end=True)}
+
+    def _refuse_selections(self) -> None:
+        raise ValueError(
+            f"run: max_rows and sharded count the rows of one selection, this pipeline has those of {list(self.blocks)}. Run "
+            f"one pipeline a selection."
+        )
 
     # ------------------------------------------------------------------------------------------------ streaming
 
@@ -232,7 +346,7 @@ class OnePass:
         self.blocks[self.batch_stages.main].restore(rows, place["origin"])
         self.counts.update(place["counts"])
         self.seconds.update(place["seconds"])
-        self.claimed, self.batch_stages.sequences = int(place["claimed"]), int(place["sequences"])
+        self.shares.claimed, self.batch_stages.sequences = int(place["claimed"]), int(place["sequences"])
         self.skipped, self.first_batch = int(place["batches"]), place["first_batch"]
         if place.get("stopped"):
             self.ended, self.stopped = True, place["stopped"]
@@ -252,7 +366,7 @@ class OnePass:
             "origin": origin,
             "counts": self.counts,
             "seconds": self.seconds,
-            "claimed": self.claimed,
+            "claimed": self.shares.claimed,
             "sequences": self.batch_stages.sequences,
             "stopped": stopped,
         }
@@ -279,13 +393,3 @@ class OnePass:
                 f"run resumes from {self.checkpoint.path}, which has seen {self.skipped} batches, but the loader ended after "
                 f"{given}: it is not the one of then. Give the same loader, or remove the file to start anew."
             )
-
-
-def _sequence_ids(td: TensorDict) -> Tensor:
-    ids = td.get("sequence_id", None)
-    if ids is None:
-        raise KeyError(
-            "run(sharded=True) needs 'sequence_id' (B,) in every batch, unique over all ranks: an index in the stream "
-            "would number different documents alike on different ranks."
-        )
-    return ids

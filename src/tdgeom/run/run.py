@@ -14,7 +14,13 @@ from tqdm import tqdm
 
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import Key, as_key, key_tuple
-from tdgeom.core.process_groups import sum_over_ranks
+from tdgeom.core.process_groups import (
+    from_first_rank,
+    gather_numbers,
+    rank_and_world,
+    refuse_no_group,
+    sum_over_ranks,
+)
 from tdgeom.core.renamed import stage_of
 from tdgeom.core.warnings import gathered
 from tdgeom.rows.data_sources import as_loader
@@ -45,7 +51,7 @@ def run(
     text_column: str | None = None,
     batch_size: int | None = None,
     max_length: int | None = None,
-    sharded: bool = False,
+    sharded: bool | None = None,
     checkpoint: str | Path | None = None,
     every: int = 100,
     progress: bool | None = None,
@@ -72,20 +78,32 @@ def run(
         tokenizer: makes sequences of texts: a tokenizer or its name; of images: an image processor.
         text_column: the column that holds the text, where several do.
         batch_size, max_length: of texts: sequences a batch (8) and the longest sequence (256, or what the model takes).
-        sharded: the loader already holds this rank's share; batches carry ``sequence_id``, repeats count once.
+        sharded: in a process group, True says that the loader holds this rank's part of the data, False that all ranks have one
+            loader, which run shares out. Default: found out, see Ranks below.
         checkpoint: a file that keeps the state of the run. Where it exists the run goes on from it: batches already seen are
             read from the loader, which must give the same ones in the same order, and skipped. Other stages, settings,
             weights or another first batch are refused with the difference. Removed when the run ends. For one process.
         every: batches between two writes of the checkpoint.
         progress: a progress bar; default only on a terminal.
 
+    Ranks: in a process group (``torchrun``, ``torch.distributed.init_process_group``) all ranks call ``run`` alike. Either all
+    have one loader, of which each takes every n-th batch, or each has a part: behind a ``DistributedSampler``, Accelerate's
+    loaders, ``split_dataset_by_node`` (these are recognised), with disjoint ``sequence_id`` or ``row_id`` in the batches (found
+    by comparison), or with ``sharded=True``. Stages, settings, weights, first batches and, of one loader, all batches are
+    compared; what differs is an error on all ranks. ``max_rows`` counts the rows of all. The numbers do not depend on how
+    many ranks there are, wherever sequences are known in the whole: of one loader, behind ``DistributedSampler``, by
+    ``sequence_id`` or ``row_id`` (8 bytes each are held; what comes twice counts once). Else they are numbered by rank and
+    index, and only the same number of ranks gives the same sample. ``("run", "loader")`` says which it was.
+
     Returns:
         A TensorDict of batch size [] with the results and ``("run", ...)``: rows, tokens, padding and dropped rows,
-        batches, seconds by phase, and why it stopped. In a process group the result is on rank 0, None elsewhere.
+        batches, seconds by phase, how the ranks read the data, and why it stopped. In a process group the result is on rank 0,
+        None elsewhere.
 
     Raises:
         ValueError: a pipeline that cannot be split (the message names the stage and the remedy), an empty loader, rows that
-            are not finite. KeyboardInterrupt passes through; the model is left as it was.
+            are not finite, ranks that differ. RuntimeError: several processes that are no group. KeyboardInterrupt passes
+            through; the model is left as it was.
 
         >>> import torch, tdgeom as tg
         >>> from tensordict.nn import TensorDictSequential
@@ -100,6 +118,8 @@ def run(
         raise ValueError(f"run: max_rows must be at least 1, got {max_rows}.")
     if block_rows < 1:
         raise ValueError(f"run: block_rows must be at least 1, got {block_rows}.")
+    refuse_no_group("run")
+    inputs = _of_all_ranks(inputs)
     plan = make_plan(pipeline, [] if inputs is None else inputs.keys(True, True))
     if keep is not None:
         _check_keep(keep, plan)
@@ -124,6 +144,12 @@ def run(
         block_rows=block_rows,
         drop_nonfinite=nonfinite == "drop",
         sharded=sharded,
+        agree={
+            "max_rows": max_rows,
+            "block_rows": block_rows,
+            "nonfinite": nonfinite,
+            "in_keys": in_keys and ["/".join(key_tuple(key)) for key in in_keys],
+        },
     )
     if checkpoint is not None:
         read = None if inputs is None else tensors_sha256(inputs)
@@ -134,7 +160,7 @@ def run(
             total=max_rows,
             unit=" rows",
             unit_scale=True,
-            disable=None if progress is None else not progress,
+            disable=True if one_pass.rank else None if progress is None else not progress,
             leave=False,
         ) as bar:
             one_pass.read(loader, bar)
@@ -190,8 +216,19 @@ def _result(
     for name, seconds in one_pass.seconds.items():
         result.set(("run", "seconds", name), torch.tensor(seconds, dtype=torch.float64, device="cpu"))
     result.set_non_tensor(("run", "stopped"), one_pass.stopped)
+    result.set_non_tensor(("run", "loader"), one_pass.division.words)
     result.set_non_tensor(("run", "data_sha256"), one_pass.data_sha256())
     return result
+
+
+def _of_all_ranks(inputs: TensorDictBase | None) -> TensorDictBase | None:
+    """An earlier run's results, which rank 0 alone got, on every rank; of ranks that all have some each keeps its own."""
+    world = rank_and_world()[1]
+    given = [one for (one,) in gather_numbers([int(inputs is not None)])] if world > 1 else [1]
+    if given != [1] + [0] * (world - 1) or world == 1:
+        return inputs
+    sent = from_first_rank(None if inputs is None else inputs.cpu())
+    return inputs if inputs is not None else sent
 
 
 def _selected(pipeline: TensorDictModuleBase) -> set[Key] | None:

@@ -46,6 +46,8 @@ class ShuffledRows(IterableDataset[dict[str, Any]]):
         ValueError: a number below 1.
     """
 
+    split_by_rank = True  # run need not share it out
+
     def __init__(
         self,
         source: Rows,
