@@ -61,6 +61,7 @@ from .model.aggregate import GroupAttention as GroupAttention
 from .model.lens.logit_lens import LogitLens as LogitLens
 from .model.lens.tuned_lens import TunedLens as TunedLens
 from .model.lens.logit_lens import logit_lens as logit_lens
+from .analysis.logit_attribution import logit_attribution as logit_attribution
 from .rows.token_context import ContextWindow as ContextWindow
 from .stream.exemplars import MaxActivating as MaxActivating
 from .stream.exemplars import describe_exemplars as describe_exemplars

@@ -119,6 +119,126 @@ def test_pooling_heads_and_two_stacks():
     )
 
 
+def _llava():
+    text = {**models._LLAMA, "model_type": "llama", "num_hidden_layers": 2}
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+    }
+    vision |= {"num_attention_heads": 4, "image_size": 8, "patch_size": 4, "projection_dim": 16}
+    config = tf.LlavaConfig(text_config=text, vision_config=vision, image_token_index=5, image_token_id=5)
+    return models._seeded(tf.LlavaForConditionalGeneration, config)
+
+
+def _qwen2_vl():
+    text = {
+        **models._LLAMA,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1], "rope_theta": 1e4},
+    }
+    vision = {"depth": 2, "embed_dim": 16, "hidden_size": models.WIDTH, "num_heads": 2, "patch_size": 4}
+    config = tf.Qwen2VLConfig(text_config=text, vision_config={**vision, "mlp_ratio": 2}, image_token_id=5)
+    return models._seeded(tf.Qwen2VLForConditionalGeneration, config)
+
+
+def _images(name, length=9):
+    """A batch of two texts with an image each: four tokens of patches."""
+    ids = torch.randint(10, models.VOCAB, (2, length), generator=torch.Generator().manual_seed(3))
+    ids[:, 1:5] = 5
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(4))
+    if name == "llava":
+        return {**batch, "pixel_values": draw(2, 3, 8, 8)}
+    patches = draw(2 * 16, 3 * 2 * 16)
+    more = {"image_grid_thw": torch.tensor([[1, 4, 4]] * 2), "mm_token_type_ids": (ids == 5).int()}
+    return {**batch, "pixel_values": patches, **more}
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_models_of_images_and_texts(name):
+    """The language model is what the head reads, whatever is registered first; images change nothing about that."""
+    model, depth = {"llava": _llava, "qwen2_vl": _qwen2_vl}[name](), {"llava": 2, "qwen2_vl": 3}[name]
+    last = f"language_model.residual_output.{depth - 1}"
+    for batch in (models.text_batch(2), _images(name)):
+        with torch.no_grad():
+            expected = model(**batch).logits
+        for sites in ("residual_output", "language_model.residual_output"):
+            out = logit_lens(model, batch, sites=sites, outputs=["logits"])["lens"]
+            assert len(out.keys()) == depth
+            torch.testing.assert_close(out[last, "logits"], expected, rtol=1e-4, atol=1e-5)
+        table = tg.logit_attribution(model, batch, 9, by="head")
+        sums = torch.tensor(table.groupby("text")["contribution"].sum().to_numpy()).float()
+        torch.testing.assert_close(sums, expected[:, -1, 9], rtol=0, atol=1e-5)
+    sites = tg.Capture(model, "language_model.residual_output").sites
+    tuned, plain = (
+        tg.TunedLens(model, sites, outputs=["kl"]),
+        logit_lens(model, batch, outputs=["kl"])["lens"],
+    )
+    capture = Capture(model, sites, model_outputs="logits")
+    untrained = tuned(capture(TensorDict(batch, batch_size=[])))["lens"]
+    torch.testing.assert_close(untrained[sites[0], "kl"], plain[sites[0], "kl"], rtol=1e-4, atol=1e-5)
+    losses = tuned.fit([TensorDict(batch, batch_size=[])], steps=15, learning_rate=1e-2)
+    assert losses[-1] < losses[0]
+    other = next(s for s in tg.available_sites(model) if s.site.stack != "language_model").site
+    with pytest.raises(ValueError, match="reads the stack 'language_model'.*is of another"):
+        logit_lens(model, batch, sites=str(other))
+    with pytest.raises(ValueError, match="example= was given for .*whose inputs are made up"):
+        LogitLens(model, example=batch)
+
+
+def test_a_model_whose_inputs_nobody_can_make_up():
+    """A head over blocks that take features: the example is what the lens runs the model on."""
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(
+                nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6)) for _ in range(2)
+            )
+            self.norm, self.out = nn.LayerNorm(6), nn.Linear(6, 4)
+
+        def forward(self, features):
+            for layer in self.layers:
+                features = features + layer(features)
+            return self.out(self.norm(features))
+
+    class Block(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.mlp = inner
+
+        def forward(self, features):
+            return features + self.mlp(features)
+
+    torch.manual_seed(0)
+    model = Head()
+    model.layers = nn.ModuleList(map(Block, model.layers))
+    model.forward = lambda features: model.out(model.norm(model.layers[1](model.layers[0](features))))
+    x = torch.randn(3, 5, 6)
+    with pytest.raises(ValueError, match="cannot make up inputs for it. Remedy: example="):
+        LogitLens(model)
+    for example in (x, x[:1, :2]):  # of whatever size
+        lens = LogitLens(model, outputs="logits", example={"features": example})
+        acts = model.layers[1](model.layers[0](x)).detach()
+        torch.testing.assert_close(lens(acts=acts), model(x).detach())
+
+
+def test_a_tuned_lens_of_a_decoder_counts_the_decoder_s_tokens():
+    """Its loss is the mean over what the decoder attends to, whose padding is another than the encoder's."""
+    t5, ids = models.t5(), models.text_batch()["input_ids"]
+    batch = {**models.text_batch(), "decoder_input_ids": ids[:, :4]}
+    batch["decoder_attention_mask"] = torch.tensor([[1, 1, 1, 0]] * 3)
+    sites = [f"decoder.residual_output.{LAST - 1}"]
+    lens = TunedLens(t5, sites, outputs=["kl"])
+    td = Capture(t5, sites, model_outputs="logits")(TensorDict(batch))
+    kl = lens(td)["lens", sites[0], "kl"]
+    torch.testing.assert_close(lens.loss(td).detach(), kl[:, :3].mean(), rtol=1e-4, atol=1e-6)
+    assert set(logit_lens(t5, batch)["lens"].keys()) == {
+        f"decoder.residual_output.{i}" for i in range(models.DEPTH)
+    }
+
+
 def test_measures():
     logits, final = torch.randn(4, 6), torch.randn(4, 6)
     out = lens_measures(

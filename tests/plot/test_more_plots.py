@@ -129,6 +129,30 @@ def test_patching_grid(ax):
         plot.patching_grid(result, "z", columns=["a", "b"])
 
 
+def test_attribution(ax):
+    layers = pd.array([None, 0, 0, 0, 1, 1], dtype="Int64")
+    kinds = ["embed", "head", "head", "mlp_output", "head", "head"]
+    names = ["embed", "head.0[0]", "head.0[1]", "mlp_output.0", "head.1[0]", "head.1[1]"]
+    heads = pd.array([None, 0, 1, None, 0, 1], dtype="Int64")
+    each = pd.DataFrame({"component": names, "kind": kinds, "layer": layers, "head": heads})
+    numbers = [1.0, 0.5, -2.0, 0.25, 1.0, 0.0]
+    table = pd.concat(
+        [each.assign(text=t, answer="$x^$", contribution=np.array(numbers) * (1 + t)) for t in (0, 1)]
+    )
+    plot.attribution(table, ax=ax)
+    np.testing.assert_allclose(ax.images[0].get_array(), [[0.75, -3.0], [1.5, 0.0]])
+    assert ax.images[0].get_clim() == (-3, 3) and labels(ax.yaxis) == ["0", "1"]
+    neurons = table.assign(kind=table["kind"].replace("head", "neuron"))
+    neurons.attrs["soft_cap"] = 30.0
+    bars = plot.attribution(neurons, ax=Figure().subplots(), top=2)
+    assert [bar.get_width() for bar in bars.patches] == [-3.0, 1.5]
+    assert "before its cap at 30" in bars.get_xlabel()
+    with pytest.raises(ValueError, match="answer= is one of"):
+        plot.attribution(table, "y")
+    with pytest.raises(KeyError, match="no .'answer', 'component', 'kind', 'contribution'."):
+        plot.attribution(pd.DataFrame({"x": [1]}))
+
+
 def test_attention_of_one_head(ax):
     pattern = torch.tensor([[1.0, 0.0], [0.25, 0.75]])
     plot.attention(pattern, ["a", "$b^$"], ax)

@@ -59,6 +59,8 @@ SYNONYMS = {
     "mask_key": ("attention_mask", "mask"),
     "in_keys": ("in_key", "input_keys", "inputs"),
     "out_keys": ("out_key", "output_keys"),
+    "answers": ("answer", "answer_tokens", "tokens", "token_ids", "labels", "targets", "correct"),
+    "by": ("granularity", "mode", "level", "components", "per"),
     "variants": ("normalizations", "normalisations", "norms"),
     "untrained": ("baseline", "random_baseline", "random_init"),
     "estimator": ("model", "clf", "classifier", "probe"),

@@ -5,6 +5,7 @@ Uses: measures' names of columns, rows' texts, and run's tables.
 """
 
 from tdgeom.plot.ablations import ablation
+from tdgeom.plot.attributions import attribution
 from tdgeom.plot.depth import intrinsic_dimension, overlap
 from tdgeom.plot.lines import profile
 from tdgeom.plot.matrices import matrix
@@ -20,6 +21,7 @@ from tdgeom.plot.token_tables import attention, concept_examples, lens_table
 __all__ = [
     "ablation",
     "attention",
+    "attribution",
     "concept_examples",
     "intrinsic_dimension",
     "lens_table",

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tdgeom.core.wrong_objects import site_list
+from tdgeom.model.calls.input_device import where_inputs_go
 from tdgeom.model.capture import Capture
 from tdgeom.model.lens.logit_lens import Lens
 from tdgeom.model.positions import attended_tokens
+from tdgeom.model.sites import token_side
 
 __all__ = ["TunedLens"]
 
@@ -47,7 +49,8 @@ class TunedLens(Lens):
         if not self._tail.per_token:
             raise ValueError("TunedLens needs a model whose head reads positions one by one.")
         width, first = self._tail.width, next(model.parameters())
-        made = [nn.Linear(width, width, device=first.device, dtype=first.dtype) for _ in self.sites]
+        device = where_inputs_go(model)  # weights that are loaded for a forward only are nowhere else
+        made = [nn.Linear(width, width, device=device, dtype=first.dtype) for _ in self.sites]
         for translator in made:
             nn.init.zeros_(translator.weight)
             nn.init.zeros_(translator.bias)
@@ -62,12 +65,13 @@ class TunedLens(Lens):
         """The measures of every site, in the order of ``writes``."""
         final = values[len(self.sites)] if len(values) > len(self.sites) else None
         moved = [self.translate(index, acts) for index, acts in enumerate(values[: len(self.sites)])]
-        return [measure for acts in moved for measure in self.read_out(acts, final)]
+        return [measure for acts in moved for measure in self.read_out(acts, final).values()]
 
     def loss(self, tensordict: TensorDictBase) -> Tensor:
         """Mean KL(final || lens) over sites and attended tokens of a batch with ``acts`` and ``"logits"``."""
         final = tensordict["logits"]
-        keep = attended_tokens(tensordict.get("attention_mask", None), final)
+        side = token_side(str(self._tail.last_site))  # a decoder's padding is its own
+        keep = attended_tokens(tensordict.get(f"{side}attention_mask", None), final)
         reference = final[keep].detach().float().log_softmax(-1)
         total = final.new_zeros((), dtype=torch.float32)
         for index, name in enumerate(self.sites):
