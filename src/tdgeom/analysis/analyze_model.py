@@ -19,6 +19,7 @@ from tdgeom.analysis.seed_names import also_called
 from tdgeom.analysis.stored_rows import analyzed_rows, are_stored_rows
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import Key
+from tdgeom.core.rank_failures import fail_together
 from tdgeom.files.bundle import check_target
 from tdgeom.measures.normalization import NormalizationAblation
 from tdgeom.model.calls.repeated_calls import CallsSpec
@@ -36,6 +37,7 @@ __all__ = ["analyze_model"]
 
 @also_called(max_tokens="max_rows", sample_limit="sample_size")
 @answer_guesses
+@fail_together
 def analyze_model(
     model_name: str | nn.Module | None = None,
     dataloader: Iterable[Any] | None = None,

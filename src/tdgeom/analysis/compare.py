@@ -23,6 +23,7 @@ from tdgeom.core.for_each_pair import ForEachPair
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import key_tuple
 from tdgeom.core.pair_stage import PairStage
+from tdgeom.core.rank_failures import fail_together
 from tdgeom.core.warnings import gathered
 from tdgeom.measures.leave_out import SampleGroups
 from tdgeom.measures.listed_measures import listed_measures
@@ -56,6 +57,7 @@ ALIGNMENTS = ("rows", "characters", "document")
 
 @also_called(measures="metrics")
 @answer_guesses
+@fail_together
 def compare(
     model_a: nn.Module | str,
     model_b: nn.Module | str,

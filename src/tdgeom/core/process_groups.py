@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tdgeom.core.rank_failures import together
+
 __all__ = [
     "broadcast_number",
     "from_first_rank",
@@ -42,14 +44,16 @@ def sum_over_ranks(values: dict[str, int]) -> dict[str, int]:
     if rank_and_world()[1] == 1:
         return values
     total = torch.tensor(list(values.values()), dtype=torch.int64, device=_wire())
-    dist.all_reduce(total)
+    with together("the counts of all ranks"):
+        dist.all_reduce(total)
     return dict(zip(values, total.tolist()))
 
 
 def broadcast_number(number: int) -> int:
     """Rank 0's number, on every rank. Collective."""
     shared = torch.tensor(number, dtype=torch.int64, device=_wire())
-    dist.broadcast(shared, src=0)
+    with together("a number of rank 0"):
+        dist.broadcast(shared, src=0)
     return int(shared)
 
 
@@ -60,14 +64,16 @@ def gather_numbers(numbers: Sequence[int]) -> list[list[int]]:
         return [list(numbers)]
     wire = _wire()
     sizes = [torch.zeros((), dtype=torch.int64, device=wire) for _ in range(world)]
-    dist.all_gather(sizes, torch.tensor(len(numbers), dtype=torch.int64, device=wire))
+    with together("how many numbers each rank has"):
+        dist.all_gather(sizes, torch.tensor(len(numbers), dtype=torch.int64, device=wire))
     counts = [int(size) for size in sizes]
     if not max(counts):
         return [[] for _ in counts]
     padded = torch.zeros(max(counts), dtype=torch.int64, device=wire)
     padded[: len(numbers)] = torch.tensor(list(numbers), dtype=torch.int64, device=wire)
     gathered = [torch.zeros_like(padded) for _ in range(world)]
-    dist.all_gather(gathered, padded)
+    with together("the numbers of all ranks"):
+        dist.all_gather(gathered, padded)
     return [part[:count].tolist() for part, count in zip(gathered, counts)]
 
 
@@ -84,7 +90,8 @@ def from_first_rank(value: Any) -> Any:
     if rank_and_world()[1] == 1:
         return value
     held = [value]
-    dist.broadcast_object_list(held, src=0, device=_wire())
+    with together("what rank 0 has"):
+        dist.broadcast_object_list(held, src=0, device=_wire())
     return held[0]
 
 
@@ -128,23 +135,44 @@ def gather_states(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     if world == 1:
         return
     wire = _wire()
-    if rank != 0:
-        for value in state.values():
-            dist.send(_header(value).to(wire), dst=0)
-            if value.numel():
-                dist.send(value.contiguous().to(wire), dst=0)
-        return
     for source in range(1, world):
-        received = {}
-        for name, own in state.items():
-            header = torch.zeros(2 + _MAX_DIMS, dtype=torch.int64, device=wire)
-            dist.recv(header, src=source)
-            code, ndim, *sizes = header.tolist()
-            value = torch.zeros(sizes[:ndim], dtype=_DTYPES[code], device=wire)
+        if rank == source:
+            _send(state, wire)
+        elif rank == 0:
+            yield _receive(state, source, wire)
+        else:
+            for step in _STEPS:
+                with together(f"{step} of rank {source}"):
+                    pass
+
+
+_STEPS = ("the shapes", "the state")
+
+
+def _send(state: Mapping[str, Tensor], wire: torch.device) -> None:
+    headers = torch.stack([_header(value) for value in state.values()]).to(wire)
+    with together(f"{_STEPS[0]} of rank {dist.get_rank()}"):
+        dist.send(headers, dst=0)
+    values = [value.contiguous().to(wire) for value in state.values() if value.numel()]
+    with together(f"{_STEPS[1]} of rank {dist.get_rank()}"):
+        for value in values:
+            dist.send(value, dst=0)
+
+
+def _receive(state: Mapping[str, Tensor], source: int, wire: torch.device) -> dict[str, Tensor]:
+    """The state of a rank, for which memory is taken before anything is sent."""
+    headers = torch.zeros((len(state), 2 + _MAX_DIMS), dtype=torch.int64, device=wire)
+    with together(f"{_STEPS[0]} of rank {source}"):
+        dist.recv(headers, src=source)
+    received = {
+        name: torch.zeros(sizes[:ndim], dtype=_DTYPES[code], device=wire)
+        for name, (code, ndim, *sizes) in zip(state, headers.tolist(), strict=True)
+    }
+    with together(f"{_STEPS[1]} of rank {source}"):
+        for value in received.values():
             if value.numel():
                 dist.recv(value, src=source)
-            received[name] = value.to(own.device)
-        yield received
+    return {name: value.to(state[name].device) for name, value in received.items()}
 
 
 def _header(value: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from tensordict.nn import dispatch, set_skip_existing
 from torch import Tensor
 
 from tdgeom.core.process_groups import gather_states, rank_and_world
+from tdgeom.core.rank_failures import watched
 from tdgeom.core.stage import Outputs, Stage
 from tdgeom.core.stage_settings import differences
 from tdgeom.core.surroundings import steady
@@ -235,10 +236,11 @@ class StreamingStage(Stage):
 
     def sync_(self) -> None:
         """Merge the states of all ranks into rank 0; the others become empty, so a second call changes nothing."""
-        for state in gather_states(self.state()):
-            self.merge_(self.with_state(state))
-        if rank_and_world()[0] != 0:
-            self.reset()
+        with watched(f"{type(self).__name__}.sync_()"):
+            for state in gather_states(self.state()):
+                self.merge_(self.with_state(state))
+            if rank_and_world()[0] != 0:
+                self.reset()
 
     def with_state(self, state: Mapping[str, Tensor]) -> Any:
         """A stage of the same settings that holds this state; the own is left as it is."""

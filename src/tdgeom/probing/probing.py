@@ -18,6 +18,7 @@ from tdgeom.core.for_each import ForEach
 from tdgeom.core.for_each_pair import ForEachPair, pair_list
 from tdgeom.core.keys import Key
 from tdgeom.core.process_groups import rank_and_world
+from tdgeom.core.rank_failures import fail_together
 from tdgeom.core.words import Words, put, words_of
 from tdgeom.model.capture import Capture
 from tdgeom.probing import rules
@@ -189,6 +190,7 @@ class Probing:
 
     # ------------------------------------------------------------------------------------------ loaders
 
+    @fail_together
     def run(
         self,
         dataloader: Iterable[Any],

@@ -13,6 +13,7 @@ from tensordict.nn import TensorDictModuleBase
 from threadpoolctl import threadpool_limits
 
 from tdgeom.core.keys import NOT_WRITTEN, KeyTable, key_tuple
+from tdgeom.core.rank_failures import check_ranks
 from tdgeom.core.renamed import Renamed, describe, stage_of
 from tdgeom.core.stage import Stage
 from tdgeom.core.surroundings import steady
@@ -46,6 +47,7 @@ def run_end(
     """Run the end stages in order on ``td``, dropping what ``keep`` does not name after its last reader."""
     left = list(units)
     for group in _groups(units):
+        check_ranks()
         for unit in group:
             give(unit, inputs, td)
         if len(group) > 1:
@@ -122,12 +124,14 @@ def _side_by_side(group: Sequence[Any], td: TensorDict) -> None:
     )
     if threads == 1 or not on_cpu:
         for unit in group:
+            check_ranks()
             call(unit, td)
         return
     grad, line, told = torch.is_grad_enabled(), users_line(), gathering()
 
     def one(unit: Renamed) -> TensorDictBase:
         with torch.set_grad_enabled(grad), from_line(line), gathered(told):
+            check_ranks()
             return unit.inner(td)
 
     try:

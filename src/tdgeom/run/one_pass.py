@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from tdgeom.core.keys import Key
 from tdgeom.core.process_groups import rank_and_world
+from tdgeom.core.rank_failures import check_ranks
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.streaming_stage import rows_finite
 from tdgeom.core.words import put
@@ -110,6 +111,7 @@ class OnePass:
             self._refuse_shorter(given, least=1)
             return
         while not self.shares.spent:
+            check_ranks()
             own, hashes = self._load(batches)
             given += len(hashes)
             index, td = own or (-1, None)

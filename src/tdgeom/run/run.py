@@ -21,6 +21,7 @@ from tdgeom.core.process_groups import (
     refuse_no_group,
     sum_over_ranks,
 )
+from tdgeom.core.rank_failures import fail_together
 from tdgeom.core.renamed import stage_of
 from tdgeom.core.warnings import gathered
 from tdgeom.rows.data_sources import as_loader
@@ -36,6 +37,7 @@ __all__ = ["end_of", "run"]
 
 
 @answer_guesses
+@fail_together
 def run(
     pipeline: TensorDictModuleBase,
     dataloader: Iterable[Any],
