@@ -273,3 +273,26 @@ def test_too_few_rows_for_a_scale_are_told():
     ):
         td = tg.LeaveOut(tg.Gride(range_max=64))(sample_td(x, ids))
     assert td["dimension", "gride", "estimate"][1:].isnan().all()
+
+
+def kinds(seed):
+    """Documents of two kinds far from each other, of whose neighbours nearly all or few are kept."""
+    generator = torch.Generator().manual_seed(seed)
+    kind = (torch.rand(60, 1, generator=generator) < 0.5).repeat_interleave(10, 0)
+    x = torch.randn(600, 3, generator=generator) + 40 * kind
+    return x, x + torch.where(kind, 0.03, 0.7) * torch.randn(600, 3, generator=generator), torch.arange(600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("measure", [tg.NeighborhoodOverlap, tg.JaccardKNN])
+def test_errors_of_overlaps_where_documents_differ(measure):
+    """What a neighbour shared by both sides leaves behind is another shared one: counted as lost it would double the error."""
+    values, errors = [], []
+    for seed in range(40):
+        x, y, index = kinds(seed)
+        td = sample_td(TensorDict(a=x, b=y), (index // 10) << 20 | index % 10)
+        value = tg.LeaveOutPair(measure(k=10))(td)["between"].values()
+        found = group_jackknife(next(iter(value)), td["sample_group_rows"])
+        values.append(float(found.estimate))
+        errors.append(float(found.standard_error))
+    assert 0.75 < np.sqrt(np.mean(np.square(errors))) / np.std(values, ddof=1) < 1.3

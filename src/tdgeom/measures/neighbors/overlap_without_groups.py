@@ -16,10 +16,11 @@ __all__ = ["label_overlap_without", "overlap_without"]
 def overlap_without(stage: Any, a: Any, b: Any, group: Tensor, groups: int) -> list[Tensor] | None:
     """``NeighborhoodOverlap`` and ``JaccardKNN`` of a sample, of all rows and without each group: (groups+1,).
 
-    By influence, since a neighbour left out is one lost, and in its place comes the next: for row i what that next one is
-    worth is the share of its neighbours k+1 to 2k that the other side has too. A row's influence is its own value and what it
-    gains or loses the rows whose neighbour it is. Of the influences' spread the part is taken off that single neighbours make,
-    which is in it twice (as their own and as that of the row that they are neighbours of).
+    By influence, since a neighbour left out is one lost, and in its place comes the next on either side: what these two are worth
+    to a row is what one place more brings it, dc/dk of its shared neighbours c(k), from k/2 to 3k/2, half of it on either side.
+    (Rows that are far from the others then gain and lose as much as the density of rows says: o(k, N) depends on k/N.) A row's
+    influence is its own value and what it gains or loses the rows whose neighbour it is. Of the influences' spread the part is
+    taken off that single neighbours make, which is in it twice (as their own and as that of the row that they are neighbours of).
     """
     if stage.source != "sample" or stage.ceiling or a.inputs[0].ndim != 2:
         return None
@@ -30,22 +31,20 @@ def overlap_without(stage: Any, a: Any, b: Any, group: Tensor, groups: int) -> l
         if "plain" not in side.held:
             side.held["plain"] = stage.prepare(side.inputs[0])
         if "wide" not in side.held:
-            found = nearest_neighbors(side.inputs[0], 2 * k, metric=stage.metric, memory=stage.memory)
+            found = nearest_neighbors(side.inputs[0], k + k // 2, metric=stage.metric, memory=stage.memory)
             side.held["wide"] = found.index
     whole = stage.compare(a.held["plain"], b.held["plain"])
     x, y = a.held["wide"], b.held["wide"]
-    shared = _members(x, y[:, :k])
-    back = _members(y, x[:, :k])
-    common = shared[:, :k].sum(-1)
+    shared = _members(x[:, :k], y[:, :k])
+    common = shared.sum(-1)
     jaccard = stage.measure == "jaccard_knn"
     own = common / (2 * k - common) if jaccard else common / k
-    slope = 2 * k / (2 * k - common).square() if jaccard else torch.full_like(own, 1 / k)
-    apart = own - own.mean()
-    apart = _lent(
-        apart, x[:, :k], (shared[:, :k] - shared[:, k:].mean(-1, keepdim=True)) * slope.unsqueeze(-1)
-    )
-    apart = _lent(apart, y[:, :k], -back[:, k:].mean(-1, keepdim=True) * slope.unsqueeze(-1))
-    rate = shared[:, :k].mean(0)
+    slope = (2 * k / (2 * k - common).square() if jaccard else torch.full_like(own, 1 / k)).unsqueeze(-1)
+    less, more = (_members(x[:, :m], y[:, :m]).sum(-1, keepdim=True) for m in (k - k // 2, k + k // 2))
+    worth = (more - less) / (4 * (k // 2)) if k > 1 else torch.full_like(less, 0.5) * own.unsqueeze(-1)
+    apart = _lent(own - own.mean(), x[:, :k], (shared - worth) * slope)
+    apart = _lent(apart, y[:, :k], -worth * slope)
+    rate = shared.mean(0)
     single = (slope.square().mean() * (rate * (1 - rate)).sum()) / n
     return [_replicates(whole[0].double(), apart, single, group, groups)]
 
