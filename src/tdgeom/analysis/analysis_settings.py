@@ -15,6 +15,7 @@ from tdgeom.measures.normalization import NormalizationAblation
 from tdgeom.measures.registry import named_stages
 from tdgeom.model.calls.repeated_calls import CallsSpec, check_calls
 from tdgeom.model.sites import LayerSpec
+from tdgeom.stream.replicates import error_groups
 
 __all__ = [
     "DIAGNOSTICS",
@@ -111,7 +112,7 @@ class AnalysisSettings(Settings):
             "stages": (*named, *(_module(one) for one in given if not isinstance(one, str)), *own),
             "diagnostics": diagnostics,
             "neighbors": 100 if self.neighbors is True else (self.neighbors or None),
-            "errors": _groups(self.errors, "analyze_model"),
+            "errors": error_groups(self.errors, "analyze_model"),
         }
         for name, value in found.items():
             object.__setattr__(self, name, value)
@@ -141,7 +142,7 @@ class ComparisonSettings(Settings):
     errors: bool | int = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "errors", _groups(self.errors, "compare"))
+        object.__setattr__(self, "errors", error_groups(self.errors, "compare"))
 
     def record(self) -> dict[str, Any]:
         """Every setting that changes a number, as the metadata keep it."""
@@ -151,20 +152,6 @@ class ComparisonSettings(Settings):
             "errors": error_record(int(self.errors)),
             **super().record(),
         }
-
-
-GROUPS = 20
-
-
-def _groups(errors: bool | int, owner: str) -> int:
-    """How many groups ``errors=`` asks for; 0 for none."""
-    if isinstance(errors, bool) or errors == 0:
-        return GROUPS if errors else 0
-    if not isinstance(errors, int) or errors < 2:
-        raise ValueError(
-            f"{owner}: errors is True ({GROUPS} groups of documents), False, or a number of groups from 2 on, got {errors!r}."
-        )
-    return errors
 
 
 def error_record(groups: int) -> dict[str, Any] | None:

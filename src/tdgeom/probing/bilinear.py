@@ -20,9 +20,9 @@ from tdgeom.probing.class_labels import numbers_of
 from tdgeom.probing.control_task import type_buckets
 from tdgeom.probing.labelled_rows import labelled_keys, one_hot, plain_rows, row_labels
 from tdgeom.probing.lbfgs import minimise
-from tdgeom.probing.rules import Fitted, Metric, Task, check_settings
-from tdgeom.probing.scores import SCORES
+from tdgeom.probing.rules import Fitted, Metric, Task, check_settings, score_names
 from tdgeom.probing.splits import holdout_mask, row_groups
+from tdgeom.stream.replicates import error_groups
 
 __all__ = ["BilinearProbe", "LowRankBilinearProbe", "bilinear_ridge"]
 
@@ -76,7 +76,7 @@ class BilinearProbe(Stage):
 
     Args:
         alphas: values to choose from; None for seven in units of the kernel's mean eigenvalue.
-        labels, holdout, control, permutations, ignore_index, seed, preprocess, metrics: see ``Probe``.
+        labels, holdout, control, permutations, errors, ignore_index, seed, preprocess, metrics: see ``Probe``.
         train_rows: training rows used at most (the first of the sample, which comes in hash order).
 
     Reads ``("sample", "a")``, ``("sample", "b")``, ``("sample_carried", labels)`` and ``"sample_row_id"`` (``RowSample(sites,
@@ -93,6 +93,7 @@ class BilinearProbe(Stage):
     """
 
     takes_words = frozenset({"sample_carried"})
+    optional = frozenset({"document_id"})
     metrics: Mapping[str, Metric]
 
     def __init__(
@@ -104,6 +105,7 @@ class BilinearProbe(Stage):
         train_rows: int = 2048,
         control: str | None = None,
         permutations: int = 200,
+        errors: bool | int = False,
         ignore_index: int = -100,
         seed: int = 0,
         preprocess: Callable[[Tensor], Tensor] | None = None,
@@ -114,8 +116,11 @@ class BilinearProbe(Stage):
         self.metrics = named_functions(f"{self.__name__}: metrics", metrics)
         check_settings(self.__name__, holdout, 2, train_rows, self.metrics)
         sides: dict[Key, str | None] = {("sample", "a"): "N D", ("sample", "b"): "N E"}
-        reads = labelled_keys(self.__name__, labels, control, rows=sides, root="sample_")
-        writes = [("probe", name) for name in (*SCORES, *self.metrics)]
+        self.errors, self.groups = errors, error_groups(errors, self.__name__)
+        reads = labelled_keys(
+            self.__name__, labels, control, rows=sides, root="sample_", documents=bool(self.groups)
+        )
+        writes = [("probe", name) for name in score_names(self.metrics, self.groups)]
         super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=writes)
         self.labels, self.control = labels, control
         self.alphas, self.holdout, self.train_rows = alphas, holdout, train_rows
@@ -138,10 +143,10 @@ class BilinearProbe(Stage):
         self.names = class_names(label) if is_named else []
         return numbers_of(label, self.names, self.ignore_index, self.__name__, key)
 
-    def compute(
-        self, a: Tensor, b: Tensor, label: Any, row_id: Tensor, types: Any = None
-    ) -> dict[str, Tensor]:
+    def compute(self, a: Tensor, b: Tensor, label: Any, row_id: Tensor, *further: Any) -> dict[str, Tensor]:
         """Split by sequence, fit, score what was held out."""
+        types = further[0] if further and self.control is not None else None
+        document = further[-1] if len(further) > (self.control is not None) and self.groups else None
         with torch.inference_mode(False), torch.no_grad():
             label = self._numbered(label, self.in_keys[2]).to(a.device)
             types = Vocabulary().encode(types).to(a.device) if isinstance(types, Words) else types
@@ -159,7 +164,9 @@ class BilinearProbe(Stage):
                 return rules.unscored(self, a.device)
             inputs = tuple(x[test] for x in rows)
             right = rules.control_right(self, inputs, bucket[test])
-            return rules.scored(self, self.decide(self.fitted, inputs), label[test], group[test], right)
+            document = None if document is None else document.to(a.device)[test]
+            decided = self.decide(self.fitted, inputs)
+            return rules.scored(self, decided, label[test], group[test], right, document)
 
     def _learn(self, inputs: tuple[Tensor, ...], label: Tensor, bucket: Tensor | None = None) -> None:
         # A tensor made in inference mode cannot be part of a fit.

@@ -130,6 +130,11 @@ class TorchProbe(Probe):
         self.epochs, self.batch_size, self.learning_rate = epochs, batch_size, learning_rate
         self.weight_decay, self.loss = weight_decay, loss
 
+    @property
+    def module(self) -> Any:
+        """What was given: a module, or the function that makes one."""
+        return self._template[0]
+
     def solve(self, inputs: tuple[Tensor, ...], label: Tensor, task: Task) -> Fitted:
         """Train a fresh copy."""
         x = inputs[0].float()

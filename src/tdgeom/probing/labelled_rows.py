@@ -25,8 +25,9 @@ def labelled_keys(
     *,
     rows: Mapping[Key, str | None] | None = None,
     root: str = "",
+    documents: bool = False,
 ) -> dict[Key, str | None]:
-    """What a stage reads: rows, the carried value ``labels``, row ids, the types of a control task; ``root`` of a sample."""
+    """What a stage reads: rows, the carried ``labels``, row ids, types of a control task, documents; ``root`` of a sample."""
     if not isinstance(labels, str) or not isinstance(control, str | None):
         raise TypeError(
             f"{owner}: labels and control name values that SelectTokens(also=[...]) carries, such as 'label', got {labels!r} "
@@ -36,7 +37,8 @@ def labelled_keys(
         raise ValueError(f"{owner}: labels and control both name {labels!r}; a control task needs types.")
     reads: dict[Key, str | None] = {**(rows or {"tokens": "N D"})}
     reads |= {(f"{root}carried", labels): None, f"{root}row_id": "N"}
-    return reads if control is None else {**reads, (f"{root}carried", control): "N"}
+    reads |= {} if control is None else {(f"{root}carried", control): "N"}
+    return {**reads, (f"{root}carried", "document_id"): "N"} if documents else reads
 
 
 def plain_rows(owner: str, **given: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from tdgeom.probing import rules
 from tdgeom.probing.class_labels import numbers_of
 from tdgeom.probing.control_task import type_buckets
 from tdgeom.probing.labelled_rows import labelled_keys, row_labels
-from tdgeom.probing.rules import AnyProbe
+from tdgeom.probing.rules import AnyProbe, score_names
 from tdgeom.probing.scores import SCORES, probe_scores
 from tdgeom.probing.splits import row_groups
 from tdgeom.stream.growing_rows import GrowingRows
@@ -110,26 +110,32 @@ class ProbeScore(GrowingRows):
 class HeldOutRows(GrowingRows):
     """A finished probe, of one site or of a pair, and its scores over every row of a stream.
 
-    Reads the rows of ``sites``, ``("carried", labels)``, ``"row_id"`` and the types of the control task, if the probe has one;
-    writes ``("probe", name, score)``.
+    Reads the rows of ``sites``, ``("carried", labels)``, ``"row_id"``, the types of the control task, if the probe has one, and
+    for errors ``("carried", "document_id")``, if rows carry it; writes ``("probe", name, score)``.
     """
 
     def __init__(self, probe: AnyProbe, sites: Sequence[str], name: str) -> None:
         tokens: dict[Key, str | None] = {("tokens", site): None for site in sites}
         super().__init__(
-            reads=labelled_keys(type(probe).__name__, probe.labels, probe.control, rows=tokens),
-            writes=[("probe", name, score) for score in (*SCORES, *probe.metrics)],
+            reads=labelled_keys(
+                type(probe).__name__, probe.labels, probe.control, rows=tokens, documents=bool(probe.groups)
+            ),
+            writes=[("probe", name, score) for score in score_names(probe.metrics, probe.groups)],
         )
         self.width = len(tokens)
         self.probe = (probe,)  # in a tuple: its state is not part of this one
         controlled = {} if probe.fitted["control"] is None else {"right": torch.bool}
-        self.declare(decision=torch.float64, label=None, group=torch.int64, **controlled)
+        documents = {"document": torch.int64} if probe.groups else {}
+        self.declare(decision=torch.float64, label=None, group=torch.int64, **controlled, **documents)
 
+    optional = frozenset({"document_id"})
     takes_words = frozenset({"carried"})
 
     def kept(self, *inputs: Any) -> dict[str, Tensor]:
         """Decisions, labels and groups of the rows with a label, and where the probe of the control task is right."""
-        (probe,), rows, (label, row_id, *types) = self.probe, inputs[: self.width], inputs[self.width :]
+        (probe,), rows, (label, row_id, *further) = self.probe, inputs[: self.width], inputs[self.width :]
+        types = further[: probe.control is not None]
+        document = further[-1] if len(further) > len(types) else None
         key, owner = self.in_keys[self.width], type(probe).__name__
         label = numbers_of(label, probe.names, probe.ignore_index, owner, key).to(rows[0].device)
         label, used = row_labels(label, rows[0], key=key, owner=owner, ignore_index=probe.ignore_index)
@@ -140,9 +146,12 @@ class HeldOutRows(GrowingRows):
         if types:
             right = rules.control_right(probe, ready, type_buckets(types[0], probe.seed))
             found |= {} if right is None else {"right": right}
+        if probe.groups:
+            found["document"] = found["group"] if document is None else document.to(rows[0].device).long()
         return {name: value[used] for name, value in found.items()}
 
     def result(self) -> dict[str, Tensor]:
         """The scores so far."""
-        (probe,), rows = self.probe, self.rows()
-        return rules.scored(probe, rows["decision"], rows["label"], rows["group"], rows.get("right"))
+        (probe,), held = self.probe, self.rows()
+        right, document = held.get("right"), held.get("document")
+        return rules.scored(probe, held["decision"], held["label"], held["group"], right, document)

@@ -29,11 +29,11 @@ from tdgeom.probing.label_moments import (
 )
 from tdgeom.probing.labelled_rows import labelled_keys, one_hot, plain_rows, row_labels
 from tdgeom.probing.predict import linear_decision
-from tdgeom.probing.rules import Fitted, Metric, Task, check_settings
-from tdgeom.probing.scores import SCORES
+from tdgeom.probing.rules import Fitted, Metric, Task, check_settings, score_names
 from tdgeom.probing.splits import fold_index, holdout_mask, row_groups
 from tdgeom.stream import reservoir
 from tdgeom.stream.held_rows import same_kind
+from tdgeom.stream.replicates import error_groups
 
 __all__ = ["Probe"]
 
@@ -66,6 +66,8 @@ class Probe(NamesClasses):
         control: a carried value, such as "input_ids", whose values are the types of the control task of Hewitt and Liang
             (2019); it is read after "row_id".
         permutations: permutations of the held-out labels behind ``null_mean`` and ``p_value``.
+        errors: standard errors of every score, ``("probe", f"{name}_se")``, over 20 groups of documents or this many: those of
+            the rows' ``("carried", "document_id")`` (``SelectTokens(documents=True)``), else the sequences. See ``score_errors``.
         ignore_index: integer labels of this value mark rows without a label.
         seed: of the split, the samples, the control task, the permutations and the fit.
         preprocess: function of rows (N, D) -> (N, D'), applied before everything else, row by row.
@@ -81,7 +83,7 @@ class Probe(NamesClasses):
             other settings, row ids that came twice.
     """
 
-    optional = frozenset({"row_id"})
+    optional = frozenset({"row_id", "document_id"})
     publishing = frozenset({"permutations", "metrics"})
     parameters_out: ClassVar[tuple[str, ...]] = ()
     needs_rows: ClassVar[bool] = True  # False: trained from moments of every row, by solve_moments()
@@ -98,6 +100,7 @@ class Probe(NamesClasses):
         train_rows: int = 8192,
         control: str | None = None,
         permutations: int = 200,
+        errors: bool | int = False,
         ignore_index: int = -100,
         seed: int = 0,
         preprocess: Callable[[Tensor], Tensor] | None = None,
@@ -107,14 +110,15 @@ class Probe(NamesClasses):
     ) -> None:
         self.metrics = named_functions(f"{self.__name__}: metrics", metrics)
         check_settings(self.__name__, holdout, test_rows, train_rows, self.metrics)
-        reads = labelled_keys(self.__name__, labels, control)
+        self.errors, self.groups = errors, error_groups(errors, self.__name__)
+        reads = labelled_keys(self.__name__, labels, control, documents=bool(self.groups))
         if control is not None and isinstance(in_keys, list) and len(in_keys) == 3:
             in_keys = [*in_keys, ("carried", control)]
         super().__init__(
             in_keys=in_keys,
             out_keys=out_keys,
             reads=reads,
-            writes=[("probe", name) for name in (*SCORES, *self.metrics)]
+            writes=[("probe", name) for name in score_names(self.metrics, self.groups)]
             + [("probe_fit", name) for name in self.parameters_out],
         )
         self.labels, self.control = labels, control
@@ -123,7 +127,7 @@ class Probe(NamesClasses):
         self.preprocess = preprocess
         self.add_state("count", torch.int64)
         for part in self.parts:
-            for name in ("x", "label", "ids", "bucket", "hashes"):
+            for name in ("x", "label", "ids", "bucket", *(["document"] if self.groups else []), "hashes"):
                 self.add_state(part + name, None if name in ("x", "label") else torch.int64)
         for name in () if self.keeps_rows else LEAVES:
             self.add_state("moment_" + name, torch.int64 if name == "count" else torch.float64)
@@ -184,11 +188,9 @@ class Probe(NamesClasses):
         """Leading targets of the moments that count the control task's buckets."""
         return BUCKETS if self.control is not None else 0
 
-    def start(
-        self, tokens: Tensor, label: Any, row_id: Tensor | None, types: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def start(self, tokens: Tensor, label: Any, row_id: Tensor | None, *further: Any) -> dict[str, Tensor]:
         """Empty samples, of the rows' width and the labels' kind, and moments of no rows."""
-        rows = self._rows(tokens, label, row_id, types, 0)
+        rows = self._rows(tokens, label, row_id, further, 0)
         rows.pop("used")
         state = {"count": torch.zeros((), dtype=torch.int64, device=tokens.device)}
         sizes = {"test_": self.test_rows if self.holdout else 0, "train_": self.train_rows}
@@ -204,9 +206,11 @@ class Probe(NamesClasses):
         return state
 
     def _rows(
-        self, tokens: Tensor, label: Any, row_id: Tensor | None, types: Any, seen: int
+        self, tokens: Tensor, label: Any, row_id: Tensor | None, further: tuple[Any, ...], seen: int
     ) -> dict[str, Tensor]:
-        """One block of rows as the state holds them."""
+        """One block of rows as the state holds them; ``further``: the types of the control task, documents."""
+        types = further[0] if further and self.control is not None else None
+        document = further[-1] if len(further) > (self.control is not None) and self.groups else None
         x, key = rules.prepared(self, tokens), self.in_keys[1]
         label = self.numbered(label, key).to(tokens.device)
         if isinstance(types, Words):
@@ -215,11 +219,14 @@ class Probe(NamesClasses):
         if row_id is None:  # rows without an id: each is its own group, numbered as it comes
             row_id = torch.arange(seen, seen + len(used), device=x.device) << POSITION_BITS
         bucket = torch.zeros_like(row_id) if types is None else type_buckets(types, self.seed)
-        return {"x": x, "label": label, "ids": row_id.long(), "bucket": bucket, "used": used}
+        rows = {"x": x, "label": label, "ids": row_id.long(), "bucket": bucket, "used": used}
+        if self.groups:
+            rows["document"] = (row_groups(row_id) if document is None else document.to(x.device)).long()
+        return rows
 
-    def accumulate(self, tokens: Tensor, label: Any, row_id: Tensor | None = None, types: Any = None) -> None:
+    def accumulate(self, tokens: Tensor, label: Any, row_id: Tensor | None = None, *further: Any) -> None:
         """Add a block of rows: to the held-out sample, or to the training state."""
-        rows = self._rows(tokens, label, row_id, types, int(self.count))
+        rows = self._rows(tokens, label, row_id, further, int(self.count))
         used = rows.pop("used")
         for key, name in zip(self.in_keys, ("x", "label")):
             same_kind(self.__name__, key, self.state()["test_" + name], rows[name])
@@ -289,7 +296,8 @@ class Probe(NamesClasses):
             inputs = (rows["x"],)
             right = rules.control_right(self, inputs, rows["bucket"])
             decided = self.decide(fitted, inputs)
-            found = rules.scored(self, decided, rows["label"], row_groups(rows["ids"]), right)
+            group, document = row_groups(rows["ids"]), rows.get("document")
+            found = rules.scored(self, decided, rows["label"], group, right, document)
         elif self.holdout:
             raise ValueError(
                 f"{self.__name__}: no sequence fell into the held-out part (holdout={self.holdout}, {int(self.count)} rows "
@@ -316,7 +324,7 @@ class Probe(NamesClasses):
         self.holdout, self.train_rows = 0.0, max(self.train_rows, len(x))
         try:
             with torch.inference_mode(False), torch.no_grad(), steady(x.device):
-                given = (x.detach(), y.detach(), row_id, types)
+                given = (x.detach(), y.detach(), row_id, *([] if self.control is None else [types]))
                 self.set_state(self.start(*given))
                 self.accumulate(*given)
                 self.solve_state()

@@ -90,6 +90,17 @@ class BatchLabels(TensorDictModuleBase):
         return tensordict
 
 
+def _with_errors(probe: Any, errors: bool | int) -> Any:
+    """The probe made again, with errors; functions and models that it was given are the same."""
+    settings = {**probe.settings(), "errors": errors}
+    live = {
+        name: getattr(probe, name)
+        for name, value in settings.items()
+        if not isinstance(value, str | int | float | list | None) and hasattr(probe, name)
+    }
+    return type(probe).from_settings(settings, **live)
+
+
 class Phase:
     """What a ``with`` block of ``Probing`` hands over: set ``labels`` before each model call."""
 
@@ -141,6 +152,8 @@ class Probing:
         select: further settings of ``SelectTokens``, such as ``dict(positions="last")`` or ``dict(pool="mean")``.
         capture: further settings of ``Capture``, such as ``dict(layers=[0, 5])``; over loaders also gradients, ``dict(
             direction="backward", target=...)``.
+        errors: columns ``<score>_se``: standard errors over 20 groups of the held-out documents, or this many. A document is a
+            ``document_id`` of the batches, else a sequence. See ``Probe``.
 
     Attributes: ``sites``; ``probes``, the fitted probe of each site (or ``"a->b"``); ``settings``, what can change a number
     (seed, split, probe); ``result``, a TensorDict with ``("probe", site, score)`` and, for linear probes,
@@ -168,12 +181,15 @@ class Probing:
         pairs: str | Sequence[tuple[str, str]] = "consecutive",
         select: dict[str, Any] | None = None,
         capture: dict[str, Any] | None = None,
+        errors: bool | int = False,
     ) -> None:
         if not isinstance(probe, Probe | BilinearProbe):
             raise TypeError(
                 f"Probing takes a probe (LinearProbe(), SklearnProbe(estimator), ...), got {type(probe).__name__}. Wrap a "
                 f"scikit-learn estimator in SklearnProbe, a torch module in TorchProbe."
             )
+        if errors is not False:
+            probe = _with_errors(probe, errors)
         # gradients too lie where rows are selected
         self.capture = Capture(model, sites, **{"out_keys": "acts", **(capture or {})})
         self.sites = self.capture.sites
@@ -322,7 +338,8 @@ class Probing:
                 "capture, tg.SelectTokens(sites, also=['label']), tg.ForEach(probe, sites)), loader)."
             )
         types = [] if self.probe.control is None else [self.probe.control]
-        return SelectTokens(self.sites, also=[self.label_key, *types], **self.select)
+        documents = bool(self.probe.groups)
+        return SelectTokens(self.sites, also=[self.label_key, *types], documents=documents, **self.select)
 
     def _fit_units(self, holdout: float) -> list[TensorDictModuleBase]:
         probe = deepcopy(self.probe)
@@ -331,6 +348,7 @@ class Probing:
             return [self._selector(), ForEach(probe, self.sites)]
         size = int(probe.train_rows / (1 - holdout)) + 1  # the sample holds both parts of the split
         also = [probe.labels] if probe.control is None else [probe.labels, probe.control]
+        also += ["document_id"] if probe.groups else []
         sample = RowSample(self.sites, size=size, seed=probe.seed, also=also)
         return [self._selector(), sample, ForEachPair(probe, self.sites, pairs=self.pairs)]
 

@@ -14,10 +14,11 @@ from tdgeom.core.surroundings import steady
 from tdgeom.probing.class_labels import numbers_of
 from tdgeom.probing.control_task import control_map
 from tdgeom.probing.labelled_rows import plain_rows, row_labels
+from tdgeom.probing.score_errors import SCORES_WITH_ERRORS, score_errors
 from tdgeom.probing.scores import SCORES, complete, probe_scores
 from tdgeom.probing.splits import row_groups
 
-__all__ = ["AnyProbe", "Fitted", "Metric", "Task", "check_settings"]
+__all__ = ["AnyProbe", "Fitted", "Metric", "Task", "check_settings", "score_names"]
 
 Fitted = dict[str, Any]
 Metric = Callable[[Tensor, Tensor], float]
@@ -46,6 +47,7 @@ class AnyProbe(Protocol):
     labels: str
     control: str | None
     permutations: int
+    groups: int
     ignore_index: int
     seed: int
 
@@ -80,9 +82,15 @@ def check_settings(
         raise ValueError(
             f"{owner}: test_rows and train_rows must be at least 2, got {test_rows} and {train_rows}."
         )
-    clash = sorted(set(metrics) & set(SCORES))
+    clash = sorted(set(metrics) & {*SCORES, *(f"{name}_se" for name in SCORES)})
     if clash:
         raise ValueError(f"{owner}: metrics named {clash} exist already. Give them other names.")
+
+
+def score_names(metrics: Mapping[str, Metric], groups: int) -> list[str]:
+    """What a probe writes: scores, metrics of one's own, and with groups of documents the errors of both."""
+    with_errors = [*SCORES_WITH_ERRORS, *metrics] if groups else []
+    return [*SCORES, *metrics, *(f"{name}_se" for name in with_errors)]
 
 
 def prepared(probe: AnyProbe, x: Tensor) -> Tensor:
@@ -199,9 +207,17 @@ def score(probe: AnyProbe, *inputs: Any, row_id: Tensor | None = None) -> dict[s
 
 
 def scored(
-    probe: AnyProbe, decided: Tensor, label: Tensor, group: Tensor, right: Tensor | None = None
+    probe: AnyProbe,
+    decided: Tensor,
+    label: Tensor,
+    group: Tensor,
+    right: Tensor | None = None,
+    document: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Scores and the metrics of one's own of decisions on held-out rows; with ``control_right`` those of the control task."""
+    """Scores and the metrics of one's own of decisions on held-out rows; with ``control_right`` those of the control task.
+
+    With ``probe.groups`` their errors too, over groups of documents: ``document``, else ``group``.
+    """
     fitted, task, name = probe.fitted, probe.fitted["task"], type(probe).__name__
     if label.is_floating_point() != task.regression:
         raise ValueError(
@@ -213,30 +229,41 @@ def scored(
             f"class {int(label.max())} is among the held-out rows but missing from the training part, which has classes "
             f"0..{task.classes - 1}. Lower holdout=, take another seed=, or leave the class out (ignore_index)."
         )
-    found = probe_scores(
-        decided,
-        label,
-        group,
-        train_counts=fitted["counts"],
-        permutations=probe.permutations,
-        seed=probe.seed,
-    )
-    own = {"train_rows": float(fitted["train_rows"])}
-    if right is not None:
-        found["control_accuracy"] = right.double().mean()
-        found["selectivity"] = found["accuracy"] - found["control_accuracy"]
-    for key, metric in probe.metrics.items():
+
+    def scores(kept: Any, permutations: int = 0) -> dict[str, Tensor]:
+        found = probe_scores(
+            decided[kept],
+            label[kept],
+            group[kept],
+            train_counts=fitted["counts"],
+            permutations=permutations,
+            seed=probe.seed,
+        )
+        if right is not None:
+            found["control_accuracy"] = right[kept].double().mean()
+            found["selectivity"] = found["accuracy"] - found["control_accuracy"]
         guess = decided if task.regression else decided.argmax(-1)
-        own[key] = metric(guess, label)
-    return found | {
-        key: torch.as_tensor(v, dtype=torch.float64, device=label.device) for key, v in own.items()
-    }
+        own = {key: metric(guess[kept], label[kept]) for key, metric in probe.metrics.items()}
+        return found | {
+            key: torch.as_tensor(v, dtype=torch.float64, device=label.device) for key, v in own.items()
+        }
+
+    found = scores(slice(None), probe.permutations)
+    found["train_rows"] = torch.full_like(found["train_rows"], float(fitted["train_rows"]))
+    if not probe.groups:
+        return found
+    values = {key: found[key] for key in (*SCORES_WITH_ERRORS, *probe.metrics)}
+    document = group if document is None else document
+    return found | score_errors(scores, values, document, groups=probe.groups, owner=name)
 
 
 def unscored(probe: AnyProbe, device: torch.device) -> dict[str, Tensor]:
     """What there is to say where nothing was held out: on how many rows the probe was trained."""
     found = complete({"train_rows": float(probe.fitted["train_rows"])}, device)
-    return found | {name: torch.full_like(found["accuracy"], torch.nan) for name in probe.metrics}
+    names = score_names(probe.metrics, probe.groups)
+    return found | {
+        name: torch.full_like(found["accuracy"], torch.nan) for name in names if name not in found
+    }
 
 
 def concept_direction(probe: AnyProbe, label: int | str | None = None, *, unit: bool = True) -> Tensor:

@@ -16,10 +16,11 @@ from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.core.warnings import FewRowsWarning, tell
 from tdgeom.numerics.document_groups import GROUPED_BY, document_groups, rows_by_group
 
-__all__ = ["DOCUMENT", "REPLICATE_ROWS", "Replicates", "check_groups"]
+__all__ = ["DOCUMENT", "GROUPS", "REPLICATE_ROWS", "Replicates", "check_groups", "error_groups"]
 
 DOCUMENT: Key = ("carried", "document_id")
 REPLICATE_ROWS: Key = ("replicates", "rows")
+GROUPS = 20
 
 
 def check_groups(groups: int, by: str, owner: str) -> None:
@@ -28,6 +29,17 @@ def check_groups(groups: int, by: str, owner: str) -> None:
         raise ValueError(f"{owner}: groups counts what is left out in turn, at least 2, got {groups!r}.")
     if by not in GROUPED_BY:
         raise ValueError(f"{owner}: by is one of {list(GROUPED_BY)}, got {by!r}.")
+
+
+def error_groups(errors: bool | int, owner: str) -> int:
+    """How many groups of documents ``errors=`` asks for; 0 for none."""
+    if isinstance(errors, bool) or errors == 0:
+        return GROUPS if errors else 0
+    if not isinstance(errors, int) or errors < 2:
+        raise ValueError(
+            f"{owner}: errors is True ({GROUPS} groups of documents), False, or a number of groups from 2 on, got {errors!r}."
+        )
+    return errors
 
 
 class Replicates(StreamingStage):
