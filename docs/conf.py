@@ -13,7 +13,14 @@ author = "tdgeom contributors"
 copyright = "2026, tdgeom contributors"
 version = release = installed_version("tdgeom")
 
-extensions = ["myst_nb", "api_reference", "notebook_pages"]
+extensions = [
+    "myst_nb",
+    "api_reference",
+    "command_reference",
+    "measure_pages",
+    "notebook_pages",
+    "whole_site",
+]
 nb_execution_mode = "force"
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
@@ -30,5 +37,8 @@ html_theme = "furo"
 html_title = f"tdgeom {version}"
 html_show_sphinx = False
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_extra_path = ["llms.txt"]
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"

@@ -1,4 +1,4 @@
-"""The pages of docs/howto and docs/coming_from: each of their Python blocks runs and asserts what it claims.
+"""The pages of docs/howto, docs/coming_from and docs/measures: each of their Python blocks runs and asserts what it claims.
 
 A page is given the model and the data that docs/howto/index.md speaks of, and nothing else: what it uses it imports. A block of
 ``py`` is a call of another tool, shown beside ours and not run.
@@ -17,7 +17,7 @@ import models
 
 matplotlib.use("Agg")
 DOCS = Path(__file__).parents[1] / "docs"
-FOLDERS = ("howto", "coming_from")
+FOLDERS = ("howto", "coming_from", "measures")
 PAGES = sorted(page for folder in FOLDERS for page in (DOCS / folder).glob("*.md") if page.stem != "index")
 
 

@@ -1,9 +1,9 @@
-"""The API reference, generated from `tdgeom.__all__` and the modules beside it, so that no public name is forgotten.
+"""The API reference, a page a room, generated from the package itself, so that no public name is forgotten.
 
-A page holding `<!-- api reference -->` gets, in its place, every public name under its theme: signature,
-docstring, public methods. Docstrings are plain text with formulas, doctests and `Args:`-like sections; they are
-read as Markdown, in which a formula cannot be a syntax error. A public name without a docstring is a warning, and
-so fails the build.
+A page of docs/api holding `<!-- api reference: ROOM, ROOM -->` gets, in its place, every public name that these rooms define
+(the innermost room counts): signature, docstring, public methods. Docstrings are plain text with formulas, doctests and
+`Args:`-like sections; they are read as Markdown, in which a formula cannot be a syntax error, and `Formula:` sections are set.
+A public name without a docstring, or of a room that no page holds, is a warning, and so fails the build.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ import inspect
 import re
 import types
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import plain_formula
 import torch
 from public_names import modules
 from sphinx.application import Sphinx
@@ -22,21 +25,9 @@ from sphinx.util.inspect import safe_getattr, signature, stringify_signature
 
 import tdgeom
 
-MARK = "<!-- api reference -->"
-# title -> rooms of tdgeom, in the order of the page; the innermost room counts, what is nowhere here comes last, under "More"
-THEMES = {
-    "Composing stages": ("core", "run"),
-    "Around the model": ("model",),
-    "From activations to rows": ("rows",),
-    "One pass over all rows": ("stream",),
-    "Spectra and single-site measures": ("measures", "concepts"),
-    "Comparing two sites": ("measures.similarity",),
-    "Neighbours": ("measures.neighbors",),
-    "Intrinsic dimension": ("measures.dimension",),
-    "Probing and lenses": ("probing", "model.lens"),
-    "Analyses, results, pictures": ("analysis", "plot"),
-    "Keeping activations and runs": ("store",),
-}
+FOLDER = Path(__file__).parent.parent / "api"
+MARK = re.compile(r"<!-- api reference: ([\w., ]+) -->")
+INDEX = "<!-- api index -->"
 logger = logging.getLogger(__name__)
 
 
@@ -49,13 +40,11 @@ def markdown(docstring: str) -> str:
         section = re.fullmatch(r"([A-Z][\w ]{0,30}):", line)
         if section and pending and pending[0].startswith("  "):
             body = take(pending, lambda text: not text.strip() or text.startswith(" "))
-            lines += [
-                "",
-                f"**{section[1]}**",
-                "",
-                *entries(inspect.cleandoc("\n".join(["", *body])).splitlines()),
-                "",
-            ]
+            body = inspect.cleandoc("\n".join(["", *body])).splitlines()
+            if section[1] == "Formula":
+                lines += ["", *plain_formula.section(body), ""]
+            else:
+                lines += ["", f"**{section[1]}**", "", *entries(body), ""]
         elif line.lstrip().startswith(">>>"):
             block = [line, *take(pending, lambda text: bool(text.strip()))]
             lines += ["", "```pycon", *inspect.cleandoc("\n".join(["", *block])).splitlines(), "```", ""]
@@ -98,6 +87,7 @@ def escaped(line: str) -> str:
     for i, part in enumerate(parts):
         if i % 2 == 0:
             part = re.sub(r"(?<!\*)\*(?!\*)(?! )", r"\\*", part.replace("\\*", "*"))
+            part = re.sub(r"(?<![\w(])\\\*([a-z][\w -]*)\\\*(?!\w)", r"*\1*", part)  # what is stressed
             parts[i] = part.replace("<", "&lt;").replace("[", "\\[")
         else:
             name = part.strip("`").removesuffix("()").removeprefix("tg.").removeprefix("tdgeom.")
@@ -188,45 +178,108 @@ def reference(name: str, obj: Any) -> list[str]:
     ]
 
 
-def theme_of(obj: Any) -> str:
-    """The theme of the room that defines an object."""
-    module = f"{(getattr(obj, '__module__', None) or '').removeprefix('tdgeom.')}."
-    fitting = [
-        (room, title) for title, rooms in THEMES.items() for room in rooms if module.startswith(f"{room}.")
-    ]
-    return max(fitting, key=lambda one: len(one[0]), default=("", "More"))[1]
+@cache
+def rooms() -> dict[str, str]:
+    """Room -> the page of docs/api that holds its names."""
+    found = {}
+    for path in sorted(FOLDER.glob("*.md")):
+        for mark in MARK.findall(path.read_text(encoding="utf-8")):
+            found |= {room.strip(): f"api/{path.stem}" for room in mark.split(",")}
+    return found
 
 
-def page() -> str:
-    """The whole reference."""
+def page_of(module: str) -> str:
+    """The page of an object defined there, or nothing."""
+    inside = f"{module.removeprefix('tdgeom.')}."
+    fitting = [room for room in rooms() if inside.startswith(f"{room}.")]
+    return rooms()[max(fitting, key=len)] if fitting else ""
+
+
+def home(name: str, obj: Any) -> str:
+    """The page of a public name; functions of tensors stand where their file does."""
+    defined = getattr(inspect.unwrap(obj) if callable(obj) else obj, "__module__", None) or ""
+    if not page_of(defined):
+        logger.warning("no page of docs/api holds the room of tdgeom.%s, %s", name, defined)
+    return page_of(defined)
+
+
+@cache
+def pages() -> dict[str, dict[str, list[tuple[str, Any]]]]:
+    """Page -> chapter ("" for the top level, else a module) -> the names and objects on it, in order."""
     names = {name: getattr(tdgeom, name) for name in tdgeom.__all__ if not name.startswith("__")}
-    groups: dict[str, list[str]] = {title: [] for title in (*THEMES, "More")}
+    found: dict[str, dict[str, list[tuple[str, Any]]]] = {page: {} for page in rooms().values()}
     for name, obj in names.items():
         if not isinstance(obj, types.ModuleType):
-            groups[theme_of(obj)] += reference(f"tdgeom.{name}", obj)
-    lines = []
-    for title, body in groups.items():
-        lines += [f"## {title}", "", *body] if body else []
-    for name, (module, listed) in modules().items():
-        lines += [f"## `tdgeom.{name}`", "", markdown(module.__doc__ or ""), ""]
+            found.setdefault(home(name, obj), {}).setdefault("", []).append((name, obj))
+    for module, (made, listed) in modules().items():
         for key in listed:
-            obj = getattr(module, key)
+            obj = getattr(made, key)
             if names.get(key) is obj:
-                lines += [f"- {{py:obj}}`{key} <tdgeom.{key}>`", ""]
-            else:
-                lines += reference(f"tdgeom.{name}.{key}", obj)
+                continue
+            page = home(f"{module}.{key}", obj) if module == "functional" else page_of(made.__name__)
+            found.setdefault(page, {}).setdefault(module, []).append((f"{module}.{key}", obj))
+    return found
+
+
+def link(name: str) -> str:
+    """A link to an entry, by the name users write."""
+    return f"{{py:obj}}`{name.rpartition('.')[2]} <tdgeom.{name}>`"
+
+
+def summary(docstring: str | None) -> str:
+    """The first sentence, on one line."""
+    paragraph = " ".join(inspect.cleandoc(docstring or "").split("\n\n")[0].split())
+    return escaped(re.split(r"(?<=[\w`)])[.:;](?: |$)", paragraph)[0])
+
+
+def page(docname: str) -> str:
+    """The reference of one page's rooms."""
+    lines = []
+    for module, entries_of in pages().get(docname, {}).items():
+        if module == "functional":
+            lines += [
+                "## Functions of tensors",
+                "",
+                "Behind the stages, in {doc}`tdgeom.functional <functional>`.",
+                "",
+            ]
+        elif module:
+            lines += [f"## `tdgeom.{module}`", "", markdown(modules()[module][0].__doc__ or ""), ""]
+        for name, obj in entries_of:
+            lines += reference(f"tdgeom.{name}", obj)
+    return "\n".join(lines)
+
+
+def functions() -> str:
+    """Every function of `tdgeom.functional`, a line each."""
+    module, listed = modules()["functional"]
+    rows = [f"| {link(f'functional.{key}')} | {summary(getattr(module, key).__doc__)} |" for key in listed]
+    return "\n".join([markdown(module.__doc__ or ""), "", "| function | what it gives |", "|---|---|", *rows])
+
+
+def index() -> str:
+    """Every page, with the names on it."""
+    lines = ["| page | names |", "|---|---|"]
+    for docname, chapters in pages().items():
+        names = ", ".join(
+            link(name) for chapter, named in chapters.items() if chapter != "functional" for name, _ in named
+        )
+        lines.append(f"| {{doc}}`/{docname}` | {names} |")
     return "\n".join(lines)
 
 
 def fill_in(app: Sphinx, docname: str, source: list[str]) -> None:
     """Put the reference where a page asks for it."""
-    if MARK in source[0]:
-        source[0] = source[0].replace(MARK, page())
+    source[0] = MARK.sub(lambda found: page(docname), source[0])
+    if INDEX in source[0]:
+        source[0] = source[0].replace(INDEX, index())
+    if "<!-- functions of tensors -->" in source[0]:
+        source[0] = source[0].replace("<!-- functions of tensors -->", functions())
 
 
 def always_read(app: Sphinx, env: Any, added: set[str], changed: set[str], removed: set[str]) -> list[str]:
-    """The reference depends on the package, not on its page alone."""
-    return ["api"]
+    """The reference depends on the package, not on its pages alone."""
+    return [name for name in env.found_docs if name.startswith("api/")]
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -158,8 +158,12 @@ def _named(variant: Any) -> str:
 class NormalizationAblation(SampleStage):
     """Spectrum metrics of the sample under several normalisations.
 
-    ``raw``; ``token_l2`` (rows to unit L2); ``token_rms`` (rows to unit RMS: the spectrum of ``token_l2`` up to scale);
-    ``feature_standardized`` (columns to mean 0 and unbiased std 1: the correlation matrix). Also by name:
+    Formula:
+        token_l2 = x/|x|; rows to unit L2
+        token_rms = √D x/|x|; rows to unit RMS: the spectrum of ``token_l2`` up to scale
+        feature_standardized = (x_j - x̄_j)/sd_j; columns to mean 0 and unbiased std 1: the correlation matrix
+
+    ``raw`` is the sample as it came. Also by name:
     ``remove_top_pc``, ``drop_outlier_features`` (variance over 25 times the median of the features that vary),
     ``without_first_token``. All in float64.
 

@@ -47,10 +47,16 @@ class RouterLoad(StreamingStage):
 
     They are what the router has chosen, ``"chosen"`` (N, k), -1 for none (a token beyond an expert's capacity). Where nobody
     told, they are each row's ``top_k`` largest logits, which many routers choose by; a warning says so where the rows come
-    from a model. load = assignments / all assignments; ``router_entropy`` = -Σ load ln load, ``router_entropy_norm`` =
-    that / ln E, ``load_imbalance`` = max load x E (1 is even), ``most_used_expert``, ``top_expert_load``,
-    ``routed_assignments``; the ``load`` vector (E,) and ``mean_probability`` (E,), the mean softmax over experts' logits.
-    Padding never counts: rows come from ``SelectTokens``.
+    from a model.
+
+    Formula:
+        router_entropy = -Σ_e load_e ln load_e; load: an expert's share of all assignments, ``load_e = c_e/Σc``
+        router_entropy_norm = -Σ_e load_e ln load_e / ln E; in [0, 1], 1 is even
+        load_imbalance = E max_e load_e; in [1, E], 1 is even
+        top_expert_load = max_e load_e; of ``most_used_expert``
+
+    Beside them ``routed_assignments``, the ``load`` vector (E,) and ``mean_probability`` (E,), the mean softmax over experts'
+    logits. Padding never counts: rows come from ``SelectTokens``.
 
     Reads ``"tokens"`` (N, E), the rows of a site ``router_logits``, and ``"chosen"`` where ``SelectTokens`` has found it
     beside; writes ``("router", name)``. Raises ``ValueError`` for rows of another number of experts.

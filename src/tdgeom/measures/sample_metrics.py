@@ -240,14 +240,19 @@ class SampleSpectrum(SampleStage):
 class SampleMetrics(SampleStage):
     """Spectrum, cosine and norm measures of a uniform sample of rows.
 
-    s are the singular values of the *centred* sample: ``sv_effective_rank`` = exp entropy of s/Σs, ``sv_stable_rank`` =
-    Σs²/s₁², ``sv_participation_ratio`` = (Σs²)²/Σs⁴ (these are ``effective_rank``, ``stable_rank`` and ``d_pr`` of the sample),
-    ``ve_4`` ... ``ve_32`` = share of variance in the first components. ``cos_sim_mean``, ``cos_sim_std``: cosine over
-    ordered pairs of different rows, *uncentred*, std unbiased. Beyond these: row norms (``norm_mean``, quantiles
-    ``norm_q05``, ``norm_q50``, ``norm_q95``, ``norm_max``) and ``top_feature_share``, the share of variance in the single
-    largest feature (near 1: massive activations). ``sv_numerical_rank``: eigenvalues that are more than rounding, the others
-    count as 0; ``sv_few_rows``: there are fewer rows than 10·sv_participation_ratio, which say more of the sample than of what it
-    was drawn from. Products are float64; rows of any dtype, scale and offset count as float64 rows of the same numbers do.
+    Formula:
+        sv_effective_rank = exp(-Σ q ln q); ``q = s/Σs``, s the singular values of the *centred* sample
+        sv_stable_rank = Σs²/s₁²
+        sv_participation_ratio = (Σs²)²/Σs⁴
+        ve_4 = Σ_{i<=4} s_i² / Σs²; the share of variance in the first components; ``ve_8``, ``ve_16``, ``ve_32`` likewise
+        cos_sim_mean = mean_{i≠j} ⟨x_i, x_j⟩/(|x_i| |x_j|); *uncentred*; ``cos_sim_std`` is unbiased
+        top_feature_share = max_j C_jj / tr C; C the covariance
+
+    The first three are ``effective_rank``, ``stable_rank`` and ``d_pr`` of the sample. Beyond these: row norms
+    (``norm_mean``, quantiles ``norm_q05``, ``norm_q50``, ``norm_q95``, ``norm_max``); a ``top_feature_share`` near 1 means
+    massive activations. ``sv_numerical_rank``: eigenvalues that are more than rounding, the others count as 0;
+    ``sv_few_rows``: there are fewer rows than 10·sv_participation_ratio, which say more of the sample than of what it was
+    drawn from. Products are float64; rows of any dtype, scale and offset count as float64 rows of the same numbers do.
 
     Reads ``"sample"`` (*B, N, D), and where present what ``SampleSpectrum`` wrote of the same rows; writes
     ``("sample_metrics", name)`` (*B,). Raises ValueError below 2 rows and for NaN or Inf; identical rows give NaN with one

@@ -90,6 +90,9 @@ def log_spectrum_slope(eigenvalues: Tensor, first: int = 10, last: int = 200) ->
 def alpha_req(eigenvalues: Tensor, first: int = 11, last: int = 100) -> Tensor:
     """Power-law exponent of the spectrum: minus the slope of ln λ on ln rank, (*B, D) -> (*B,).
 
+    Formula:
+        ln λ_i = c - alpha ln i; least squares over ranks 11..min(100, D), each weighted ``1/i``
+
     1-based ranks first..min(last, D) of λ given in any order, squared residuals weighted 1/rank, within the numerical rank
     only; NaN with 5 or fewer points. Stringer et al. (2019), High-dimensional geometry of population responses in visual
     cortex; Agrawal et al. (2022), alpha-ReQ.
@@ -185,11 +188,18 @@ def unresolved(eigenvalues: Tensor, error: Tensor, metrics: Mapping[str, Tensor]
 class SpectrumMetrics(Stage):
     """Sixteen scalars of a covariance spectrum; λ are eigenvalues (not singular values), p = λ/Σλ; and what limits them.
 
-    ``d_pr`` = (Σλ)²/Σλ² participation ratio, in [1, D], and ``d_pr_norm`` = d_pr/D; ``d_entropy`` = exp(-Σ p ln p) and
-    ``d_entropy_norm``; ``effective_rank`` = exp entropy of √λ/Σ√λ (Roy and Vetterli 2007 on centred singular values);
-    ``stable_rank`` = Σλ/λ₁; ``top1_share``, ``top10_share``, ``top32_share`` = sum of the first p; ``k90``, ``k95``,
-    ``k99`` = smallest k with that cumulative share, to 1e-9; ``log_spectrum_slope_10_200``; ``alpha_req``; ``isoscore`` =
-    (d_pr-1)/(D-1); ``near_rank1`` = top1_share >= 0.99 and k90 <= 1. All are free of the data's scale and rotation.
+    Formula:
+        d_pr = (Σλ)²/Σλ²; participation ratio, in [1, D]; ``d_pr_norm`` is it over D
+        d_entropy = exp(-Σ p ln p); in [1, D]; ``d_entropy_norm`` is it over D
+        effective_rank = exp(-Σ q ln q); ``q = √λ/Σ√λ``: Roy and Vetterli 2007 on centred singular values
+        stable_rank = Σλ/λ₁; in [1, D]
+        top1_share = p₁; ``top10_share`` and ``top32_share``: the sum of the first 10 and 32
+        k90 = min {k : Σ_{i<=k} p_i >= 0.90}; to 1e-9; ``k95`` and ``k99`` likewise
+        isoscore = (d_pr - 1)/(D - 1); in [0, 1]
+        near_rank1 = p₁ >= 0.99 and k90 <= 1; one direction holds all but nothing
+
+    ``log_spectrum_slope_10_200`` and ``alpha_req`` are slopes of ln λ on rank and on ln rank: see the functions. All are free of
+    the data's scale and rotation.
 
     Behind them ``numerical_rank``, the number of eigenvalues that are more than rounding (the others count as 0);
     ``few_rows``, whether there are fewer than 10·d_pr rows, of which d_pr and its kin say more than of what they were drawn
@@ -379,9 +389,12 @@ def _uncentred_eigenvalues(scatter: Tensor, offset: Tensor, count: Tensor, error
 class RankMe(Stage):
     """Effective rank of the uncentred rows, from streamed moments of all of them.
 
-    exp(-Σ q ln q), q = s/Σs, s the singular values of the (N, D) matrix of rows without centring (the centred form is
-    ``effective_rank`` of ``SpectrumMetrics``), as far as they are more than rounding. Between 1 and min(N, D); free of scale
-    and rotation, not of offsets. Warns below 10 rows for each of its dimensions, and where float32 products could have moved it.
+    Formula:
+        rankme = exp(-Σ q ln q); ``q = s/Σs``, s the singular values of the (N, D) matrix of rows without centring
+
+    The centred form is ``effective_rank`` of ``SpectrumMetrics``; only what is more than rounding counts. Between 1 and
+    min(N, D); free of scale and rotation, not of offsets. Warns below 10 rows for each of its dimensions, and where float32
+    products could have moved it.
 
     Reads ``("moments", "count" | "mean" | "covariance")`` and where present ``("moments", "relative_error")``; writes
     ``("spectrum", "rankme")``.

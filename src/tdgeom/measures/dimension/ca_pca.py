@@ -70,9 +70,10 @@ def ca_pca_dimension(eigenvalues: Tensor, width: int | None = None) -> Tensor:
 
     A flat d-ball of radius 1 has d covariance eigenvalues 1/(d+2). A quadratically curved one moves variance
     from these into the tail: with t = Σ_{j>d} λ_j, each of the first d should be compared after adding
-    (3d+4)/(d(d+4))·t. The estimate is the d in 1..D that minimises
+    (3d+4)/(d(d+4))·t. The estimate is the d in 1..D that minimises this.
 
-        ‖(1/(d+2) - λ_j - (3d+4)/(d(d+4))·t)_{j<=d}‖ + 2t.
+    Formula:
+        argmin_d ||(1/(d+2) - λ_j - t (3d+4)/(d(d+4)))_{j<=d}|| + 2t
 
     Args:
         eigenvalues: (\*B, n); ``width``: D, the largest dimension considered (default n; eigenvalues beyond n

@@ -62,9 +62,10 @@ def gride_from_distances(
 ) -> DimensionEstimate:
     r"""Intrinsic dimension at n = 1, 2, 4, ... with 2n <= range_max, by maximum likelihood on μ = r_2n/r_n.
 
-    ``estimate``: the root d of (N-1)/d - (2n-1) Σ ln μ + (n-1) Σ ln μ/(1 - μ^(-d)) = 0 (n = 1: (N-1)/Σ ln μ,
-    TwoNN's ``"ml"``). ``standard_error``: [N/d² + (n-1) Σ ln²μ · μ^d/(μ^d - 1)²]^(-1/2), from the Fisher
-    information. ``scale``: (mean r_n + mean r_2n)/2.
+    Formula:
+        0 = (N-1)/d - (2n-1) Σ ln μ + (n-1) Σ (ln μ)/(1 - μ^(-d)); the estimate is the root d; n = 1: TwoNN's "ml"
+        standard_error = [N/d² + (n-1) Σ (ln μ)² μ^d/(μ^d - 1)²]^(-1/2); from the Fisher information
+        scale = (mean r_n + mean r_2n)/2
 
     The left side falls and is convex in d, so Newton's method from below runs monotonically into the root,
     for all scales and data sets at once.

@@ -47,7 +47,11 @@ def levina_bickel_from_distances(
     *,
     k: int = 20,
 ) -> tuple[DimensionEstimate, Tensor]:
-    r"""Maximum-likelihood dimension: per row (k-1)/Σ_{j<k} ln(r_k/r_j), combined by the harmonic mean.
+    r"""Maximum-likelihood dimension of every row, combined by the harmonic mean.
+
+    Formula:
+        d_i = (k-1) / Σ_{j<k} ln(r_k/r_j); the distances of row i
+        levina_bickel = n / Σ_i d_i⁻¹
 
     The harmonic mean is the maximum-likelihood estimate of one dimension for all rows (MacKay & Ghahramani);
     scikit-dimension's ``MLE`` with its defaults.
@@ -109,7 +113,10 @@ def mom_from_distances(
     *,
     k: int = 20,
 ) -> tuple[DimensionEstimate, Tensor]:
-    r"""Method of moments: per row m₁/(r_k - m₁), m₁ the mean of the k distances; averaged over rows.
+    r"""Method of moments, averaged over rows.
+
+    Formula:
+        mom = mean_i m_i/(r_k - m_i); m_i the mean of row i's k distances
 
     Args:
         distances: (\*B, N, >=k) ascending; a row of NaN (a later copy) is left out. k >= 2.

@@ -49,7 +49,10 @@ def local_knn_from_distances(
     *,
     k: int,
 ) -> tuple[DimensionEstimate, Tensor]:
-    r"""Local k-NN dimension: per row ln 2/ln(r_2k/r_k), averaged over rows.
+    r"""Local k-NN dimension, averaged over rows.
+
+    Formula:
+        local_knn = mean_i ln 2 / ln(r_2k/r_k)
 
     Args:
         distances: (\*B, N, >=2k) ascending; a row of NaN (a later copy) is left out. k >= 1.

@@ -181,9 +181,12 @@ def participation_ratio(count: Tensor, covariance: Tensor, norm4: Tensor) -> Dim
 
     Numerator and denominator are estimated separately, each without bias, by averages over disjoint rows (the
     row estimator of Chun et al.). With the sample's N, scatter S = (N-1)·covariance, T = (tr S)², F = tr S²
-    and Q = Σ|x - x̄|⁴ these averages are, up to one common factor,
+    and Q = Σ|x - x̄|⁴ these averages are, up to one common factor, A and B.
 
-        A = T - N·Q/(N-2) + (2F - T)/((N-1)(N-2)),    B = F - N·Q/(N-2) + T/((N-1)(N-2)),    estimate = A/B.
+    Formula:
+        participation_ratio = A/B
+        A = T - N Q/(N-2) + (2F - T)/((N-1)(N-2))
+        B = F - N Q/(N-2) + T/((N-1)(N-2))
 
     No distribution is assumed: ``norm4`` carries what heavy tails do. The plain ratio T/F (``d_pr`` of
     ``SpectrumMetrics``) never exceeds N-1 and is far too small when N is not far above the dimension.

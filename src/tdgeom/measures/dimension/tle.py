@@ -59,7 +59,11 @@ def tle_from_neighbors(
 
     Every two neighbours v, w of a row at distances d_v, d_w contribute two distances: that at which w is seen
     from v inside the ball of radius r_k that touches the neighbourhood, and the same for the reflection of w
-    through the row. A row's estimate is minus the number of measurements over the sum of their ln(distance/r_k).
+    through the row.
+
+    Formula:
+        d_i = -m / Σ ln(t/r_k); t the m distances so measured
+        tle = mean_i d_i
 
     As scikit-dimension's ``TLE``, except that ``epsilon`` (measurements below it are dropped) is relative to
     r_k where scikit-dimension compares with an absolute 1e-4: the estimate does not depend on the unit.

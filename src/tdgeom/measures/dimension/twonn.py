@@ -48,9 +48,12 @@ def twonn_from_distances(
 ) -> DimensionEstimate:
     r"""Intrinsic dimension from the distances r₁ <= r₂ to the two nearest distinct rows.
 
-    With μ = r₂/r₁ and F(μ) = 1 - μ^(-d), the points (ln μ_(i), -ln(1 - i/N)), sorted, lie on a line through
-    the origin of slope d. ``"fit"``: its least-squares slope over the first min(int((1-discard)·N), N-1)
-    points. ``"ml"``: (N-1)/Σ ln μ over all points (``discard`` is not used).
+    Formula:
+        F(μ) = 1 - μ^(-d); ``μ = r₂/r₁``: sorted points ``(ln μ_i, -ln(1 - i/N))`` lie on a line through the origin of slope d
+        twonn = -Σ ln μ_i ln(1 - i/N) / Σ (ln μ_i)²; method "fit": least squares
+        twonn = (N-1) / Σ ln μ_i; method "ml"
+
+    ``"fit"`` goes over the first min(int((1-discard)·N), N-1) points, ``"ml"`` over all (``discard`` is not used).
 
     Conventions: natural logarithms; ``discard=0.1`` drops the largest tenth of the ratios (as DADApy's
     ``mu_fraction=0.9`` and scikit-dimension's default); ``discard=0`` drops only the last point, where -ln(1-F) is

@@ -36,8 +36,10 @@ def information_imbalance(
 ) -> tuple[Tensor, Tensor]:
     r"""Information imbalance in both directions, Δ(x→y) and Δ(y→x).
 
-    Δ(A→B) = 2/N · mean rank in B (1..N-1) of the k nearest neighbours in A, over all rows: near 2/N if A's
-    neighbours are B's, near 1 if A tells nothing about B.
+    Formula:
+        Δ(A→B) = 2/N · mean_i r_B(i, n_A(i)); n_A(i) the nearest neighbour of row i in A, r_B its rank in B (1..N-1)
+
+    Near 2/N if A's neighbours are B's, near 1 if A tells nothing about B; for k > 1 the mean over the k nearest.
 
     Exact over all ranks: a rank is one plus the number of rows nearer in B, counted block by block without
     sorting and without an N x N table; rows that float32 cannot place are compared in float64. Ties in B count half

@@ -125,7 +125,10 @@ def label_overlap_of(
 ) -> Tensor:
     r"""Mean share of a row's neighbours that carry its label, from a neighbour table.
 
-    Plain: the mean over rows of Σ_j w_ij [label_j = label_i]/k, w_ij = 1 for the k nearest neighbours; where a rows are as near
+    Formula:
+        label_overlap = mean_i (1/k) Σ_j w_ij [y_j = y_i]; y the labels
+
+    Plain: the mean over rows, w_ij = 1 for the k nearest neighbours; where a rows are as near
     as the k-th and r places are left for them, w_ij = r/a for each (with ``distance``; without, ties are not seen and go to
     whoever stands first). ``balanced``: the mean over classes of the class's mean (DADApy's default, ``weighted=True``).
     ``class_fraction=f``: row i looks at its k_i = max(1, int(f·n_c)) nearest neighbours, n_c the size of its class, instead of

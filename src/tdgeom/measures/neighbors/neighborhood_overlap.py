@@ -57,7 +57,10 @@ def common_neighbors(index_a: Tensor, index_b: Tensor) -> Tensor:
 def neighborhood_overlap(
     x: Tensor, y: Tensor, *, k: int = 30, metric: str | float = "euclidean", memory: int | None = None
 ) -> Tensor:
-    r"""Mean share of common neighbours: mean_i |N_k(i) ∩ N'_k(i)|/k (alias: mutual kNN).
+    r"""Mean share of common neighbours (alias: mutual kNN).
+
+    Formula:
+        neighborhood_overlap = mean_i |N_k(i) ∩ N'_k(i)| / k
 
     N_k(i) are the k nearest other rows of row i in ``x``, N'_k(i) in ``y``; exact copies are neighbours of
     each other. Where a rows are as near as the k-th and r places are left for them, each is a member with weight w = r/a, and
@@ -93,7 +96,10 @@ def neighborhood_overlap(
 def jaccard_knn(
     x: Tensor, y: Tensor, *, k: int = 30, metric: str | float = "euclidean", memory: int | None = None
 ) -> Tensor:
-    r"""Mean Jaccard index of neighbourhoods: mean_i |N_k(i) ∩ N'_k(i)|/|N_k(i) ∪ N'_k(i)|.
+    r"""Mean Jaccard index of neighbourhoods.
+
+    Formula:
+        jaccard_knn = mean_i |N_k(i) ∩ N'_k(i)| / |N_k(i) ∪ N'_k(i)|
 
     Arguments, conventions (ties: X/(2k - X) with X = Σ_j w_ij w'_ij) and errors as ``neighborhood_overlap``.
 

@@ -39,8 +39,10 @@ def _mean(values: Tensor, a: Factor, b: Factor) -> Tensor:
 
 
 def cca_mean(x: Tensor, y: Tensor) -> Tensor:
-    """Mean canonical correlation: the mean of the singular values ρ of ``U_xᵀU_y``, U orthonormal bases of the
-    centred columns, over the smaller of the two ranks.
+    """Mean canonical correlation, over as many as the smaller of the two ranks.
+
+    Formula:
+        cca_mean = Σ ρ_i / min(rank X, rank Y); ρ the singular values of ``U_xᵀU_y``, U orthonormal bases of the centred columns
 
     Args:
         x: (..., N, D) rows. y: (..., N, E) the same rows on the other side.
@@ -66,7 +68,10 @@ def cca_mean(x: Tensor, y: Tensor) -> Tensor:
 
 
 def cca_r2(x: Tensor, y: Tensor) -> Tensor:
-    """Mean squared canonical correlation (R²_CCA of Kornblith et al.): ``Σ ρ²/min(rank x, rank y)``.
+    """Mean squared canonical correlation (R²_CCA of Kornblith et al.).
+
+    Formula:
+        cca_r2 = Σ ρ_i² / min(rank X, rank Y); ρ as in ``cca_mean``
 
     Args and invariances as ``cca_mean``; in [0, 1]. Bias: for independent data about ``max(D, E)/(N-1)``.
 
@@ -82,6 +87,9 @@ def cca_r2(x: Tensor, y: Tensor) -> Tensor:
 
 def svcca(x: Tensor, y: Tensor, variance: float = 0.99) -> Tensor:
     """Mean canonical correlation after keeping, on each side, the fewest principal components that hold ``variance``.
+
+    Formula:
+        svcca = Σ ρ_i / min(k_x, k_y); ρ between the ``k_x`` and ``k_y`` components kept
 
     Args:
         x: (..., N, D) rows. y: (..., N, E) the same rows on the other side. variance: share kept, in (0, 1].
@@ -109,9 +117,11 @@ def _share(variance: float) -> float:
 
 
 def pwcca_ab(x: Tensor, y: Tensor) -> Tensor:
-    """Projection-weighted CCA, weighted by x: ``Σ α_i ρ_i/Σ α_i`` with ``α_i = Σ_j |<h_i, x_j>|``.
+    """Projection-weighted CCA: canonical correlations weighted by how much of x each of them carries.
 
-    h_i are x's canonical variables (unit length over the rows), x_j its centred features.
+    Formula:
+        pwcca_ab = Σ α_i ρ_i / Σ α_i
+        α_i = Σ_j |⟨h_i, x_j⟩|; h_i x's canonical variables (unit length over the rows), x_j its centred features
 
     Args:
         x: (..., N, D) rows. y: (..., N, E) the same rows on the other side.

@@ -240,10 +240,12 @@ def _compare(a: _Neighbours, b: _Neighbours) -> Tensor:
 def cknna(x: Tensor, y: Tensor, k: int = 10) -> Tensor:
     """CKNNA of Huh et al.: linear CKA (unbiased HSIC) over pairs that are neighbours on both sides.
 
-    With ``α_ij = w_ij w'_ij``, w_ij = 1 where j is among the k rows of largest inner product with i in x (self excluded; a rows
-    as large as the k-th share the r places left, r/a each), w'_ij the same in y,
-    ``HSIC₁(α∘K, α∘L)/sqrt(HSIC₁(w∘K, w∘K) HSIC₁(w'∘L, w'∘L))``, K = XXᵀ, L = YYᵀ, and each denominator over
-    that side's own neighbours. With ties a side compared with itself is below 1, its ceiling; one warning says so
+    Formula:
+        cknna = HSIC₁(α∘K, α∘L) / √(HSIC₁(w∘K, w∘K) HSIC₁(w'∘L, w'∘L)); ``K = XXᵀ``, ``L = YYᵀ``
+        α_ij = w_ij w'_ij; w_ij = 1 where j is among the k rows of largest inner product with i in x, w'_ij the same in y
+
+    Self is excluded; a rows as large as the k-th share the r places left, r/a each; each denominator goes over that side's own
+    neighbours. With ties a side compared with itself is below 1, its ceiling; one warning says so
     below 0.98. Uncentred; Huh et al. give it rows of unit L2 norm (and then inner products order like distances): normalise
     first to compare with their numbers. No absolute 1e-6 in the denominator.
 

@@ -142,9 +142,11 @@ def _alignment(a: _Rows | _Kernel, b: _Rows | _Kernel) -> Tensor:
 
 
 def rbf_cka(x: Tensor, y: Tensor, fraction: float = 1.0, *, memory: int = MEMORY) -> Tensor:
-    """Centred kernel alignment with RBF kernels, biased: ``<HKH, HLH>/(||HKH||_F ||HLH||_F)``.
+    """Centred kernel alignment with RBF kernels, biased.
 
-    ``K_ij = exp(-|x_i - x_j|²/(2σ²))``, σ = ``fraction`` x the median distance between different rows, on each side.
+    Formula:
+        rbf_cka = ⟨HKH, HLH⟩ / (||HKH||_F ||HLH||_F); ``H = I - 11ᵀ/N`` centres
+        K_ij = exp(-|x_i - x_j|²/(2σ²)); σ: ``fraction`` x the median distance between different rows, on each side
 
     Args:
         x: (..., N, D) rows. y: (..., N, E) the same rows on the other side. fraction: of the median.
@@ -198,7 +200,10 @@ class RBFCKA(PairStage):
 
 
 def distance_correlation(x: Tensor, y: Tensor, *, memory: int = MEMORY) -> Tensor:
-    """Distance correlation ``sqrt(<A, B>/(|A||B|))``, A and B the double-centred matrices of Euclidean distances.
+    """Distance correlation, which tells dependence of any kind.
+
+    Formula:
+        distance_correlation = √(⟨A, B⟩ / (||A||_F ||B||_F)); A and B the double-centred matrices of Euclidean distances
 
     Args:
         x: (..., N, D) rows. y: (..., N, E) the same rows on the other side.

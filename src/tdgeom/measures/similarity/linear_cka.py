@@ -73,7 +73,10 @@ def _aligned(a: _Side, b: _Side, off: Tensor, name: str) -> Tensor:
 
 @in_own_precision
 def linear_cka(x: Tensor, y: Tensor) -> Tensor:
-    """Linear CKA, biased: ``||XᵀY||²_F / (||XᵀX||_F ||YᵀY||_F)`` of centred rows. Alias: RV coefficient.
+    """Linear CKA, biased: the covariance between two sites over the covariances within them. Alias: RV coefficient.
+
+    Formula:
+        linear_cka = ||XᵀY||²_F / (||XᵀX||_F ||YᵀY||_F); rows centred
 
     Args:
         x: (..., N, D) rows. y: (..., N, E) the same rows on the other side. Centred and multiplied in float64.
@@ -106,9 +109,11 @@ rv_coefficient = linear_cka
 def linear_cka_debiased(x: Tensor, y: Tensor) -> Tensor:
     """Linear CKA from the unbiased HSIC₁ of Song et al. in the numerator and both denominators.
 
-    With K = XXᵀ, L = YYᵀ and their diagonals set to zero (K̃, L̃),
-    ``HSIC₁ = [tr K̃L̃ + 1ᵀK̃1 1ᵀL̃1/((n-1)(n-2)) - 2/(n-2) 1ᵀK̃L̃1] / (n(n-3))`` and the value is
-    ``HSIC₁(K, L)/sqrt(HSIC₁(K, K) HSIC₁(L, L))``. For centred rows ``K1 = 0``, so this needs ``||XᵀY||²_F``
+    Formula:
+        linear_cka_debiased = HSIC₁(K, L) / √(HSIC₁(K, K) HSIC₁(L, L)); ``K = XXᵀ``, ``L = YYᵀ``
+        HSIC₁(K, L) = (tr K̃L̃ + (1ᵀK̃1)(1ᵀL̃1)/((n-1)(n-2)) - 2/(n-2) 1ᵀK̃L̃1) / (n(n-3)); K̃, L̃: diagonals set to zero
+
+    For centred rows ``K1 = 0``, so this needs ``||XᵀY||²_F``
     and ``Σ|x|²|y|²`` only, and no N x N matrix.
 
     Args:

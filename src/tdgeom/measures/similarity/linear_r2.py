@@ -21,11 +21,15 @@ _REASON = "one side has no variance over the rows."
 
 
 def linear_r2_ab(x: Tensor, y: Tensor, ridge: float = 0.0) -> Tensor:
-    """R² of y predicted linearly from x, on the same rows: ``1 - ||Y - XB||²_F/||Y||²_F``, centred.
+    """R² of y predicted linearly from x, on the same rows.
+
+    Formula:
+        linear_r2_ab = 1 - ||Y - XB||²_F/||Y||²_F; rows centred
+        B = (XᵀX + αI)⁻¹XᵀY; ``α = 0`` is least squares
 
     Args:
         x: (..., N, D) rows that predict. y: (..., N, E) the same rows, predicted.
-        ridge: penalty in units of the mean eigenvalue of XᵀX, so that it has no scale: ``B = (XᵀX + αI)⁻¹XᵀY`` with
+        ridge: penalty in units of the mean eigenvalue of XᵀX, so that it has no scale:
             ``α = ridge·tr(XᵀX)/D``. 0 is least squares, of least norm where features depend on each other.
 
     Returns:

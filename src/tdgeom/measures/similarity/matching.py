@@ -64,7 +64,10 @@ def _compare(a: Tensor, b: Tensor) -> Tensor:
 
 
 def soft_matching(x: Tensor, y: Tensor) -> Tensor:
-    """Mean correlation between features under the best (soft) matching: ``max_P Σ P_ij corr(x_i, y_j)``.
+    """Mean correlation between features under the best (soft) matching.
+
+    Formula:
+        soft_matching = max_P Σ_ij P_ij corr(x_i, y_j); x_i and y_j features, not rows
 
     P couples the D features of x, 1/D each, with the E features of y, 1/E each: an optimal transport. With D = E an
     optimal P is a permutation, and the value is **permutation matching** (an alias). The soft matching distance

@@ -39,10 +39,12 @@ def _angle(distance: Tensor) -> Tensor:
 
 
 def procrustes(x: Tensor, y: Tensor) -> Tensor:
-    """Squared Procrustes distance ``2 - 2||XᵀY||_*`` of centred rows at unit Frobenius norm.
+    """Squared Procrustes distance of centred rows at unit Frobenius norm.
 
-    ``||·||_*`` is the sum of singular values; the value is ``min ||X - YQ||²_F`` over rotations Q (the narrower side
-    padded with zeros).
+    Formula:
+        procrustes = min_Q ||X - YQ||²_F = 2 - 2||XᵀY||_*; Q orthogonal (the narrower side padded with zeros)
+
+    ``||·||_*`` is the sum of singular values.
 
     Args:
         x: (..., N, D) rows. y: (..., N, E) the same rows on the other side.
@@ -66,7 +68,10 @@ def procrustes(x: Tensor, y: Tensor) -> Tensor:
 
 
 def angular_shape(x: Tensor, y: Tensor) -> Tensor:
-    """Angular shape distance ``arccos ||XᵀY||_*`` of centred rows at unit Frobenius norm, in [0, π/2].
+    """Angular shape distance of centred rows at unit Frobenius norm, in [0, π/2].
+
+    Formula:
+        angular_shape = arccos ||XᵀY||_*
 
     Args, invariances and bias as ``procrustes``, of which it is a function: ``2 arcsin(sqrt(procrustes)/2)``, in
     which form it keeps small angles. A metric.

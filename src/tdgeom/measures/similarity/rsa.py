@@ -298,6 +298,10 @@ def rsa(
 ) -> Tensor:
     """Correlation between the two sites' dissimilarities of all pairs of rows.
 
+    Formula:
+        rsa = corr_{i<j}(d(x_i, x_j), d(y_i, y_j)); of ranks under ``spearman``
+        d(x_i, x_j) = 1 - corr(x_i, x_j); kind ``correlation``; ``|x_i - x_j|`` under ``euclidean``
+
     Args:
         x: (..., N, D) rows. y: (..., N, E) the same rows on the other side. kind: see ``rdm``.
         comparison: ``spearman`` (rank correlation, ties share their mean rank), ``pearson``, or ``kendall_a``

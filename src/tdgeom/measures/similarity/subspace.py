@@ -17,7 +17,10 @@ __all__ = ["LayerCosine", "SubspaceNovelty", "feature_subspace_novelty", "layer_
 
 
 def feature_subspace_novelty(u: Tensor, v: Tensor) -> Tensor:
-    """Mean sine of the principal angles: ``mean_i sqrt(1 - σ_i²)``, σ the singular values of UᵀV.
+    """Mean sine of the principal angles between two subspaces.
+
+    Formula:
+        feature_subspace_novelty = mean_i √(1 - σ_i²); σ the singular values of ``UᵀV``
 
     Args:
         u: (..., D, k) orthonormal columns, such as leading eigenvectors. v: (..., D, k) of the other side,
@@ -128,7 +131,10 @@ class SubspaceNovelty(PairStage):
 
 
 def layer_cosine_sim(x: Tensor, y: Tensor) -> Tensor:
-    """Mean cosine between matched rows, uncentred: ``mean_i <x_i, y_i>/(|x_i||y_i|)``.
+    """Mean cosine between matched rows, uncentred.
+
+    Formula:
+        layer_cosine_sim = mean_i ⟨x_i, y_i⟩/(|x_i| |y_i|)
 
     Args:
         x: (..., N, D) rows. y: (..., N, D) the same rows on the other side, equal D.
