@@ -11,6 +11,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing, skip_existing
 from torch import nn
 
+from tdgeom.core.devices import with_float64
 from tdgeom.core.for_each import (
     SHARED,
     check_module,
@@ -213,7 +214,7 @@ class ForEachPair(Configured, TensorDictModuleBase):
         number_b = 0 if a_keys == b_keys else 1
         prepared: dict[tuple[str, int], object] = {}
         for index, (unit, (a, b)) in enumerate(zip(self.units, self.pairs)):
-            inputs = unit.located(stage.read, unit.inward(tensordict))
+            inputs = [with_float64(x) for x in unit.located(stage.read, unit.inward(tensordict))]
             with steady(device_of(inputs)):
                 for site, side, number in ((a, side_a, 0), (b, side_b, number_b)):
                     if (site, number) not in prepared:

@@ -11,6 +11,7 @@ from tensordict import TensorDictBase, is_non_tensor
 from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing
 from torch import Tensor
 
+from tdgeom.core.devices import with_float64
 from tdgeom.core.keys import NOT_WRITTEN, Key, key_tuple, resolve_keys
 from tdgeom.core.missing_parts import as_written, missing_part
 from tdgeom.core.stage_settings import Configured
@@ -154,6 +155,7 @@ class Stage(Configured, TensorDictModuleBase):
 
     def computed(self, inputs: Sequence[Any]) -> Outputs:
         """``compute``, whatever autocast, default dtype and default device are set around it."""
+        inputs = [with_float64(value) for value in inputs]
         with steady(device_of(inputs)):
             return self.compute(*inputs)
 

@@ -11,6 +11,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import dispatch, set_skip_existing
 from torch import Tensor
 
+from tdgeom.core.devices import has_float64
 from tdgeom.core.process_groups import gather_states, rank_and_world
 from tdgeom.core.rank_failures import watched
 from tdgeom.core.stage import Outputs, Stage
@@ -129,9 +130,10 @@ class StreamingStage(Stage):
         if not rows[0].shape[0]:
             return
         with torch.inference_mode(False), torch.no_grad(), steady(rows[0].device):
-            rows = [None if row is None else row.detach() for row in rows]
+            # The very tensor where it has no graph: what the host knows of it is kept beside it.
+            rows = [row.detach() if isinstance(row, Tensor) and row.requires_grad else row for row in rows]
             if self.is_empty:
-                home = rows[0].device if rows[0].device.type != "mps" else torch.device("cpu")
+                home = rows[0].device if has_float64(rows[0].device) else torch.device("cpu")
                 rows = [None if row is None else row.to(home) for row in rows]
                 self.set_state({name: value.to(home) for name, value in self.start(*rows).items()})
             else:

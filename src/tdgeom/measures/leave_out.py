@@ -60,7 +60,8 @@ class SampleGroups(Stage):
     def compute(self, row_id: Tensor, document_id: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See ``document_groups``."""
         group = document_groups(row_id, self.groups, document_id, by=self.by, seed=self.seed)
-        return group, torch.bincount(group, minlength=self.groups)
+        rows = torch.bincount(group, minlength=self.groups)
+        return group.to(row_id.device), rows.to(row_id.device)
 
 
 def _refuse_streams(stage: Any, owner: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdgeom.core.devices import with_float64
 from tdgeom.core.guessed_names import refuse_unknown
 
 __all__ = ["taking_arrays", "tensor_of"]
@@ -24,7 +25,8 @@ def taking_arrays(function: _Function, module: str) -> _Function:
 
     Whatever ``numpy.asarray`` makes an array of numbers of (NumPy, pandas, JAX, lists and lists of lists) becomes a tensor of the
     same numbers, on the device of the tensors beside it; Python numbers become float64 or int64. What comes out stays as it
-    is: tensors, as from a stage. Tensors pass untouched, also under ``vmap``, ``torch.compile`` and ``torch.export``.
+    is: tensors, as from a stage. Tensors pass untouched, also under ``vmap``, ``torch.compile`` and ``torch.export``; those of
+    a device without float64 go to the CPU first.
     """
     kinds = {
         name: str(parameter.annotation)
@@ -38,6 +40,8 @@ def taking_arrays(function: _Function, module: str) -> _Function:
     def called(*args: Any, **options: Any) -> Any:
         if not options.keys() <= known:
             refuse_unknown(function.__name__, options, names)
+        args = tuple(with_float64(value) for value in args)
+        options = {name: with_float64(value) for name, value in options.items()}
         for name, value in (*zip(names, args), *options.items()):
             if name in kinds and not isinstance(value, Tensor):
                 break

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.numerics.hashing import hash_ids
+from tdgeom.numerics.on_host import on_host
 
 __all__ = ["GROUPED_BY", "document_groups", "rows_by_group"]
 
@@ -19,7 +20,7 @@ _SEED = 17  # apart from the seeds of row samples: a group is no part of a sampl
 def document_groups(
     row_id: Tensor, groups: int, document_id: Tensor | None = None, *, by: str = "document", seed: int = 0
 ) -> Tensor:
-    """The group of every row, int64 (N,) -> int64 (N,) in [0, groups).
+    """The group of every row, int64 (N,) -> int64 (N,) in [0, groups), on the CPU: rows are dealt out there.
 
     Args:
         row_id: ``sequence << 20 | position``.
@@ -32,6 +33,7 @@ def document_groups(
     """
     if by not in GROUPED_BY:
         raise ValueError(f"by is one of {list(GROUPED_BY)}, got {by!r}.")
+    row_id = on_host(row_id)
     units = row_id if by == "row" else row_id >> POSITION_BITS
     if by == "document" and document_id is not None:
         if document_id.shape != row_id.shape or document_id.is_floating_point() or document_id.is_complex():
@@ -39,7 +41,7 @@ def document_groups(
                 f"document_id is one whole number a row, {tuple(row_id.shape)}, got {tuple(document_id.shape)} of "
                 f"{document_id.dtype}. Number documents first: torch.unique(names, return_inverse=True)."
             )
-        units = document_id.to(row_id.device)
+        units = on_host(document_id)
     return hash_ids(units.long(), seed + _SEED) % groups
 
 

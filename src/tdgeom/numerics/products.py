@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
+from tdgeom.core.devices import has_float64
 from tdgeom.core.stage import device_of
 from tdgeom.core.surroundings import steady
 
@@ -68,7 +69,7 @@ def product_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 @torch.compiler.assume_constant_result
 def _fast_in_float64(kind: str, index: int | None) -> bool:
     if kind != "cuda":
-        return kind != "mps"
+        return has_float64(torch.device(kind))
     properties = torch.cuda.get_device_properties(0 if index is None else index)
     if torch.version.hip is not None:
         return properties.gcnArchName.startswith(("gfx908", "gfx90a", "gfx94"))

@@ -18,6 +18,7 @@ from tensordict import (
 from torch import Tensor
 
 from tdgeom.core.keys import Key, key_tuple
+from tdgeom.numerics.on_host import remember
 
 __all__ = ["as_batch", "batch_length", "iterate"]
 
@@ -71,7 +72,16 @@ def as_batch(
             _put(td, key, value, ragged)
     if ragged:
         _mask_ends(td, ragged)
-    return td.to(device, non_blocking=True) if device is not None else td
+    return td if device is None else _moved(td, device)
+
+
+def _moved(td: TensorDict, device: torch.device) -> TensorDict:
+    """A batch on a device; the host chooses rows by its masks and ids, and keeps what it knows of them."""
+    moved = td.to(device, non_blocking=True)
+    for key, value in td.items(True, True):
+        if isinstance(value, Tensor):
+            remember(moved.get(key), value)
+    return moved
 
 
 def _is_labels(value: Any) -> bool:

@@ -19,6 +19,7 @@ from tdgeom.model.padding_masks import refuse_unknown, token_mask
 from tdgeom.model.positions import Positions, check_positions, is_position, position_mask
 from tdgeom.model.sites import HEAD_KINDS, choice_beside, is_pattern, is_router
 from tdgeom.numerics.centring import upcast
+from tdgeom.numerics.on_host import on_host, remember
 
 __all__ = ["SelectTokens", "selection_mask"]
 
@@ -235,28 +236,31 @@ class SelectTokens(Stage):
         if self._is_cached_step(acts[0], attended, batch):
             # A step of generate with a cache sees its new tokens only; the mask covers the whole sequence so far.
             keep, rank = keep[:, -acts[0].shape[1] :], rank[:, -acts[0].shape[1] :]
-        sequence = self._sequence(attended.shape[0], batch).to(keep.device)
+        sequence = self._sequence(attended.shape[0], batch)
         row_id = (sequence[:, None] << POSITION_BITS) | rank
-        whole = bool(keep.all())
+        chosen = _Chosen(keep)
         fitted = [self._fit(value, key, keep, guessed) for key, value in zip(self.in_keys, acts)]
         named = list(zip(self.in_keys[self._sites :], carried))
         if self._documents:
             named.append(("document_id", sequence if batch.documents is None else batch.documents.long()))
         if self.pool == "mean":
-            used = keep.any(-1)
-            rows = [_pooled(value, keep)[used] for value in fitted]
-            extra = [self._one_per_sequence(value, key, keep)[used] for key, value in named]
-            ids = (sequence << POSITION_BITS)[used]
+            used = _Chosen(keep.any(-1))
+            rows = [used.of(_pooled(value, keep.to(value.device))) for value in fitted]
+            extra = [used.of(self._one_per_sequence(value, key, keep)) for key, value in named]
+            ids = used.of(sequence << POSITION_BITS)
         else:
-            rows = [_rows(value, keep, whole) for value in fitted]
+            rows = [chosen.of(value) for value in fitted]
             extra = [
                 self._words_by_row(value, key, keep, attended)
                 if isinstance(value, Words)
-                else _rows(self._per_position(value, key, keep), keep, whole)
+                else chosen.of(self._per_position(value, key, keep))
                 for key, value in named
             ]
-            ids = row_id.flatten() if whole else row_id[keep]
-        return [*rows, *extra, ids, *(self._chosen(choice, keep, ids) for choice in choices)]
+            ids = chosen.of(row_id)
+        here = acts[0].device  # rows are chosen on the host and lie where the activations do
+        routed = [self._chosen(choice, chosen, ids).to(here) for choice in choices]
+        extra = [value if isinstance(value, Words) else _moved(value, here) for value in extra]
+        return [*rows, *extra, _moved(ids, here), *routed]
 
     def reset(self) -> None:
         """Start counting sequences at 0 again (for batches without ``sequence_id``)."""
@@ -289,7 +293,7 @@ class SelectTokens(Stage):
         return self.pool == "mean" and self.positions == "all" and not self.skip_first
 
     def _told(self, values: Sequence[Any]) -> _Batch:
-        return _Batch(*(None if place is None else values[place] for place in self._places))
+        return _Batch(*(None if place is None else _small_on_host(values[place]) for place in self._places))
 
     def count_rows(self, tensordict: TensorDictBase) -> int | None:
         """How many rows a batch will give, from the batch alone; None when only the model's output tells."""
@@ -299,7 +303,7 @@ class SelectTokens(Stage):
         shape = next((value.shape for value in known if value is not None and value.ndim == 2), None)
         if shape is None:
             return None
-        keep, _ = self._keep(self._mask(batch, shape, None), batch)
+        keep, _ = self._keep(self._mask(batch, shape), batch)
         return int(keep.any(-1).sum() if self.pool else keep.sum())
 
     def count_positions(self, tensordict: TensorDictBase) -> tuple[int, int] | None:
@@ -313,12 +317,13 @@ class SelectTokens(Stage):
             mask = token_mask(mask, *acts.shape[:2]) if mask.ndim > 2 else mask
         if mask is None:
             return None
+        mask = on_host(mask)
         if acts is not None and acts.ndim > 2 and mask.ndim == 2 and acts.shape[1] < mask.shape[1]:
             mask = mask[:, -acts.shape[1] :]
         attended = int(mask.bool().sum())
         return attended, mask.numel() - attended
 
-    def _mask(self, batch: _Batch, shape: Sequence[int], device: torch.device | None) -> Tensor:
+    def _mask(self, batch: _Batch, shape: Sequence[int]) -> Tensor:
         mask = batch.mask
         if mask is None:
             mask = _not_padding(batch, shape)
@@ -329,16 +334,16 @@ class SelectTokens(Stage):
                     f"SelectTokens expects {self.mask_key!r} of shape (B, T), got {tuple(mask.shape)}. Put the (B, T) padding "
                     f"mask there; this attention bias does not say which positions are padding."
                 )
-            mask = read
+            mask = on_host(read)
         if mask is None:
             self._warn_about_padding(batch)
-            return torch.ones(tuple(shape), dtype=torch.bool, device=device)
-        return mask.bool() if device is None else mask.bool().to(device)
+            return torch.ones(tuple(shape), dtype=torch.bool, device="cpu")
+        return mask.bool()
 
     def _attended(self, first: Tensor, batch: _Batch) -> Tensor:
         if first.ndim == 2:
-            return torch.ones((first.shape[0], 1), dtype=torch.bool, device=first.device)
-        mask = self._mask(batch, first.shape[:2], first.device)
+            return torch.ones((first.shape[0], 1), dtype=torch.bool, device="cpu")
+        mask = self._mask(batch, first.shape[:2])
         if mask.ndim != 2:
             raise ValueError(
                 f"SelectTokens expects {self.mask_key!r} of shape (B, T), got {tuple(mask.shape)}."
@@ -352,7 +357,7 @@ class SelectTokens(Stage):
                 f"SelectTokens numbers up to 2^{POSITION_BITS} positions, got T={attended.shape[1]}."
             )
         if self._by_key:
-            chosen = batch.chosen.to(attended.device)
+            chosen = batch.chosen
             if chosen.shape != attended.shape or chosen.is_floating_point():
                 raise ValueError(
                     f"SelectTokens(positions={self.positions!r}) expects a boolean mask of shape {tuple(attended.shape)}, "
@@ -405,14 +410,14 @@ class SelectTokens(Stage):
                 raise KeyError(
                     f"SelectTokens(special_ids={list(self.special_ids)}) needs 'input_ids' in the batch."
                 )
-            return torch.isin(ids.to(attended.device), torch.tensor(self.special_ids, device=attended.device))
+            return torch.isin(ids, torch.tensor(self.special_ids, device="cpu"))
         special = batch.special
         if special is None:
             raise KeyError(
                 "SelectTokens(skip_special=True) needs 'special_tokens_mask' in the batch (tokenizer(..., "
                 "return_special_tokens_mask=True)) or special_ids= (for instance tokenizer.all_special_ids)."
             )
-        return special.to(attended.device)
+        return special
 
     def _sequence(self, count: int, batch: _Batch) -> Tensor:
         given = batch.sequence_id
@@ -429,7 +434,7 @@ class SelectTokens(Stage):
             return given.long()
         numbers = self.sequences + torch.arange(count, device=self.sequences.device)
         self.sequences += count
-        return numbers
+        return numbers.cpu()
 
     def _fit(self, value: Tensor, key: Key, keep: Tensor, guessed: bool) -> Tensor:
         if value.ndim == 4 and is_pattern(key_tuple(key)[-1]):
@@ -456,7 +461,6 @@ class SelectTokens(Stage):
         return value
 
     def _per_position(self, value: Tensor, key: Key, keep: Tensor) -> Tensor:
-        value = value.to(keep.device)
         if value.shape[:2] == keep.shape:
             return value
         if value.ndim >= 1 and value.shape[0] == keep.shape[0]:
@@ -473,11 +477,10 @@ class SelectTokens(Stage):
             raise ValueError(
                 f"SelectTokens(also=[{key!r}]) expects a value a sequence, {count} of them; got a list of {len(words)}."
             )
-        kept, real = keep.cpu(), attended.bool().cpu()
         if not any(map(_is_word_list, words)):
-            return words[kept.nonzero()[:, 0]]
+            return words[keep.nonzero()[:, 0]]
         found: list[Any] = []
-        for own, chosen, here in zip(words, kept, real):
+        for own, chosen, here in zip(words, keep, attended):
             places = torch.arange(length) if len(own or ()) == length else here.cumsum(0) - 1
             if own is None or len(own) not in (length, int(here.sum())):
                 raise ValueError(
@@ -488,11 +491,11 @@ class SelectTokens(Stage):
             found += [own[place] for place in places[chosen].tolist()]
         return Words(found)
 
-    def _chosen(self, choice: Tensor | None, keep: Tensor, ids: Tensor) -> Tensor:
+    def _chosen(self, choice: Tensor | None, chosen: _Chosen, ids: Tensor) -> Tensor:
         """The experts of each row, (N, k), of none where nobody told (or rows are means of positions)."""
-        if choice is None or self.pool or choice.shape[:2] != keep.shape:
+        if choice is None or self.pool or choice.shape[:2] != chosen.keep.shape:
             return ids.new_empty(ids.shape[0], 0)
-        return choice[keep.to(choice.device)].long()
+        return chosen.of(choice).long()
 
     def _one_per_sequence(self, value: Any, key: Key, keep: Tensor) -> Any:
         if isinstance(value, Words) and any(map(_is_word_list, value)):
@@ -510,7 +513,7 @@ class SelectTokens(Stage):
                 f"SelectTokens(pool='mean', also=[{key!r}]) expects a value a sequence, ({keep.shape[0]},) first; got "
                 f"{tuple(value.shape)}."
             )
-        return value.to(keep.device)
+        return value
 
     def _warn_about_padding(self, batch: _Batch) -> None:
         ids = batch.input_ids
@@ -544,8 +547,37 @@ def _not_padding(batch: _Batch, shape: Sequence[int]) -> Tensor | None:
     return ~padding if padding.dtype == torch.bool else padding == 0
 
 
-def _rows(value: Tensor, keep: Tensor, whole: bool) -> Tensor:
-    return value.flatten(0, 1) if whole else value[keep]
+def _small_on_host(value: Any) -> Any:
+    """Masks, ids and numbers of sequences on the host, where rows are chosen; a bias of all pairs stays where it is."""
+    return on_host(value) if isinstance(value, Tensor) and value.ndim <= 2 else value
+
+
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    moved = value.to(device, non_blocking=True)
+    remember(moved, value)
+    return moved
+
+
+class _Chosen:
+    """The places that became rows, and the values there: the places go to a device once, and no device is asked."""
+
+    def __init__(self, keep: Tensor) -> None:
+        self.keep, self.whole = keep, bool(keep.all())
+        self.places: dict[torch.device, Tensor] = {}
+
+    def of(self, value: Any) -> Any:
+        """(N, ...) of values whose first dimensions are those of ``keep``; words where there is one a sequence."""
+        if isinstance(value, Words):
+            return value if self.whole else value[self.keep]
+        flat = value.flatten(0, self.keep.ndim - 1)
+        if self.whole:
+            return flat
+        if not self.places:
+            self.places[self.keep.device] = self.keep.flatten().nonzero()[:, 0]
+        at = self.places.get(value.device)
+        if at is None:
+            at = self.places[value.device] = self.places[self.keep.device].to(value.device, non_blocking=True)
+        return flat.index_select(0, at)
 
 
 def _pooled(value: Tensor, keep: Tensor) -> Tensor:

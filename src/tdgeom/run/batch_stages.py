@@ -15,6 +15,7 @@ from tdgeom.core.missing_parts import missing_part
 from tdgeom.core.renamed import describe
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.words import words_of
+from tdgeom.numerics.on_host import remember
 from tdgeom.rows.batches import as_batch, batch_length
 from tdgeom.rows.split_loaders import SplitLoader
 from tdgeom.run.finish import call, give
@@ -86,6 +87,7 @@ class BatchStages:
             self.sequences += length
         if td.get("sequence_id", None) is None:
             td.set("sequence_id", numbers)
+            remember(td.get("sequence_id"), numbers)  # a batch that has a device moves what it is given there
         return numbers
 
     def ids(self, td: TensorDict) -> tuple[Tensor | None, bool]:
@@ -176,7 +178,7 @@ class BatchStages:
                 f"but {key!r} has shape {tuple(getattr(value, 'shape', ()))}. Carry it to rows with "
                 f"SelectTokens(also=[...])."
             )
-        return value.detach()
+        return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
 
 
 def models_of(plan: Plan) -> list[nn.Module]:

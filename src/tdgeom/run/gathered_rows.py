@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key
 from tdgeom.core.words import Words
+from tdgeom.numerics.on_host import known_to_host, remember
 
 __all__ = ["BLOCK_ROWS", "GatheredRows"]
 
@@ -27,6 +28,7 @@ class GatheredRows:
     def __init__(self, block_rows: int) -> None:
         self.block_rows = block_rows
         self._block: dict[Key, Any] = {}
+        self._known: dict[Key, list[Tensor | None]] = {}  # of what lies on a device, what the host knows
         self._origin: list[tuple[int, int]] = []
         self._held = 0
 
@@ -36,10 +38,10 @@ class GatheredRows:
         while start < count:
             if not self._held and count - start >= self.block_rows:
                 stop = start + self.block_rows
-                yield {key: value[start:stop] for key, value in rows.items()}, [batch] * self.block_rows
+                yield _part(rows, start, stop), [batch] * self.block_rows
             else:
                 stop = min(count, start + self.block_rows - self._held)
-                self._copy({key: value[start:stop] for key, value in rows.items()}, stop - start)
+                self._copy(_part(rows, start, stop), stop - start)
                 self._origin.append((batch, stop - start))
                 if self._held == self.block_rows:
                     yield self._take()
@@ -81,6 +83,8 @@ class GatheredRows:
                 block = block.to(torch.promote_types(block.dtype, value.dtype))
             block[self._held : self._held + count] = value.detach()
             self._block[key] = block
+            if value.device.type != "cpu":
+                self._known.setdefault(key, []).append(known_to_host(value))
         self._held += count
 
     def _words(self, block: Tensor | Words | None, value: Tensor | Words) -> Words:
@@ -92,6 +96,23 @@ class GatheredRows:
 
     def _take(self) -> Block:
         block = {key: value[: self._held] for key, value in self._block.items()}
+        for key, parts in self._known.items():
+            told = [part for part in parts if part is not None]
+            if len(told) == len(parts):
+                remember(block[key], torch.cat(told).to(block[key].dtype))
         origin = [batch for batch, count in self._origin for _ in range(count)]
-        self._block, self._origin, self._held = {}, [], 0
+        self._block, self._known, self._origin, self._held = {}, {}, [], 0
         return block, origin
+
+
+def _part(rows: Mapping[Key, Any], start: int, stop: int) -> dict[Key, Any]:
+    """Some of the rows; what the host knows of all it knows of these."""
+    parts = {key: value[start:stop] for key, value in rows.items()}
+    for key, value in rows.items():
+        if (
+            isinstance(value, Tensor)
+            and value.device.type != "cpu"
+            and (told := known_to_host(value)) is not None
+        ):
+            remember(parts[key], told[start:stop])
+    return parts

@@ -20,11 +20,11 @@ from tdgeom.core.words import words_of
 from tdgeom.files.json_text import canonical_json, plain
 from tdgeom.files.shard_writing import bytes_of
 from tdgeom.model.loading import config_summary
+from tdgeom.numerics.on_host import leading, read_together
 from tdgeom.run.plan import Plan
 
 __all__ = ["pipeline_identity", "tensors_sha256", "weights_identity"]
 
-_HASHED = 1 << 20  # bytes of each tensor of a batch that are compared
 _SAMPLED = 1024  # values of each tensor of a model that are compared
 _LONGEST_LIST = 4096  # characters of JSON
 
@@ -82,7 +82,8 @@ def tensors_sha256(td: TensorDictBase) -> str:
         with suppress(TypeError):  # objects that are no words say nothing of themselves
             words = words_of(value, key, "run")
             held[key] = text_tensor("\n".join(words.texts() if words is not None else ()))
-    return _sha256(held, lambda value: bytes_of(value)[:_HASHED])
+    read_together(held.values())
+    return _sha256(held, lambda value: bytes_of(leading(value)))
 
 
 def pipeline_identity(plan: Plan, *, end: bool = False) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ from itertools import chain, islice
 from typing import Any
 
 import numpy as np
-import torch
 from tensordict import TensorDict
 from torch import Tensor
 from tqdm import tqdm
@@ -19,15 +18,15 @@ from tqdm import tqdm
 from tdgeom.core.keys import Key
 from tdgeom.core.process_groups import rank_and_world
 from tdgeom.core.rank_failures import check_ranks
-from tdgeom.core.row_ids import POSITION_BITS
-from tdgeom.core.streaming_stage import rows_finite
 from tdgeom.core.words import put
+from tdgeom.numerics.on_host import read_together
 from tdgeom.rows.batches import batch_length, iterate
 from tdgeom.rows.data_sources import DataSource
 from tdgeom.rows.split_loaders import find_split
 from tdgeom.run.agreement import Beginning, Division, compare_ends, compare_runs, divide
 from tdgeom.run.batch_stages import BatchStages
 from tdgeom.run.checkpoint import Checkpoint
+from tdgeom.run.finite_rows import FiniteRows
 from tdgeom.run.gathered_rows import BLOCK_ROWS, GatheredRows
 from tdgeom.run.identity import pipeline_identity, tensors_sha256
 from tdgeom.run.own_rows import OwnRows, Units, first_of_each
@@ -57,7 +56,8 @@ class OnePass:
         agree: Mapping[str, Any] | None = None,
     ) -> None:
         self.plan, self.batch_stages = plan, batch_stages
-        self.max_rows, self.drop_nonfinite, self.sharded = max_rows, drop_nonfinite, sharded
+        self.max_rows, self.sharded = max_rows, sharded
+        self.finite = FiniteRows(drop_nonfinite)
         self.agree = agree or {}
         self.blocks = {ids: GatheredRows(block_rows) for ids in batch_stages.keys}
         self.readers = {
@@ -195,7 +195,7 @@ class OnePass:
             if self._seen_before(td, index):
                 hashes.append(b"")
                 continue
-            hashes.append(tensors_sha256(td).encode())
+            hashes.append(self._hash(td))
             if not self.division.split:
                 self.batch_stages.number(td)
             if self.division.split or place == self.rank:
@@ -237,13 +237,21 @@ class OnePass:
         for ids, blocks in self.blocks.items():
             for block, origin in blocks.flush():
                 self._update(ids, block, origin)
+        self.finite.settle()
 
     def take(self, td: TensorDict, index: int) -> None:
         """One batch that nobody shares out: counted, run, and its rows handed on."""
-        self.data.update(tensors_sha256(td).encode())
+        self.data.update(self._hash(td))
         self.batch_stages.number(td)
         units = self._units(td)
         self._hand_on(self._rows_of(td, units, np.ones(0, dtype=bool)), units, index)
+
+    def _hash(self, td: TensorDict) -> bytes:
+        """Of a batch; the host reads all that it wants to know of it, and of the blocks before it, at once."""
+        given = [value for value in td.values(True, True) if isinstance(value, Tensor)]
+        read_together([*given, *self.finite.flags])
+        self.finite.settle()
+        return tensors_sha256(td).encode()
 
     def _rows_of(self, td: TensorDict, units: Units, new: np.ndarray) -> OwnRows:
         """Run a batch; its rows, without those of the units that are not ``new``."""
@@ -295,7 +303,8 @@ class OnePass:
 
     def _update(self, ids: Key, block: dict[Key, Any], origin: list[int]) -> None:
         with self.timed("stream"):
-            block = self._finite(ids, block, origin)
+            block, dropped = self.finite.of(ids, block, origin)
+            self.counts["dropped_rows"] += dropped
             count = block[ids].shape[0]
             if count:
                 self.counts["rows"] += count if ids == self.batch_stages.main else 0
@@ -304,27 +313,6 @@ class OnePass:
                     put(td, key, value)
                 for unit in self.readers[ids]:
                     unit.update(td)
-
-    def _finite(self, ids: Key, block: dict[Key, Any], origin: list[int]) -> dict[Key, Any]:
-        """The block's rows that are finite at every site; or an error that names the first that is not."""
-        row_id = block[ids]
-        good = torch.ones(row_id.shape[0], dtype=torch.bool, device=row_id.device)
-        for key, value in block.items():
-            finite = rows_finite(value).to(good.device)
-            if not self.drop_nonfinite and not bool(finite.all()):
-                bad = int((~finite).nonzero()[0])
-                where = int(row_id[bad])
-                raise ValueError(
-                    f"{key!r} holds NaN or Inf in {int((~finite).sum())} of {len(finite)} rows, first in batch {origin[bad]} "
-                    f"(row id {where}: sequence {where >> POSITION_BITS}, position {where & ((1 << POSITION_BITS) - 1)}). "
-                    f"Half precision that overflows is the usual cause; nonfinite='drop' leaves such rows out at all sites "
-                    f"and counts them."
-                )
-            good &= finite
-        if bool(good.all()):
-            return block
-        self.counts["dropped_rows"] += int((~good).sum())
-        return {key: value[good.to(value.device)] for key, value in block.items()}
 
     # ------------------------------------------------------------------------------------------------ resuming
 
@@ -361,6 +349,7 @@ class OnePass:
         """Write the checkpoint; ``stopped`` says that the stream has ended, and why."""
         if self.checkpoint is None:
             return
+        self.finite.settle()
         rows, origin = self.blocks[self.batch_stages.main].held()
         place = {
             "batches": batches,

@@ -13,6 +13,7 @@ from tdgeom.core.keys import Key, Keys, key_tuple, site_key
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.core.wrong_objects import site_list
 from tdgeom.numerics.moments import about_running_mean
+from tdgeom.numerics.on_host import on_host
 from tdgeom.numerics.products import (
     Precision,
     add_gram,
@@ -198,7 +199,7 @@ class StreamingCrossMoments(StreamingStage):
 
     def _check_rows(self, rows: Sequence[Tensor]) -> None:
         widths = [x.shape[-1] for x in rows]
-        if not torch.compiler.is_compiling() and widths != self.widths.tolist():
+        if not torch.compiler.is_compiling() and widths != on_host(self.widths).tolist():
             raise ValueError(
                 f"StreamingCrossMoments has seen rows of widths {self.widths.tolist()} at {self.in_keys} and now gets "
                 f"{widths}. Use one stage a model, or reset()."

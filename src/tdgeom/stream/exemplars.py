@@ -36,7 +36,7 @@ def top_rows(values: Tensor, row_id: Tensor, k: int) -> Tensor:
     above, tie = ordered > threshold, ordered == threshold
     # of the rows that tie at the threshold the first ones by id, so the answer does not depend on the order of rows
     chosen = above | (tie & (tie.cumsum(0) <= k - above.sum(0)))
-    rows = chosen.T.nonzero()[:, 1].reshape(values.shape[1], k).T
+    rows = chosen.byte().topk(k, 0).indices.sort(0).values
     best = ordered.gather(0, rows).argsort(dim=0, descending=True, stable=True)
     return order[rows.gather(0, best)]
 

@@ -102,11 +102,11 @@ class GroupedCovariance(StreamingStage):
                 f"shape {tuple(tokens.shape)}. Use one stage a width, or reset()."
             )
         if self.rows.shape[0] == 1:
-            group = torch.zeros_like(row_id)
+            group = torch.zeros(row_id.shape, dtype=torch.int64, device="cpu")
         else:
             group = document_groups(row_id, self.groups, document_id, by=self.by, seed=self.seed)
         for g, own in rows_by_group(group, self.rows.shape[0]):
-            _add(self._group(g), tokens if own.shape[0] == tokens.shape[0] else tokens[own])
+            _add(self._group(g), tokens if own.shape[0] == tokens.shape[0] else tokens[own.to(tokens.device)])
 
     def combine(self, other: GroupedCovariance) -> None:
         """Group by group."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.numerics.on_host import on_host, remember
 from tdgeom.stream.held_rows import same_kind
 
 __all__ = ["GrowingRows", "with_more"]
@@ -47,7 +48,7 @@ class GrowingRows(StreamingStage):
     @property
     def held(self) -> int:
         """Rows kept so far."""
-        return 0 if self.is_empty else int(self.count)
+        return 0 if self.is_empty else int(on_host(self.count))
 
     def rows(self) -> dict[str, Tensor]:
         """The rows kept so far, as views of the state."""
@@ -71,6 +72,7 @@ class GrowingRows(StreamingStage):
         more = {name: with_more(state[name], held, value) for name, value in rows.items()}
         count = held + next(iter(rows.values())).shape[0]
         self.set_state({**more, "count": torch.full_like(self.count, count)})
+        remember(self.count, torch.tensor(count, device="cpu"))
 
     def fits(self, name: str, value: Tensor) -> bool:
         """Room may differ."""

@@ -15,6 +15,7 @@ from tdgeom.core.stage import Outputs
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.core.warnings import FewRowsWarning, tell
 from tdgeom.numerics.document_groups import GROUPED_BY, document_groups, rows_by_group
+from tdgeom.numerics.on_host import on_host, remember
 
 __all__ = ["DOCUMENT", "GROUPS", "REPLICATE_ROWS", "Replicates", "check_groups", "error_groups"]
 
@@ -142,16 +143,19 @@ class Replicates(StreamingStage):
         documents = None if self._documents is None else inputs[self._documents]
         group = document_groups(ids, self.groups, documents, by=self.by, seed=self.seed)
         rows = [inputs[place] for place in self._order]
+        held = on_host(self.rows).clone()
         for g, own in rows_by_group(group, self.groups):
             given = [None if row is None else row[own.to(row.device)] for row in rows]
             given += [None] * (len(self._inner.in_roles) - len(given))
-            if not int(self.rows[g]):
+            if not held[g]:
                 fresh = self._inner.start(*given)
                 self._keep(g, self._inner.with_state({**self._inner.state(), **fresh}))
             one = self._group(g)
             one.accumulate(*given)
             self._keep(g, one)
-            self.rows[g] += own.shape[0]
+            held[g] += own.shape[0]
+        self.rows = held.to(self.home)
+        remember(self.rows, held)
 
     def combine(self, other: Replicates) -> None:
         """Group by group."""

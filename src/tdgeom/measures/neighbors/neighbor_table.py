@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tdgeom.core.devices import has_float64
 from tdgeom.core.warnings import tell
 from tdgeom.measures.neighbors.distance_gradient import directions
 from tdgeom.numerics.centring import real_rows, refuse_nonfinite, upcast
@@ -72,7 +73,7 @@ def check_rows(x: Tensor, k: int) -> tuple[Tensor, float]:
             f"{k} nearest neighbours need at least {k + 1} rows, got {n} (shape {tuple(x.shape)}). Give more rows or a smaller k."
         )
     rows = upcast(real_rows(x, "nearest neighbours"))
-    rows = rows.cpu() if rows.device.type == "mps" else rows  # no float64 there
+    rows = rows if has_float64(rows.device) else rows.cpu()
     return rows, rounding_radius(x.dtype)
 
 

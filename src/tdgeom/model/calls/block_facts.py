@@ -12,6 +12,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from tdgeom.core.devices import doubled
 from tdgeom.model.calls.block_reads import BlockReads
 from tdgeom.model.sites import PATTERN_KINDS
 from tdgeom.model.structure.linears import bias_of
@@ -98,9 +99,9 @@ def same(found: Tensor, expected: Tensor, part: Tensor | None = None) -> bool:
     """Whether two tensors agree, to a fiftieth of ``part`` (what is in question; default: all of it) and rounding."""
     if found.numel() != expected.numel():
         return False
-    found, target = found.detach().reshape(-1).double(), expected.detach().reshape(-1).double()
+    found, target = doubled(found.detach().reshape(-1)), doubled(expected.detach().reshape(-1))
     size = float(target.abs().max()) if target.numel() else 0.0
-    own = size if part is None else float(part.detach().double().abs().max())
+    own = size if part is None else float(part.detach().abs().max())
     rounding = 8 * torch.finfo(expected.dtype).eps if expected.is_floating_point() else 0.0
     error = float((found - target).abs().max()) if target.numel() else 0.0
     return error <= 0.02 * own + rounding * size
@@ -227,7 +228,7 @@ def _by_position(out: Tensor, z: Tensor) -> Iterator[Tensor]:
 def _same_signs(found: Tensor, expected: Tensor) -> bool:
     """Whether positive factors lead from one to the other: a gate, or a norm before the projection."""
     agree = found.reshape(-1).sign() == expected.reshape(-1).sign()
-    return float(agree.double().mean()) > 0.995
+    return float(agree.float().mean()) > 0.995
 
 
 def _head_output(reads: BlockReads, cross: str, entry: ResolvedSite) -> str | None:
@@ -303,8 +304,8 @@ def _query_or_key(reads: BlockReads, cross: str, entry: ResolvedSite) -> str | N
         return f"its heads, {tuple(own.shape)}, are not those of the product, {tuple(turned.shape)}"
     whole = own.repeat_interleave(turned.shape[-2] // own.shape[-2], -2)
     # a rotation keeps the length of every head and leaves position 0; a norm keeps signs there
-    lengths = torch.stack([whole.double().norm(dim=-1).reshape(-1), turned.double().norm(dim=-1).reshape(-1)])
-    agree = (whole[:, 0].sign() == turned[:, 0].sign()).double().mean()
+    lengths = torch.stack([doubled(one).norm(dim=-1).reshape(-1) for one in (whole, turned)])
+    agree = (whole[:, 0].sign() == turned[:, 0].sign()).float().mean()
     if float(agree) > 0.75 or _correlation(lengths[0], lengths[1]) > 0.99:
         return None
     return f"its heads are not those whose product the scores are. Remedy: '{value}_rotary'"
@@ -338,11 +339,11 @@ def _is_weight(factor: Tensor, pattern: Tensor) -> bool:
     if factor.numel() != wide.numel():
         return False
     far = (
-        (factor.reshape(-1, wide.shape[-1]).double() - wide.reshape(-1, wide.shape[-1]).double())
+        (doubled(factor.reshape(-1, wide.shape[-1])) - doubled(wide.reshape(-1, wide.shape[-1])))
         .abs()
         .amax(-1)
     )
-    return float((far <= 0.02).double().mean()) > 0.5
+    return float((far <= 0.02).float().mean()) > 0.5
 
 
 def _turned(reads: BlockReads, cross: str, entry: ResolvedSite) -> str | None:
@@ -352,12 +353,13 @@ def _turned(reads: BlockReads, cross: str, entry: ResolvedSite) -> str | None:
         return f"no product of queries and keys was seen in {entry.module_path!r}"
     if queries.shape[-2] != entry.head_count or keys.shape[-2] != entry.head_count:
         return f"its product is of {tuple(queries.shape)} and {tuple(keys.shape)}, not of {entry.head_count} heads"
-    raw = torch.einsum("bqhd,bkhd->bhqk", queries.double(), keys.double())
+    raw = torch.einsum("bqhd,bkhd->bhqk", doubled(queries), doubled(keys))
     if raw.shape[:3] != scores.shape[:3] or raw.shape[-1] > scores.shape[-1]:
         return f"its product is {tuple(raw.shape)}, the scores are {tuple(scores.shape)}"
-    seen, pattern = scores[..., : raw.shape[-1]].double(), reads.values.get(f"{cross}attn_pattern")
+    seen, pattern = doubled(scores[..., : raw.shape[-1]]), reads.values.get(f"{cross}attn_pattern")
     if pattern is None:
         return f"no softmax over keys was seen in {entry.module_path!r}"
+    pattern = pattern.to(seen.device)
     open_ = (pattern[..., : raw.shape[-1]] > 0) & (seen > torch.finfo(scores.dtype).min / 4)
     if _correlation(raw[open_], seen[open_]) > 0.99:
         return None

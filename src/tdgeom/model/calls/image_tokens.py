@@ -10,6 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from tdgeom.core.devices import doubled
 from tdgeom.core.surroundings import steady
 from tdgeom.model.calls.bound_model import eval_mode, may_stop
 from tdgeom.model.calls.forward_signature import read_signature
@@ -130,7 +131,7 @@ def _front(model: nn.Module, block: str, tower: nn.Module) -> FrontTokens | None
             handle.remove()
     if not seen or seen[0].ndim != 3 or seen[0].shape[0] != 2:
         return None
-    one, other = seen[0].double()
+    one, other = doubled(seen[0])
     same = (one - other).norm(dim=-1) <= 1e-5 * one.norm(dim=-1)
     count = int(same.sum())
     if not bool(same[:count].all()):

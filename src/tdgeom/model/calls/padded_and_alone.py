@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdgeom.core.devices import doubled
+from tdgeom.numerics.on_host import on_host
+
 Given = Mapping[str, Any]
 Seen = list[tuple[str, Tensor]]  # where something was seen, and what
 
@@ -19,7 +22,7 @@ def padding_kinds(mask: Tensor) -> tuple[str, ...]:
     >>> padding_kinds(torch.tensor([[0, 1, 1], [1, 0, 1]]))
     ('left', 'inside')
     """
-    here = mask.bool()
+    here = on_host(mask).bool()
     if bool(here.all()):
         return ()  # the usual case, told at once
     first, last = here.int().argmax(-1), here.shape[-1] - 1 - here.flip(-1).int().argmax(-1)
@@ -168,7 +171,7 @@ def _by_token(value: Tensor, mask: Tensor) -> Tensor | None:
 
 def _relative(alone: Tensor, padded: Tensor) -> float:
     """(N, D) beside (N, D)."""
-    a, b = alone.double(), padded.double()
+    a, b = doubled(alone), doubled(padded)
     known = a.isfinite().all(-1)  # what is no number alone says nothing
     a, b = a[known], b[known]
     if not len(a):

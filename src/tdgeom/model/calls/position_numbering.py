@@ -62,8 +62,9 @@ def number_padded(
 
     Raises ``ValueError`` where no numbering makes a padded sequence what it is alone.
     """
-    masks = {name: mask.bool() for name, mask in told.items() if isinstance(mask, Tensor) and mask.ndim == 2}
+    masks = {name: mask for name, mask in told.items() if isinstance(mask, Tensor) and mask.ndim == 2}
     kinds = {name: padding_kinds(mask) for name, mask in masks.items() if given.get(SIDES[name]) is None}
+    masks = {name: mask.bool() for name, mask in masks.items()}
     kinds = {name: found for name, found in kinds.items() if found}
     if not kinds:
         return given

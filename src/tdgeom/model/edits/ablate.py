@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdgeom.core.devices import doubled
 from tdgeom.model.edits.attended_layout import find_acts, match_keys, take_ranks
 from tdgeom.model.edits.edit import Edit
 from tdgeom.model.edits.edit_call import EditCall
@@ -66,7 +67,7 @@ class Ablate(Edit):
                 f"holds {tuple(acts.shape[2:])}. Remedy: capture the reference whole, without heads=."
             )
         rows = acts.flatten(0, 1) if own is None or acts.ndim < 3 else acts[own.bool().to(acts.device)]
-        return rows.double().mean(0).to(value).expand_as(value)
+        return doubled(rows).mean(0).to(value).expand_as(value)
 
     def _mean_pattern(self, value: Tensor, call: EditCall, acts: Tensor, own: Tensor | None) -> Tensor:
         # a mean over queries would let the first ones attend to what comes after them
@@ -77,7 +78,7 @@ class Ablate(Edit):
                 f"length without padding, here {tuple(value.shape[1:2])} and in the reference {tuple(acts.shape[1:2])} positions"
                 f"{', with padding' if padded else ''}. Remedy: such texts, how='resample', or ablate 'z'."
             )
-        mean = acts.double().mean(0)
+        mean = doubled(acts).mean(0)
         if call.is_scores:
             blocked = (acts <= torch.finfo(acts.dtype).min / 2).any(0)
             mean = mean.masked_fill(blocked, torch.finfo(value.dtype).min)

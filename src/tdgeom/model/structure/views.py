@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from tdgeom.core.devices import doubled
 from tdgeom.core.surroundings import steady
 from tdgeom.model.structure.linears import bias_of, shares
 from tdgeom.model.structure.readers import read_input
@@ -89,7 +90,7 @@ class HeadOutput(View):
             parts = shares(self.projection, z, self.heads)
             if self.behind is not None:
                 parts = _normed(self.behind, value, parts) if self.is_norm else self.behind.forward(parts)
-        return parts.to(value.dtype)
+        return parts.to(value)
 
     def write(self, value: Tensor, new: Tensor) -> Tensor:
         """The projection's output with the shares replaced; what is not a share (the bias) stays.
@@ -115,9 +116,9 @@ def _normed(norm: nn.Module, total: Tensor, shares: Tensor) -> Tensor:
     # called without the hooks around it: this is no call of the model
     eps = next((getattr(norm, n) for n in ("eps", "variance_epsilon") if hasattr(norm, n)), 1e-6)
     ones = torch.ones(total.shape[-1], dtype=total.dtype, device=total.device)
-    gain = norm.forward(ones).double() * (1.0 + eps) ** 0.5
-    rms = (total.double().square().mean(-1, keepdim=True) + eps).rsqrt()
-    return shares.double() * (rms * gain).unsqueeze(-2)
+    gain = doubled(norm.forward(ones)) * (1.0 + eps) ** 0.5
+    rms = (doubled(total).square().mean(-1, keepdim=True) + eps).rsqrt()
+    return doubled(shares) * (rms * gain).unsqueeze(-2)
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ def distance(found: Tensor, right: Tensor) -> float:
     """The largest difference, relative to the largest value: 0 for equal tensors, infinite for other shapes."""
     if found.numel() != right.numel() or found.shape[-1:] != right.shape[-1:]:
         return float("inf")
-    found, right = found.detach().reshape(-1).double(), right.detach().reshape(-1).double().to(found.device)
+    found, right = (x.detach().cpu().reshape(-1).double() for x in (found, right))
     if not found.numel():
         return 0.0
     size = float(right.abs().max())
@@ -172,7 +172,7 @@ def ratio(value: Tensor, given: Tensor) -> float | None:
     """The one number that ``given`` is multiplied by to be ``value``; None where there is none."""
     if value.numel() != given.numel() or value.shape[-1:] != given.shape[-1:]:
         return None
-    one, other = value.detach().reshape(-1).double(), given.detach().reshape(-1).double().to(value.device)
+    one, other = (x.detach().cpu().reshape(-1).double() for x in (value, given))
     square = float(other @ other)
     factor = float(one @ other) / square if square else 0.0
     return factor if factor and distance(factor * other, one) < 1e-3 else None

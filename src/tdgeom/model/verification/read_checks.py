@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tdgeom.core.devices import doubled
 from tdgeom.model.sites import Site
 from tdgeom.model.structure.resolved_site import ADDED_KINDS
 from tdgeom.model.verification.plain_hooks import columns_in, distance
@@ -229,7 +230,7 @@ def _heads_add_up(found: Evidence, site: Site, tolerance: float) -> Check:
     total, name = found.act(site, "attn_output"), "sum over heads"
     if total is None:
         return unchecked(site, name, "attn_output is not read here")
-    rest = (found.acts[site].double().sum(-2) - total.double()).flatten(0, -2)
+    rest = (doubled(found.acts[site]).sum(-2) - doubled(total)).flatten(0, -2)
     size = max(float(total.abs().max()), 1e-30)
     return compared(
         site, name, float((rest - rest.mean(0)).abs().max()) / size, tolerance, "attn_output, less a bias"
