@@ -15,7 +15,7 @@ from tdgeom.core.missing_parts import missing_part
 from tdgeom.core.renamed import describe
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.words import words_of
-from tdgeom.numerics.on_host import remember
+from tdgeom.numerics.on_host import on_host, remember
 from tdgeom.rows.batches import as_batch, batch_length
 from tdgeom.rows.split_loaders import SplitLoader
 from tdgeom.run.finish import call, give
@@ -97,7 +97,7 @@ class BatchStages:
         if given is None and not any(key_tuple(key) == key_tuple(self.main) for key in written):
             given = td.get(self.main, None)
             by_row = given is not None
-        return (given.flatten().long().cpu() if isinstance(given, Tensor) else None), by_row
+        return (on_host(given).flatten().long() if isinstance(given, Tensor) else None), by_row
 
     def rows(self, td: TensorDict) -> tuple[dict[Key, dict[Key, Any]], int]:
         """Run the per-batch stages on ``td``; (the rows that the streaming stages read, by selection; how many of the main)."""
@@ -124,7 +124,7 @@ class BatchStages:
                 return counted
         mask, ids = td.get("attention_mask", None), td.get("input_ids", None)
         if mask is not None:
-            attended = int(mask.bool().sum())
+            attended = int(on_host(mask).bool().sum())
             return attended, mask.numel() - attended
         return (ids.numel() if ids is not None else td.get(self.main).shape[0]), 0
 

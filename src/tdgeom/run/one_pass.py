@@ -19,7 +19,7 @@ from tdgeom.core.keys import Key
 from tdgeom.core.process_groups import rank_and_world
 from tdgeom.core.rank_failures import check_ranks
 from tdgeom.core.words import put
-from tdgeom.numerics.on_host import read_together
+from tdgeom.numerics.on_host import on_host, read_together
 from tdgeom.rows.batches import batch_length, iterate
 from tdgeom.rows.data_sources import DataSource
 from tdgeom.rows.split_loaders import find_split
@@ -220,7 +220,7 @@ class OnePass:
         if length is not None and self.division.placed:
             again = places >= length
         elif length is not None and isinstance(documents, Tensor):
-            again = documents.cpu() >= length
+            again = on_host(documents) >= length
         return Units(
             ids.tolist(),
             (places if self.division.placed else ids).tolist(),
@@ -261,11 +261,11 @@ class OnePass:
         main = self.batch_stages.main
         if not self.division.split:
             return OwnRows(rows, np.zeros(count, dtype=np.int64), np.full(1, count), read)
-        unit = units.of_rows(rows[main][main].cpu().numpy())
+        unit = units.of_rows(on_host(rows[main][main]).numpy())
         fresh = new if units.again is None else new & ~units.again
         keep = fresh[unit]
         if len(set(units.ids)) < len(units.ids):  # an id twice in one batch
-            keep &= first_of_each(rows[main][main].cpu().numpy())
+            keep &= first_of_each(on_host(rows[main][main]).numpy())
         self.counts["repeated_rows"] += int((~keep).sum())
         return OwnRows(rows, unit, np.bincount(unit, minlength=len(units.ids)), read).kept(main, keep)
 
