@@ -46,8 +46,8 @@ from .model.edits.edit import Steer as Steer
 from .model.edits.other_runs import ActivationAddition as ActivationAddition
 from .model.edits.other_runs import Patch as Patch
 from .model.edits.ablate import Ablate as Ablate
-from .model.edits.edit import ProjectOut as ProjectOut
-from .model.edits.edit import ProjectOnto as ProjectOnto
+from .model.edits.directions import ProjectOut as ProjectOut
+from .model.edits.directions import ProjectOnto as ProjectOnto
 from .model.edits.edit import Scale as Scale
 from .model.edits.attention_edits import BlockAttention as BlockAttention
 from .model.patching import activation_patching as activation_patching

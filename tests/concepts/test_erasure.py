@@ -180,7 +180,7 @@ def test_erasing_steering_and_projecting_out_inside_a_model():
     probing.run(batches, batches)
     x = tg.Capture(model, site)(input_ids=ids).flatten(0, 1)
     label = (ids % 2).flatten()
-    direction = probing.direction(site)
+    direction = probing.direction(site, 1)
     eraser = tg.Erase.fit(x, label, in_keys="activation")
     with tg.Intervene(model, {site: eraser}), tg.Capture(model, site) as calls, torch.no_grad():
         model(ids)

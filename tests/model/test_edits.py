@@ -82,6 +82,75 @@ def test_steering_is_the_plain_hook(llama):
         tg.Steer(torch.ones(7))(activation=x)
 
 
+def test_the_strength_of_steering():
+    """A share of each row's length, a target projection, a clamp: against the projections themselves, in float64."""
+    x, vector = torch.randn(2, 5, 7).double(), torch.randn(7).double()
+    unit = vector / vector.norm()
+    along = lambda value: value @ unit
+    rest = lambda value: value - along(value).unsqueeze(-1) * unit
+    shared = tg.Steer(vector, share=0.25)(activation=x)
+    torch.testing.assert_close((shared - x), 0.25 * x.norm(dim=-1, keepdim=True) * unit)
+    aimed = tg.Steer(3 * vector, target=1.5, positions="last")(activation=x)
+    torch.testing.assert_close(along(aimed[:, -1]), torch.full((2,), 1.5, dtype=torch.float64))
+    torch.testing.assert_close(rest(aimed), rest(x))
+    assert torch.equal(aimed[:, :-1], x[:, :-1])
+    torch.testing.assert_close(
+        tg.Steer(vector, target=0.0)(activation=x), tg.ProjectOut(vector)(activation=x)
+    )
+    for low, high in ((-0.3, 0.4), (None, 0.1), (0.0, None)):
+        clamped = tg.Steer(vector, clamp=(low, high))(activation=x)
+        torch.testing.assert_close(along(clamped), along(x).clamp(low, high))
+        torch.testing.assert_close(rest(clamped), rest(x))
+    z, heads = torch.randn(2, 5, 3, 4), torch.randn(3, 4)  # every head along its own
+    each = tg.Steer(heads, target=2.0, heads=[0, 2])(activation=z)
+    found = (each * heads / heads.norm(dim=-1, keepdim=True)).sum(-1)
+    torch.testing.assert_close(found[..., [0, 2]], torch.full((2, 5, 2), 2.0))
+    assert torch.equal(each[:, :, 1], z[:, :, 1])
+    for wrong, said in (
+        ({"share": 0.1, "target": 1.0}, "one strength"),
+        ({"coefficient": 2.0, "target": 1.0}, "one strength"),
+        ({"clamp": (None, None)}, r"\(low, high\)"),
+        ({"target": 1.0, "features": [0]}, "features= would cut"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            tg.Steer(vector, **wrong)
+    with pytest.raises(ValueError, match="needs a vector with a direction"):
+        tg.Steer(torch.zeros(3), share=1.0)
+    again = tg.Steer.from_settings(tg.Steer(vector, clamp=(0.0, None)).settings())
+    assert repr(again) == "Steer(vector=tensor of shape (7,), clamp=(0.0, None))"
+
+
+WHOLE, SPLIT = torch.randn(2, 3, 4), torch.randn(2, 3, 4, 5)
+MISFITS = [
+    (WHOLE, lambda v: tg.Steer(v), [(), (1,), (3,), (3, 4), (2, 4), (7,), (3, 1, 4), (2, 3, 1)]),
+    (SPLIT, lambda v: tg.Steer(v), [(), (4,), (3, 5), (2, 3, 4), (4, 1)]),
+    (WHOLE, lambda v: tg.Steer(v, per_position=True, positions=[0, 1]), [(2,), (2, 3), (2, 1)]),
+    (WHOLE, lambda v: tg.Scale(v), [(3,), (3, 4), (3, 1, 4)]),
+    (WHOLE, lambda v: tg.ProjectOut(v), [(3,), (5, 2)]),
+    (WHOLE, lambda v: tg.ProjectOnto(torch.ones(4), mean=v), [(1,), (3, 4)]),
+    (WHOLE, lambda v: tg.Patch(v), [(4,), (2, 4), (3, 4), (2, 3, 1)]),
+    (WHOLE, lambda v: tg.Ablate("mean", reference=v), [(4,), (2, 3, 1)]),
+]
+
+
+@pytest.mark.parametrize("case", range(len(MISFITS)))
+def test_nothing_is_broadcast_to_a_site_unasked(case):
+    value, make, shapes = MISFITS[case]
+    for shape in shapes:
+        with pytest.raises(ValueError, match=r"expected|shape|replaces"):
+            make(torch.randn(shape))(activation=value)
+
+
+def test_what_fits_a_site():
+    steer = lambda shape, value: tg.Steer(torch.ones(shape))(activation=value)
+    for shape in ((4,), (1, 3, 4), (2, 1, 4)):
+        assert torch.equal(steer(shape, WHOLE), WHOLE + 1)
+    for shape in ((5,), (4, 5), (1, 1, 4, 5)):
+        assert torch.equal(steer(shape, SPLIT), SPLIT + 1)
+    for shape in ((), (5,), (4, 5), (4, 1), (2, 3, 4, 1)):
+        assert torch.equal(tg.Scale(torch.full(shape, 2.0))(activation=SPLIT), 2 * SPLIT)
+
+
 def test_a_steering_vector_can_be_trained(llama):
     batch, vector = models.text_batch(), nn.Parameter(torch.zeros(models.WIDTH))
     steer = Intervene(llama, {"residual_output.0": tg.Steer(vector)}, keep_graph=True)
@@ -159,16 +228,21 @@ def test_ablations(llama):
         tg.Ablate("mean")
 
 
-def test_a_mean_of_some_heads_is_no_reference_for_all():
-    model = models.gpt2()
-    some = tg.Capture(model, "z", heads=[0])(TensorDict(models.text_batch()))
+def test_a_mean_of_some_heads_is_a_reference_for_these():
+    model, batch = models.gpt2(), models.text_batch()
+    some, whole = (tg.Capture(model, "z", heads=heads)(TensorDict(batch)) for heads in ([0], None))
+    read = []
+    for reference in (some, whole):
+        with tg.Intervene(model, {"z.1": tg.Ablate("mean", reference=reference, heads=[0])}):
+            read.append(logits(model, batch))
+    torch.testing.assert_close(*read)
     with (
-        tg.Intervene(model, {"z.1": tg.Ablate("mean", reference=some, heads=[0])}),
+        tg.Intervene(model, {"z.1": tg.Ablate("mean", reference=some, heads=[0, 1])}),
         pytest.raises(
             ValueError, match=r"Ablate\('mean'\) at z.1 .*\(4, 4\) a position, its reference holds \(1, 4\)"
         ),
     ):
-        model(**models.text_batch())
+        model(**batch)
 
 
 @pytest.mark.parametrize("kind", ["attn_pattern", "attn_scores"])

@@ -135,8 +135,107 @@ def test_patching_matches_positions_over_padding():
         {"activation": torch.zeros(2, 6, 1), "attention_mask": torch.ones(2, 6)}
     ).set_non_tensor("site", "x")
     with pytest.raises(ValueError, match=r"has \[4, 3\] positions.*up to 6"):
+        tg.Patch(source, align="start")(longer)
+    with pytest.raises(
+        ValueError, match=r"have \[6, 6\] tokens, those of the other \[4, 3\]: which .*align='start'"
+    ):
         tg.Patch(source)(longer)
     with pytest.raises(KeyError, match="capture that site"):
         tg.Patch(TensorDict({("acts", "y"): other}))(td.copy())
     with pytest.raises(ValueError, match="one of source=, inputs= and key="):
         tg.Patch()
+
+
+def test_texts_of_different_lengths_are_matched_as_asked():
+    """Rank r from the start, r from the end, or by a map: each value is where it should be, and nothing else moves."""
+    theirs = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])  # three tokens, padded on either side
+    other = torch.tensor([[[1.0], [2], [3], [99]], [[99.0], [4], [5], [6]]])
+    source = TensorDict({("acts", "x"): other, "attention_mask": theirs})
+    own = {
+        "activation": torch.zeros(2, 5, 1),
+        "attention_mask": torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]),
+    }
+    td = TensorDict(own).set_non_tensor("site", "x")
+    read = lambda **how: tg.Patch(source, **how)(td.copy())["activation"][..., 0].tolist()
+    for positions in ("last", "all", [-1], slice(1, None), "last-1"):
+        with pytest.raises(ValueError, match="which position is which"):
+            read(positions=positions)
+    assert read(positions="last", align="end") == [[0, 0, 0, 0, 3], [0, 0, 0, 6, 0]]
+    assert read(positions=[1, 2, 3], align="end") == [[0, 0, 1, 2, 3], [0, 4, 5, 6, 0]]
+    with pytest.raises(ValueError, match=r"has \[3, 3\] positions to take from"):
+        read(align="end")
+    assert (
+        read(positions=[0, 2]) == read(positions=[0, 2], align="start") == [[0, 1, 0, 3, 0], [4, 0, 6, 0, 0]]
+    )
+    assert read(align={3: -1, 0: 1}) == [[0, 2, 0, 0, 3], [5, 0, 0, 6, 0]]
+    with pytest.raises(ValueError, match="no position 7 of align="):
+        read(align={7: 0})
+    with pytest.raises(ValueError, match="says itself which positions"):
+        read(align={0: 0}, positions="last")
+    with pytest.raises(ValueError, match="values in order, or align="):
+        read(align="end", source_positions="last")
+    with pytest.raises(ValueError, match="align= expects 'start', 'end' or a mapping"):
+        read(align="front")
+    with pytest.raises(ValueError, match=r"expected activations \(2, T, 1\), got \(2,\)"):
+        tg.Patch(torch.ones(2))(td.copy())
+
+
+@pytest.mark.parametrize("kind", ["z", "head_output", "attn_pattern", "k"])
+def test_what_a_capture_gives_is_a_donor(llama, kind):
+    """A list of one call is that call; captured heads go to the same heads; both do what the whole run in a TensorDict does."""
+    site, batch, other = f"{kind}.1", models.text_batch(), other_for("llama")
+    capture = lambda **how: tg.Capture(llama, site, **how)
+    with torch.no_grad():
+        with capture() as donor:
+            llama(**other)
+        with capture(heads=[1]) as one:
+            llama(**other)
+        with capture() as two:
+            llama(**other), llama(**batch)
+    whole = capture()(TensorDict(other))
+
+    def under(edit):
+        with torch.no_grad(), tg.Intervene(llama, {site: edit}):
+            return llama(**batch).logits
+
+    right = under(tg.Patch(whole, heads=[1]))
+    assert not torch.equal(right, llama(**batch).logits)
+    for source in (donor, donor[0], one, one[0], one[0]["acts", site]):
+        assert torch.equal(under(tg.Patch(source, heads=[1])), right)
+    how = "resample" if kind == "attn_pattern" else "mean"
+    right = under(tg.Ablate(how, reference=whole, heads=[1]))
+    for reference in (donor, one):
+        torch.testing.assert_close(under(tg.Ablate(how, reference=reference, heads=[1])), right)
+    for edit in (tg.Patch(two), tg.Ablate("resample", reference=two)):
+        with pytest.raises(ValueError, match=r"got 2 calls. Remedy: say which, such as calls\[0\]"):
+            under(edit)
+    with pytest.raises(ValueError, match=r"expected activations|holds \(1,"):
+        under(tg.Patch(one, heads=[0, 1, 2]))
+    swapped = list(range(2 if kind == "k" else 4))[::-1]
+    heads = swapped if kind != "k" else [2, 0]  # key/value heads 1 and 0
+    with pytest.raises(ValueError, match="which are all of them, or those of heads="):
+        under(tg.Patch(capture(heads=heads)(TensorDict(other)), heads=heads))
+
+
+def test_activation_addition_takes_what_was_captured(llama):
+    site, batch = "residual_output.1", models.text_batch()
+    sides = models.text_batch(2, 5), {k: v.flip(0) for k, v in models.text_batch(2, 6).items()}
+    with torch.no_grad():
+        with tg.Capture(llama, site) as positive:
+            llama(**sides[0])
+        with tg.Capture(llama, site) as negative:
+            llama(**sides[1])
+
+    def under(edit):
+        with torch.no_grad(), tg.Intervene(llama, {site: edit}):
+            return llama(**batch).logits
+
+    right = under(tg.ActivationAddition(*sides, coefficient=2.0))
+    for given in ((positive, negative), (positive[0], negative), (positive, sides[1])):
+        torch.testing.assert_close(under(tg.ActivationAddition(*given, coefficient=2.0)), right)
+    elsewhere = {"residual_output.0": tg.ActivationAddition(positive, negative)}
+    with pytest.raises(KeyError, match="capture that site"), tg.Intervene(llama, elsewhere):
+        llama(**batch)
+    wide = TensorDict({("acts", site): torch.randn(1, 3, 4)})
+    with pytest.raises(ValueError, match="ActivationAddition expected activations of"):
+        under(tg.ActivationAddition(wide, wide))

@@ -54,8 +54,9 @@ def test_two_classes_have_sklearns_coefficients_in_row_one(data):
     close(probe.fitted["weight"][1], reference.coef_.ravel())
     close(probe.fitted["weight"][0], -reference.coef_.ravel())
     unit = reference.coef_.ravel() / np.linalg.norm(reference.coef_.ravel())
-    close(probe.direction(), unit)
-    close(probe.direction(unit=False), reference.coef_.ravel())
+    close(probe.direction(), np.stack([-unit, unit]))
+    close(probe.direction(1), unit)
+    close(probe.direction(unit=False)[-1], reference.coef_.ravel())
 
 
 def test_alpha_by_folds_is_a_grid_search_over_the_same_groups(data, feed):

@@ -78,7 +78,7 @@ def test_every_probe_swaps_for_every_other(data, name):
     if name not in ("torch", "sklearn", "logistic"):
         torch.testing.assert_close(again.decision(x), probe.decision(x), rtol=1e-6, atol=1e-6)
     if name != "torch":
-        assert probe.direction().shape == (12, 3) and probe.direction(1).shape == (12,)
+        assert probe.direction().shape == (3, 12) and probe.direction(1).shape == (12,)
         assert float(probe.direction(2).norm()) == pytest.approx(1)
 
 
@@ -128,7 +128,7 @@ def test_regression_scores(data):
     assert 0 < float(result["probe", "s", "standard_error"]) < 0.02
     two = torch.stack((data.y, data.x[:, 0]), 1)
     result, probe = run_probe(tg.LinearProbe(alpha=1e-6), data, two)
-    assert probe.predict(data.x).shape == (600, 2) and probe.direction().shape == (12, 2)
+    assert probe.predict(data.x).shape == (600, 2) and probe.direction().shape == (2, 12)
 
 
 def test_standard_error_holds_up_under_groups():
@@ -366,7 +366,7 @@ def test_state_survives_saving_loading_copying(data, feed):
     for twin in (fresh, deepcopy(probe), pickle.loads(pickle.dumps(probe)), probe.half()):
         for name, value in twin.result().items():
             torch.testing.assert_close(value, expected[name], equal_nan=True)
-    assert fresh.direction().shape == (12, 3)
+    assert fresh.direction().shape == (3, 12)
     probe.reset()
     with pytest.raises(ValueError, match="not fitted"):
         probe.predict(data.x)

@@ -225,7 +225,8 @@ def _align(
         if turned.ndim < 3 or torch.equal(mask, other_mask):
             out.set(("acts", str(site)), acts)
             continue
-        patch = Patch(TensorDict({("acts", str(site)): acts, "attention_mask": other_mask}, batch_size=[]))
+        run = TensorDict({("acts", str(site)): acts, "attention_mask": other_mask}, batch_size=[])
+        patch = Patch(run, align="start")
         features = [*turned.shape[2:]]
         if is_pattern(site):  # as many keys as this run has, and sinks where there are any
             features[1] += mask.shape[1] - other_mask.shape[1]

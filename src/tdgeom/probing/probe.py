@@ -391,10 +391,11 @@ class Probe(NamesClasses):
         return rules.score(self, x, y, row_id=row_id)
 
     def direction(self, label: int | str | None = None, *, unit: bool = True) -> Tensor:
-        """The concept activation vector of a fitted linear probe, float64: what Steer and ProjectOut take.
+        """The concept activation vectors of a fitted linear probe, float64: what Steer and ProjectOut take.
 
-        Two classes or one target: (D,), towards class 1 (towards larger values). More: (D, K), a column each, or the
-        column of ``label``. For ``preprocess`` it lives in the preprocessed space.
+        (K, D), a row for each class (or target): ``direction()[1]`` points towards class 1, of two classes as of more; with
+        ``label`` that row, (D,). A class' row is its weight less the mean of all classes' weights (of two classes, one is the
+        other's opposite); a target's is its weight. For ``preprocess`` it lives in the preprocessed space.
 
         Args:
             label: the class (by number or name) or target to point to.

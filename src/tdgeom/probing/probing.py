@@ -317,7 +317,7 @@ class Probing:
         return frame
 
     def direction(self, site: str, label: int | None = None, *, unit: bool = True) -> Tensor:
-        """The concept activation vector of a site's probe: see ``Probe.direction``."""
+        """The concept activation vectors of a site's probe, (K, D) or one: see ``Probe.direction``."""
         if site not in self.probes:
             raise KeyError(f"no fitted probe at {site!r}; there is {list(self.probes)}.")
         return rules.concept_direction(self.probes[site], label, unit=unit)

@@ -271,15 +271,10 @@ def concept_direction(probe: AnyProbe, label: int | str | None = None, *, unit: 
     weight, task = probe.fitted.get("weight"), probe.fitted["task"]
     if weight is None or weight.ndim != 2:
         raise TypeError(f"{type(probe).__name__} has no direction: only probes with one weight a feature do.")
-    if task.regression:
-        vectors = weight.mT
-    elif weight.shape[0] == 2:
-        vectors = torch.stack((weight[0] - weight[1], weight[1] - weight[0]), 1) / 2
-    else:
-        # Decisions are free to share a part; what tells a class from the others is left.
-        vectors = (weight - weight.mean(0)).mT
+    # Decisions of classes are free to share a part; what tells a class from the others is left.
+    vectors = weight if task.regression else weight - weight.mean(0)
     if unit:
-        vectors = vectors / vectors.norm(dim=0)
+        vectors = vectors / vectors.norm(dim=1, keepdim=True)
     place: int | None
     if isinstance(label, str):
         if label not in probe.classes:
@@ -289,9 +284,8 @@ def concept_direction(probe: AnyProbe, label: int | str | None = None, *, unit: 
         place = probe.classes.index(label)
     else:
         place = label
-    if place is not None:
-        if not 0 <= place < vectors.shape[1]:
-            raise ValueError(f"the probe has classes 0..{vectors.shape[1] - 1}, got label={label}.")
-        return vectors[:, place].clone()
-    single = vectors.shape[1] == (1 if task.regression else 2)
-    return vectors[:, -1].clone() if single else vectors
+    if place is None:
+        return vectors.clone()
+    if not 0 <= place < len(vectors):
+        raise ValueError(f"the probe has classes 0..{len(vectors) - 1}, got label={label}.")
+    return vectors[place].clone()

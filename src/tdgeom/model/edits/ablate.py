@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdgeom.core.devices import doubled
-from tdgeom.model.edits.attended_layout import find_acts, match_keys, take_ranks
+from tdgeom.model.edits.attended_layout import Donor, find_acts, match_keys, take_ranks, whole_heads
 from tdgeom.model.edits.edit import Edit
 from tdgeom.model.edits.edit_call import EditCall
 from tdgeom.model.positions import attended_tokens
@@ -25,8 +24,9 @@ class Ablate(Edit):
             query); ``"resample"``, for each sequence the values of another sequence (of the reference, if one is given) at
             the same position among attended tokens (Chan et al. 2022, causal scrubbing). Where that sequence is shorter it
             is gone through again from its first token.
-        reference: a TensorDict with the keys of ``Capture`` (``("acts", site)`` and, where there is padding,
-            ``"attention_mask"``), or a tensor (B, T, ...). ``"resample"`` without one draws from the batch itself.
+        reference: what ``with Capture(...) as reference`` gives (of one call), a TensorDict with the keys of ``Capture``
+            (``("acts", site)`` and, where there is padding, ``"attention_mask"``), or a tensor (B, T, ...); one captured with
+            ``heads=`` goes with the same ``heads=`` here. ``"resample"`` without one draws from the batch itself.
         seed: of the draw.
 
     >>> Ablate("mean", reference=torch.tensor([[[1.0], [3.0]]]))(activation=torch.zeros(1, 1, 1))
@@ -37,7 +37,7 @@ class Ablate(Edit):
         self,
         how: str = "zero",
         *,
-        reference: TensorDictBase | Tensor | None = None,
+        reference: Donor | None = None,
         seed: int = 0,
         **settings: Any,
     ) -> None:
@@ -58,16 +58,23 @@ class Ablate(Edit):
             return torch.zeros_like(value)
         if self.how == "resample" or self.reference is None:
             return self._drawn(value, call)
-        acts, own = find_acts(self.reference, call.site, "Ablate")
+        acts, own = self._acts(value, call)
         if call.is_pattern:
             return self._mean_pattern(value, call, acts, own)
         if acts.shape[2:] != value.shape[2:]:
             raise ValueError(
                 f"Ablate('mean') at {call.site} replaces values of shape {tuple(value.shape[2:])} a position, its reference "
-                f"holds {tuple(acts.shape[2:])}. Remedy: capture the reference whole, without heads=."
+                f"holds {tuple(acts.shape[2:])}. Remedy: capture the reference whole, or with the heads= that are ablated."
             )
         rows = acts.flatten(0, 1) if own is None or acts.ndim < 3 else acts[own.bool().to(acts.device)]
         return doubled(rows).mean(0).to(value).expand_as(value)
+
+    def _acts(self, value: Tensor, call: EditCall) -> tuple[Tensor, Tensor | None]:
+        """The reference's activations with all heads at their places, and its mask."""
+        acts, own = find_acts(cast(Donor, self.reference), call.site, "Ablate")
+        if self.heads is not None and value.ndim == acts.ndim == 4:
+            acts = whole_heads(acts, value.shape[2], self.heads_here(call), call.groups, "Ablate", call.site)
+        return acts, own
 
     def _mean_pattern(self, value: Tensor, call: EditCall, acts: Tensor, own: Tensor | None) -> Tensor:
         # a mean over queries would let the first ones attend to what comes after them
@@ -95,7 +102,7 @@ class Ablate(Edit):
             acts, theirs = value, mask
             drawn, drawn_mask = value.roll(shift, 0), None if mask is None else mask.roll(shift, 0)
         else:
-            acts, theirs = find_acts(self.reference, call.site, "Ablate")
+            acts, theirs = self._acts(value, call)
             chosen = torch.randint(acts.shape[0], (value.shape[0],), generator=generator, device="cpu")
             drawn, drawn_mask = acts.to(value)[chosen], None if theirs is None else theirs[chosen]
         free = 1 if value.ndim < 3 else 2  # axes that may differ: examples, and positions where there are any

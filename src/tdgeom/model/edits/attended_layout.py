@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -9,9 +12,37 @@ from torch import Tensor
 from tdgeom.model.positions import positions_second
 from tdgeom.model.sites import token_side
 
+# a run as Capture gives it: a TensorDict, the list of calls of a context, or one site's tensor
+Donor = TensorDictBase | Tensor | Sequence[TensorDictBase]
 
-def find_acts(source: TensorDictBase | Tensor, site: str | None, owner: str) -> tuple[Tensor, Tensor | None]:
+
+def is_donor(given: Any) -> bool:
+    """Whether something is activations rather than a model's inputs."""
+    if isinstance(given, list | tuple):
+        return all(isinstance(call, TensorDictBase) for call in given) and not isinstance(given, tuple)
+    return isinstance(given, Tensor) or (isinstance(given, TensorDictBase) and "acts" in given.keys())
+
+
+def one_run(source: Donor, owner: str) -> TensorDictBase | Tensor:
+    """The one call that a list of them holds; anything else as it is."""
+    if isinstance(source, Tensor | TensorDictBase):
+        return source
+    if isinstance(source, Sequence) and len(source) == 1:
+        return one_run(source[0], owner)
+    held = (
+        f"{len(source)} calls"
+        if isinstance(source, Sequence) and not isinstance(source, str)
+        else type(source).__name__
+    )
+    raise ValueError(
+        f"{owner} takes activations from one call of the model, a TensorDict of Capture or a list with one, got {held}. Remedy: "
+        "say which, such as calls[0]."
+    )
+
+
+def find_acts(source: Donor, site: str | None, owner: str) -> tuple[Tensor, Tensor | None]:
     """The activations of a site in another run, positions second, and the attention mask that was beside them."""
+    source = one_run(source, owner)
     if isinstance(source, Tensor):
         return positions_second(source, site), None
     acts = None if site is None else source.get(("acts", site), None)
@@ -23,6 +54,33 @@ def find_acts(source: TensorDictBase | Tensor, site: str | None, owner: str) -> 
     acts, mask = positions_second(acts, site), source.get(token_side(site) + "attention_mask", None)
     fits = mask is not None and acts.ndim >= 3 and mask.shape == acts.shape[:2]
     return acts, mask if fits else None
+
+
+def whole_heads(
+    other: Tensor, count: int, heads: Sequence[int], groups: int, owner: str, site: str | None
+) -> Tensor:
+    """Captured heads (B, T, h, ...) at their places among all ``count`` (B, T, H, ...); zeros at the others.
+
+    A donor holds all heads, or, in their order, those that the edit names (query heads, of which ``groups`` share one).
+    Raises ``ValueError`` where it could be both and they differ.
+
+    >>> whole_heads(torch.ones(1, 1, 1, 2), 3, [-1], 1, "Patch", None)[0, 0]
+    tensor([[0., 0.],
+            [0., 0.],
+            [1., 1.]])
+    """
+    total = count * groups
+    own = [head % total // groups for head in heads if -total <= head < total]
+    if len(own) < len(heads) or other.shape[2] != len(own) or own == list(range(count)):
+        return other  # all of them, or what is refused further on
+    if other.shape[2] == count:
+        raise ValueError(
+            f"{owner} at {site!r}: the other run holds {count} heads, which are all of them, or those of heads={list(heads)} in "
+            "this order. Remedy: capture it without heads=, or name them in ascending order, each once."
+        )
+    return other.new_zeros(*other.shape[:2], count, *other.shape[3:]).index_copy(
+        2, torch.tensor(own, device=other.device), other
+    )
 
 
 def take_ranks(other: Tensor, where: Tensor, rank: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from tdgeom.model.positions import Positions, attended_tokens, check_positions
 from tdgeom.model.sites import Site
 from tdgeom.model.structure.select_heads import HeadSpec, listed_heads
 
-__all__ = ["Edit", "ProjectOnto", "ProjectOut", "Scale", "Steer"]
+__all__ = ["Edit", "Scale", "Steer", "refuse_other_shape"]
 
 Inputs = Mapping[str, Tensor]
 _CALLED = ("__call__", "forward", "with_named", "read", "computed", "write")
@@ -129,7 +129,7 @@ class Edit(Stage):
         """True at what is edited, broadcast over the activation; ``None`` for everything."""
         parts = [] if call.keep is None else [call.keep.reshape(*call.keep.shape, *[1] * (value.ndim - 2))]
         if self.heads is not None:
-            heads = self._heads_here(call)
+            heads = self.heads_here(call)
             if value.ndim != 4:
                 raise ValueError(
                     f"heads={self.heads} needs a site with heads, (B, T, H, Dh), got {tuple(value.shape)} at {call.site!r}. "
@@ -147,7 +147,8 @@ class Edit(Stage):
             parts.append(_chosen(value.shape[-1], self.features, value))
         return reduce(torch.logical_and, parts) if parts else None
 
-    def _heads_here(self, call: EditCall) -> list[int]:
+    def heads_here(self, call: EditCall) -> list[int]:
+        """The query heads to edit at a site; none where ``heads`` says nothing."""
         if not isinstance(self.heads, dict):
             return self.heads or []
         layer = None if call.site is None else Site(call.site).layer
@@ -214,40 +215,93 @@ def _chosen(size: int, which: Any, value: Tensor) -> Tensor:
     return chosen
 
 
+def refuse_other_shape(edit: Edit, what: str, given: Tensor, value: Tensor, site: str | None) -> None:
+    """Raise for what does not lie as the activation does: (D,), (H, Dh) at heads, or as many axes as it has.
+
+    Everything else would be broadcast to something: one number to all features, a vector a class to positions.
+    """
+    whole = given.ndim == value.ndim and all(a in (1, b) for a, b in zip(given.shape, value.shape))
+    own = given.shape in (value.shape[-1:], value.shape[2:]) or whole
+    if not given.ndim or given.shape[-1] != value.shape[-1] or not own:
+        heads = f", or {tuple(value.shape[2:])} for heads" if value.ndim > 3 else ""
+        raise ValueError(
+            f"{type(edit).__name__} expected {what} of the {value.shape[-1]} features{heads} at {site!r}, got "
+            f"{tuple(given.shape)}."
+        )
+
+
 class Steer(Edit):
-    """Add a vector: ``x + coefficient * vector`` (Turner et al. 2023; Rimsky et al. 2023).
+    """Add a vector: ``x + coefficient * vector`` (Turner et al. 2023; Rimsky et al. 2023), or to a strength of its own.
+
+    With u the vector at length 1 (along the last axis: at sites with heads each head's for itself):
+
+    - ``coefficient=c``: x + c · vector, whatever x is (the default, c = 1);
+    - ``share=s``: x + s · |x| · u, a share of each row's own length;
+    - ``target=t``: x + (t - x·u) · u, so that the projection x·u is t everywhere; 0 takes the direction out, as ``ProjectOut``;
+    - ``clamp=(low, high)``: the projection where it lies between the two, else the nearer of them (``None``: no end).
 
     Args:
-        vector: (D,), (H, Dh) at sites with heads, or anything that broadcasts with the activation. A ``Parameter`` stays
-            one, so that a steering vector can be trained.
-        coefficient: what the vector is multiplied by.
+        vector: (D,), such as ``probe.direction(1)``; at sites with heads also (H, Dh); or with as many axes as the activation,
+            (1, T, D) say. A ``Parameter`` stays one, so that a steering vector can be trained.
+        coefficient, share, target, clamp: the strength, one of them.
         per_position: ``vector`` is (P, ...), one for each selected position, in their order.
+
+    Raises ``ValueError`` for a vector of another shape than the site's, and for a target in some ``features`` only.
 
     >>> Steer(torch.ones(2), coefficient=3.0, positions="first")(activation=torch.zeros(1, 2, 2))
     tensor([[[3., 3.],
              [0., 0.]]])
+    >>> Steer(torch.tensor([2.0, 0.0]), target=5.0)(activation=torch.tensor([[[1.0, 7.0]]]))
+    tensor([[[5., 7.]]])
     """
 
     vector: Tensor
     coefficient: float
     per_position: bool
+    share: float | None
+    target: float | None
+    clamp: Any
+    _strength: str
 
     def __init__(
-        self, vector: Tensor, *, coefficient: float = 1.0, per_position: bool = False, **settings: Any
+        self,
+        vector: Tensor,
+        *,
+        coefficient: float = 1.0,
+        per_position: bool = False,
+        share: float | None = None,
+        target: float | None = None,
+        clamp: tuple[float | None, float | None] | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__(**settings)
         if isinstance(vector, nn.Parameter):
             self.vector = vector
         else:
             self.register_buffer("vector", vector.detach().clone())
-        self._set_plain(per_position=per_position)
+        self._set_plain(per_position=per_position, share=share, target=target, clamp=clamp)
         if type(coefficient) is float:
             self._set_plain(coefficient=coefficient)
         else:  # a Parameter is registered
             self.coefficient = coefficient
+        own = [name for name in ("share", "target", "clamp") if getattr(self, name) is not None]
+        if len(own) + (type(coefficient) is not float or coefficient != 1.0) > 1:
+            raise ValueError(
+                f"Steer has one strength: coefficient= or {' or '.join(f'{name}=' for name in own)}, not both."
+            )
+        self._set_plain(_strength=own[0] if own else "coefficient")
+        if own and not bool(self.vector.any()):
+            raise ValueError(f"Steer({own[0]}=) needs a vector with a direction, got zeros.")
+        if clamp is not None and (len(clamp) != 2 or clamp == (None, None)):
+            raise ValueError(f"Steer(clamp=) expects (low, high), one of which may be None, got {clamp!r}.")
+        if self._strength in ("target", "clamp") and self.features is not None:
+            raise ValueError(
+                f"Steer({self._strength}=) sets the projection of whole rows, which features= would cut. Remedy: a vector that "
+                "is zero elsewhere."
+            )
 
     def replace(self, value: Tensor, call: EditCall) -> Tensor:
-        """``x + coefficient * vector``."""
+        """``x`` moved along the vector."""
         vector = self.vector.to(value)
         if self.per_position:
             keep = attended_tokens(call.keep, value)
@@ -256,17 +310,30 @@ class Steer(Edit):
                 raise ValueError(
                     f"Steer(per_position=True) has {vector.shape[0]} vectors for {int(order.max()) + 1} selected positions."
                 )
+            refuse_other_shape(self, "vectors", vector[0], value, call.site)
             vector = vector[order.clamp(min=0)]
-        if vector.ndim and vector.shape[-1] not in (1, value.shape[-1]):
-            raise ValueError(
-                f"Steer expected a vector of the {value.shape[-1]} features at {call.site!r}, got {tuple(vector.shape)}."
-            )
-        once = type(self.coefficient) is float and self.coefficient == 1.0
-        return value + (vector if once else self.coefficient * vector)
+            if vector.ndim < value.ndim:  # (P, Dh): one for all heads of a position
+                vector = vector.unsqueeze(2)
+        else:
+            refuse_other_shape(self, "a vector", vector, value, call.site)
+        if self._strength == "coefficient":
+            once = type(self.coefficient) is float and self.coefficient == 1.0
+            return value + (vector if once else self.coefficient * vector)
+        return value + self._step(value.double(), vector.double()).to(value)
+
+    def _step(self, value: Tensor, vector: Tensor) -> Tensor:
+        unit = vector / vector.norm(dim=-1, keepdim=True).clamp(min=1e-300)
+        if self.share is not None:
+            return self.share * value.norm(dim=-1, keepdim=True) * unit
+        along = (value * unit).sum(-1, keepdim=True)
+        if self.target is not None:
+            return (self.target - along) * unit
+        low, high = self.clamp
+        return (along.clamp(low, high) - along) * unit
 
 
 class Scale(Edit):
-    """Multiply by a factor (a number, or a tensor that broadcasts).
+    """Multiply by a factor: a number, a tensor (D,), (H, Dh) or (H, 1) for heads, or one with as many axes as the activation.
 
     >>> Scale(2.0, features=0)(activation=torch.ones(1, 1, 2))
     tensor([[[2., 1.]]])
@@ -278,60 +345,12 @@ class Scale(Edit):
 
     def edit(self, value: Tensor) -> Tensor:
         """``factor * x``."""
-        factor = self.factor.to(value) if isinstance(self.factor, Tensor) else self.factor
+        if not isinstance(self.factor, Tensor) or not self.factor.ndim:
+            return value * self.factor
+        factor = self.factor.to(value)
+        each = (
+            value[..., :1] if factor.shape[-1] == 1 else value
+        )  # one number for all features of a head or position
+        if factor.ndim > 1 or each is value:
+            refuse_other_shape(self, "a factor", factor, each, None)
         return value * factor
-
-
-class ProjectOut(Edit):
-    """Remove a subspace: ``x - Q Qᵀ (x - mean)``, Q an orthonormal basis of the columns of ``basis``.
-
-    Args:
-        basis: (D, k) or (D,), need not be orthonormal; or an object with such a tensor as ``components``.
-        mean: (D,), the point that the projection leaves alone; default the origin.
-
-    >>> ProjectOut(torch.tensor([2.0, 0.0]))(activation=torch.ones(1, 1, 2))
-    tensor([[[0., 1.]]])
-    """
-
-    basis: Tensor
-    mean: Tensor | None
-
-    def __init__(self, basis: Tensor, *, mean: Tensor | None = None, **settings: Any) -> None:
-        super().__init__(**settings)
-        basis = getattr(basis, "components", basis)
-        columns = basis.detach().double()
-        columns = columns.unsqueeze(-1) if columns.ndim == 1 else columns
-        if columns.ndim != 2 or columns.shape[1] > columns.shape[0]:
-            raise ValueError(
-                f"{type(self).__name__} expects a basis (D, k) with k <= D, got {tuple(basis.shape)}."
-            )
-        if not bool(torch.isfinite(columns).all()) or not bool(columns.any()):
-            raise ValueError(
-                f"{type(self).__name__} expects a basis with directions, got {tuple(basis.shape)} of zeros, NaN or Inf."
-            )
-        u, s, _ = torch.linalg.svd(columns, full_matrices=False)
-        self.register_buffer("basis", u[:, s > s.max() * 1e-10])
-        self.register_buffer("mean", None if mean is None else mean.detach().double())
-
-    def inside(self, value: Tensor) -> Tensor:
-        """The part of ``x - mean`` in the subspace."""
-        basis = self.basis.to(value)
-        centred = value if self.mean is None else value - self.mean.to(value)
-        return (centred @ basis) @ basis.T
-
-    def edit(self, value: Tensor) -> Tensor:
-        """``x - Q Qᵀ (x - mean)``."""
-        return value - self.inside(value)
-
-
-class ProjectOnto(ProjectOut):
-    """Keep a subspace only: ``mean + Q Qᵀ (x - mean)``; arguments as :class:`ProjectOut`.
-
-    >>> ProjectOnto(torch.tensor([2.0, 0.0]))(activation=torch.ones(1, 1, 2))
-    tensor([[[1., 0.]]])
-    """
-
-    def edit(self, value: Tensor) -> Tensor:
-        """``mean + Q Qᵀ (x - mean)``."""
-        inside = self.inside(value)
-        return inside if self.mean is None else inside + self.mean.to(value)
