@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from tdgeom.core.devices import doubled
 from tdgeom.core.keys import Key
 from tdgeom.core.stage import Stage
 from tdgeom.model.edits.edit_call import EditCall
@@ -319,7 +320,7 @@ class Steer(Edit):
         if self._strength == "coefficient":
             once = type(self.coefficient) is float and self.coefficient == 1.0
             return value + (vector if once else self.coefficient * vector)
-        return value + self._step(value.double(), vector.double()).to(value)
+        return value + self._step(doubled(value), doubled(vector)).to(value)
 
     def _step(self, value: Tensor, vector: Tensor) -> Tensor:
         unit = vector / vector.norm(dim=-1, keepdim=True).clamp(min=1e-300)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tdgeom.core.devices import doubled
 from tdgeom.model.lens.frozen_norm import FrozenNorm
 from tdgeom.model.lens.linear_tail import agree
 
@@ -43,7 +44,7 @@ def block_path(
     ['mlp_output', 'ln']
     """
     size = torch.stack([v.abs().amax(-1, keepdim=True) for v in (before, after, *parts.values())]).amax(0)
-    return _search(before.double(), after, parts, norms, size, list(parts), list(norms))
+    return _search(doubled(before), after, parts, norms, size, list(parts), list(norms))
 
 
 def _search(
@@ -59,7 +60,7 @@ def _search(
         return []
     if waiting:  # first as if nothing stood in between
         kind, *others = waiting
-        rest = _search(state + parts[kind].double(), after, parts, norms, size, others, unused)
+        rest = _search(state + doubled(parts[kind]), after, parts, norms, size, others, unused)
         if rest is not None:
             return [kind, *rest]
     for name in unused:
@@ -67,7 +68,7 @@ def _search(
         if not agree(state, seen.taken, size, after.dtype):
             continue
         others = [other for other in unused if other != name]
-        rest = _search(seen.gave.double(), after, parts, norms, size, waiting, others)
+        rest = _search(doubled(seen.gave), after, parts, norms, size, waiting, others)
         if rest is not None:
             return [(name, FrozenNorm(seen.module, seen.taken, seen.gave)), *rest]
     return None

@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from tdgeom.core.devices import doubled
 from tdgeom.core.surroundings import steady
 from tdgeom.model.calls.checked_sites import available_sites
 from tdgeom.model.calls.input_device import where_inputs_go
@@ -160,8 +161,8 @@ class _Pass:
                 f"{float((linear.logits - self.logits).abs().max()):.2g}: it reads more than the last block's output."
             )
         own = ids.to(self.rows.device)[self.rows[:, 0]]
-        weights = weights.to(own.device).double()
-        pick = lambda logits: logits.double().gather(1, own) @ weights.T
+        weights = doubled(weights.to(own.device))
+        pick = lambda logits: doubled(logits).gather(1, own.to(weights.device)) @ weights.T
         direction = torch.einsum("ak,nkd->nad", weights, linear.directions(own))
         parts = list(self._walk(direction))[::-1]
         offset, head = linear.offset.expand(len(own), -1), linear.head_bias.expand(len(own), -1)
@@ -198,7 +199,7 @@ class _Pass:
                     "do not add up to what the block adds to the stream. Remedy: by='layer'."
                 )
             if path is None:
-                yield self._part("layer", layer, _dot(after.double() - before.double(), direction))
+                yield self._part("layer", layer, _dot(doubled(after) - doubled(before), direction))
             else:
                 found = []
                 for step in reversed(path):
@@ -220,7 +221,7 @@ class _Pass:
             )
             if not agree(came, before, before.abs().amax(-1, keepdim=True), before.dtype):
                 # something else enters between two blocks: images in several layers, say
-                yield self._part("between_blocks", layer, _dot(before.double() - came.double(), direction))
+                yield self._part("between_blocks", layer, _dot(doubled(before) - doubled(came), direction))
         yield Contribution(
             str(self.site("embed")), "embed", None, _dot(self.values[self.site("embed")], direction)
         )
@@ -291,9 +292,9 @@ class _Pass:
             gave = projection.forward(start)
             if behind is not None and norm is None:
                 gave = behind.forward(gave)
-            flat = scaled.reshape(len(read) * count, -1).to(gave.dtype)
+            flat = scaled.reshape(len(read) * count, -1).to(gave)
             (gradient,) = torch.autograd.grad(gave, start, flat)
-        units = read.double().unsqueeze(1) * gradient.reshape(len(read), count, -1).double()
+        units = doubled(read).unsqueeze(1) * doubled(gradient.reshape(len(read), count, -1))
         bias = _dot(gave[0].detach(), scaled)
         if norm is not None:
             bias = bias + _dot(norm.bias, direction * outer.scale)
@@ -307,5 +308,5 @@ def _plain(module: nn.Module, value: Tensor) -> Tensor:
 
 def _dot(part: Tensor, direction: Tensor) -> Tensor:
     """(N, D) or (D,) and (N, A, D) -> (N, A) in float64."""
-    whole = part.double().expand(direction.shape[0], direction.shape[-1])
+    whole = doubled(part).expand(direction.shape[0], direction.shape[-1])
     return torch.einsum("nd,nad->na", whole, direction)

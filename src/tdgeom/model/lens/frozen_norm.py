@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tdgeom.core.devices import doubled
+
 
 class FrozenNorm:
     """What a norm did to the rows of one pass, as an affine map: ``gain · (x - mean) · scale + bias``, ``scale`` of the pass.
@@ -34,23 +36,23 @@ class FrozenNorm:
         probe[:, 1::2] = -64.0
         asked = torch.cat([torch.zeros_like(probe), probe, probe + 64.0])
         try:
-            zero, plain, moved = norm.forward(asked).double().split(1)
+            zero, plain, moved = doubled(norm.forward(asked)).split(1)
         except (TypeError, AttributeError) as error:
             raise ValueError(
                 f"{name} takes more than what it normalises, so its statistics cannot be held fixed: {error}."
             ) from error
         self.bias = zero[0]
         self.centres = bool((plain - moved).abs().max() <= 1e-2 * (plain - zero).abs().max())
-        unit = self._centred(probe.double())
+        unit = self._centred(doubled(probe))
         self.gain = ((plain - zero) / (unit / unit.square().mean().sqrt()))[0]
-        base = self.gain * self._centred(taken.double())
+        base = self.gain * self._centred(doubled(taken))
         size = base.square().sum(-1, keepdim=True)
-        target = gave.double() - self.bias
+        target = doubled(gave) - self.bias
         self.scale = torch.where(
             size > 0, (base * target).sum(-1, keepdim=True) / size.clamp(min=1e-300), 0.0
         )
         missed = (base * self.scale - target).abs().amax(-1)
-        allowed = 32 * torch.finfo(gave.dtype).eps * gave.double().abs().amax(-1) + 1e-30
+        allowed = 32 * torch.finfo(gave.dtype).eps * doubled(gave).abs().amax(-1) + 1e-30
         if bool((missed > allowed).any()):
             raise ValueError(
                 f"{name} is no norm whose statistics can be held fixed: gain times centred input misses what it gave by "
@@ -62,11 +64,11 @@ class FrozenNorm:
 
     def linear(self, value: Tensor) -> Tensor:
         """What a part of the input gives, (..., D) -> (..., D) in float64; the bias belongs to no part."""
-        return self.gain * self._centred(value.double()) * self._scale_of(value)
+        return self.gain * self._centred(doubled(value)) * self._scale_of(value)
 
     def transposed(self, value: Tensor) -> Tensor:
         """The direction in the input that a direction in the output reads, (..., D) -> (..., D) in float64."""
-        return self._centred(self.gain * value.double()) * self._scale_of(value)
+        return self._centred(self.gain * doubled(value)) * self._scale_of(value)
 
     def _scale_of(self, value: Tensor) -> Tensor:
         # rows of the pass stand first; further axes (answers) come between them and the features

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdgeom.core.devices import doubled
 from tdgeom.model.lens.frozen_norm import FrozenNorm
 from tdgeom.model.lens.tail import Tail
 
@@ -90,7 +91,7 @@ class LinearTail:
                 logits = self._run(start, ids.repeat_interleave(count), keep=True)
                 total = logits.gather(1, answers[ids].reshape(-1, 1)).sum()
                 (gradient,) = torch.autograd.grad(total, start)
-            found.append(gradient.reshape(len(ids), count, -1).double())
+            found.append(doubled(gradient.reshape(len(ids), count, -1)))
         return torch.cat(found)
 
     def _caps(self) -> list[float]:
@@ -115,11 +116,10 @@ class LinearTail:
             norm, scale = self.norm, self.norm.scale[which]
 
             def forward(value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-                centred = (
-                    value.double() - value.double().mean(-1, keepdim=True) if norm.centres else value.double()
-                )
+                wide = doubled(value)
+                centred = wide - wide.mean(-1, keepdim=True) if norm.centres else wide
                 own = scale.reshape(*value.shape[:-1], 1)
-                return ((0.0 if silent else norm.bias) + norm.gain * centred * own).to(value.dtype)
+                return ((0.0 if silent else norm.bias) + norm.gain * centred * own).to(value)
 
             instead = {self.tail.norm: forward}
         with torch.set_grad_enabled(keep):
@@ -130,8 +130,8 @@ class LinearTail:
 def agree(found: Tensor, expected: Tensor, size: Tensor, dtype: torch.dtype) -> bool:
     """Whether two tensors are one up to rounding, in a model of this dtype, of numbers of a size that broadcasts to theirs."""
     roundings = 64 if torch.finfo(dtype).eps < 1e-4 else 8
-    error = (found.double() - expected.double()).abs()
-    return bool((error <= roundings * torch.finfo(dtype).eps * size.double() + 1e-30).all())
+    error = (doubled(found) - doubled(expected)).abs()
+    return bool((error <= roundings * torch.finfo(dtype).eps * doubled(size) + 1e-30).all())
 
 
 def soft_cap(before: Tensor, after: Tensor) -> float | None:
