@@ -334,6 +334,23 @@ def transformer_lens() -> None:
         say(f"{name}, processed: probabilities", gap(logits.softmax(-1), model(ids).logits.softmax(-1)))
         for kind in ("hook_resid_post", "attn.hook_z", "attn.hook_pattern"):
             say(f"{name}, processed: {kind}", gap(processed[f"blocks.1.{kind}"], cache[f"blocks.1.{kind}"]))
+        stack, labels = processed.decompose_resid(return_labels=True)
+        theirs = processed.logit_attrs(stack, torch.full((3,), 5), torch.full((3,), 7))[:, :, -1]
+        table = tg.logit_attribution(model, batch, answers=(5, 7), by="component")
+        own = torch.tensor(
+            table[table["kind"] != "bias"]
+            .pivot(index="component", columns="text", values="contribution")
+            .to_numpy()
+        )
+        order = sorted(set(table[table["kind"] != "bias"]["component"]))
+        theirs = torch.cat(
+            (theirs[: len(labels) - 2 * models.DEPTH].sum(0, keepdim=True), theirs[-2 * models.DEPTH :])
+        )
+        named = ["embed", *(f"{kind}_output.{i}" for i in range(models.DEPTH) for kind in ("attn", "mlp"))]
+        say(
+            f"{name}, processed: logit_attrs of a difference",
+            gap(theirs, own[[order.index(one) for one in named]]),
+        )
         streams = (one["blocks.1.hook_resid_post"].flatten(0, 1).double() for one in (cache, processed))
         ratios = [F.spectrum_metrics(torch.linalg.eigvalsh(rows.T.cov()).flip(0))["d_pr"] for rows in streams]
         say(f"{name}, processed: participation ratio before, after", *map(float, ratios))
