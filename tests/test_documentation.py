@@ -64,6 +64,8 @@ def without_looks(text: str) -> str:
         ("w'_ij", "msubsup(wij′)"),
         ("x̄ - x", "mover(x¯)−x"),
         ("a <= b", "a≤b"),
+        ("(S + αI)⁻¹Wh₂", "msup((S+αI)−1)Wmsub(h2)"),
+        ("mean of Rows", "meanofRows"),
     ],
 )
 def test_formulas_are_set_as_they_read(plain, set_):

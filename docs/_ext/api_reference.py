@@ -28,6 +28,18 @@ import tdgeom
 FOLDER = Path(__file__).parent.parent / "api"
 MARK = re.compile(r"<!-- api reference: ([\w., ]+) -->")
 INDEX = "<!-- api index -->"
+# what a stage does inside, described where it is asked for: at the base classes of core/
+INSIDE = {
+    "prepare",
+    "compare",
+    "compute",
+    "measure",
+    "neighbors_needed",
+    "start",
+    "accumulate",
+    "combine",
+    "result",
+}
 logger = logging.getLogger(__name__)
 
 
@@ -149,6 +161,12 @@ def members(cls: type, name: str) -> Iterator[str]:
         docstring = safe_getattr(raw, "__doc__", None)
         if key.startswith("_") or not docstring or key == "forward":
             continue
+        if (
+            key in INSIDE
+            and issubclass(cls, torch.nn.Module)
+            and not cls.__module__.startswith("tdgeom.core.")
+        ):
+            continue
         if isinstance(value, property):
             yield from described("property", f"{name}.{key}", "", docstring)
         elif callable(raw) and inspect.isfunction(inspect.unwrap(raw)):
@@ -158,13 +176,25 @@ def members(cls: type, name: str) -> Iterator[str]:
             yield from described(kind, f"{name}.{key}", call, docstring)
 
 
+@cache
+def guides() -> dict[str, str]:
+    """Public name -> the page of docs/measures that says when to use it."""
+    found: dict[str, str] = {}
+    for path in sorted((FOLDER.parent / "measures").glob("*.md")):
+        for mark in re.findall(r"<!-- measure: (.*?) -->", path.read_text(encoding="utf-8")):
+            found |= dict.fromkeys(re.findall(r"\w+", mark), f"/measures/{path.stem}")
+    return found
+
+
 def reference(name: str, obj: Any) -> list[str]:
     """One public name."""
+    guide = guides().get(name.rpartition(".")[2])
+    further = [f"When to use it, how many rows it needs, traps: {{doc}}`{guide}`.", ""] if guide else []
     if inspect.isclass(obj):
         kind = "exception" if issubclass(obj, BaseException) else "class"
-        return described(kind, name, call_of(obj), obj.__doc__, list(members(obj, name)))
+        return described(kind, name, call_of(obj), obj.__doc__, [*further, *members(obj, name)])
     if callable(obj):
-        return described("function", name, call_of(obj), obj.__doc__)
+        return described("function", name, call_of(obj), obj.__doc__, further)
     return [
         f":::{{py:data}} {name}",
         "",

@@ -32,6 +32,9 @@ def commands(group: Any, before: str = "tdgeom") -> Iterator[tuple[str, Any]]:
 def words(text: str | None) -> str:
     """The program's markup as Markdown."""
     plain = re.sub(r"\[bold\](.*?)\[/bold\]", r"`\1`", text or "").replace("|", "\\|")
+    plain = re.sub(
+        r"(?<![`\w-])(--[a-z][\w-]*)(?![^`]*`(?:[^`]*`[^`]*`)*[^`]*$)", r"`\1`", plain
+    )  # or dashes become one
     parts = re.split(r"(`[^`]*`)", " ".join(plain.split()))
     return "".join(
         part if part.startswith("`") else part.replace("<", "&lt;").replace("*", "\\*") for part in parts

@@ -69,7 +69,11 @@ def tokens(text: str) -> list[Token]:
             spaced = True
             continue
         parts = [match[0]]
-        if kind == "word" and match[0] not in WORDS and (match[0].isupper() or "̀" <= match[0][-1] <= "ͯ"):
+        if (
+            kind == "word"
+            and match[0] not in WORDS
+            and not re.fullmatch(r"[A-Za-z]?[a-z]{2,}|[a-z]+", match[0])
+        ):
             parts = re.findall(r".[̀-ͯ]?", match[0])  # a product of matrices
         for number, part in enumerate(parts):
             found.append(Token(kind, part, spaced and number == 0))
@@ -264,7 +268,7 @@ def entries(lines: list[str]) -> list[tuple[str, str, str]]:
     found = []
     for line in joined:
         formula, _, said = line.partition("; ")
-        named = re.fullmatch(r"([a-z]\w{2,}(?:, [a-z]\w{2,})*) = (.+)", formula)
+        named = re.fullmatch(r"([a-z]\w+(?:, [a-z]\w+)*) = (.+)", formula)
         name, formula = (named[1], f"= {named[2]}") if named and named[1] not in WORDS else ("", formula)
         found.append((name, formula, said))
     return found

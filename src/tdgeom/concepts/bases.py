@@ -119,7 +119,11 @@ def tell_few_directions(stage: str, basis: Tensor) -> None:
 class ConceptBasis(Stage):
     """The n directions of most variance of a representation, with what each explains.
 
-    Eigenvectors of the centred, unbiased D x D covariance, signs fixed (largest-magnitude entry positive). A column of
+    Formula:
+        SC = C diag(λ); S the centred, unbiased covariance
+        explained_variance = λ_i/Σλ
+
+    Eigenvectors as columns of C, signs fixed (largest-magnitude entry positive). A column of
     ``basis`` is a plain (D,) tensor, ready to steer with; all of them a (D, n) basis, ready to project out.
 
     Args:
@@ -162,7 +166,10 @@ class ConceptBasis(Stage):
 class FisherBasis(Stage):
     """Directions that tell classes apart best (Fisher's linear discriminants), from streamed label moments.
 
-    S_b w = λ S_w w with wᵀS_w w = 1; at most K-1 directions. See ``fisher_basis``.
+    Formula:
+        S_b w = λ S_w w; ``wᵀS_w w = 1``, S_w and S_b the scatter within and between classes
+
+    At most K-1 directions. See ``fisher_basis``.
 
     Args:
         n: directions; None for all K-1.

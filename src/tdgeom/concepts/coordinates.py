@@ -73,7 +73,10 @@ def interpolate(a: Tensor, b: Tensor, alpha: float | Tensor, *, spherical: bool 
 
 
 class Project(Stage):
-    """Coordinates of rows on concepts, (x - mean)·C.
+    """Coordinates of rows on concepts.
+
+    Formula:
+        z = (x - μ)C; C the basis, μ the mean
 
     Reads ``"tokens"`` (*B, N, D), ``("concepts", "basis")`` and ``("concepts", "mean")``; writes ``"coordinates"``
     (*B, N, n), in float64 (that of the concepts).
@@ -92,7 +95,10 @@ class Project(Stage):
 
 
 class Reconstruct(Stage):
-    """Rows from their coordinates on concepts, z·Cᵀ + mean: with n = D the rows themselves.
+    """Rows from their coordinates on concepts: with n = D the rows themselves.
+
+    Formula:
+        x̂ = zCᵀ + μ; with whitened concepts the ``dual`` in place of C
 
     Of all rows, the share Σ|x - x̂|²/Σ|x - mean|² lost is exactly the variance the concepts do not explain.
 
@@ -114,6 +120,9 @@ class Reconstruct(Stage):
 
 class Interpolate(Stage):
     """Concepts on the way from one to another, linearly or along the sphere.
+
+    Formula:
+        c = (1-α)a + αb; linear
 
     Args:
         alpha: how far, a number or a list of them; 0 gives the first concept, 1 the second, exactly.

@@ -22,6 +22,9 @@ __all__ = ["LEACE", "Erase", "erase", "leace"]
 def leace(moments: Mapping[str, Tensor], *, tolerance: float = 1e-8) -> dict[str, Tensor]:
     """The LEACE eraser in factors, x - left·rightᵀ(x - mean): from label moments, (D, r), (D, r), (D,).
 
+    Formula:
+        x - W⁺PW(x - μ); W whitens the rows, P projects on what of them the label is correlated with
+
     left = W⁺U and right = WU with W = (Σ^½)⁺ the whitening of the rows' covariance and U (D, r) an orthonormal basis of
     col(WΣ_xz), so that left·rightᵀ = W⁺PW. Among all affine edits after which x is uncorrelated with the label z (and so
     no linear classifier or regression beats a constant), it moves x least in mean square, in every norm. Singular values

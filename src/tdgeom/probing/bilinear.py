@@ -68,7 +68,10 @@ def bilinear_ridge(
 
 
 class BilinearProbe(Stage):
-    """A bilinear probe of two sites, h₁ᵀ W h₂ + b, on a uniform sample of matched rows.
+    """A bilinear probe of two sites on a uniform sample of matched rows.
+
+    Formula:
+        y = h₁ᵀWh₂ + b; h₁ and h₂ the two sites' rows, centred
 
     W (K, D, E) is the ridge solution over all products of features, α chosen by leave-one-out, both in closed form
     through the kernel (XXᵀ)∘(YYᵀ): exact, time N³, memory N². Rows of each site are centred by the training part's means

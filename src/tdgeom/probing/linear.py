@@ -72,7 +72,11 @@ def logistic_probe(
 class LinearProbe(Probe):
     """A linear probe trained on every row of a stream in one pass and in closed form, scored on held-out sequences.
 
-    ``solver="ridge"`` (default): W = C(S + αI)⁻¹ from moments streamed in float64, targets -1/+1 a class (scikit-learn's
+    Formula:
+        W = C(S + αI)⁻¹; S the scatter of the centred rows, C that of targets and rows: ridge
+        selectivity = accuracy - accuracy of the control task
+
+    ``solver="ridge"`` (default): from moments streamed in float64, targets -1/+1 a class (scikit-learn's
     ``RidgeClassifier``) or the numbers themselves (``Ridge``), the same for every batch split. α by K-fold: the moments of
     K folds of sequences give every leave-one-fold-out fit and its exact held-out squared error, for every α, with no
     second pass. ``"lda"``: linear discriminant analysis (``LinearDiscriminantAnalysis``), from the same moments.

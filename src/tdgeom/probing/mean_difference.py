@@ -16,8 +16,11 @@ __all__ = ["MeanDifferenceProbe"]
 class MeanDifferenceProbe(Probe):
     """The classifier halfway between class means, from means streamed over every row.
 
-    Two classes: coef = mean₁ - mean₀, intercept = -(|mean₁|² - |mean₀|²)/2, both divided by |coef| when ``normalize``;
-    class 1 where coef·x + intercept > 0. More classes: the nearest mean. It has no regularisation to choose and ignores
+    Formula:
+        coef = μ₁ - μ₀; the two classes' means
+        intercept = -(|μ₁|² - |μ₀|²)/2; both are divided by |coef| when ``normalize``
+
+    Class 1 where coef·x + intercept > 0. More classes: the nearest mean. It has no regularisation to choose and ignores
     the covariance. ``fitted["coef"]`` and ``fitted["intercept"]`` for two classes; ``direction()`` is coef at length 1.
 
     Args:

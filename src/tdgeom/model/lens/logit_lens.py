@@ -43,10 +43,13 @@ def lens_measures(
 ) -> dict[str, Tensor]:
     """Measures of logits (..., V), each (...) or (..., k).
 
-    ``logits``, ``probabilities`` (softmax); ``top_tokens`` and ``top_probabilities`` (..., top); ``entropy`` in nats;
-    ``kl`` = KL(final || lens), Σ p_final (ln p_final - ln p_lens); for ``directions``, token ids or pairs of them:
-    ``logit_diff`` (..., P), the logit of an id or logit a - logit b, and ``accuracy`` (..., P), 1 where the id is the
-    largest logit or a's logit exceeds b's. Softmaxes are taken in float32 at least.
+    Formula:
+        entropy = -Σ q ln q; q the lens' probabilities; in nats
+        kl = Σ p (ln p - ln q); p those of the model's own output: KL(final || lens)
+
+    ``logits``, ``probabilities`` (softmax); ``top_tokens`` and ``top_probabilities`` (..., top); for ``directions``, token
+    ids or pairs of them: ``logit_diff`` (..., P), the logit of an id or logit a - logit b, and ``accuracy`` (..., P), 1 where
+    the id is the largest logit or a's logit exceeds b's. Softmaxes are taken in float32 at least.
 
     >>> lens_measures(torch.tensor([0.0, 0.0]), ["entropy"])["entropy"]
     tensor(0.6931)
