@@ -286,6 +286,85 @@ def test_grids_of_patching_sweeps_and_profiles_are_drawn(tmp_path):
     last = values(page.titled("Participation ratio (dimensions)"))
     assert [v["y"] for v in last] == pytest.approx((metrics["d_pr"] + 200).tolist(), rel=1e-4)
 
+
+def test_a_tidy_table_of_steps_layers_and_measures_is_a_sweep(tmp_path):
+    tidy = pd.DataFrame(
+        [
+            {"step": step, "layer": layer, "metric": name, "value": step + layer + of, "standard_error": 0.5}
+            for step in (0, 10, 200)
+            for layer in range(3)
+            for name, of in (("d_pr", 1.0), ("my_score", 5.0))
+        ]
+    )
+    page = Page(tg.write_report(tidy, tmp_path / "sweep.html"))
+    for title, of in (("Participation ratio over steps", 1.0), ("My score over steps", 5.0)):
+        lines = [v for v in values(page.titled(title)) if v["layer"] == "2"]
+        assert [(v["x"], v["y"]) for v in lines] == [(step, step + 2 + of) for step in (0, 10, 200)]
+        assert all(v["high"] - v["low"] == 1 for v in lines)
+
+
+def test_runs_of_one_step_each_are_a_sweep_of_which_first_and_last_are_compared(tmp_path):
+    metrics = made_up().tables["metrics"]
+    steps = (200, 0, 10)  # in any order
+    runs = [
+        ReportedRun(f"checkpoint {s}", {"metrics": metrics.assign(d_pr=metrics["d_pr"] + s)}, {}, {"step": s})
+        for s in steps
+    ]
+    page = Page(write_report(runs, tmp_path / "steps.html"))
+    lines = [v for v in values(page.titled("Participation ratio over steps")) if v["layer"] == "2"]
+    assert [v["x"] for v in lines] == [0, 10, 200]
+    assert [v["y"] for v in lines] == pytest.approx([metrics["d_pr"][2] + s for s in (0, 10, 200)], rel=1e-4)
+    drawn = [
+        {v.get("series") for v in values(spec)}
+        for spec in page.data["charts"].values()
+        if "values" in spec["data"]
+    ]
+    assert {"step 0", "step 200"} in drawn
+    apart = [
+        ReportedRun(run.name, run.tables, {}, {}) for run in runs
+    ]  # no step is told: runs like any others
+    assert not any(
+        "over steps" in title for title in Page(write_report(apart, tmp_path / "apart.html")).texts["h3"]
+    )
+
+
+def test_what_belongs_to_a_measure_is_named_after_it_and_helpers_stay_in_the_download(tmp_path):
+    assert column_of("linear_cka_p").axis == "linear CKA, p-value"
+    assert column_of("twonn_se").axis == "intrinsic dimension, TwoNN, standard error (dimensions)"
+    assert (
+        column_of("neighborhood_overlap_z").axis
+        == "neighbourhood overlap, above chance (standard deviations)"
+    )
+    assert column_of("linear_cka_null_mean").low == 0 and column_of("linear_cka_calibrated").says
+    table = pd.DataFrame(
+        {"site": ["residual_input.0", "residual_input.1"], "layer": [0, 1], "d_pr": [3.0, 2.0]}
+    )
+    helpers = {"d_pr_se": 0.1, "d_pr_bias": 0.2, "d_pr_low": 1.5, "d_pr_high": 3.5, "energy_low": 7.0}
+    page = Page(tg.write_report(table.assign(**helpers), tmp_path / "errors.html"))
+    shown = {
+        name
+        for key, one in page.data["tables"].items()
+        if key.startswith("metrics_")
+        for name in one["columns"]
+    }
+    assert {"d_pr", "d_pr_se", "energy_low"} <= shown
+    assert not shown & {"d_pr_bias", "d_pr_low", "d_pr_high"}
+    assert {"d_pr_bias", "d_pr_low", "d_pr_high"} <= set(page.data["tables"]["whole/metrics"]["columns"])
+    pairs = pd.DataFrame({"a": ["x.0", "x.1"], "b": ["x.1", "x.2"], "linear_cka": [0.5, 0.6]})
+    null = {
+        "linear_cka_null_mean": 0.1,
+        "linear_cka_null_sd": 0.01,
+        "linear_cka_z": 3.0,
+        "linear_cka_p": 0.01,
+    }
+    page = Page(tg.write_report(pairs.assign(**null), tmp_path / "null.html"))
+    titles = page.texts["h3"]
+    assert any("p-value" in one for one in titles) and not any("by chance" in one for one in titles)
+
+
+def test_dimension_over_scales_is_drawn(tmp_path):
+    from tensordict import TensorDict
+
     sites = ["residual_input.0", "residual_input.1"]
     rows = TensorDict({("sample", site): torch.rand(300, 4) for site in sites})
     result = tg.ForEach(tg.Gride(range_max=16), sites)(rows)

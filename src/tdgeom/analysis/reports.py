@@ -70,7 +70,8 @@ def reported(results: Any, name: str | None = None) -> ReportedRun:
         tables = {**_profiles(results), **results._tables()}
         return ReportedRun(str(name or own or "results"), tables, results.eigenvalues, results.metadata)
     if isinstance(results, pd.DataFrame):
-        return ReportedRun(name or "table", {_kind(results): results})
+        table = _sites_and_measures(results)
+        return ReportedRun(name or "table", {_kind(table): table})
     if is_tensor_collection(results):
         patching = "grid" in results.keys() and "recovered" in results.keys()
         tables = {"patching": _patching(results)} if patching else _tables(results)
@@ -129,6 +130,20 @@ def _counts(result: TensorDictBase) -> Mapping[str, Any]:
         return {}
     names = {"rows": "rows_observed", "tokens": "tokens_observed", "batches": "batches_observed"}
     return {label: int(told.get(name)) for name, label in names.items() if name in told.keys()}
+
+
+def _sites_and_measures(table: pd.DataFrame) -> pd.DataFrame:
+    """A tidy table (a row for each step, layer and measure) with a column for each measure; layers alone get names of sites."""
+    if {"step", "metric", "value"} <= set(table) and {"site", "layer"} & set(table):
+        values = [name for name in ("value", "standard_error") if name in table]
+        beside = [name for name in table if name not in ("metric", *values) and table[name].notna().all()]
+        wide = table.pivot(index=beside, columns="metric", values=values)
+        ending = {"value": "", "standard_error": "_se"}
+        wide.columns = [f"{metric}{ending[of]}" for of, metric in wide.columns]
+        table = wide.reset_index()
+    if "site" not in table and {"step", "layer"} <= set(table):
+        table = table.assign(site=[f"layer.{layer}" for layer in table["layer"]])
+    return table
 
 
 def _kind(table: pd.DataFrame) -> str:

@@ -6,7 +6,9 @@ import math
 from collections.abc import Container, Iterable
 from typing import NamedTuple
 
-__all__ = ["ESTIMATORS", "THEMES", "Column", "column_of", "error_column", "fixed_ends", "is_error"]
+__all__ = [
+    "ESTIMATORS", "THEMES", "Column", "accompanies", "column_of", "error_column", "fixed_ends", "is_detail", "is_error",
+]  # fmt: skip
 
 THEMES = ("dimension", "concentration", "direction", "between", "router", "other")
 """Which question a measure answers: how many directions, how uneven, which way rows point, what changes from site to site."""
@@ -144,14 +146,51 @@ ESTIMATORS = {
 }  # fmt: skip
 
 
+# ending -> what stands beside a measure: its label around the measure's, its range ("own" is the measure's), a sentence, a unit
+BESIDE: dict[str, tuple[str, tuple[float | None, float | None] | str, str, str | None]] = {
+    "_standard_error": ("{}, standard error", (0, None), "How far it would vary over other rows.", None),
+    "_se": ("{}, standard error", (0, None), "How far it would vary over other documents.", None),
+    "_bias": ("{}, bias", (None, None), "What it is too large by, on average.", None),
+    "_low": ("{}, lower end of its interval", "own", "", None),
+    "_high": ("{}, upper end of its interval", "own", "", None),
+    "_null_mean": (
+        "{}, by chance",
+        "own",
+        "What sides that have nothing to do with each other give on average.",
+        None,
+    ),
+    "_null_sd": ("{}, spread by chance", (0, None), "How far chance varies.", None),
+    "_null_rows": ("{}, rows behind its level by chance", (0, None), "", "rows"),
+    "_z": (
+        "{}, above chance",
+        (None, None),
+        "How many standard deviations of chance lie below it.",
+        "standard deviations",
+    ),
+    "_p": ("{}, p-value", (0, 1), "How often chance gives as much; below 0.05 is rare.", ""),
+    "_calibrated": ("{}, calibrated", (None, None), "0 by chance, 1 for what cannot be more alike.", ""),
+}
+DETAILS = ("_bias", "_low", "_high", "_null_sd", "_null_rows")
+UNDRAWN = (*ERRORS, *DETAILS, "_null_mean", "_z")
+
+
 def column_of(name: str) -> Column:
     """What a column is; of one that nobody described, its name with spaces.
 
     >>> column_of("d_pr").axis, column_of("twonn_estimate").label, column_of("my_score").label
     ('participation ratio (dimensions)', 'intrinsic dimension, TwoNN', 'my score')
+    >>> column_of("linear_cka_p").label, column_of("d_pr_se").axis, column_of("my_p").label
+    ('linear CKA, p-value', 'participation ratio, standard error (dimensions)', 'my p')
     """
     if name in COLUMNS:
         return COLUMNS[name]
+    stem, ending = _split(name)
+    if ending and (stem in COLUMNS or stem in ESTIMATORS or stem.endswith("_estimate")):
+        measure = column_of(f"{stem}_estimate" if stem in ESTIMATORS else stem)
+        label, ends, says, unit = BESIDE[ending]
+        low, high = (measure.low, measure.high) if isinstance(ends, str) else ends
+        unit = measure.unit if unit is None else unit
+        return Column(label.format(measure.label), unit, low, high, measure.theme, says)
     if name.endswith("_estimate"):
         stem = name.removesuffix("_estimate")
         said = ESTIMATORS.get(stem, stem.replace("_", " "))
@@ -171,6 +210,36 @@ def fixed_ends(column: Column, values: Iterable[float]) -> list[float] | None:
     # a cosine that is never negative needs no lower half
     low = 0.0 if column.low == -1 and min(found, default=0.0) >= 0 else column.low
     return [float(min([low, *found])), float(max([column.high, *found]))]
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A column's name as that of the measure it stands beside and the ending; no ending for a measure itself."""
+    ending = max((one for one in BESIDE if name.endswith(one) and name != one), key=len, default="")
+    return (name.removesuffix(ending), ending) if ending else (name, "")
+
+
+def is_detail(name: str, columns: Container[str]) -> bool:
+    """Whether a column says of another of these what only its error bar, or a download, has to show.
+
+    >>> is_detail("d_pr_low", ["d_pr", "d_pr_low"]), is_detail("energy_low", ["energy_low"])
+    (True, False)
+    """
+    stem, ending = _split(name)
+    return ending in DETAILS and _among(stem, columns)
+
+
+def accompanies(name: str, columns: Container[str]) -> bool:
+    """Whether a column belongs to another of these, and has no picture of its own.
+
+    >>> accompanies("linear_cka_z", ["linear_cka"]), accompanies("linear_cka_p", ["linear_cka"])
+    (True, False)
+    """
+    stem, ending = _split(name)
+    return is_error(name) or (ending in UNDRAWN and _among(stem, columns))
+
+
+def _among(stem: str, columns: Container[str]) -> bool:
+    return stem in columns or f"{stem}_estimate" in columns or f"{stem}_p" in columns
 
 
 def is_error(name: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from tdgeom.measures.columns import column_of, fixed_ends, is_error
+from tdgeom.measures.columns import accompanies, column_of, fixed_ends, is_detail
 from tdgeom.plot.pair_grids import pair_grid, short_names, side_name
 from tdgeom.report.contents import Chart, Section
 from tdgeom.report.heat_maps import heat_map
@@ -28,7 +28,8 @@ def between_section(runs: Sequence[ReportedRun]) -> Section | None:
     ]
     if not measures:
         return None
-    shown = [name for name in measures if not is_error(name)]
+    measures = [name for name in measures if not is_detail(name, measures)]
+    shown = [name for name in measures if not accompanies(name, measures)]
     single = not rows.duplicated(["_series", "a"]).any() and len(rows) > 1
     charts: list[Chart] = []
     for name in shown:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from tdgeom.measures.columns import column_of, error_column, is_error
+from tdgeom.measures.columns import accompanies, column_of, error_column, is_detail
 from tdgeom.report.contents import Chart, Section, Table
 from tdgeom.report.profile_charts import measure_chart, measures_chart
 from tdgeom.report.reported_run import ReportedRun, series_rows
@@ -77,6 +77,7 @@ def profile_sections(runs: Sequence[ReportedRun]) -> list[Section]:
         for name in rows.select_dtypes(["number"])
         if not str(name).startswith("_") and name not in (*IDENTITY, *MARKS) and rows[name].notna().any()
     ]
+    numbers = [name for name in numbers if not is_detail(name, numbers)]
     estimates = [name for name in numbers if name.endswith("_estimate")]
     stems = [str(name).removesuffix("estimate") for name in rows if str(name).endswith("_estimate")]
     accompany = (
@@ -106,7 +107,7 @@ def profile_sections(runs: Sequence[ReportedRun]) -> list[Section]:
         if charts:
             sections.append(Section(key, title, says, charts, tables_of(rows, own, title, f"metrics_{key}")))
     placed = {name for section in sections for table in section.tables for name in table.frame.columns}
-    others = [name for name in left if name not in placed and not is_error(name)]
+    others = [name for name in left if name not in placed and not accompanies(name, numbers)]
     charts = [chart for name in others for chart in _drawn(rows, [name], _Panel((name,)), x)]
     marks = [name for name in MARKS if name in rows]
     rest = [*[name for name in numbers if name not in placed], *marks]

@@ -22,7 +22,7 @@ from tdgeom.report.reported_run import ReportedRun, label_of, named_apart, serie
 from tdgeom.report.router_section import router_section
 from tdgeom.report.scale_section import scale_section
 from tdgeom.report.spectrum_section import spectrum_section
-from tdgeom.report.sweep_section import last_step, sweep_section
+from tdgeom.report.sweep_section import last_step, steps_together, sweep_section
 
 __all__ = ["write_report"]
 
@@ -47,7 +47,7 @@ def write_report(runs: Sequence[ReportedRun], path: str | Path, title: str | Non
     if not runs:
         raise ValueError("a report needs at least one run, got none.")
     require_vega()
-    runs = [last_step(run) for run in named_apart(runs)]
+    runs = [last_step(run) for run in steps_together(named_apart(runs))]
     sections: list[Section | Html] = [
         section
         for section in (
