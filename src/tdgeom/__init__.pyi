@@ -29,6 +29,7 @@ from .analysis.results import AnalysisResults as AnalysisResults
 from .analysis.reports import write_report as write_report
 from .analysis.saving import NotSavedError as NotSavedError
 from .analysis.saved_results import load_results as load_results
+from .analysis.merge_states import merge_states as merge_states
 from .analysis.saved_results import save_results as save_results
 
 # around the model

@@ -69,6 +69,8 @@ def analyze_model(
     untrained: bool | nn.Module = False,
     checkpoint: str | Path | None = None,
     every: int = 100,
+    shard: str | tuple[int, int] | None = None,
+    state: str | Path | None = None,
     in_keys: Sequence[Key] | None = None,
     tokenizer: Any = None,
     text_column: str | None = None,
@@ -118,6 +120,8 @@ def analyze_model(
             column ``weights`` says which. The loader must be one that can be read twice.
         checkpoint, every: as for ``run``: a file that keeps the state, and batches between two writes. Further stacks and the
             untrained model have files of their own beside it. All go when the results are made and, with ``save_dir``, saved.
+        shard, state: as for ``run``: "3/16" measures one part of the data, and ``state=FILE`` leaves its state there instead of
+            tables (None is returned). ``merge_states`` makes the tables of all parts, without the model.
         in_keys: names for the entries of tuple batches, such as ["x", "label"].
         tokenizer, text_column, batch_size, max_length: of texts and datasets, as for ``run``. The tokenizer of a model that is
             named is its own.
@@ -194,12 +198,33 @@ def analyze_model(
         loader = as_loader(dataloader, owner="analyze_model", models=[net], **texts)
         verified = _verified(net, loader, settings, in_keys)
     progress = None if progress else False
-    options = {"every": every, "in_keys": in_keys, "progress": progress, **texts}
+    options = {"every": every, "in_keys": in_keys, "progress": progress, "shard": shard, **texts}
+    if state is not None and (untrained is not False or target is not None):
+        asked = "untrained=" if untrained is not False else "save_dir="
+        raise ValueError(
+            f"analyze_model: state= leaves the state of a part and no results, so {asked} has nothing to work on. "
+            f"merge_states(files) gives the results of all parts, which can be saved."
+        )
+    if state is not None and net is None:
+        raise ValueError(
+            "analyze_model: state= is for an analysis of a model; stored rows are in one place already."
+        )
+    noted = {
+        "hook_point": hook_point if sites is None else None,
+        "output_router_logits": output_router_logits,
+        "run_name": run_name,
+        "tokenizer": tokenizer_name,
+        "dataset": dataset_name,
+        **({"run_metadata": dict(run_metadata)} if run_metadata else {}),
+    }
     with checkpoints_kept():  # until the results are safe
         if net is None:
             results = analyzed_rows(dataloader, label, settings, sites, checkpoint=checkpoint, **options)
         else:
-            results = analyzed(net, label, dataloader, settings, checkpoint=checkpoint, **options)
+            leave = None if state is None else (Path(state), noted)
+            results = analyzed(
+                net, label, dataloader, settings, checkpoint=checkpoint, leave=leave, **options
+            )
         if untrained is not False and net is not None:
             other = untrained if isinstance(untrained, nn.Module) else untrained_copy(net, seed=seed)
             beside = None if checkpoint is None else f"{checkpoint}.untrained"
@@ -209,14 +234,7 @@ def analyze_model(
             return None  # the result is on rank 0
         if verified is not None:
             results.diagnostics["verified_sites"] = verified
-        results.metadata |= {
-            "hook_point": hook_point if sites is None else None,
-            "output_router_logits": output_router_logits,
-            "run_name": run_name,
-            "tokenizer": tokenizer_name,
-            "dataset": dataset_name,
-            **({"run_metadata": dict(run_metadata)} if run_metadata else {}),
-        }
+        results.metadata |= noted
         if target is not None:
             save_or_hand_over(results, target, mode, overwrite, checkpoint)
         return results

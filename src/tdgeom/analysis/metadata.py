@@ -16,7 +16,7 @@ from tdgeom.model.capture import Capture
 from tdgeom.model.capture_spec import CaptureSpec
 from tdgeom.model.loading import config_summary, model_identity, software_versions
 
-__all__ = ["analysis_metadata", "model_record", "row_unit", "run_record"]
+__all__ = ["analysis_metadata", "model_record", "row_unit", "run_record", "with_run"]
 
 
 def row_unit(capture: Capture, select: Mapping[str, Any]) -> str:
@@ -70,17 +70,16 @@ def analysis_metadata(
     model: nn.Module,
     label: str | None,
     capture: Capture,
-    results: Sequence[TensorDict],
     settings: AnalysisSettings,
     blocks: Mapping[str | None, int],
 ) -> dict[str, Any]:
-    """Model, sites, counts, every setting that changes a number, versions and times of an analysis; the seed's keys too.
+    """Model, sites and what a row is: what an analysis knows of itself before it is run.
 
     ``blocks`` are those of each stack: ``num_blocks`` is their number, by stack where a model has several, None without.
     """
     first = next(model.parameters(), None)
     own = model_record(model, label, capture)
-    told = {
+    return {
         **{f"model_{name}": own.pop(name) for name in ("id", "class", "config")},
         **own,
         "dtype": None if first is None else str(first.dtype).removeprefix("torch."),
@@ -92,9 +91,15 @@ def analysis_metadata(
         "num_blocks": blocks.get(None)
         if set(blocks) <= {None}
         else {str(name): n for name, n in blocks.items()},
-        **run_record(results, settings),
     }
-    return {**told, **seed_metadata(told)}
+
+
+def with_run(
+    told: Mapping[str, Any], results: Sequence[TensorDict], settings: AnalysisSettings
+) -> dict[str, Any]:
+    """What was known before, with counts, every setting that changes a number, versions and times; the seed's keys too."""
+    whole = {**told, **run_record(results, settings)}
+    return {**whole, **seed_metadata(whole)}
 
 
 def _capture_record(capture: Capture, select: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from tensordict.nn import TensorDictSequential
 from torch import nn
 
 from tdgeom.analysis.analysis_settings import AnalysisSettings
+from tdgeom.analysis.analysis_state import AnalysisState, Described
 from tdgeom.analysis.default_pipeline import HELD, analysis_pipeline
-from tdgeom.analysis.metadata import analysis_metadata, row_unit
+from tdgeom.analysis.metadata import analysis_metadata, row_unit, with_run
 from tdgeom.analysis.result_tables import (
     Measured,
     ablation_rows,
@@ -38,7 +39,7 @@ from tdgeom.stream.covariance import StreamingCovariance
 from tdgeom.stream.grouped_covariance import GroupedCovariance
 from tdgeom.stream.row_sample import RowSample
 
-__all__ = ["Described", "analyzed", "by_stack", "measured_passes"]
+__all__ = ["Passes", "analyzed", "by_stack", "kept_roots", "measured_passes"]
 
 # what is handed out as neighbour tables
 TABLES = ("neighbors", "sample_carried", "sample_row_id")
@@ -51,9 +52,13 @@ def analyzed(
     settings: AnalysisSettings,
     *,
     checkpoint: str | Path | None = None,
+    leave: tuple[Path, Mapping[str, Any]] | None = None,
     **run_options: Any,
 ) -> AnalysisResults | None:
-    """One model's analysis, on rank 0: a pass for each stack, and the tables of all; further options go to ``run``."""
+    """One model's analysis, on rank 0: a pass for each stack, and the tables of all; further options go to ``run``.
+
+    ``leave``: a file that gets the state instead of results (None is returned), and what else its metadata will say.
+    """
     asked = Capture(model, settings.sites, layers=settings.layers, calls=settings.calls)
     routers = _router_sites(model, asked, settings)
     name = dict(zip(("model_key", "model_label"), model_identity(model, label)))
@@ -65,6 +70,8 @@ def analyzed(
     def pipeline_of(stack: str | None, own: Sequence[Site]) -> TensorDictSequential:
         return _stack_pipeline(model, own, [site for site in routers if site.stack == stack], settings)
 
+    told = analysis_metadata(model, label, asked, settings, blocks)
+    told["router_sites"] = [str(site) for site in routers]
     found = measured_passes(
         by_stack(asked.sites, dataloader),
         pipeline_of,
@@ -72,21 +79,12 @@ def analyzed(
         settings,
         Described(name, depths, row_unit(asked, settings.select)),
         checkpoint,
+        None if leave is None else AnalysisState(leave[0], settings, {**told, **leave[1]}),
         **run_options,
     )
     if not found.passes:
         return None
-    metadata = analysis_metadata(model, label, asked, [one.result for one in found.passes], settings, blocks)
-    return found.results(settings, {**metadata, "router_sites": [str(site) for site in routers]})
-
-
-@dataclass(frozen=True)
-class Described:
-    """What the tables say of the model: its names, the last layer of each of its stacks, and what a row is."""
-
-    name: Mapping[str, str]
-    depths: Mapping[str | None, int]
-    unit: str
+    return found.results(settings, with_run(told, [one.result for one in found.passes], settings))
 
 
 @dataclass
@@ -96,6 +94,24 @@ class Passes:
     passes: list[Measured]
     said: list[str]
     neighbors: dict[str, TensorDict]
+
+    def add(
+        self,
+        stack: str | None,
+        sites: Sequence[Site],
+        pipeline: TensorDictSequential,
+        result: TensorDict,
+        settings: AnalysisSettings,
+        described: Described,
+    ) -> None:
+        """What one pass gave."""
+        if settings.neighbors:
+            self.neighbors[str(stack)] = _taken_out(result)
+        sample = min(settings.sample_size, int(result["run", "rows"]))
+        depth, widths = described.depths.get(stack, 0), _widths(pipeline, sites)
+        self.passes.append(
+            Measured(result, sites, described.name, depth, widths, sample, settings.novelty_k, described.unit)
+        )
 
     def results(self, settings: AnalysisSettings, metadata: Mapping[str, Any]) -> AnalysisResults:
         """The tables of all passes."""
@@ -123,28 +139,29 @@ def measured_passes(
     settings: AnalysisSettings,
     described: Described,
     checkpoint: str | Path | None = None,
+    leave: AnalysisState | None = None,
     **run_options: Any,
 ) -> Passes:
-    """A pass for each stack; of none on ranks other than the first."""
+    """A pass for each stack; of none on ranks other than the first, nor where all that is wanted is their state."""
     found = Passes([], [], {})
     for number, (stack, sites) in enumerate(groups.items()):
         pipeline = pipeline_of(stack, sites)
         beside = f"{checkpoint}.{stack}" if checkpoint is not None and number else checkpoint
-        kept = _kept(pipeline, settings)
+        to = None if leave is None else leave.of_pass(stack, list(groups), sites, pipeline, described)
+        kept = kept_roots(pipeline, settings)
         with gathered() as told:
             result = run(
-                pipeline, dataloader, max_rows=settings.max_rows, keep=kept, checkpoint=beside, **run_options
+                pipeline,
+                dataloader,
+                max_rows=settings.max_rows,
+                keep=kept,
+                checkpoint=beside,
+                state=to,
+                **run_options,
             )
         found.said += told.texts()
-        if result is None:
-            continue
-        if settings.neighbors:
-            found.neighbors[str(stack)] = _taken_out(result)
-        sample = min(settings.sample_size, int(result["run", "rows"]))
-        depth, widths = described.depths.get(stack, 0), _widths(pipeline, sites)
-        found.passes.append(
-            Measured(result, sites, described.name, depth, widths, sample, settings.novelty_k, described.unit)
-        )
+        if result is not None and to is None:
+            found.add(stack, sites, pipeline, result, settings, described)
     return found
 
 
@@ -206,7 +223,7 @@ def _stack_pipeline(
     return analysis_pipeline(capture, sites, settings, routers=routers, router_top_k=top_k)
 
 
-def _kept(pipeline: TensorDictSequential, settings: AnalysisSettings) -> list[str]:
+def kept_roots(pipeline: TensorDictSequential, settings: AnalysisSettings) -> list[str]:
     """The roots of a pass that its tables read: all but the bulky ones between."""
     plan = make_plan(pipeline)
     roots = {key_tuple(key)[0] for unit in (*plan.stream, *plan.end) for key in unit.out_keys}

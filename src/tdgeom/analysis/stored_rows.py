@@ -10,9 +10,10 @@ from typing import Any
 from tensordict.nn import TensorDictSequential
 
 from tdgeom.analysis.analysis_settings import AnalysisSettings
+from tdgeom.analysis.analysis_state import Described
 from tdgeom.analysis.default_pipeline import analysis_pipeline
 from tdgeom.analysis.metadata import run_record
-from tdgeom.analysis.one_model import Described, by_stack, measured_passes
+from tdgeom.analysis.one_model import by_stack, measured_passes
 from tdgeom.analysis.results import AnalysisResults
 from tdgeom.analysis.seed_names import seed_metadata
 from tdgeom.core.keys import key_tuple
@@ -21,7 +22,7 @@ from tdgeom.rows.batches import as_batch
 from tdgeom.store.row_source import RowSource
 from tdgeom.store.shuffled_rows import ShuffledRows
 
-__all__ = ["analyzed_rows", "are_stored_rows"]
+__all__ = ["analyzed_rows", "are_stored_rows", "named_site"]
 
 
 def are_stored_rows(given: Any) -> bool:
@@ -108,7 +109,7 @@ def _sites(rows: Iterable[Any], wanted: str | Sequence[str] | None) -> list[Site
             f"takes rows, ('tokens', site) and 'row_id', such as store.rows(run) has; the first batch has "
             f"{sorted({key[0] for key in keys})}."
         )
-    sites = [_site(name) for name in names]
+    sites = [named_site(name) for name in names]
     if wanted is None:
         return sites
     asked = [wanted] if isinstance(wanted, str) else list(wanted)
@@ -118,7 +119,7 @@ def _sites(rows: Iterable[Any], wanted: str | Sequence[str] | None) -> list[Site
     return [site for site in sites if {str(site), site.kind} & set(map(str, asked))]
 
 
-def _site(name: str) -> Site:
+def named_site(name: str) -> Site:
     """A site of that name; one of the user's own is its own kind."""
     try:
         return Site(name)

@@ -18,6 +18,7 @@ from tdgeom.cli.options import (
     Metrics,
     Model,
     Sites,
+    console,
     layer_choice,
     listed,
     quiet_transformers,
@@ -50,6 +51,14 @@ def analyze(
         ),
     ] = None,
     every: Annotated[int, typer.Option(min=1, help="Batches between two writes of the checkpoint.")] = 100,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="Measure part K of N alone, such as 3/16: jobs that share nothing.", metavar="K/N"),
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="Leave the state here instead of tables: tdgeom merge makes them.", metavar="FILE"),
+    ] = None,
     run_name: Annotated[str | None, typer.Option(help="A name to record.")] = None,
     columns: Columns = None,
 ) -> Any:
@@ -61,6 +70,8 @@ def analyze(
         raise typer.BadParameter("--max-tokens is another name of --max-rows: give one of them")
     documents, named = options.documents()
     options.check_out(save_mode)
+    if state is not None and options.out is not None:
+        raise typer.BadParameter("--state leaves a part's state and no tables: --out belongs to tdgeom merge")
     net, batches = options.loaded(model, documents)
     with checkpoints_kept():  # until the analysis is saved
         results = tg.analyze_model(
@@ -79,12 +90,16 @@ def analyze(
             untrained=options.untrained,
             checkpoint=checkpoint,
             every=every,
+            shard=shard,
+            state=state,
             run_name=run_name,
             tokenizer_name=options.tokenizer or model,
             dataset_name=named,
             run_metadata={"batch_size": options.batch_size, "command": "tdgeom analyze"},
         )
         options.finish(results, partial(print_results, columns=columns), save_mode)
+    if state is not None and state.is_file():
+        console().print(f"State of this part: {state}", soft_wrap=True, markup=False)
     return results
 
 

@@ -17,6 +17,7 @@ from tdgeom.cli.compare_command import compare
 from tdgeom.cli.diff_command import diff
 from tdgeom.cli.geometry_commands import dimension, overlap
 from tdgeom.cli.look_commands import show, sites
+from tdgeom.cli.merge_command import merge
 from tdgeom.cli.options import STATE
 from tdgeom.cli.report_command import report
 from tdgeom.cli.rerun_command import rerun
@@ -136,6 +137,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
     rerun: "rerun run --out again",
     report: "report run other-run --out both.html",
     diff: "diff run-before run-after",
+    merge: "merge part-*.state --out run",
     sites: "sites gpt2",
     compare: "compare gpt2 ./my-gpt2 --text book.txt --plots --out run",
     dimension: "dimension gpt2 --text book.txt --untrained --plots --out run",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tdgeom.core.guessed_names import is_about, refuse_unknown
 
-__all__ = ["Configured", "differences", "plain_setting"]
+__all__ = ["Configured", "differences", "made_again", "plain_setting"]
 
 _SAME = {type(None), bool, int, str}  # plain as they are
 _SMALL = 1024  # values of a tensor that are written out; of a larger one the hash
@@ -137,7 +137,7 @@ class Configured:
             TwoNN(discard=0.2)
         """
         values = {name: value for name, value in settings.items() if name not in live}
-        made = {name: _made_again(value, f"{cls.__name__}.{name}") for name, value in values.items()} | live
+        made = {name: made_again(value, f"{cls.__name__}.{name}") for name, value in values.items()} | live
         parameters = list(_parameters(cast(Any, cls)).values())
         listed = [n for n, p in enumerate(parameters) if p.kind is p.VAR_POSITIONAL]
         before = parameters[: listed[0]] if listed else []  # what stands before *args goes by position too
@@ -290,27 +290,28 @@ _TAGS = {
 _TAGS |= {"model", "function", "partial", "object"}
 
 
-def _made_again(value: Any, where: str) -> Any:
+def made_again(value: Any, where: str) -> Any:
+    """One setting from its plain form; an error for what plain data cannot hold."""
     if isinstance(value, list):
-        return [_made_again(part, where) for part in value]
+        return [made_again(part, where) for part in value]
     if not isinstance(value, dict):
         return value
     tag = next((name for name in value if name in _TAGS), None)
     if tag is None:
-        return {name: _made_again(part, where) for name, part in value.items()}
+        return {name: made_again(part, where) for name, part in value.items()}
     held: Any = value[tag]
     if tag in ("tuple", "set"):
-        return (tuple if tag == "tuple" else frozenset)(_made_again(part, where) for part in held)
+        return (tuple if tag == "tuple" else frozenset)(made_again(part, where) for part in held)
     if tag in ("slice", "range"):
         return (slice if tag == "slice" else range)(*held)
     if tag == "mapping":
-        return {_made_again(name, where): _made_again(part, where) for name, part in held}
+        return {made_again(name, where): made_again(part, where) for name, part in held}
     if tag == "float":
         return float(held)
     if tag == "device":
         return torch.device(held)
     if tag == "tensor":
-        values, dtype = [_made_again(one, where) for one in held], getattr(torch, value["dtype"])
+        values, dtype = [made_again(one, where) for one in held], getattr(torch, value["dtype"])
         flat = torch.tensor(values, dtype=dtype, device="cpu")
         return flat.reshape(value["shape"])
     if tag == "dtype" and isinstance(getattr(torch, str(held), None), torch.dtype):

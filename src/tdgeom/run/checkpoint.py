@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -31,7 +31,7 @@ from tdgeom.run.batch_stages import selections
 from tdgeom.run.identity import pipeline_identity
 from tdgeom.run.plan import Plan
 
-__all__ = ["STOPPED", "Checkpoint", "checkpoints_kept"]
+__all__ = ["STOPPED", "Checkpoint", "checkpoints_kept", "read_record", "sealed"]
 
 FORMAT = 1
 RECORD = "record"
@@ -91,8 +91,7 @@ class Checkpoint:
         for number, select in enumerate(self.selects):
             tensors[f"select/{number}"] = select.sequences
         record = {**self.fits, "place": plain(dict(place))}
-        text = json.dumps({**record, "sha256": _sha256(tensors, record)}, allow_nan=False).encode()
-        tensors[RECORD] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        tensors[RECORD] = sealed(tensors, record)
         try:
             write_shard(self.path, tensors)
         except StoreError as error:
@@ -108,17 +107,7 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
-            file = Shard(self.path)
-            record = read_json(
-                bytes(file.whole(RECORD).view(torch.uint8).numpy()),
-                f"the record of {self.path}",
-                _LARGEST_RECORD,
-            )
-            self._refuse_other(record)
-            held = {name: file.whole(name) for name in file.tensors if name != RECORD}
-            written = record.pop("sha256", None)
-            if written != _sha256(held, record):
-                raise StoreError("its SHA-256 is not the one that was written: it was damaged or changed.")
+            record, held = read_record(Shard(self.path), self._refuse_other)
         except StoreError as error:
             raise ValueError(
                 f"the checkpoint {self.path} cannot be read: {error} Remove it to start anew."
@@ -187,6 +176,31 @@ class Checkpoint:
                 f"the checkpoint {self.path} belongs to another run: {'; '.join(differing[:4])}"
                 f"{' ...' if len(differing) > 4 else ''}. Call run as before, or remove the file to start anew."
             )
+
+
+def sealed(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Tensor:
+    """A record with the SHA-256 of itself and the tensors beside it, as bytes."""
+    text = json.dumps({**record, "sha256": _sha256(tensors, record)}, allow_nan=False).encode()
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def read_record(
+    file: Shard, check: Callable[[Any], None] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A file's record and its other tensors, as they were written; ``check`` sees the record before anything else is read.
+
+    Raises:
+        StoreError: a damaged or changed file.
+    """
+    record = read_json(
+        bytes(file.whole(RECORD).view(torch.uint8).numpy()), f"the record of {file.path}", _LARGEST_RECORD
+    )
+    if check is not None:
+        check(record)
+    held = {name: file.whole(name) for name in file.tensors if name != RECORD}
+    if not isinstance(record, dict) or record.pop("sha256", None) != _sha256(held, record):
+        raise StoreError("its SHA-256 is not the one that was written: it was damaged or changed.")
+    return record, held
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from tdgeom.core.keys import Key
 from tdgeom.core.process_groups import rank_and_world
 from tdgeom.core.rank_failures import check_ranks
+from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.words import put
 from tdgeom.numerics.on_host import on_host, read_together
 from tdgeom.rows.batches import batch_length, iterate
@@ -32,6 +33,7 @@ from tdgeom.run.identity import pipeline_identity, tensors_sha256
 from tdgeom.run.own_rows import OwnRows, Units, first_of_each
 from tdgeom.run.plan import Plan
 from tdgeom.run.shares import Shares
+from tdgeom.run.state_file import SequencesMet
 
 __all__ = ["OnePass"]
 
@@ -54,11 +56,14 @@ class OnePass:
         drop_nonfinite: bool = False,
         sharded: bool | None = None,
         agree: Mapping[str, Any] | None = None,
+        shard: tuple[int, int] | None = None,
     ) -> None:
         self.plan, self.batch_stages = plan, batch_stages
         self.max_rows, self.sharded = max_rows, sharded
         self.finite = FiniteRows(drop_nonfinite)
-        self.agree = agree or {}
+        self.agree, self.shard = agree or {}, shard
+        self.met: SequencesMet | None = None  # where a state file will tell of them
+        self.first_hash: str | None = None  # of the loader's first batch, where parts must have the same
         self.blocks = {ids: GatheredRows(block_rows) for ids in batch_stages.keys}
         self.readers = {
             ids: [unit for unit in plan.stream if set(unit.in_keys) <= set(keys)]
@@ -141,6 +146,8 @@ class OnePass:
         apart = self.world > 1 and (found is not None or bool(self.sharded))
         if source is not None:  # documents are numbered where they are read
             source.part = (self.rank, self.world) if apart else (0, 1)
+        if self.shard is not None:
+            return self._own_shard(dataloader, source, self.shard)
         batches = iterate(dataloader)
         if self.world == 1 and not self.sharded:
             return enumerate(batches)
@@ -182,6 +189,26 @@ class OnePass:
             placed=divided.placed,
         )
         return enumerate(chain(first, batches))
+
+    def _own_shard(
+        self, dataloader: Iterable[Any], source: DataSource | None, shard: tuple[int, int]
+    ) -> Iterator[tuple[int, Any]]:
+        """This job's part: every n-th batch of a loader that all jobs have alike; all batches of one that holds its part only."""
+        part, parts = shard
+        self.division = Division(split=False, words=f"part {part + 1} of {parts}, a job of its own")
+        if self.sharded:
+            self.batch_stages.part = shard
+            if source is not None:  # documents are numbered where they are read
+                source.part = shard
+            yield from enumerate(iterate(dataloader))
+            return
+        for index, batch in enumerate(iterate(dataloader)):
+            if index == 0:
+                self.first_hash = tensors_sha256(self.batch_stages.td(batch))
+            if index % parts == part:
+                yield index, batch
+            else:  # counted, for the sequences of all jobs are numbered in one order
+                self.batch_stages.number(self.batch_stages.td(batch))
 
     def _load(self, batches: Iterator[tuple[int, Any]]) -> tuple[tuple[int, TensorDict] | None, list[bytes]]:
         """(this rank's batch of the next round and its number, the hashes of the batches that came: of one loader all ranks')."""
@@ -308,6 +335,8 @@ class OnePass:
             count = block[ids].shape[0]
             if count:
                 self.counts["rows"] += count if ids == self.batch_stages.main else 0
+                if self.met is not None:
+                    self.met.add(on_host(block[ids]) >> POSITION_BITS)
                 td = TensorDict({}, batch_size=[])
                 for key, value in block.items():
                     put(td, key, value)

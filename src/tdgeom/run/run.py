@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from tdgeom.core.process_groups import (
 )
 from tdgeom.core.rank_failures import fail_together
 from tdgeom.core.renamed import stage_of
-from tdgeom.core.warnings import gathered
+from tdgeom.core.warnings import gathered, tell
 from tdgeom.rows.data_sources import as_loader
 from tdgeom.run.batch_stages import BatchStages, models_of
 from tdgeom.run.checkpoint import Checkpoint
@@ -32,8 +32,9 @@ from tdgeom.run.gathered_rows import BLOCK_ROWS
 from tdgeom.run.identity import tensors_sha256
 from tdgeom.run.one_pass import OnePass
 from tdgeom.run.plan import Plan, make_plan
+from tdgeom.run.state_file import SequencesMet, StateTo, parse_shard, write_part
 
-__all__ = ["end_of", "run"]
+__all__ = ["end_of", "ended", "kept_of", "run"]
 
 
 @answer_guesses
@@ -56,6 +57,8 @@ def run(
     sharded: bool | None = None,
     checkpoint: str | Path | None = None,
     every: int = 100,
+    shard: str | tuple[int, int] | None = None,
+    state: str | Path | StateTo | None = None,
     progress: bool | None = None,
 ) -> TensorDict | None:
     """Stream a dataloader through a pipeline and return every result in one TensorDict.
@@ -86,6 +89,11 @@ def run(
             read from the loader, which must give the same ones in the same order, and skipped. Other stages, settings,
             weights or another first batch are refused with the difference. Removed when the run ends. For one process.
         every: batches between two writes of the checkpoint.
+        shard: "3/16" (or (3, 16)): this job reads the third of sixteen parts, every sixteenth batch of a loader that all jobs
+            have alike, or with ``sharded=True`` all of a loader that holds this part only. Sequences are numbered apart.
+            ``max_rows`` counts the rows of this job.
+        state: a file that gets the streaming state instead of results: no end stage runs, and only ``("run", ...)`` is
+            returned. ``merge_states`` adds up such files of jobs that share nothing, and ends the pipeline.
         progress: a progress bar; default only on a terminal.
 
     Ranks: in a process group (``torchrun``, ``torch.distributed.init_process_group``) all ranks call ``run`` alike. Either all
@@ -130,6 +138,16 @@ def run(
             "run found no streaming stage in the pipeline, so nothing would be kept. Put one behind the per-batch stages "
             "(StreamingCovariance, RowSample, StreamingMean, Collect), or call the pipeline on a TensorDict directly."
         )
+    part, leave = parse_shard(shard, "run"), _state_to(state)
+    if part is not None and rank_and_world()[1] > 1:
+        raise ValueError(
+            f"run: shard={shard!r} is for jobs that share nothing, and this is a group of {rank_and_world()[1]} ranks, among "
+            f"which the data are shared out without it."
+        )
+    if part is not None and checkpoint is not None:
+        raise ValueError(
+            "run: checkpoint= with shard= is not offered: a job's part can be run again by itself."
+        )
     loader = as_loader(
         dataloader,
         owner="run",
@@ -146,6 +164,7 @@ def run(
         block_rows=block_rows,
         drop_nonfinite=nonfinite == "drop",
         sharded=sharded,
+        shard=part,
         agree={
             "max_rows": max_rows,
             "block_rows": block_rows,
@@ -153,10 +172,12 @@ def run(
             "in_keys": in_keys and ["/".join(key_tuple(key)) for key in in_keys],
         },
     )
+    read = None if inputs is None else tensors_sha256(inputs)
+    settings = {"max_rows": max_rows, "block_rows": block_rows, "nonfinite": nonfinite, "inputs": read}
     if checkpoint is not None:
-        read = None if inputs is None else tensors_sha256(inputs)
-        settings = {"max_rows": max_rows, "block_rows": block_rows, "nonfinite": nonfinite, "inputs": read}
         one_pass.resume(Checkpoint(checkpoint, every, plan, settings))
+    if leave is not None:
+        one_pass.met = SequencesMet()
     try:
         with tqdm(
             total=max_rows,
@@ -167,7 +188,7 @@ def run(
         ) as bar:
             one_pass.read(loader, bar)
         with one_pass.timed("finish"), gathered():
-            ended = end_of(one_pass, inputs, keep)
+            found = end_of(one_pass, inputs, keep) if leave is None else _left(one_pass, leave, settings)
     except BaseException:
         for unit in plan.stream:
             with suppress(Exception):  # the first error is the one to report
@@ -175,7 +196,43 @@ def run(
         raise
     if one_pass.checkpoint is not None:
         one_pass.checkpoint.remove()
-    return None if ended is None else _result(ended, one_pass, pipeline, keep)
+    return None if found is None else _result(found, one_pass, pipeline, keep)
+
+
+def _state_to(state: str | Path | StateTo | None) -> StateTo | None:
+    if state is None or isinstance(state, StateTo):
+        return state
+    path = Path(state)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(
+            f"run: state={str(state)!r} is a file in a folder that exists, such as 'part-03.state'."
+        )
+    return StateTo(path)
+
+
+def _left(one_pass: OnePass, leave: StateTo, settings: Mapping[str, Any]) -> TensorDict | None:
+    """Write the state of all ranks; nothing is ended."""
+    for unit in one_pass.plan.stream:
+        unit.sync_()
+    one_pass.counts = sum_over_ranks(one_pass.counts)
+    if one_pass.rank != 0:
+        return None
+    record = {
+        "settings": settings,
+        "shard": one_pass.shard,
+        "first_batch": one_pass.first_hash,
+        "data_sha256": one_pass.data_sha256(),
+        "sequences": [] if one_pass.met is None else one_pass.met.smallest.tolist(),
+        "counts": one_pass.counts,
+        "seconds": one_pass.seconds,
+        "stopped": one_pass.stopped,
+    }
+    if not one_pass.counts["rows"]:
+        tell(
+            f"run: this part has no rows, and {leave.path} says so: there are fewer batches than parts, or it is empty."
+        )
+    write_part(leave, one_pass.plan, record)
+    return TensorDict({}, batch_size=[])
 
 
 def end_of(one_pass: OnePass, inputs: TensorDictBase | None, keep: Sequence[str] | None) -> TensorDict | None:
@@ -186,6 +243,13 @@ def end_of(one_pass: OnePass, inputs: TensorDictBase | None, keep: Sequence[str]
     one_pass.counts = counts = sum_over_ranks(one_pass.counts)
     if one_pass.rank != 0:
         return None
+    return ended(plan, counts, inputs, keep)
+
+
+def ended(
+    plan: Plan, counts: Mapping[str, int], inputs: TensorDictBase | None, keep: Sequence[str] | None
+) -> TensorDict:
+    """What the streaming stages publish of their states, and the end stages make of it."""
     if not counts["rows"]:
         raise ValueError(
             f"run got no rows: {counts['batches']} batches with {counts['tokens']} attended tokens, {counts['dropped_rows']} "
@@ -206,20 +270,37 @@ def _result(
     td: TensorDict, one_pass: OnePass, pipeline: TensorDictModuleBase, keep: Sequence[str] | None
 ) -> TensorDict:
     """What the caller keeps, and the account of the run."""
-    plan, selected = one_pass.plan, _selected(pipeline)
+    account = {
+        "counts": one_pass.counts,
+        "seconds": one_pass.seconds,
+        "stopped": one_pass.stopped,
+        "loader": one_pass.division.words,
+        "data_sha256": one_pass.data_sha256(),
+    }
+    return kept_of(td, one_pass.plan, account, pipeline, keep)
+
+
+def kept_of(
+    td: TensorDict,
+    plan: Plan,
+    account: Mapping[str, Any],
+    pipeline: TensorDictModuleBase,
+    keep: Sequence[str] | None,
+) -> TensorDict:
+    """Those results that the caller keeps, with the account of how they came about."""
+    selected = _selected(pipeline)
     result = TensorDict({}, batch_size=[])
     for unit in (*plan.stream, *plan.end):
         for key in map(key_tuple, unit.out_keys):
             kept = (keep is None or key[0] in keep) and (selected is None or as_key(key) in selected)
             if kept and td.get(as_key(key), None) is not None:
                 result.set(as_key(key), td.get(as_key(key)))
-    for name, count in one_pass.counts.items():
+    for name, count in account["counts"].items():
         result.set(("run", name), torch.tensor(count, device="cpu"))
-    for name, seconds in one_pass.seconds.items():
+    for name, seconds in account["seconds"].items():
         result.set(("run", "seconds", name), torch.tensor(seconds, dtype=torch.float64, device="cpu"))
-    result.set_non_tensor(("run", "stopped"), one_pass.stopped)
-    result.set_non_tensor(("run", "loader"), one_pass.division.words)
-    result.set_non_tensor(("run", "data_sha256"), one_pass.data_sha256())
+    for name in ("stopped", "loader", "data_sha256"):
+        result.set_non_tensor(("run", name), account[name])
     return result
 
 
