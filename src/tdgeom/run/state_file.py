@@ -198,7 +198,7 @@ def added_up(parts: Sequence[Part], plan: Plan, *, partial: bool = False) -> dic
 
 def _refuse_overlap(parts: Sequence[Part], partial: bool) -> list[int]:
     """Raise where parts have rows in common or some are missing; the numbers (from 1) of the missing ones."""
-    shards = [part.record.get("shard") for part in parts]
+    shards: list[Any] = [part.record.get("shard") for part in parts]
     by_number: dict[int, Part] = {}
     missing: list[int] = []
     if any(shard is not None for shard in shards):
