@@ -290,10 +290,12 @@ def functions() -> str:
 def index() -> str:
     """Every page, with the names on it."""
     lines = ["| page | names |", "|---|---|"]
-    for docname, chapters in pages().items():
-        names = ", ".join(
-            link(name) for chapter, named in chapters.items() if chapter != "functional" for name, _ in named
-        )
+    order = (FOLDER / "index.md").read_text(encoding="utf-8").split("```{toctree}")[1].split()
+    for docname, chapters in sorted(
+        pages().items(), key=lambda one: order.index(one[0].removeprefix("api/"))
+    ):
+        own = {chapter: named for chapter, named in chapters.items() if chapter != "functional"} or chapters
+        names = ", ".join(link(name) for named in own.values() for name, _ in named)
         lines.append(f"| {{doc}}`/{docname}` | {names} |")
     return "\n".join(lines)
 

@@ -149,9 +149,7 @@ def matrices(text: str) -> str:
     held = measured()["layers"]
     sites = [site.rpartition(".")[2] for site in held["sites"]]
     maps = "".join(heat_map(held["tables"][name], sites, title=name) for name in listed(text))
-    note = (
-        "The layers of all-MiniLM-L6-v2 beside one another, 500 tokens; dark is the largest number of each."
-    )
+    note = "The layers of all-MiniLM-L6-v2 beside one another, 500 tokens; the fuller the colour, the larger the number."
     return f'<figure class="measured matrices">{maps}<figcaption>{note}</figcaption></figure>\n'
 
 
@@ -173,7 +171,8 @@ def agrees(text: str) -> str:
 def fill_in(app: Sphinx, docname: str, source: list[str]) -> None:
     """Put everything where a page asks for it."""
     made = {"measure": measure, "rows": rows, "layers": layers, "matrices": matrices, "agrees": agrees}
-    source[0] = MARK.sub(lambda found: made[found[1]](found[2]), source[0])
+    if docname.startswith("measures/"):
+        source[0] = MARK.sub(lambda found: made[found[1]](found[2]), source[0])
 
 
 def always_read(app: Sphinx, env: Any, added: set[str], changed: set[str], removed: set[str]) -> list[str]:

@@ -14,12 +14,14 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict.nn import TensorDictSequential
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import tdgeom as tg
 from tdgeom import functional as F
@@ -282,6 +284,35 @@ def router_truth() -> Measured:
     }
 
 
+# ------------------------------------------------------------------------------------------------------------- lenses
+
+TOKENS, SOME, VOCABULARY = 32, 6, 200
+
+
+@cache
+def small_model() -> Any:
+    """GPT-2 of four layers, width 48, random weights large enough that its words differ."""
+    settings = dict(n_layer=4, n_embd=48, n_head=4, vocab_size=VOCABULARY, n_positions=TOKENS)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = GPT2Config(**settings, initializer_range=0.3, bos_token_id=0, eos_token_id=0)
+        return GPT2LMHeadModel(config).eval()
+
+
+def lens_means(n: int, seed: int) -> Measured:
+    """Means over the tokens of n/32 documents, each of which repeats six words of its own."""
+    draw = generator(seed)
+    own = torch.randint(1, VOCABULARY, (n // TOKENS, SOME), generator=draw)
+    ids = own.gather(1, torch.randint(SOME, (n // TOKENS, TOKENS), generator=draw))
+    found = tg.logit_lens(small_model(), {"input_ids": ids}, outputs=["entropy", "kl"])
+    sites = [f"residual_output.{layer}" for layer in (0, 2)]
+    return {
+        f"{name}, layer {site[-1]}": float(found["lens", site, name].double().mean())
+        for name in ("entropy", "kl")
+        for site in sites
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------- the curves
 
 POWERS = [2**i for i in range(6, 15)]
@@ -306,6 +337,7 @@ def experiments() -> dict[str, Experiment]:
         "probes": (probes, POWERS[:8], probe_truth()),
         "concepts": (concepts, POWERS, {f"direction {i}": 1.0 for i in (1, 4, 8)}),
         "router": (router, POWERS, router_truth()),
+        "lenses": (lens_means, POWERS[:8], {}),
     }
     for family in PAIRS:
         for related in (True, False):
