@@ -369,7 +369,8 @@ EXAMPLES: dict[str, Example] = {
     ),
     "SpectrumErrors": Example(
         tg.SpectrumErrors,
-        lambda: [torch.linspace(3, 0.1, 30, dtype=torch.float64) + rows(4, 7, 30).abs() / 9, 2 + torch.arange(6)],
+        lambda: [torch.linspace(3, 0.1, 30, dtype=torch.float64) + rows(4, 7, 30).abs() / 9, 2 + torch.arange(6),
+                 torch.linspace(3, 0.1, 30, dtype=torch.float64).expand(2, -1).clone()],
         free_of_scale=(0,), exempt={"offset": "eigenvalues have no offset", "batched": "its leading dimension is the replicates'",
                                     "shapes": "its inputs share no first dimension"},
     ),

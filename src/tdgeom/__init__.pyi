@@ -118,6 +118,7 @@ from .measures.significance.calibrated import Calibrated as Calibrated
 from .measures.significance.convergence import Convergence as Convergence
 from .analysis.curves import convergence as convergence
 from .analysis.beyond_errors import difference as difference
+from .analysis.intervals import intervals as intervals
 from .analysis.curves import rows_needed as rows_needed
 
 # neighbourhoods

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import t as student
 from tensordict import TensorDict
 
 import models
 import tdgeom as tg
 from tdgeom.measures.jackknife import NO_ERROR
+from tdgeom.measures.registry import MEASURES, SITE_MEASURES
 from tdgeom.numerics.document_groups import document_groups
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def has_none(column):
+    """Whether a column is of those that have no error."""
+    endings = NO_ERROR.keys() - {"rank"}  # no effective rank
+    return column == "gride_rank" or any(column == one or column.endswith(f"_{one}") for one in endings)
 
 
 def batches(count=14, rows=8, length=7):
@@ -56,7 +69,7 @@ def test_every_measure_has_its_error_beside_it(both):
         columns = list(table.columns)
         measures = [c for c in columns if c not in who and not c.endswith("_se")]
         for name in measures:
-            if any(name == leaf or name.endswith(f"_{leaf}") for leaf in NO_ERROR):
+            if has_none(name):
                 assert f"{name}_se" not in columns
                 continue
             assert columns[columns.index(name) + 1] == f"{name}_se"
@@ -173,3 +186,83 @@ def test_profiles_have_the_errors():
         found.metrics["twonn_estimate_se"]
     )
     assert (overlap["value_se"] > 0).all() and set(overlap["measure"]) == {"jaccard_knn"}
+
+
+def test_every_column_has_an_error_or_a_reason():
+    """Of all measures that have a name, of the ablation and of routers."""
+    who = {"model_key", "model_label", "site", "kind", "layer", "stack", "num_layers", "layer_norm_depth",
+           "relative_depth", "tokens_observed", "rows_observed", "hidden_dim", "a", "b", "transition", "novelty_k",
+           "variant", "tokens", "rows"}  # fmt: skip
+    named = ["default", *SITE_MEASURES, *MEASURES]
+    named.remove("label_overlap")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        found = tg.analyze_model(
+            models.mixtral(), batches(6), errors=5, metrics=named, layers=[0, 1], sample_size=300, progress=False,
+            diagnostics=["normalization_ablation"],
+        )  # fmt: skip
+    tables = {
+        "metrics": found.metrics, "pairs": found.novelty, "router": found.router, **found.diagnostics,
+    }  # fmt: skip
+    assert {"rankme", "participation_ratio_estimate", "twonn_decimation_estimate"} <= set(found.metrics)
+    assert {"cknna", "information_imbalance_ab"} <= set(found.novelty)
+    for table, frame in tables.items():
+        for name in frame:
+            if name in who or name.endswith("_se"):
+                continue
+            assert has_none(name) != (f"{name}_se" in frame), (table, name)
+    table = found.diagnostics["normalization_ablation"]
+    assert (table["d_pr_se"] > 0).all() and (table["k90_se"] > 0).all()
+    for reason in set(NO_ERROR.values()):
+        assert reason in (DOCS / "errors.md").read_text()
+
+
+def test_intervals_are_about_the_value_less_its_bias(both, tmp_path):
+    _, errors = both
+    table = tg.intervals(errors)
+    row = table[(table["metric"] == "d_pr") & (table["site"] == "residual_input.1")].iloc[0]
+    known = errors.metrics.set_index("site").loc["residual_input.1"]
+    assert row["value"] == pytest.approx(known["d_pr"]) and row["se"] == pytest.approx(known["d_pr_se"])
+    reach = student.ppf(0.975, 19) * known["d_pr_se"] / (row["value"] - row["bias"])
+    assert row["bias"] != 0
+    assert row["low"] == pytest.approx((row["value"] - row["bias"]) * np.exp(-reach))
+    assert row["high"] == pytest.approx((row["value"] - row["bias"]) * np.exp(reach))
+    assert set(table["table"]) == {"metrics", "pairs"} and set(table["scale"]) <= {
+        "log",
+        "logit",
+        "fisher",
+        "linear",
+    }
+    biases = table[table["metric"].str.contains("levina")]["bias"]
+    assert biases.abs().max() < 1e-9  # subsets know no bias
+    errors.save(tmp_path / "run")
+    pd.testing.assert_frame_equal(tg.intervals(tmp_path / "run"), table)
+    narrow = tg.intervals(errors, level=0.5)
+    assert (narrow["high"] - narrow["low"] <= table["high"] - table["low"] + 1e-12).all()
+
+
+def test_intervals_of_a_comparison_and_of_several_scales():
+    found = tg.compare(
+        models.gpt2(), models.bert(), batches(), ["linear_cka"], layers=[1], errors=True, progress=False
+    )
+    table = tg.intervals(found)
+    assert list(table["metric"]) == ["linear_cka"] and np.isnan(
+        table["bias"][0]
+    )  # over all rows, by the sample's error
+    assert table["low"][0] < table["value"][0] < table["high"][0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", tg.FewRowsWarning)
+        several = tg.analyze_model(
+            models.gpt2(),
+            batches(),
+            errors=True,
+            metrics=["gride"],
+            layers=[1],
+            sample_size=700,
+            progress=False,
+        )
+    steps = tg.intervals(several)
+    first = steps[steps["site"] == steps["site"][0]]
+    assert list(first["step"]) == list(range(len(several.metrics["gride_estimate"][0])))
+    with pytest.raises(ValueError, match="no standard errors.*errors=True"):
+        tg.intervals(tg.analyze_model(models.gpt2(), batches(2), metrics="spectrum", progress=False))

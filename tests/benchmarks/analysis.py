@@ -5,7 +5,7 @@ process, several rounds; the table gives the median seconds and the median of ea
 
     python -m pip install -e ".[bench]" -c tests/constraints.txt
     python tests/benchmarks/analysis.py            # times
-    python tests/benchmarks/analysis.py --errors   # the default analysis with and without standard errors
+    python tests/benchmarks/analysis.py --errors   # processor time with and without standard errors, one thread
     python tests/benchmarks/analysis.py --memory   # peak memory against the number of batches
 """
 
@@ -78,22 +78,27 @@ def theirs(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> No
     )
 
 
-def seconds(function: Callable[..., None], *args: object) -> float:
-    """Wall time of one call."""
-    begin = time.perf_counter()
+def seconds(clock: Callable[[], float], function: Callable[..., None], *args: object) -> float:
+    """Time of one call by a clock."""
+    begin = clock()
     function(*args)
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
-def times(rounds: int, batches: int, contestants: dict[str, Callable[..., None]]) -> None:
-    """Print the table of times."""
+def times(
+    rounds: int,
+    batches: int,
+    contestants: dict[str, Callable[..., None]],
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
+    """Print the table of times: wall time, or by another clock."""
     model, data = model_and_batches(batches)
     for function in contestants.values():
         function(model, data[:2])
     rows: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, function in contestants.items():
-            rows[name].append(seconds(function, model, data))
+            rows[name].append(seconds(clock, function, model, data))
     first = next(iter(rows.values()))
     print(
         f"{batches * BATCH * LENGTH:,} tokens, {rounds} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -144,7 +149,9 @@ def main() -> None:
     elif options.memory:
         memory(("plain", "errors") if options.errors else ("bare", "ours"))
     elif options.errors:
-        times(options.rounds, options.batches, {"default analysis": plain, "with errors": with_errors})
+        torch.set_num_threads(1)  # processor time, that a busy machine does not stretch
+        pair = {"default analysis": plain, "with errors": with_errors}
+        times(options.rounds, options.batches, pair, time.process_time)
     else:
         contestants = {"bare forward pass": bare, "tdgeom": ours}
         if not options.without_peer:

@@ -12,6 +12,7 @@ from tensordict import TensorDict
 import tdgeom as tg
 from tdgeom import functional as F
 from tdgeom.measures.jackknife import group_jackknife
+from tdgeom.measures.leave_out_moments import LeaveOutMoments
 from tdgeom.measures.sample_metrics import SAMPLE_METRICS
 from tdgeom.measures.spectrum_errors import ERROR_METRICS
 from tdgeom.numerics.document_groups import document_groups
@@ -269,7 +270,7 @@ def test_the_first_value_of_neighbour_measures_is_the_measures_own():
 def test_too_few_rows_for_a_scale_are_told():
     x, _, _, ids = neighbours(0, n=120)
     with pytest.warns(
-        tg.FewRowsWarning, match="Gride: no standard error at some scales: a fifth of the 120 rows"
+        tg.FewRowsWarning, match="Gride: no standard error at some scales: a quarter of the 120 rows"
     ):
         td = tg.LeaveOut(tg.Gride(range_max=64))(sample_td(x, ids))
     assert td["dimension", "gride", "estimate"][1:].isnan().all()
@@ -296,3 +297,95 @@ def test_errors_of_overlaps_where_documents_differ(measure):
         values.append(float(found.estimate))
         errors.append(float(found.standard_error))
     assert 0.75 < np.sqrt(np.mean(np.square(errors))) / np.std(values, ddof=1) < 1.3
+
+
+@pytest.mark.parametrize(
+    "stage", [tg.RankMe(), tg.ParticipationRatio()], ids=["rankme", "participation_ratio"]
+)
+def test_measures_of_moments_have_the_errors_of_the_samples_rows(stage):
+    """The sample is all rows here, so that the errors are those of all rows."""
+    x, ids = documents(600, 20)
+    td = tg.StreamingCovariance()(TensorDict(tokens=x, sample=x, sample_row_id=ids))
+    key = stage.out_keys[0]
+    found = LeaveOutMoments(stage)(tg.SampleGroups()(td))
+    group = document_groups(ids, 20)
+    kept = [torch.ones_like(group, dtype=torch.bool), *(group != g for g in range(20))]
+    left = [stage(tg.StreamingCovariance()(TensorDict(tokens=x[k])))[key] for k in kept]
+    rows = found["sample_group_rows"]
+    assert float(found[key][0]) == pytest.approx(float(left[0]))
+    wanted = group_jackknife(torch.stack(left).double(), rows).standard_error
+    own = group_jackknife(found[key], rows)
+    assert float(own.standard_error) == pytest.approx(float(wanted), rel=1e-3) and abs(float(own.bias)) < 1e-9
+    with pytest.raises(TypeError, match="LeaveOutMoments takes a stage of moments alone, such as RankMe"):
+        LeaveOutMoments(tg.TwoNN())
+
+
+@pytest.mark.parametrize("width", [20, 200])
+def test_the_ablation_without_each_group(width):
+    """Up to some width anew; beyond it along the eigenvectors of all rows, with errors within a fifth."""
+    x, ids = documents(2000, width, decay=0.7)
+    x = x * torch.linspace(0.1, 3, width)
+    stage = tg.NormalizationAblation(variants=["raw", "token_rms", "feature_standardized", "remove_top_pc"])
+    td = sample_td(x, ids)
+    found = tg.LeaveOut(stage)(td.copy())
+    group, rows = td["sample_group"], td["sample_group_rows"]
+    left = [stage(TensorDict(sample=x))] + [stage(TensorDict(sample=x[group != g])) for g in range(20)]
+    for variant in stage.variants:
+        for metric in ("d_pr", "d_entropy", "effective_rank", "top10_share", "log_spectrum_slope_10_200"):
+            key = ("ablation", variant, metric)
+            wanted = group_jackknife(torch.stack([one[key] for one in left]), rows).standard_error
+            near = float(group_jackknife(found[key], rows).standard_error / wanted)
+            exact = width == 20 or variant == "remove_top_pc"
+            if float(wanted) > 0:
+                assert near == pytest.approx(1, abs=1e-3 if exact else 0.2), (key, near)
+    assert float(group_jackknife(found["ablation", "raw", "k90"], rows).standard_error) > 0
+
+
+def test_wide_spectra_take_their_bias_from_two_halves():
+    """That of the decomposed replicates, whose own spread is not small."""
+    ratios = {}
+    for seed in range(4):
+        x, ids = documents(4000, 260, seed=seed)
+        td = tg.GroupedCovariance()(TensorDict(tokens=x, row_id=ids))
+        both = [
+            tg.SpectrumErrors(parts=True)(tg.LeaveOutSpectrum(exact=exact)(td.copy()))
+            for exact in (False, True)
+        ]
+        assert both[0]["replicates", "halves"].shape == (2, 260) and both[1][
+            "replicates", "halves"
+        ].shape == (0, 260)
+        for name in ("d_pr", "d_entropy", "effective_rank", "k90"):
+            a, b = (float(one["spectrum_bias", name]) for one in both)
+            ratios.setdefault(name, []).append((a, b))
+    for name, pairs in ratios.items():
+        halves, jackknife = np.mean(pairs, 0)
+        assert jackknife < 0 and 0.6 < halves / jackknife < 1.6, (name, halves, jackknife)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_errors_from_subsets_are_the_spread_over_samples():
+    values, errors = {}, {}
+    for seed in range(30):
+        x, y, _, ids = neighbours(seed)
+        td = sample_td(TensorDict(a=x, b=y, one=x), ids)
+        for stage in (
+            tg.LeaveOut(tg.Decimation(in_keys=[("sample", "one")])),
+            tg.LeaveOutPair(tg.CKNNA()),
+            tg.LeaveOutPair(tg.InformationImbalance()),
+        ):
+            td = stage(td)
+        held = {
+            **{
+                f"decimation {i}": v
+                for i, v in enumerate(td["dimension", "twonn_decimation", "estimate"].unbind(-1))
+            },
+            **dict(td["between"].items()),
+        }
+        for name, value in held.items():
+            found = group_jackknife(value, td["sample_group_rows"])
+            values.setdefault(name, []).append(float(found.estimate))
+            errors.setdefault(name, []).append(float(found.standard_error))
+    for name, several in values.items():
+        ratio = np.sqrt(np.mean(np.square(errors[name]))) / np.std(several, ddof=1)
+        assert 0.65 < ratio < 1.6, (name, ratio)

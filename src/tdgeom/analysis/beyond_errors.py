@@ -19,7 +19,7 @@ from tdgeom.measures.jackknife import scale_of
 from tdgeom.measures.significance.many_tests import adjusted_p_values
 from tdgeom.run.to_frame import leaves
 
-__all__ = ["difference"]
+__all__ = ["difference", "group_parts", "groups_of"]
 
 _ONLY_ONE = "is in one of the two only"
 Parts = dict[tuple[str, str], np.ndarray]
@@ -77,7 +77,7 @@ def difference(
             f"Measure both with the same select=."
         )
     same = _same_documents(*runs) if paired is None else paired
-    parts = [_parts(one.result) for one in runs]
+    parts = [group_parts(one.result) for one in runs]
     rows, missing = [], []
     for table in ("metrics", "pairs"):
         found, lost = _compared(
@@ -119,7 +119,7 @@ def _same_documents(a: AnalysisResults, b: AnalysisResults) -> bool:
     return bool(data[0]) and data[0] == data[1] and counts[0] == counts[1]
 
 
-def _parts(result: TensorDictBase | None) -> Parts:
+def group_parts(result: TensorDictBase | None) -> Parts:
     """By (site or pair, column): the value that an error is of, then what each group of documents adds to it."""
     held = [] if result is None else [result, *(v for v in result.values() if isinstance(v, TensorDictBase))]
     found = {}
@@ -172,7 +172,7 @@ def _compared(
                     f"difference(paired=True): {name} at {where} keeps no groups that match in both runs. Measure both with "
                     f"errors= of the same number of groups, or leave paired= out."
                 )
-            groups = [_groups(one, part) for one, part in zip(runs, parts)]
+            groups = [groups_of(one, part) for one, part in zip(runs, parts)]
             rows.append(
                 {"table": table, "site": where, "metric": name, "a": values[0], "b": values[1],
                  "difference": values[1] - values[0],
@@ -181,7 +181,8 @@ def _compared(
     return rows, missing
 
 
-def _groups(one: AnalysisResults, parts: np.ndarray | None) -> int:
+def groups_of(one: AnalysisResults, parts: np.ndarray | None) -> int:
+    """How many groups of documents an error is of."""
     if parts is not None:
         return int((parts != 0).sum()) or len(parts)
     record = (one.metadata.get("settings") or {}).get("errors")

@@ -98,7 +98,7 @@ def analysis_pipeline(
     if "sample" in settings.families:
         ends.append(ForEach(errors.around(SampleMetrics()), sites))
     if settings.diagnostics:
-        ends.append(ForEach(NormalizationAblation(), sites))
+        ends.append(ForEach(errors.around(NormalizationAblation()), sites))
     if "novelty" in settings.families and pairs:
         asked = {key for stage in settings.stages if isinstance(stage, PairStage) for key in stage.out_keys}
         changes = (SubspaceNovelty(k=settings.novelty_k), LinearCKA(estimator="both"), LayerCosine())

@@ -15,6 +15,7 @@ from tdgeom.core.stage import Stage
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.measures.jackknife import NO_ERROR, Jackknife
 from tdgeom.measures.leave_out import LeaveOut, LeaveOutPair
+from tdgeom.measures.leave_out_moments import LeaveOutMoments
 from tdgeom.measures.left_out_methods import told_apart
 from tdgeom.measures.router import RouterLoad
 from tdgeom.measures.similarity.pair_sources import MomentPairStage
@@ -42,7 +43,10 @@ class ErrorStages:
             vectors: list[Key] = [("replicates", side, "subspaces") for side in ("a", "b")]
             return SubspaceNovelty(k=stage.k, in_keys=[*vectors, *stage.in_keys[2:]], out_keys=stage.out_keys)
         needed = [key for key in stage.in_keys if key not in stage.optional_in_keys]
-        of_rows = not {key_tuple(key)[0] for key in needed} - {"sample", "sample_carried"}
+        roots = {key_tuple(key)[0] for key in needed}
+        if roots == {"moments"} and not isinstance(stage, StreamingStage | PairStage):
+            return LeaveOutMoments(stage)
+        of_rows = not roots - {"sample", "sample_carried"}
         if isinstance(stage, StreamingStage) or not of_rows or not told_apart(stage):
             return stage
         return LeaveOutPair(stage) if isinstance(stage, PairStage) else LeaveOut(stage)
@@ -71,7 +75,7 @@ class ErrorStages:
         for unit in [part for stage in stages for part in opened(stage)]:
             inner = stage_of(unit)
             inside = stage_of(inner.units[0]) if isinstance(inner, ForEachPair) else inner
-            if isinstance(inside, LeaveOut | LeaveOutPair):
+            if isinstance(inside, LeaveOut | LeaveOutMoments | LeaveOutPair):
                 apart = [key for key in unit.out_keys if key_tuple(key)[0] == _TWIN]
                 twins += apart
                 own = [key for key in unit.out_keys if key not in apart]

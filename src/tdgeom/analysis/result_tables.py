@@ -30,7 +30,17 @@ __all__ = [
 
 ERROR_PARTS = ("error_parts", "spectrum_parts")  # what errors are made of, for the pairing of runs
 FIRST_ROOTS = ("spectrum", "sample_metrics")
-NOT_METRICS = {"run", "eigenvalues", "ablation", "between", "router", "convergence", *ERROR_PARTS}
+ERROR_BIAS = ("error_bias", "spectrum_bias")  # what is taken off values under intervals
+NOT_METRICS = {
+    "run",
+    "eigenvalues",
+    "ablation",
+    "between",
+    "router",
+    "convergence",
+    *ERROR_PARTS,
+    *ERROR_BIAS,
+}
 
 
 @dataclass(frozen=True)

@@ -168,17 +168,40 @@ def scale_of(name: str) -> Scale:
     return next((scale for known, scale in SCALES.items() if name.endswith(f"_{known}")), "linear")
 
 
-NO_ERROR = frozenset({
-    "standard_error", "scale", "rows", "duplicates", "near_duplicates", "ceiling", "k_used", "near_rank1", "norm_max",
-    "numerical_rank", "few_rows", "unresolved", "sv_numerical_rank", "sv_few_rows", "most_used_expert", "routed_assignments",
-})  # fmt: skip
-"""Leaves that are no estimates: counts, marks, errors and extremes."""
+NO_ERROR: dict[str, str] = {
+    **dict.fromkeys(
+        ("rows", "duplicates", "near_duplicates", "routed_assignments"), "a count of the rows at hand"
+    ),
+    **dict.fromkeys(
+        ("numerical_rank", "sv_numerical_rank", "k_used"), "a count of what rounding leaves resolved"
+    ),
+    **dict.fromkeys(
+        ("near_rank1", "few_rows", "sv_few_rows", "unresolved", "most_used_expert"), "a mark, no number"
+    ),
+    "standard_error": "an error itself, of independent rows",
+    "scale": "the distance at which an estimate looks, not an estimate",
+    "rank": "which neighbours an estimate looks at",
+    "ceiling": "the most that ties leave possible in this sample",
+    "norm_max": "a maximum: it has no spread that part of the rows could tell",
+}
+"""Leaves that are no estimates, and why: they have no error."""
 
 
 def value_and_parts(values: Tensor, rows: Tensor) -> Tensor:
     """The value, and what each group adds to its error: (..., G+1) as ``group_jackknife`` takes them -> (..., G+1)."""
     whole, _, parts, _ = _parts(values.double(), rows)
     return torch.cat([whole.unsqueeze(-1), parts], -1)
+
+
+def without_bias(values: Tensor, rows: Tensor) -> Tensor:
+    """Replicates (..., G+1) that have the errors of these, of a method that knows no bias: the jackknife finds none.
+
+    θ₋g - bias/(h_g - 1): the pseudo-values stay as they are.
+    """
+    _, bias, _, _ = _parts(values.double(), rows)
+    m = rows.to(values.device).double()
+    above = torch.where(m > 0, m.sum(-1, keepdim=True) / m.clamp(min=1) - 1, torch.inf)
+    return torch.cat((values[..., :1].double(), values[..., 1:].double() - bias.unsqueeze(-1) / above), -1)
 
 
 class Jackknife(Stage):
@@ -203,7 +226,8 @@ class Jackknife(Stage):
         scale: of the interval; "auto" chooses by the measure's name, see ``scale_of``.
         level: of the interval.
         parts: also write, under ``("error_parts", *key)``, (G+1, ...): the value, then what each group of documents adds to its
-            error (the squares sum to that of ``_se``). ``tg.difference`` pairs them where two runs read the same documents.
+            error (the squares sum to that of ``_se``), and under ``("error_bias", *key)`` what the value is too large by.
+            ``tg.difference`` pairs the parts where two runs read the same documents, ``tg.intervals`` takes the bias off.
         rows: the key of the groups' sizes: ``("replicates", "rows")`` of ``Replicates``, ``"sample_group_rows"`` of
             ``SampleGroups``.
 
@@ -252,7 +276,8 @@ class Jackknife(Stage):
             if estimate
         ]
         if parts:
-            beside += [("error_parts", *key) for key, estimate in zip(values, self._estimates) if estimate]
+            estimates = [key for key, estimate in zip(values, self._estimates) if estimate]
+            beside += [(root, *key) for root in ("error_parts", "error_bias") for key in estimates]
         super().__init__(
             in_keys=in_keys,
             out_keys=out_keys,
@@ -265,7 +290,7 @@ class Jackknife(Stage):
     def compute(self, *inputs: Tensor) -> list[Tensor]:
         """The values of all rows, then what stands beside each."""
         *values, rows = inputs
-        plain, beside, shares = [], [], []
+        plain, beside, shares, biases = [], [], [], []
         for key, value, estimate in zip(self.keys, values, self._estimates):
             if value.ndim < 1 or value.shape[0] != rows.shape[0] + 1:
                 raise ValueError(
@@ -282,6 +307,7 @@ class Jackknife(Stage):
             beside.append(nothing if countable else found.standard_error)
             if self.parts:
                 shares.append(value_and_parts(value.movedim(0, -1), rows).movedim(-1, 0))
+                biases.append(nothing if countable else found.bias)
             if self.full:
                 name = str(key_tuple(key)[-1])
                 scale: Any = scale_of(name) if self.scale == "auto" else self.scale
@@ -291,7 +317,7 @@ class Jackknife(Stage):
                 )
                 beside += [nothing] * 3 if countable else [found.bias, *ends]
         warn_few_groups("Jackknife", rows)
-        return [*plain, *beside, *shares]
+        return [*plain, *beside, *shares, *biases]
 
 
 def warn_few_groups(stage: str, rows: Tensor) -> None:

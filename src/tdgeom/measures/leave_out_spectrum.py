@@ -50,9 +50,11 @@ class LeaveOutSpectrum(Stage):
     Reads ``("moments", "covariance" | "count" | "mean")``, ``("group_moments", ...)``, and where present ``"sample"``,
     ``"sample_group"`` and ``"sample_group_rows"``; writes ``"eigenvalues"`` (D,) and ``"eigenvectors"`` (D, k) as
     ``EigenSpectrum`` does, then ``("replicates", "spectra")`` (groups+1, D), ``("replicates", "subspaces")``
-    (groups+1, D, k), all rows first, ``("replicates", "rows")`` (groups,), and all of V, ``("replicates", "basis")`` (D, D)
-    float32. The replicates have the errors of the measures that follow from them, see ``SpectrumErrors``; not their bias,
-    which is of second order in the small eigenvalues too (``exact=True`` has it).
+    (groups+1, D, k), all rows first, ``("replicates", "rows")`` (groups,), all of V, ``("replicates", "basis")`` (D, D) float32,
+    and ``("replicates", "halves")`` (2, D). The replicates have the errors of the measures that follow from them, see
+    ``SpectrumErrors``; those by perturbation not their bias, which is of second order in the small eigenvalues too. It comes from
+    the spectra of two halves of the groups then, decomposed; ``halves`` is (0, D) where the replicates were, and NaN where the
+    groups are of the sample's rows.
 
     Hampel (1974) and Critchley (1985), influence in principal components analysis; Stewart and Sun (1990), Matrix perturbation
     theory.
@@ -81,7 +83,7 @@ class LeaveOutSpectrum(Stage):
     optional = frozenset({"sample", "sample_group", "sample_group_rows"})
     writes = [
         "eigenvalues", "eigenvectors",
-        *(("replicates", name) for name in ("spectra", "subspaces", "rows", "basis")),
+        *(("replicates", name) for name in ("spectra", "subspaces", "rows", "basis", "halves")),
     ]  # fmt: skip
     shared = frozenset({"sample_group", "sample_group_rows"})
     one_thread_a_site = True
@@ -123,8 +125,9 @@ class LeaveOutSpectrum(Stage):
         replicates = torch.cat((values[None], values.expand(len(weights), -1)))
         turned = leading.expand(len(weights) + 1, -1, -1).clone()
         basis = vectors.float()
+        unknown = values.new_full((2, d), torch.nan)
         if not torch.isfinite(values).all():
-            return [values, leading.clone(), replicates, turned, weights.clone(), basis]
+            return [values, leading.clone(), replicates, turned, weights.clone(), basis, unknown]
         exact = d <= _EXACT if self.exact is None else self.exact
         if held and exact:
             for g in _used(weights):
@@ -136,7 +139,7 @@ class LeaveOutSpectrum(Stage):
                     replicates[g + 1], turned[g + 1] = eigen_spectrum(left, self.k, rank)
                 else:
                     replicates[g + 1] = covariance_eigenvalues(left, rank)
-            return [values, leading.clone(), replicates, turned, weights.clone(), basis]
+            return [values, leading.clone(), replicates, turned, weights.clone(), basis, unknown[:0]]
         m = min(d, 2 * self.k)
         if held:
             parts = _from_groups(vectors, values * (n - 1), rows, means - mean, spread, scatter, m)
@@ -157,7 +160,8 @@ class LeaveOutSpectrum(Stage):
             replicates[g + 1], turned[g + 1] = _perturbed(
                 vectors, diagonal.clamp(min=0), among, self.k, known
             )
-        return [values, leading.clone(), replicates, turned, weights.clone(), basis]
+        halves = _halves(rows, means - mean, spread, scatter) if held else unknown
+        return [values, leading.clone(), replicates, turned, weights.clone(), basis, halves]
 
 
 def _used(rows: Tensor) -> list[int]:
@@ -170,6 +174,20 @@ def _without(total: Tensor, scatter: Tensor, spread: Tensor, shift: Tensor, n_g:
     own = square_of(scatter, len(spread)).double() * spread * spread.unsqueeze(-1)
     moved = shift * (n_g * n / left)
     return (total - own - moved.unsqueeze(-1) * shift) / (left - 1)
+
+
+def _halves(rows: Tensor, shifts: Tensor, spread: Tensor, scatter: Tensor) -> Tensor:
+    """The spectra of the rows of either half of the groups, of about as many rows: (2, D)."""
+    order = sorted(_used(rows), key=lambda g: -int(rows[g]))
+    found = []
+    for half in (0, 1):
+        own = [g for place, g in enumerate(order) if (place + 1) // 2 % 2 == half]
+        n = rows[own].double()
+        apart = shifts[own] - (n @ shifts[own]) / n.sum().clamp(min=1)
+        inside = square_of(scatter[own].sum(0, dtype=torch.float64), len(spread))
+        total = inside * spread * spread.unsqueeze(-1) + (apart * n.unsqueeze(-1)).mT @ apart
+        found.append(covariance_eigenvalues(total / (n.sum() - 1), n.sum().long() - 1))
+    return torch.stack(found)
 
 
 def _from_groups(

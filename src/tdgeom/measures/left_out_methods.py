@@ -8,13 +8,22 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tdgeom.core.keys import Key
+from tdgeom.measures.ablation_without_groups import ablation_without
+from tdgeom.measures.dimension.decimation import Decimation
 from tdgeom.measures.dimension.estimate import DimensionStage
-from tdgeom.measures.dimension.subsets_of_groups import dimension_without
+from tdgeom.measures.dimension.subsets_of_groups import (
+    decimation_without,
+    dimension_without,
+    pair_of_subsets,
+)
+from tdgeom.measures.neighbors.information_imbalance import InformationImbalance
 from tdgeom.measures.neighbors.label_overlap import LabelOverlap
 from tdgeom.measures.neighbors.neighborhood_overlap import JaccardKNN, NeighborhoodOverlap
 from tdgeom.measures.neighbors.overlap_without_groups import label_overlap_without, overlap_without
+from tdgeom.measures.normalization import NormalizationAblation
 from tdgeom.measures.sample_metrics import SampleMetrics
 from tdgeom.measures.sample_without_groups import sample_metrics_without
+from tdgeom.measures.similarity.cknna import CKNNA
 from tdgeom.measures.similarity.linear_cka import LinearCKA
 from tdgeom.measures.similarity.pairs_without_groups import PairSide, cosine_without, linear_cka_without
 from tdgeom.measures.similarity.subspace import LayerCosine
@@ -32,6 +41,8 @@ class SiteMethod(NamedTuple):
 SITE_METHODS: dict[type, SiteMethod] = {
     SampleMetrics: SiteMethod(sample_metrics_without, {("replicates", "basis"): "E E"}),
     DimensionStage: SiteMethod(dimension_without),
+    Decimation: SiteMethod(decimation_without),
+    NormalizationAblation: SiteMethod(ablation_without),
     LabelOverlap: SiteMethod(label_overlap_without),
 }
 
@@ -40,6 +51,8 @@ PAIR_METHODS: dict[type, Callable[..., list[Tensor] | None]] = {
     LayerCosine: cosine_without,
     NeighborhoodOverlap: overlap_without,
     JaccardKNN: overlap_without,
+    CKNNA: pair_of_subsets,
+    InformationImbalance: pair_of_subsets,
 }
 
 

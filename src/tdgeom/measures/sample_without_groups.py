@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdgeom.measures.jackknife import without_bias
 from tdgeom.measures.sample_metrics import (
     SAMPLE_METRICS,
     covariance_of,
@@ -92,8 +93,12 @@ def _spectral(
         "sv_participation_ratio": 1 / p.square().sum(-1),
         **{f"ve_{k}": p[:, :k].sum(-1) for k in (4, 8, 16, 32)},
     }
-    # what the basis makes of all rows is not quite their own spectrum: the differences count
-    return found | {name: value[1:] - value[0] + whole[name] for name, value in measures.items()}
+    # what the basis makes of all rows is not quite their own spectrum: the differences count, their mean does not
+    rows_of = torch.bincount(group, minlength=groups)
+    apart = {
+        name: without_bias(value - value[0] + whole[name], rows_of)[1:] for name, value in measures.items()
+    }
+    return found | apart
 
 
 def _cosines(sample: Tensor, group: Tensor, groups: int, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tdgeom.core.keys import Keys
 from tdgeom.core.stage import Stage
-from tdgeom.measures.jackknife import value_and_parts, with_errors
+from tdgeom.measures.jackknife import group_jackknife, value_and_parts, with_errors
 from tdgeom.measures.spectrum_metrics import SPECTRUM_METRICS, spectrum_metrics
 
 __all__ = ["ERROR_METRICS", "SpectrumErrors", "components_interpolated", "replicate_spectrum_metrics"]
@@ -55,7 +55,8 @@ class SpectrumErrors(Stage):
     Args:
         alpha_ranks: see ``alpha_req``.
         parts: also write ``("spectrum_parts", name)`` (groups+1,): the value that the error is of, then what each group adds to
-            it, as ``Jackknife(parts=True)`` does.
+            it, and ``("spectrum_bias", name)`` (): what the value is too large by, as ``Jackknife(parts=True)`` does. Where the
+            spectra are by perturbation it comes from two halves of the documents: mean of the two less the value of all.
         in_keys, out_keys: see ``Stage``.
 
         >>> import torch, tdgeom as tg
@@ -67,7 +68,8 @@ class SpectrumErrors(Stage):
         tensor(True)
     """
 
-    reads = {("replicates", "spectra"): "R D", ("replicates", "rows"): "G"}
+    reads = {("replicates", "spectra"): "R D", ("replicates", "rows"): "G", ("replicates", "halves"): None}
+    optional = frozenset({"halves"})
     writes = [("spectrum", f"{name}_se") for name in ERROR_METRICS]
 
     def __init__(
@@ -78,12 +80,20 @@ class SpectrumErrors(Stage):
         in_keys: Keys = None,
         out_keys: Keys = None,
     ) -> None:
-        beside = [("spectrum_parts", name) for name in ERROR_METRICS] if parts else []
+        beside = [
+            (root, name) for root in ("spectrum_parts", "spectrum_bias") for name in ERROR_METRICS if parts
+        ]
         super().__init__(in_keys=in_keys, out_keys=out_keys, writes=[*type(self).writes, *beside])
         self.alpha_ranks, self.parts = alpha_ranks, parts
 
-    def compute(self, eigenvalues: Tensor, rows: Tensor) -> list[Tensor]:
+    def compute(self, eigenvalues: Tensor, rows: Tensor, halves: Tensor | None = None) -> list[Tensor]:
         """See ``group_jackknife``."""
         values = replicate_spectrum_metrics(eigenvalues, alpha_ranks=self.alpha_ranks)
         found = list(with_errors(values, rows).values())
-        return found + [value_and_parts(value, rows) for value in values.values()] if self.parts else found
+        if not self.parts:
+            return found
+        found += [value_and_parts(value, rows) for value in values.values()]
+        if halves is None or not len(halves):
+            return found + [group_jackknife(value, rows).bias for value in values.values()]
+        half = replicate_spectrum_metrics(halves, alpha_ranks=self.alpha_ranks)
+        return found + [half[name].mean() - value[0] for name, value in values.items()]
