@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import inspect
 import re
 import warnings
@@ -191,6 +193,12 @@ def patched():
     tg.activation_patching(models.gpt2(), clean=BATCH, corrupted=BATCH, **settings)
 
 
+def without_a_group(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    run(covariance)
+
+
 def bundle(tmp_path: Path):
     results = analysed(batches(12), metrics="spectrum")
     return results, results.save(tmp_path / "run")
@@ -330,6 +338,7 @@ PROVOKED: dict[str, Callable] = {
     "run resumes from …, but the loader's first batch is not the one of then": lambda tmp_path: resumed(
         lambda data: ([covariance], data[::-1]), tmp_path
     ),
+    "… a launcher started … processes (WORLD_SIZE), … but there is no process group": without_a_group,
     "… few rows, …: … calls for …": lambda: tg.CCA()(sample_a=rows(6, 8), sample_b=rows(6, 8, seed=1)),
     "… is undefined, NaN: …": lambda: tg.LinearCKA()(sample_a=torch.ones(5, 3), sample_b=rows(5, 3)),
     "… could move … by more than 1e-4: unresolved": float32_moments,
@@ -352,13 +361,41 @@ PROVOKED: dict[str, Callable] = {
 }
 
 
-def test_every_message_on_the_page_is_provoked_in_its_order() -> None:
-    assert list(PROVOKED) == HEADINGS
+# what only several processes say: provoked where ranks are tested, and here found in the source
+OF_RANKS = [
+    "run: the ranks do not do the same…",
+    "run: the loaders of the ranks differ: …",
+    "run(sharded=True): all … ranks begin with the same batch",
+    "… rank … has come to …, another rank to …",
+]
 
 
-@pytest.mark.parametrize("heading", HEADINGS)
-def test_the_message_is_the_one_that_users_get(heading, tmp_path, byte_tokenizer) -> None:
-    provoke, given = PROVOKED[heading], {"tmp_path": tmp_path, "byte_tokenizer": byte_tokenizer}
+def test_every_message_on_the_page_is_provoked() -> None:
+    assert sorted([*PROVOKED, *OF_RANKS]) == sorted(HEADINGS)
+
+
+@functools.cache
+def raised_texts() -> list[str]:
+    """The texts of all errors in the source, with … for what is filled in."""
+    found = []
+    for file in (PAGE.parents[2] / "src/tdgeom").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [one.value if isinstance(one, ast.Constant) else "…" for one in node.values]
+                found.append("".join(map(str, parts)))
+    return found
+
+
+@pytest.mark.parametrize("heading", OF_RANKS)
+def test_what_ranks_say_is_in_the_source(heading) -> None:
+    pattern = ".*".join(map(re.escape, heading.split("…")))
+    assert any(re.search(pattern, text, re.DOTALL) for text in raised_texts())
+
+
+@pytest.mark.parametrize("heading", list(PROVOKED))
+def test_the_message_is_the_one_that_users_get(heading, tmp_path, byte_tokenizer, monkeypatch) -> None:
+    provoke = PROVOKED[heading]
+    given = {"tmp_path": tmp_path, "byte_tokenizer": byte_tokenizer, "monkeypatch": monkeypatch}
     wanted = {name: given[name] for name in inspect.signature(provoke).parameters}
     said = []
     with warnings.catch_warnings(record=True) as told:
