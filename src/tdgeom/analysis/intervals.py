@@ -48,9 +48,8 @@ def intervals(results: AnalysisResults | str | Path, *, level: float = 0.95) -> 
 
         >>> import torch, tdgeom as tg
         >>> model = torch.nn.Sequential(torch.nn.Linear(6, 6))
-        >>> batches = [{"x": torch.randn(200, 6)}]
-        >>> results = tg.analyze_model(model, batches, sites="module_output:0", in_keys=["x"], errors=True,
-        ...                            metrics="spectrum", progress=False)
+        >>> batches = [{"input": torch.randn(400, 6)}]
+        >>> results = tg.analyze_model(model, batches, sites="module_output:0", errors=True, metrics="spectrum", progress=False)
         >>> table = tg.intervals(results).set_index("metric")
         >>> bool(table.loc["d_pr", "low"] < table.loc["d_pr", "value"] < table.loc["d_pr", "high"])
         True

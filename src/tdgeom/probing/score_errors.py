@@ -43,9 +43,9 @@ def score_errors(
         document: (N,) whole numbers.
         groups: of documents.
 
-    >>> right = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
+    >>> right = (torch.arange(60) % 3 > 0).double()
     >>> accuracy = lambda kept: {"accuracy": right[kept].mean()}
-    >>> sorted(score_errors(accuracy, accuracy(right >= 0), torch.arange(6), groups=3))
+    >>> sorted(score_errors(accuracy, accuracy(right >= 0), torch.arange(60), groups=10))
     ['accuracy_se']
     """
     group = document_groups(document.long() << POSITION_BITS, groups)
