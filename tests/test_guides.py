@@ -34,6 +34,7 @@ def ran(page: str, **given) -> dict:
 GUIDES = {
     "models.md", "probes.md", "errors.md", "significance.md", "comparing.md", "contributing.md", "composition.md", "data.md",
     "index.md", "assistants.md", "store.md", "precision.md",
+    "scaling.md",
 }  # fmt: skip
 FOLDERS = ("howto", "coming_from", "measures")
 
@@ -51,7 +52,7 @@ def test_every_block_of_python_runs_and_asserts(page: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::tdgeom.UndefinedMeasureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("page", ["index.md", "assistants.md", "store.md", "precision.md"])
+@pytest.mark.parametrize("page", ["index.md", "assistants.md", "store.md", "precision.md", "scaling.md"])
 def test_pages_that_need_nothing_further(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
