@@ -15,6 +15,7 @@ from tdgeom.core.rank_failures import together
 __all__ = [
     "broadcast_number",
     "from_first_rank",
+    "from_rank",
     "gather_numbers",
     "gather_states",
     "gather_texts",
@@ -87,11 +88,16 @@ def gather_texts(text: str) -> list[str]:
 
 def from_first_rank(value: Any) -> Any:
     """What rank 0 has, on every rank; the others' own is not read. Collective."""
+    return from_rank(value, 0)
+
+
+def from_rank(value: Any, rank: int) -> Any:
+    """What a rank has, on every rank; the others' own is not read. Collective."""
     if rank_and_world()[1] == 1:
         return value
     held = [value]
-    with together("what rank 0 has"):
-        dist.broadcast_object_list(held, src=0, device=_wire())
+    with together(f"what rank {rank} has"):
+        dist.broadcast_object_list(held, src=rank, device=_wire())
     return held[0]
 
 

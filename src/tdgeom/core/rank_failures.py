@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 
-__all__ = ["RankFailed", "check_ranks", "fail_together", "together", "watched"]
+__all__ = ["RankFailed", "check_ranks", "fail_together", "forward_together", "together", "watched"]
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -114,6 +114,33 @@ def together(place: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def forward_together(groups: Sequence[Any]) -> Iterator[None]:
+    """A pass of a model that ranks run together, over these process groups.
+
+    Who fails inside leaves the others waiting in a collective of the model's: once they have been told and have not come out of
+    it, the groups are destroyed on this rank, which breaks their connections. They raise :class:`RankFailed`.
+    """
+    try:
+        yield
+    except BaseException as error:
+        watch = _current
+        if watch is not None and groups:
+            if _is_broken_connection(error):
+                watch.explain(error)
+            elif watch.failure is None:
+                watch.held = groups
+        raise
+
+
+def _is_broken_connection(error: BaseException) -> bool:
+    """Whether a backend says that another rank does not answer."""
+    if isinstance(error, dist.DistError):
+        return True
+    words = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out waiting")
+    return type(error) is RuntimeError and any(word in str(error) for word in words)
+
+
 def check_ranks() -> None:
     """Raise :class:`RankFailed` where another rank is known to have failed; costs a look at a flag of this process."""
     if _current is not None:
@@ -131,14 +158,16 @@ def _store() -> Any:
 class _Watch:
     """One piece of work that ranks do together: its flag, its heartbeat and its meetings.
 
-    In the store: ``who/r`` the process of rank r, ``beat/r`` its heartbeat, ``failed`` the flag, ``heard`` and ``left`` how many
-    ranks know of it and have left, ``n/here/place`` how many have come to meeting n, and ``n/all`` once all have.
+    In the store: ``who/r`` the process of rank r, ``beat/r`` its heartbeat, ``failed`` the flag, ``heard``, ``out`` and ``left``
+    how many ranks know of it, have ended by it, and have ended without it, ``n/here/place`` how many have come to meeting n,
+    and ``n/all`` once all have.
     """
 
     def __init__(self, work: str, store: Any) -> None:
         self.work, self.store = work, store
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.failure: RankFailed | None = None
+        self.held: Sequence[Any] = ()  # process groups in which others may wait for this rank
         self._meetings, self._began = 0, time.monotonic()
         self._awaited = self.world  # ranks that will hear of a failure
         self._heard, self._lock, self._stop = False, Lock(), Event()
@@ -173,7 +202,7 @@ class _Watch:
                 time.sleep(pause)
                 pause = min((time.monotonic() - begin) / 10, _PERIOD)
 
-    def explain(self, error: RuntimeError) -> None:
+    def explain(self, error: BaseException) -> None:
         """Raise what lies behind a collective that broke: a rank that is gone is missed a little later."""
         end = time.monotonic() + _PERIOD * _BEAT * (_LOST + 2)
         while self.failure is None and self._thread.is_alive() and time.monotonic() < end:
@@ -188,9 +217,15 @@ class _Watch:
             if not isinstance(error, RankFailed):
                 self._raise_flag(self.store, self.rank, f"failed: {type(error).__name__}: {error}"[:_LONGEST])
             self._note_heard(self.store)
+            self.store.add("out", 1)
             waits = self.rank == 0 or not isinstance(error, RankFailed)
             while waits and self.store.add("heard", 0) < self._awaited and time.monotonic() < end:
                 time.sleep(0.02)
+            while self.held and self.store.add("out", 0) < self.world and time.monotonic() < end:
+                time.sleep(0.02)
+            if self.held and self.store.add("out", 0) < self.world:
+                for group in self.held:
+                    dist.destroy_process_group(group)
 
     def leave(self) -> None:
         """End the heartbeat; rank 0, whose process may hold the store, goes last."""

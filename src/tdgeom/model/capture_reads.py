@@ -19,6 +19,7 @@ from tdgeom.model.calls.reading import Reading
 from tdgeom.model.calls.recorded_calls import LastRecord, write_entries
 from tdgeom.model.calls.token_axis import is_time_first
 from tdgeom.model.sites import Site, token_side
+from tdgeom.model.structure import distributed_tensors
 from tdgeom.model.structure.resolved_site import ResolvedSite
 
 
@@ -90,7 +91,8 @@ class CaptureReads(HookingContext):
             # a part that is called instead of the model (an encoder) need not have all of them
             named = read_named_outputs(output, [name]) if whole or has_named_output(output, name) else {}
             for value in named.values():
-                values[key] = self._kept(value).clone() if self.clone else self._kept(value)
+                value = self._kept(distributed_tensors.whole(value))
+                values[key] = value.clone() if self.clone else value
         return values
 
     def _refuse_missing(self, read: Iterable[str], fired: Mapping[Place, int] | None = None) -> None:

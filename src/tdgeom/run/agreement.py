@@ -12,6 +12,7 @@ from tdgeom.core.process_groups import gather_texts, rank_and_world
 from tdgeom.core.stage_settings import differences
 from tdgeom.files.json_text import canonical_json
 from tdgeom.rows.split_loaders import SplitLoader
+from tdgeom.run.batch_readers import Readers
 
 __all__ = ["Beginning", "Division", "compare_ends", "compare_runs", "divide"]
 
@@ -75,8 +76,10 @@ def compare_runs(record: Callable[[], Mapping[str, Any]], what: str = "") -> Non
     )
 
 
-def divide(own: Beginning) -> Division:
+def divide(own: Beginning, readers: Readers) -> Division:
     """Whether all ranks have one loader or each a part, or an error on all of them. Collective.
+
+    Ranks that hold parts of one model's layers count as one, and must have been given the same.
 
     Raises:
         ValueError: parts that do not fit together, loaders that begin differently without saying why, settings that differ.
@@ -85,6 +88,8 @@ def divide(own: Beginning) -> Division:
     if world == 1:
         return Division(split=bool(own.sharded))
     every = [json.loads(text) for text in gather_texts(json.dumps(own.record()))]
+    every = readers.of_leaders(every, ["first", "ids", "sharded", "found", "placed"])
+    world = len(every)
     told = [one["sharded"] for one in every]
     if any(one != told[0] for one in told):
         raise ValueError(f"run: the ranks were given different sharded=: {told}. Give all of them the same.")
@@ -95,6 +100,8 @@ def divide(own: Beginning) -> Division:
     alike = len(set(firsts)) == 1
     ids = [one["ids"] for one in every if one["first"]]
     has_ids = bool(ids) and all(one is not None for one in ids)
+    if world == 1:
+        return Division(split=bool(told[0]))
     if told[0]:
         if alike and firsts[0] and not has_ids:
             raise ValueError(
@@ -122,12 +129,16 @@ def divide(own: Beginning) -> Division:
     )
 
 
-def compare_ends(batches: int, data: str, record: Callable[[], Mapping[str, Any]], *, split: bool) -> None:
+def compare_ends(
+    batches: int, data: str, record: Callable[[], Mapping[str, Any]], *, split: bool, readers: Readers
+) -> None:
     """Raise on all ranks where one loader gave them different batches, or a model changed on one of them. Collective."""
     world = rank_and_world()[1]
     if world == 1:
         return
-    every = [json.loads(text) for text in gather_texts(json.dumps([batches, data]))]
+    told = [json.loads(text) for text in gather_texts(json.dumps({"batches": batches, "data": data}))]
+    readers.of_leaders(told, ["batches", "data"] if split else [])
+    every = [(one["batches"], one["data"]) for one in told]
     counts = [count for count, _ in every]
     if not split and len(set(counts)) > 1:
         raise ValueError(

@@ -20,6 +20,7 @@ from tdgeom.core.words import words_of
 from tdgeom.files.json_text import canonical_json, plain
 from tdgeom.files.shard_writing import bytes_of
 from tdgeom.model.loading import config_summary
+from tdgeom.model.structure.distributed_tensors import whole
 from tdgeom.numerics.on_host import leading, read_together
 from tdgeom.run.plan import Plan
 
@@ -57,9 +58,8 @@ def _sha256(tensors: Mapping[Any, Tensor], read: Callable[[Tensor], bytes | memo
 
 def _sampled(value: Tensor) -> bytes | memoryview:
     """The bytes of values evenly spaced in a tensor, without a copy of the whole."""
-    if hasattr(value, "placements"):  # a part of it lies on every rank
-        return b""
     try:
+        value = whole(value)  # of parts on several ranks, all of them: each parameter is gathered by itself
         bits = (
             value.detach().view(torch.uint8) if value.element_size() == 1 else value.detach()
         )  # float8 has no indexing

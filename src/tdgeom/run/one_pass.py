@@ -11,20 +11,23 @@ from itertools import chain, islice
 from typing import Any
 
 import numpy as np
+import torch
 from tensordict import TensorDict
 from torch import Tensor
 from tqdm import tqdm
 
 from tdgeom.core.keys import Key
 from tdgeom.core.process_groups import rank_and_world
-from tdgeom.core.rank_failures import check_ranks
+from tdgeom.core.rank_failures import check_ranks, forward_together
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.words import put
+from tdgeom.model.calls.shared_model import SharedModel
 from tdgeom.numerics.on_host import on_host, read_together
 from tdgeom.rows.batches import batch_length, iterate
 from tdgeom.rows.data_sources import DataSource
 from tdgeom.rows.split_loaders import find_split
 from tdgeom.run.agreement import Beginning, Division, compare_ends, compare_runs, divide
+from tdgeom.run.batch_readers import Readers
 from tdgeom.run.batch_stages import BatchStages
 from tdgeom.run.checkpoint import Checkpoint
 from tdgeom.run.finite_rows import FiniteRows
@@ -57,6 +60,7 @@ class OnePass:
         sharded: bool | None = None,
         agree: Mapping[str, Any] | None = None,
         shard: tuple[int, int] | None = None,
+        shared: SharedModel | None = None,
     ) -> None:
         self.plan, self.batch_stages = plan, batch_stages
         self.max_rows, self.sharded = max_rows, sharded
@@ -65,13 +69,17 @@ class OnePass:
         self.met: SequencesMet | None = None  # where a state file will tell of them
         self.first_hash: str | None = None  # of the loader's first batch, where parts must have the same
         self.blocks = {ids: GatheredRows(block_rows) for ids in batch_stages.keys}
-        self.readers = {
+        self.units_of = {
             ids: [unit for unit in plan.stream if set(unit.in_keys) <= set(keys)]
             for ids, keys in batch_stages.keys.items()
         }
         if len(self.blocks) > 1 and (max_rows is not None or sharded):
             self._refuse_selections()
         self.rank, self.world = rank_and_world()
+        self.readers = Readers(shared)
+        self.spare: TensorDict | None = (
+            None  # what a rank without a batch runs, where others cannot run without it
+        )
         self.division = Division(split=bool(sharded))
         self.once = False  # sequences bring ids, each of which counts once
         self.dealt: int | None = (
@@ -121,21 +129,32 @@ class OnePass:
             given += len(hashes)
             index, td = own or (-1, None)
             units = self._units(td)
-            new, over = self.shares.announce(len(hashes), units.ids)
+            new, over = self.shares.announce(len(hashes), units.ids if self.readers.leads else [])
             if over:
                 self._refuse_shorter(given)
                 break
-            rows = None if td is None else self._rows_of(td, units, new)
+            rows = None if td is None or not self.readers.leads else self._rows_of(td, units, new)
+            if rows is None:
+                self._run_along(td)
             self._hand_on(rows, units, index, bar)
             for number, found in enumerate(hashes):
-                if self.division.split or self.shares.reached[number % self.world]:
+                if (
+                    self.division.split
+                    or self.shares.reached[self.readers.leaders[number % self.readers.count]]
+                ):
                     self.data.update(found)
             if td is not None and not self.shares.spent:
                 self._keep_place(given)
         if self.shares.spent:
             self.stopped = "max_rows"
         self.flush()
-        compare_ends(given, self.data.hexdigest(), self._identity, split=self.division.split)
+        compare_ends(
+            given,
+            self.data.hexdigest(),
+            self._identity,
+            split=self.division.split,
+            readers=self.readers,
+        )
         if self.first_batch is not None:
             self._write_place(given, self.stopped)
 
@@ -145,7 +164,7 @@ class OnePass:
         found = find_split(dataloader) if self.world > 1 else None
         apart = self.world > 1 and (found is not None or bool(self.sharded))
         if source is not None:  # documents are numbered where they are read
-            source.part = (self.rank, self.world) if apart else (0, 1)
+            source.part = (self.readers.place, self.readers.count) if apart else (0, 1)
         if self.shard is not None:
             return self._own_shard(dataloader, source, self.shard)
         batches = iterate(dataloader)
@@ -164,12 +183,14 @@ class OnePass:
                 sharded=self.sharded,
                 found=found,
                 placed=fits and not made,
-            )
+            ),
+            self.readers,
         )
+        self.spare = self.readers.spare(td)
         if divided.split and len(self.blocks) > 1:
             self._refuse_selections()
         if divided.split and self.world > 1:
-            self.batch_stages.part = (self.rank, self.world)
+            self.batch_stages.part = (self.readers.place, self.readers.count)
         self.once = divided.split and ids is not None
         if found is not None:
             self.batch_stages.places = found if divided.placed else None
@@ -187,6 +208,7 @@ class OnePass:
             max_rows=self.max_rows,
             found_by_ids=divided.by_ids,
             placed=divided.placed,
+            always=self.readers.in_step,
         )
         return enumerate(chain(first, batches))
 
@@ -213,7 +235,7 @@ class OnePass:
     def _load(self, batches: Iterator[tuple[int, Any]]) -> tuple[tuple[int, TensorDict] | None, list[bytes]]:
         """(this rank's batch of the next round and its number, the hashes of the batches that came: of one loader all ranks')."""
         own, hashes = None, []
-        for place in range(1 if self.division.split else self.world):
+        for place in range(1 if self.division.split else self.readers.count):
             with self.timed("load"):
                 index, batch = next(batches, (-1, None))
                 if index < 0:
@@ -225,7 +247,8 @@ class OnePass:
             hashes.append(self._hash(td))
             if not self.division.split:
                 self.batch_stages.number(td)
-            if self.division.split or place == self.rank:
+            self.spare = td.copy()
+            if self.division.split or place == self.readers.place:
                 own = index, td
         return own, hashes
 
@@ -282,7 +305,7 @@ class OnePass:
 
     def _rows_of(self, td: TensorDict, units: Units, new: np.ndarray) -> OwnRows:
         """Run a batch; its rows, without those of the units that are not ``new``."""
-        with self.timed("batch"):
+        with self.timed("batch"), forward_together(self.readers.waits):
             rows, count = self.batch_stages.rows(td)
         read = self.batch_stages.tokens_and_padding(td)
         main = self.batch_stages.main
@@ -295,6 +318,18 @@ class OnePass:
             keep &= first_of_each(on_host(rows[main][main]).numpy())
         self.counts["repeated_rows"] += int((~keep).sum())
         return OwnRows(rows, unit, np.bincount(unit, minlength=len(units.ids)), read).kept(main, keep)
+
+    def _run_along(self, td: TensorDict | None) -> None:
+        """A forward whose rows count elsewhere, or not at all: for ranks that could not run theirs without it."""
+        if td is None and not self.readers.collective:
+            return
+        td = self.spare if td is None else td
+        assert td is not None  # some rank had a batch, which all got
+        td = self.batch_stages.td(td.copy())
+        if td.get("sequence_id", None) is None:
+            td.set("sequence_id", torch.arange(batch_length(td), device="cpu"))
+        with self.timed("batch"), forward_together(self.readers.waits):
+            self.batch_stages.rows(td)
 
     def _hand_on(self, own: OwnRows | None, units: Units, index: int, bar: tqdm | None = None) -> None:
         """A round's rows to the blocks, as many of them as the limit leaves. Collective where there is one."""
@@ -340,7 +375,7 @@ class OnePass:
                 td = TensorDict({}, batch_size=[])
                 for key, value in block.items():
                     put(td, key, value)
-                for unit in self.readers[ids]:
+                for unit in self.units_of[ids]:
                     unit.update(td)
 
     # ------------------------------------------------------------------------------------------------ resuming

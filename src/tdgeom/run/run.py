@@ -24,6 +24,7 @@ from tdgeom.core.process_groups import (
 from tdgeom.core.rank_failures import fail_together
 from tdgeom.core.renamed import stage_of
 from tdgeom.core.warnings import gathered, tell
+from tdgeom.model.calls.shared_model import sharing_of
 from tdgeom.rows.data_sources import as_loader
 from tdgeom.run.batch_stages import BatchStages, models_of
 from tdgeom.run.checkpoint import Checkpoint
@@ -171,6 +172,7 @@ def run(
             "nonfinite": nonfinite,
             "in_keys": in_keys and ["/".join(key_tuple(key)) for key in in_keys],
         },
+        shared=sharing_of(models_of(plan)),
     )
     read = None if inputs is None else tensors_sha256(inputs)
     settings = {"max_rows": max_rows, "block_rows": block_rows, "nonfinite": nonfinite, "inputs": read}

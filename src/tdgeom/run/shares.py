@@ -20,6 +20,7 @@ class Shares:
         max_rows: rows over all ranks.
         found_by_ids: nobody said that the loader is split, the ids of the first batches did.
         placed: what ``budget`` is told of the order is known to be that of the whole.
+        always: ranks meet in every round, also where nothing is to be said: they run the model together.
 
     Attributes: ``claimed``, rows of all ranks so far, where a limit counts them; ``reached``, by rank, whether the limit left
     room for the batch of the last round.
@@ -33,9 +34,10 @@ class Shares:
         max_rows: int | None = None,
         found_by_ids: bool = False,
         placed: bool = False,
+        always: bool = False,
     ) -> None:
         self.rank, self.world = rank_and_world()
-        self.placed = placed
+        self.placed, self.always = placed, always
         self.split, self.max_rows, self.found_by_ids = split, max_rows, found_by_ids
         self.seen = SeenIds() if once else None
         self.claimed = self.repeated = 0
@@ -58,7 +60,7 @@ class Shares:
             ValueError: on all ranks: one loader of several gave more than another; sequences of a loader that only its ids say
                 is split come on several ranks.
         """
-        if self.world == 1 or not (self.split or self.max_rows is not None):
+        if self.world == 1 or not (self.split or self.always or self.max_rows is not None):
             return self._new([ids])[0], not came
         every = gather_numbers([came, *ids])
         counts, announced = [one[0] for one in every], [one[1:] for one in every]

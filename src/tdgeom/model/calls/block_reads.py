@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from tdgeom.model.calls.attention_kernel import watch_softmax
 from tdgeom.model.calls.quiet import replaced_forwards
 from tdgeom.model.calls.router_kernel import router_look
+from tdgeom.model.structure.distributed_tensors import whole
 from tdgeom.model.structure.parts import join
 from tdgeom.model.structure.readers import read_input, read_output
 from tdgeom.model.structure.resolved_site import ResolvedSite
@@ -70,12 +71,12 @@ class BlockReads:
 
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if path not in self.takes and (value := _quietly(read_input, args, kwargs)) is not None:
-                self.takes[path] = value.detach().clone()
+                self.takes[path] = whole(value).detach().clone()
                 self._keep(inputs, args, kwargs, None)
 
         def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             if path not in self.gives and (value := _quietly(read_output, args, kwargs, output)) is not None:
-                self.gives[path] = value.detach().clone()
+                self.gives[path] = whole(value).detach().clone()
                 self._keep(outputs, args, kwargs, output)
 
         for handle in (

@@ -11,6 +11,7 @@ from torch import nn
 
 from tdgeom.model.calls.bound_model import may_stop
 from tdgeom.model.calls.own_hooks import CHANGING, OwnId
+from tdgeom.model.calls.shared_model import has_parts
 
 _NAMES = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -34,10 +35,11 @@ def replaced_forwards(forwards: Mapping[nn.Module, Any]) -> Iterator[None]:
 def without_hooks(model: nn.Module) -> Iterator[None]:
     """No hook fires inside: contexts around the caller neither read nor edit what the lens computes.
 
-    Where weights are loaded or gathered by hooks (offloading, sharding), only those of our contexts are silent.
+    Where hooks load or gather weights (offloading, sharding) or carry tensors between ranks (tensor parallel), only those of
+    our contexts are silent.
     """
     modules = list(model.modules())
-    foreign = may_stop(modules)
+    foreign = may_stop(modules) and not has_parts(model)
     with CHANGING:
         kept = [(m, n, hooks) for m in modules for n in _NAMES if (hooks := getattr(m, n))]
         try:

@@ -72,6 +72,7 @@ class Reading(Listening):
         plain = (
             plain and not (self.backward or self.clone or self.callback) and self.which in (None, "first", 0)
         )
+        plain = plain and (self.parts is None or not self.parts.groups)
         if not plain or entry.site.kind in ADDED_KINDS:
             super().on_output(place, module)
             return
@@ -87,7 +88,7 @@ class Reading(Listening):
             step is None
             or get_ident() != self.owner
             or self.disabled
-            or not isinstance(output, Tensor)
+            or type(output) is not Tensor  # a DTensor is gathered first
             or place in step.fired
             or (inner and output.ndim == 2)
         ):
@@ -141,6 +142,7 @@ class Reading(Listening):
         return changed
 
     def _keep(self, step: Pass, entry: ResolvedSite, args: tuple, kwargs: dict, output: Any) -> None:
+        self.refuse_part(entry, args, kwargs, output)
         value = entry.read(args, kwargs, output)
         if value is None:
             seen = type(output).__name__ if entry.side == "output" else [type(a).__name__ for a in args]

@@ -22,6 +22,7 @@ from tdgeom.model.calls.attention_kernel import (
 from tdgeom.model.calls.call_info import CallInfo, hear
 from tdgeom.model.calls.call_paths import is_inside
 from tdgeom.model.calls.checkpointing import runs_again
+from tdgeom.model.calls.local_parts import LocalParts
 from tdgeom.model.calls.own_hooks import (
     CHANGING,
     Hung,
@@ -35,6 +36,7 @@ from tdgeom.model.calls.own_hooks import (
 )
 from tdgeom.model.calls.places import Place, Places
 from tdgeom.model.calls.router_kernel import router_look
+from tdgeom.model.calls.shared_model import in_several_ranks
 from tdgeom.model.structure.readers import read_input
 from tdgeom.model.structure.resolved_site import ResolvedSite
 
@@ -74,6 +76,7 @@ class SiteHooks:
 
     def __init__(self, places: Places, *, threads: str = "all") -> None:
         self.places, self.threads = places, threads
+        self.parts = LocalParts(places.model) if in_several_ranks() else None
         self.hooks: list[OwnHook] = []
         self.hung: list[Hung] = []
         self.hooked: list[nn.Module] = []  # where these hooks hang
@@ -85,6 +88,11 @@ class SiteHooks:
             tuple[int, str], CallInfo
         ] = {}  # by thread and path: what earlier, cached steps were given
         self.foreign = 0  # calls of threads that are left alone
+
+    def refuse_part(self, entry: ResolvedSite, args: tuple, kwargs: dict, output: Any) -> None:
+        """Raise where a site's tensor is one rank's part of it."""
+        if self.parts is not None and self.parts.groups:
+            self.parts.refuse(entry, entry.held(args, kwargs, output))
 
     def visit(self, place: Place, args: tuple, kwargs: dict, output: Any) -> Any:
         """What goes on instead: ``(args, kwargs)`` at an input, else an output; ``None`` for what came."""

@@ -24,6 +24,7 @@ from tdgeom.model.calls.site_hooks import SiteHooks, Step
 from tdgeom.model.calls.token_axis import is_time_first
 from tdgeom.model.edits.edit import Edit
 from tdgeom.model.sites import is_pattern, token_side
+from tdgeom.model.structure.distributed_tensors import parted_like
 from tdgeom.model.structure.readers import read_output, write_output
 from tdgeom.model.structure.resolved_site import ResolvedSite
 
@@ -218,13 +219,14 @@ class Editing(SiteHooks):
         if value is None or not changes:
             return output
         for change in changes:
-            value = value + change.reshape(value.shape)  # a part of the block may work on flattened tokens
+            # a part of the block may work on flattened tokens
+            value = value + parted_like(change.reshape(value.shape), value)
         return write_output(args, {}, output, value)
 
     def _on_behind(self, index: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         step = self.step()
         for change in [] if step is None else step.past_module.pop(index, []):
-            output = output + change.to(output)
+            output = output + parted_like(change.to(output.dtype).to(output.device), output)
         return output
 
     def visit(self, place: Place, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -251,7 +253,8 @@ class Editing(SiteHooks):
             entry = planned.entry
             if calls > 1 and entry.call != count:
                 continue
-            plain = entry.is_whole and isinstance(output, Tensor)
+            self.refuse_part(entry, args, kwargs, output)
+            plain = entry.is_whole and type(output) is Tensor
             before = output if plain else entry.read(args, kwargs, output)
             if before is None:
                 raise RuntimeError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tdgeom.model.sites import PATTERN_KINDS, Site
 from tdgeom.model.structure import readers
+from tdgeom.model.structure.distributed_tensors import parted_like, whole
 from tdgeom.model.structure.views import HeadOutput, View, take_heads
 
 # Which of the two outputs in a block the residual stream receives: what else transforms them is worth an
@@ -82,6 +83,11 @@ class ResolvedSite:
 
     def raw(self, args: tuple, kwargs: dict, output: object = None) -> Tensor | None:
         """The module's own tensor that holds the site, before scale and heads."""
+        value = self.held(args, kwargs, output)
+        return None if value is None else whole(value)
+
+    def held(self, args: tuple, kwargs: dict, output: object = None) -> Tensor | None:
+        """The same as the module has it: of a DTensor, this rank's part."""
         if self.in_softmax or self.in_router:
             return output if isinstance(output, Tensor) else None
         reader = readers.read_input if self.side == "input" else readers.read_output
@@ -112,6 +118,8 @@ class ResolvedSite:
                 index = torch.tensor(self.heads, device=value.device)
                 value = whole.index_copy(self.head_axis or 0, index, value)
             value = self.view.write(raw, value)
+        if (held := self.held(args, kwargs, output)) is not None:
+            value = parted_like(value, held)
         if self.in_softmax or self.in_router:
             return value
         writer = readers.write_input if self.side == "input" else readers.write_output
