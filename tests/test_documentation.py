@@ -66,6 +66,8 @@ def without_looks(text: str) -> str:
         ("a <= b", "a≤b"),
         ("(S + αI)⁻¹Wh₂", "msup((S+αI)−1)Wmsub(h2)"),
         ("mean of Rows", "meanofRows"),
+        ("mean_i a / b", "munder(meani)mfrac(ab)"),
+        ("Σ a / Σ b", "mfrac(∑a∑b)"),
     ],
 )
 def test_formulas_are_set_as_they_read(plain, set_):
@@ -99,6 +101,15 @@ def test_every_formula_of_a_docstring_can_be_set():
         for label, formula, said in plain_formula.entries(lines):
             assert plain_formula.formula_xml(formula), (name, label)
             assert plain_formula.prose(said) or not said
+
+
+def test_names_stand_before_the_formula_and_variables_in_it():
+    lines = ["d_pr = a/b; said", "d_i = c", "kl = p - q;", "    further"]
+    assert plain_formula.entries(lines) == [
+        ("d_pr", "= a/b", "said"),
+        ("", "d_i = c", ""),
+        ("kl", "= p - q", "further"),
+    ]
 
 
 def test_the_prose_of_a_formula_is_text_and_no_markup():

@@ -102,6 +102,12 @@ def reached(points: list[list[float]], truth: float, within: float) -> str:
     return f"{int(after[0]):,}" if after else f"more than {int(points[-1][0]):,}"
 
 
+def unsettled(points: list[list[float]]) -> bool:
+    """Whether the last doubling of rows still moved the mean by more than 2 %, and beyond the spread of the data sets."""
+    (_, before, *_), (_, last, low, high) = points[-2:]
+    return abs(last - before) > 0.02 * abs(last) and not low <= before <= high
+
+
 def rows(name: str) -> str:
     """A chart and a table of one curve."""
     curves = measured()["rows"][name]
@@ -115,6 +121,9 @@ def rows(name: str) -> str:
     table = ["| | truth | within 10 % from rows | within 2 % from rows |", "|---|---|---|---|"]
     for key, one in curves.items():
         truth = shown(one["truth"]) + ("" if one["exact"] else f", at {int(one['points'][-1][0]):,} rows")
+        if not one["exact"] and unsettled(one["points"]):
+            table.append(f"| `{key}` | {truth} | has not settled | |")
+            continue
         table.append(
             f"| `{key}` | {truth} | {reached(one['points'], one['truth'], 0.1)} | {reached(one['points'], one['truth'], 0.02)} |"
         )

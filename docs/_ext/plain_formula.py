@@ -192,7 +192,9 @@ def scripted(base: Item, token: Token, rest: list[Token]) -> Item:
         made = f"<msubsup>{body}{low}{high}</msubsup>"
     else:
         made = f"<msub>{body}{low}</msub>" if below else f"<msup>{body}{high}</msup>"
-    return Item(made + gap, base.spaced)
+    # a mean over i is of the whole fraction behind it, while a sum may be its numerator
+    kind = "operator" if name in UNDER and name not in LARGE and below else "atom"
+    return Item(made + gap, base.spaced, kind)
 
 
 def small(text: str) -> str:
@@ -268,7 +270,7 @@ def entries(lines: list[str]) -> list[tuple[str, str, str]]:
     found = []
     for line in joined:
         formula, _, said = line.partition("; ")
-        named = re.fullmatch(r"([a-z]\w+(?:, [a-z]\w+)*) = (.+)", formula)
+        named = re.fullmatch(r"(?!\w_\w )([a-z]\w+(?:, [a-z]\w+)*) = (.+)", formula)  # d_i is no name
         name, formula = (named[1], f"= {named[2]}") if named and named[1] not in WORDS else ("", formula)
         found.append((name, formula, said))
     return found
