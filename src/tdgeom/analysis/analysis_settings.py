@@ -64,7 +64,7 @@ class AnalysisSettings(Settings):
             where.
         max_rows, sample_size, select, seed: of which rows. novelty_k, neighbors: how many directions and neighbours.
         errors: whether measures get standard errors, or over how many groups of documents.
-        convergence: also on nested prefixes of the sample.
+        convergence: also on nested prefixes of the sample. significance: every measure of two sites beside its null.
 
     Attributes: ``families``, the families among the metrics; ``stages``, the named measures and the stages of one's own.
 
@@ -82,6 +82,7 @@ class AnalysisSettings(Settings):
     neighbors: bool | int | None = False
     errors: bool | int = False
     convergence: bool = False
+    significance: bool = False
 
     families: tuple[str, ...] = field(init=False)
     stages: tuple[TensorDictModuleBase, ...] = field(init=False)
@@ -127,6 +128,7 @@ class AnalysisSettings(Settings):
             "neighbors": self.neighbors,
             "errors": error_record(self.errors),
             "convergence": self.convergence,
+            "significance": self.significance,
             "ablation_variants": list(NormalizationAblation().variants) if self.diagnostics else [],
             **super().record(),
         }
@@ -140,6 +142,7 @@ class ComparisonSettings(Settings):
     align: str
     sketch: int | None = None
     errors: bool | int = False
+    significance: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "errors", error_groups(self.errors, "compare"))
@@ -149,6 +152,7 @@ class ComparisonSettings(Settings):
         return {
             "metrics": [stage_record(stage) for stage in self.stages],
             "sketch": self.sketch,
+            "significance": self.significance,
             "errors": error_record(int(self.errors)),
             **super().record(),
         }

@@ -94,7 +94,7 @@ def settings_of(about: Mapping[str, Any], given: AnalysisSettings | None) -> Ana
 
 _SAME_BY_NAME = (
     *("layers", "calls", "max_rows", "sample_size", "seed", "select"),
-    *("output_router_logits", "novelty_k", "neighbors", "errors", "convergence"),
+    *("output_router_logits", "novelty_k", "neighbors", "errors", "convergence", "significance"),
 )
 
 

@@ -80,6 +80,7 @@ def analyze_model(
     verify: bool = False,
     calls: CallsSpec = None,
     convergence: bool = False,
+    significance: bool = False,
 ) -> AnalysisResults | None:
     """Measure the representation geometry of a model over a dataloader.
 
@@ -132,6 +133,9 @@ def analyze_model(
             Default: such a module is an error.
         convergence: measure the sample's metrics on N, N/2, N/4, ... of its rows too: the column ``converged`` says whether all
             have settled, ``tg.convergence(results)`` gives the curves and ``tg.rows_needed(results, metric)`` an extrapolation.
+        significance: every measure of two sites beside what it is by chance, documents of one side moved: ``<measure>_z``,
+            ``_p``, ``_calibrated`` (0 by chance, 1 for the same) and ``_p_adjusted``, for the best of all pairs. Linear CKA's
+            stand there always. All are of the sample's first 512 rows; see docs/significance.md for what each costs.
 
     Returns:
         AnalysisResults. Every site has a ``layer``: the final norm stands behind the last block, see ``to_frame``. Column
@@ -168,6 +172,7 @@ def analyze_model(
         neighbors=neighbors,
         errors=errors,
         convergence=convergence,
+        significance=significance,
     )
     if tokenizer is None and isinstance(model_name, str) and model is None and holds_texts(dataloader):
         tokenizer = model_name

@@ -16,6 +16,7 @@ from tdgeom.analysis.analysis_settings import MAX_ROWS, ComparisonSettings, sele
 from tdgeom.analysis.comparison import Comparison
 from tdgeom.analysis.error_stages import ErrorStages
 from tdgeom.analysis.metadata import model_record, run_record
+from tdgeom.analysis.null_stages import null_stages, with_joint_p
 from tdgeom.analysis.result_tables import errors_beside
 from tdgeom.analysis.seed_names import also_called
 from tdgeom.core.for_each import ForEach
@@ -83,6 +84,7 @@ def compare(
     progress: bool | None = True,
     seed: int = 0,
     calls: CallsSpec = None,
+    significance: bool = False,
 ) -> Comparison | None:
     """Compare every layer of one model with every layer of another, over the same data in one pass.
 
@@ -115,6 +117,8 @@ def compare(
         seed: of the sample and the sketch.
         calls: which call is compared of a module that runs several times in one pass, as ``Capture`` takes it: "first", "last"
             or a number from 0. Default: such a module is an error.
+        significance: every measure beside what it is by chance, as ``analyze_model`` takes it; linear CKA is always. The
+            p-value ``<measure>_p_adjusted`` is for the best of all pairs of layers.
 
     Returns:
         Comparison, on rank 0 of a process group (None elsewhere); ``tg.plot.matrix(comparison.novelty, measure)`` draws it.
@@ -151,6 +155,7 @@ def compare(
         sketch=sketch,
         errors=errors,
         calls=_one_call(calls),
+        significance=significance,
     )
     captures = [
         Capture(
@@ -184,6 +189,7 @@ def compare(
         )
     if result is None:
         return None
+    with_joint_p(result)
     compared = _comparison(result, nets, captures, names, settings)
     compared.metadata["warnings"] = told.texts()
     return compared
@@ -257,7 +263,8 @@ def _stages_behind(captures: Sequence[Capture], settings: ComparisonSettings) ->
     sites, pairs = [*sites_a, *sites_b], list(product(sites_a, sites_b))
     roots = {key_tuple(key)[0] for stage in settings.stages for key in stage.in_keys}
     errors = ErrorStages(int(settings.errors))
-    documents = settings.align == "rows" and bool(errors.groups)
+    nulls = null_stages(settings.stages, significance=settings.significance, seed=settings.seed)
+    documents = settings.align == "rows" and bool(errors.groups or nulls)
     behind: list[TensorDictModuleBase] = [
         SelectTokens(sites, documents=documents, **settings.select)
         if settings.align == "rows"
@@ -265,7 +272,7 @@ def _stages_behind(captures: Sequence[Capture], settings: ComparisonSettings) ->
     ]
     if "cross_moments" in roots:
         behind.append(StreamingCrossMoments(sites, pairs=pairs, sketch=settings.sketch, seed=settings.seed))
-    if roots & {"sample", "neighbors"} or errors.groups:
+    if roots & {"sample", "neighbors"} or errors.groups or nulls:
         also = ["document_id"] if documents else []
         behind.append(RowSample(sites, size=settings.sample_size, seed=settings.seed, also=also))
     if errors.groups:
@@ -274,7 +281,7 @@ def _stages_behind(captures: Sequence[Capture], settings: ComparisonSettings) ->
         k = max(int(getattr(stage, "k", 10)) for stage in settings.stages)
         behind.append(ForEach(NearestNeighbors(k), sites))
     whole = [one for stage in settings.stages for one in (errors.around(stage), *errors.beside(stage))]
-    ends = [ForEachPair(stage, sites, pairs=pairs) for stage in whole]
+    ends = [ForEachPair(stage, sites, pairs=pairs) for stage in (*whole, *nulls)]
     return [*behind, *ends, *errors.jackknives(ends)]
 
 

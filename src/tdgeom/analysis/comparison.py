@@ -11,6 +11,7 @@ import pandas as pd
 
 from tdgeom.analysis.results import AnalysisResults
 from tdgeom.core.visible_text import visible
+from tdgeom.measures.columns import is_error, of_chance
 from tdgeom.plot.matrices import matrix
 from tdgeom.plot.picture_files import one_picture, write_pictures
 
@@ -66,8 +67,8 @@ class Comparison(AnalysisResults):
 
     @property
     def measures(self) -> list[str]:
-        """The measures' names, without their standard errors."""
-        return [name for name in self._columns if not name.endswith(("_standard_error", "_se"))]
+        """The measures' names, without their standard errors and what they are by chance."""
+        return [name for name in self._columns if not is_error(name) and not of_chance(name)]
 
     @property
     def _columns(self) -> list[str]:

@@ -9,6 +9,7 @@ from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 
 from tdgeom.analysis.analysis_settings import AnalysisSettings
 from tdgeom.analysis.error_stages import ErrorStages
+from tdgeom.analysis.null_stages import null_stages
 from tdgeom.core.for_each import ForEach
 from tdgeom.core.for_each_pair import ForEachPair, pair_list
 from tdgeom.core.guessed_names import answer_guesses
@@ -90,6 +91,7 @@ def analysis_pipeline(
     also = [str(name) for name in settings.select.get("also", ())]
     errors = ErrorStages(int(settings.errors or 0))
     ends: list[TensorDictModuleBase] = []
+    similarities: list[PairStage] = []
     if settings.neighbors:
         ends.append(ForEach(NearestNeighbors(settings.neighbors), sites))
     if "spectrum" in settings.families:
@@ -102,11 +104,9 @@ def analysis_pipeline(
     if "novelty" in settings.families and pairs:
         asked = {key for stage in settings.stages if isinstance(stage, PairStage) for key in stage.out_keys}
         changes = (SubspaceNovelty(k=settings.novelty_k), LinearCKA(estimator="both"), LayerCosine())
-        ends += [
-            ForEachPair(errors.around(stage), sites, pairs=pairs)
-            for stage in changes
-            if not asked & set(stage.out_keys)
-        ]
+        changes = tuple(stage for stage in changes if not asked & set(stage.out_keys))
+        ends += [ForEachPair(errors.around(stage), sites, pairs=pairs) for stage in changes]
+        similarities += changes
     if settings.convergence:
         ends.append(ForEach(Convergence(_of_a_sample(settings)), sites))
     streams: list[TensorDictModuleBase] = []
@@ -116,14 +116,19 @@ def analysis_pipeline(
         elif isinstance(stage, PairStage):
             whole = [errors.around(stage), *errors.beside(stage)]
             ends += [ForEachPair(one, sites, pairs=pairs) for one in whole]
+            similarities.append(stage)
         else:
             streaming = isinstance(stage, StreamingStage)
             (streams if streaming else ends).append(ForEach(errors.around(stage), sites))
+    nulls = null_stages(similarities, significance=settings.significance, seed=settings.seed) if pairs else []
+    ends += [ForEachPair(stage, sites, pairs=pairs) for stage in nulls]
     needed = {key_tuple(key)[0] for end in ends for key in end.in_keys}
+    documents = capture is not None and bool(errors.groups or nulls)
     decompose: list[TensorDictModuleBase] = []
     if errors.groups:
         needed |= {"sample"}
         decompose.append(SampleGroups(groups=errors.groups))
+    if documents:
         also = [*also, *(["document_id"] if "document_id" not in also else [])]
     if needed & {"eigenvalues", "eigenvectors"}:
         spectrum = LeaveOutSpectrum if errors.groups else EigenSpectrum
@@ -142,7 +147,7 @@ def analysis_pipeline(
     ends += errors.jackknives([*streams, *ends])
     if capture is None:
         return TensorDictSequential(*streams, *decompose, *ends)
-    rows = SelectTokens([*sites, *routers], documents=bool(errors.groups), **settings.select)
+    rows = SelectTokens([*sites, *routers], documents=documents, **settings.select)
     return TensorDictSequential(capture, rows, *streams, *decompose, *ends)
 
 

@@ -16,6 +16,7 @@ from tdgeom.analysis.analysis_settings import AnalysisSettings
 from tdgeom.analysis.analysis_state import AnalysisState, Described
 from tdgeom.analysis.default_pipeline import HELD, analysis_pipeline
 from tdgeom.analysis.metadata import analysis_metadata, row_unit, with_run
+from tdgeom.analysis.null_stages import with_joint_p
 from tdgeom.analysis.result_tables import (
     Measured,
     ablation_rows,
@@ -105,6 +106,7 @@ class Passes:
         described: Described,
     ) -> None:
         """What one pass gave."""
+        with_joint_p(result)
         if settings.neighbors:
             self.neighbors[str(stack)] = _taken_out(result)
         sample = min(settings.sample_size, int(result["run", "rows"]))

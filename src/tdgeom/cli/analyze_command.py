@@ -17,6 +17,7 @@ from tdgeom.cli.options import (
     Layers,
     Metrics,
     Model,
+    Significance,
     Sites,
     console,
     layer_choice,
@@ -43,6 +44,13 @@ def analyze(
     metrics: Metrics = "default",
     diagnostics: Annotated[str | None, typer.Option(help="normalization_ablation", metavar="NAMES")] = None,
     errors: Errors = False,
+    significance: Significance = False,
+    convergence: Annotated[
+        bool,
+        typer.Option(
+            "--convergence", help="Measures of N, N/2, N/4, ... rows of the sample too: have they settled?"
+        ),
+    ] = False,
     save_mode: Annotated[str, typer.Option(help="bundle or csv (tables as CSV), or json.")] = "bundle",
     checkpoint: Annotated[
         Path | None,
@@ -82,6 +90,8 @@ def analyze(
             metrics=listed(metrics),
             diagnostics=listed(diagnostics) if diagnostics else None,
             errors=errors,
+            significance=significance,
+            convergence=convergence,
             layers=layer_choice(layers),
             sites=listed(sites),
             device=options.device_or_cuda(),

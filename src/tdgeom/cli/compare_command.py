@@ -14,6 +14,7 @@ from tdgeom.cli.options import (
     MAX_ROWS,
     Errors,
     Layers,
+    Significance,
     Sites,
     layer_choice,
     listed,
@@ -54,6 +55,7 @@ def compare(
     ] = "auto",
     max_rows: Annotated[int, typer.Option(min=4, help="Rows to compare.")] = MAX_ROWS,
     errors: Errors = False,
+    significance: Significance = False,
     sketch: Annotated[
         int | None,
         typer.Option(min=3, help="Random projections a site, for wide models. [exact moments]", metavar="K"),
@@ -93,6 +95,7 @@ def compare(
         max_rows=max_rows,
         sketch=sketch,
         errors=errors,
+        significance=significance,
         **batches,
         device=options.device_or_cuda(),
         seed=options.seed,

@@ -35,6 +35,13 @@ Sites = Annotated[
 Errors = Annotated[
     bool, typer.Option("--errors", help="A standard error beside every measure, over 20 groups of documents.")
 ]
+Significance = Annotated[
+    bool,
+    typer.Option(
+        "--significance",
+        help="Every measure of two layers beside what it is by chance: z, p, p for the best of all pairs, calibrated.",
+    ),
+]
 Metrics = Annotated[
     str,
     typer.Option(

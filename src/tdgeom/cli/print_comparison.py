@@ -8,6 +8,7 @@ from rich.text import Text
 
 from tdgeom.analysis.results import AnalysisResults
 from tdgeom.cli.terminal_tables import broken, cells_of, print_in_groups
+from tdgeom.measures.columns import is_error, of_chance
 from tdgeom.plot.pair_grids import pair_grid, short_names
 
 __all__: list[str] = []
@@ -23,7 +24,7 @@ def print_comparison(result: AnalysisResults, console: Console) -> None:
     measures = [
         name
         for name in result.novelty.select_dtypes("number")
-        if not name.startswith("layer_") and not name.endswith("_standard_error")
+        if not name.startswith("layer_") and not is_error(name) and not of_chance(name)
     ]
     ids = " and ".join(str(model["id"]) for model in data["models"].values())
     console.print(

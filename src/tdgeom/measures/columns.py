@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 __all__ = [
     "ESTIMATORS", "THEMES", "Column", "accompanies", "column_of", "error_column", "fixed_ends", "is_detail", "is_error",
+    "of_chance",
 ]  # fmt: skip
 
 THEMES = ("dimension", "concentration", "direction", "between", "router", "other")
@@ -168,10 +169,17 @@ BESIDE: dict[str, tuple[str, tuple[float | None, float | None] | str, str, str |
         "standard deviations",
     ),
     "_p": ("{}, p-value", (0, 1), "How often chance gives as much; below 0.05 is rare.", ""),
+    "_p_adjusted": (
+        "{}, p-value for the best of all pairs",
+        (0, 1),
+        "How often chance gives as much to any of the pairs; below 0.05 is rare.",
+        "",
+    ),
     "_calibrated": ("{}, calibrated", (None, None), "0 by chance, 1 for what cannot be more alike.", ""),
 }
 DETAILS = ("_bias", "_low", "_high", "_null_sd", "_null_rows")
-UNDRAWN = (*ERRORS, *DETAILS, "_null_mean", "_z")
+UNDRAWN = (*ERRORS, *DETAILS, "_null_mean", "_z", "_p_adjusted")
+CHANCE = ("_null_mean", "_null_sd", "_null_rows", "_z", "_p", "_p_adjusted", "_calibrated")
 
 
 def column_of(name: str) -> Column:
@@ -236,6 +244,15 @@ def accompanies(name: str, columns: Container[str]) -> bool:
     """
     stem, ending = _split(name)
     return is_error(name) or (ending in UNDRAWN and _among(stem, columns))
+
+
+def of_chance(name: str) -> bool:
+    """Whether a column says what a measure is by chance.
+
+    >>> of_chance("linear_cka_p"), of_chance("rsa_calibrated"), of_chance("linear_cka")
+    (True, True, False)
+    """
+    return _split(name)[1] in CHANCE
 
 
 def _among(stem: str, columns: Container[str]) -> bool:

@@ -42,7 +42,21 @@ def test_every_order_is_as_likely() -> None:
 
 
 @pytest.mark.parametrize(
-    "stage", [tg.LinearCKA(), tg.LinearCKA(estimator="debiased"), tg.Procrustes()], ids=str
+    "stage",
+    [
+        tg.LinearCKA(),
+        tg.LinearCKA(estimator="debiased"),
+        tg.Procrustes(),
+        tg.NeighborhoodOverlap(k=4),
+        tg.JaccardKNN(k=4),
+        tg.CKNNA(k=5),
+        tg.RBFCKA(),
+        tg.DistanceCorrelation(),
+        tg.RSA(),
+        tg.RSA(comparison="kendall_a"),
+        tg.RSA(comparison="pearson", memory=2000),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("width", [4, 60])
 def test_reordering_a_prepared_side_is_preparing_the_reordered_rows(stage: tg.PairStage, width: int) -> None:

@@ -290,6 +290,14 @@ class _TablePair(PairStage):
         warn_of_ties_beyond(beyond, given.shape[-1], name)
         return _Side(self.k, *_settled(index, weight, self.k), unknown)
 
+    def reordered(self, side: _Side, order: Tensor) -> _Side | None:
+        """A prepared side, its rows in another order (N,) int64; None where it must be prepared anew."""
+        if side.search is not None or side.classes is not None:
+            return None
+        place = torch.argsort(order)  # where a row has gone
+        weight = None if side.weight is None else side.weight[..., order, :]
+        return side._replace(near=place[side.near[..., order, :].long()].to(side.near.dtype), weight=weight)
+
     def compare(self, a: _Side, b: _Side) -> list[Tensor]:
         """The mean over rows, and on request its ceiling."""
         value, ceiling = _compared(a, b, self.measure, self.averaged[0])

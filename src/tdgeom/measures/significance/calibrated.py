@@ -10,11 +10,13 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key, Keys, key_tuple
 from tdgeom.core.pair_stage import PairStage
-from tdgeom.measures.significance.documents import document_shuffles, sequence_of
+from tdgeom.core.warnings import tell_few_rows
+from tdgeom.measures.significance.document_null import FEWEST
+from tdgeom.measures.significance.documents import document_shuffles, rows_alike, sequence_of
 from tdgeom.measures.similarity.pair_sources import MATCHED_ROWS
 from tdgeom.numerics.centring import check_matched, warn_undefined
 
-__all__ = ["Calibrated", "ShuffledNull", "joint_p_values", "shuffled_null"]
+__all__ = ["Calibrated", "ShuffledNull", "joint_p_values", "less_is_alike", "shuffled_null"]
 
 _BEST = {
     "procrustes": 0.0,
@@ -23,6 +25,11 @@ _BEST = {
     "information_imbalance_ba": 0.0,
 }
 _SAME = 1e-12  # values that differ by rounding count as equal, which makes a p-value larger
+
+
+def less_is_alike(measure: str) -> bool:
+    """Whether a measure is a distance: 0 for two sides that are the same."""
+    return _BEST.get(measure, 1.0) == 0.0
 
 
 class ShuffledNull(NamedTuple):
@@ -138,15 +145,17 @@ def joint_p_values(values: Tensor, draws: Tensor) -> Tensor:
 
 
 class _Prepared(NamedTuple):
+    """The rows; those that are judged with the stage's preparation of them, once documents are known."""
+
     rows: Tensor
-    side: Any
+    made: dict[str, tuple[Tensor, Any]]
 
 
 class Calibrated(PairStage):
     """A pair stage's values beside what they are by chance: see ``shuffled_null``.
 
     The stage's own values come out under their own names; each side is prepared once, and a stage that has
-    ``reordered(prepared, order)`` is not prepared again for a shuffle. All pairs share the shuffles, so that
+    ``reordered(prepared, order)`` (None: it cannot) is not prepared again for a shuffle. All pairs share the shuffles, so that
     ``joint_p_values`` can judge the best of many pairs.
 
     Args:
@@ -154,7 +163,10 @@ class Calibrated(PairStage):
         repeats: shuffles. sample_size: rows that are taken, the first of the (hash-ordered) sample; the values judged are of
             these rows.
         by: ``"document"`` shuffles whole sequences among those with as many rows (ids are read from ``"sample_row_id"``; without
-            them every row is a document); ``"row"`` shuffles rows.
+            them every row is a document; documents where ``("sample_carried", "document_id")`` tells of them); ``"row"``
+            shuffles rows.
+        alike: judge the same number of rows of each document, as many documents and rows as that leaves: then all of them
+            change places, however long they are. Default: all rows; a document of a length of its own stays where it is.
         best: the value of two sides that are the same; None: 0 for Procrustes distances and information imbalances, else 1.
         keep_draws: also write ``<measure>_draws``, (repeats,).
         seed: of the shuffles.
@@ -170,7 +182,7 @@ class Calibrated(PairStage):
         (1.0, 0.01)
     """
 
-    optional = frozenset({"sample_row_id"})
+    optional = frozenset({"sample_row_id", "document_id"})
     shared = ("sample_row_id",)
 
     def __init__(
@@ -180,6 +192,7 @@ class Calibrated(PairStage):
         repeats: int = 200,
         sample_size: int = 1024,
         by: str = "document",
+        alike: bool = False,
         best: float | None = None,
         keep_draws: bool = False,
         seed: int = 0,
@@ -195,7 +208,7 @@ class Calibrated(PairStage):
         if by not in ("document", "row"):
             raise ValueError(f"Calibrated: by is 'document' or 'row', got {by!r}.")
         self.repeats, self.sample_size, self.by, self.best = repeats, sample_size, by, best
-        self.keep_draws, self.seed = keep_draws, seed
+        self.alike, self.keep_draws, self.seed = alike, keep_draws, seed
         _orders(None, 2, repeats, seed, "Calibrated")
         measured = [key_tuple(key) for key in stage.out_keys]
         endings = [
@@ -209,28 +222,38 @@ class Calibrated(PairStage):
         ]
         writes: list[Key] = [(*key[:-1], key[-1] + ending) for key in measured for ending in endings]
         reads_all: dict[Key, str | None] = dict(zip(stage.in_roles, stage.shapes))
-        super().__init__(
-            in_keys=in_keys, out_keys=out_keys, reads=reads_all | {"sample_row_id": "N"}, writes=writes
-        )
+        ids: dict[Key, str | None] = {"sample_row_id": "N", ("sample_carried", "document_id"): "N"}
+        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads_all | ids, writes=writes)
         self.stage = stage
 
     def prepare(self, sample: Tensor) -> _Prepared:
-        """The first ``sample_size`` rows, and the stage's preparation of them."""
+        """The first ``sample_size`` rows, with room for the stage's preparation of those that are judged."""
         if sample.ndim != 2:
             raise ValueError(
                 f"Calibrated expects one data set, rows of shape (N, D), got {tuple(sample.shape)}. Call it for each."
             )
-        rows = sample[: self.sample_size]
-        return _Prepared(rows, self.stage.prepare(rows))
+        return _Prepared(sample[: self.sample_size], {})
 
-    def compare(self, a: _Prepared, b: _Prepared, row_id: Tensor | None = None) -> list[Tensor]:
+    def compare(
+        self, a: _Prepared, b: _Prepared, row_id: Tensor | None = None, document: Tensor | None = None
+    ) -> list[Tensor]:
         """The stage's values, and those of the shuffles."""
         n = len(a.rows)
         check_matched(a.rows, b.rows, "Calibrated")
-        document = None if row_id is None or self.by == "row" else sequence_of(row_id[:n])
+        if document is None and row_id is not None:
+            document = sequence_of(row_id)
+        document = None if document is None or self.by == "row" else document[:n]
+        kept = None
+        if self.alike and document is not None:
+            kept = rows_alike(document)
+            document = document[kept]
+            if (documents := len(document.unique())) < FEWEST:
+                return self._unjudged(a.rows, len(kept), documents)
+            n = len(kept)
         orders = _orders(document, n, self.repeats, self.seed, "Calibrated").to(b.rows.device)
-        values = self._values(a, b)
-        draws = [self._values(a, self._reordered(b, order)) for order in orders]
+        sides = [self._judged(side, kept) for side in (a, b)]
+        values = self._values(sides[0][1], sides[1][1])
+        draws = [self._values(sides[0][1], self._reordered(*sides[1], order)) for order in orders]
         found: list[Tensor] = []
         for number, value in enumerate(values):
             name = self.stage.out_names[number]
@@ -240,12 +263,24 @@ class Calibrated(PairStage):
             found += null[: len(null) if self.keep_draws else -1]
         return found
 
-    def _values(self, a: _Prepared, b: _Prepared) -> Sequence[Tensor]:
-        return [
-            torch.as_tensor(value).detach() for value in self.stage.listed(self.stage.compare(a.side, b.side))
-        ]
+    def _judged(self, side: _Prepared, kept: Tensor | None) -> tuple[Tensor, Any]:
+        if "judged" not in side.made:  # all pairs share the rows
+            rows = side.rows if kept is None else side.rows[kept.to(side.rows.device)]
+            side.made["judged"] = (rows, self.stage.prepare(rows))
+        return side.made["judged"]
 
-    def _reordered(self, side: _Prepared, order: Tensor) -> _Prepared:
-        rows = side.rows[order]
+    def _unjudged(self, like: Tensor, rows: int, documents: int) -> list[Tensor]:
+        names = ", ".join(f"{name}_p" for name in self.stage.out_names)
+        needed = f"{FEWEST} documents with as many rows each ({documents} are there), else it is NaN"
+        tell_few_rows("Calibrated", names, rows, needed, "Give more documents")
+        nan = torch.full((), torch.nan, dtype=torch.float64, device=like.device)
+        one = [nan] * 6 + ([nan.expand(self.repeats)] if self.keep_draws else [])
+        return one * len(self.stage.out_names)
+
+    def _values(self, a: Any, b: Any) -> Sequence[Tensor]:
+        return [torch.as_tensor(value).detach() for value in self.stage.listed(self.stage.compare(a, b))]
+
+    def _reordered(self, rows: Tensor, side: Any, order: Tensor) -> Any:
         reordered = getattr(self.stage, "reordered", None)
-        return _Prepared(rows, self.stage.prepare(rows) if reordered is None else reordered(side.side, order))
+        moved = None if reordered is None else reordered(side, order)
+        return self.stage.prepare(rows[order]) if moved is None else moved

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["document_shuffles", "first_of_each", "sequence_of"]
+__all__ = ["document_shuffles", "rows_alike", "sequence_of"]
 
 
 def sequence_of(row_id: Tensor) -> Tensor:
@@ -13,16 +13,22 @@ def sequence_of(row_id: Tensor) -> Tensor:
     return row_id >> 20
 
 
-def first_of_each(document: Tensor) -> Tensor:
-    """Where each document first occurs, ascending: (N,) -> (documents,) int64.
+def rows_alike(document: Tensor) -> Tensor:
+    """Rows of which every document left has as many, the most rows that this leaves: (N,) -> (n,) int64, ascending.
 
-    >>> first_of_each(torch.tensor([7, 3, 7, 5]))
-    tensor([0, 1, 3])
+    Of each the first; documents with fewer are left out.
+
+    >>> rows_alike(torch.tensor([0, 1, 0, 1, 0, 2]))
+    tensor([0, 1, 2, 3])
     """
-    _, index = torch.unique(document, return_inverse=True)
-    places = torch.arange(len(document), device=document.device)
-    first = torch.full((int(index.max()) + 1,), len(document), dtype=torch.int64, device=document.device)
-    return first.scatter_reduce(0, index, places, "amin").sort().values
+    _, index, counts = torch.unique(document, return_inverse=True, return_counts=True)
+    lengths = torch.unique(counts)
+    left = lengths * (counts >= lengths[:, None]).sum(1)
+    size = lengths[left.argmax()]
+    order = torch.argsort(index, stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[index[order]]
+    return ((place < size) & (counts[index] >= size)).nonzero().flatten()
 
 
 def document_shuffles(document: Tensor, repeats: int, seed: int = 0) -> Tensor:

@@ -289,6 +289,14 @@ class CKNNA(PairStage):
         """Neighbours and the site's own HSIC, once a site."""
         return _neighbours(sample, self.k, "CKNNA")
 
+    def reordered(self, side: _Neighbours, order: Tensor) -> _Neighbours | None:
+        """A prepared side, its rows in another order (N,) int64; None where it must be prepared anew."""
+        if side.classes is not None:
+            return None
+        near = torch.argsort(order)[side.near[..., order, :].long()].to(side.near.dtype)
+        weight = None if side.weight is None else side.weight[..., order, :]
+        return side._replace(near=near, value=side.value[..., order, :], weight=weight)
+
     def compare(self, a: _Neighbours, b: _Neighbours) -> Tensor:
         """Pairs that are neighbours on both sides: O(N k)."""
         return _compare(a, b)

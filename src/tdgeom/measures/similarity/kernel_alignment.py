@@ -141,6 +141,13 @@ def _alignment(a: _Rows | _Kernel, b: _Rows | _Kernel) -> Tensor:
     return _product(a.matrix, b.matrix) / (a.norm2.sqrt() * b.norm2.sqrt())
 
 
+def _reordered(side: _Rows | _Kernel, order: Tensor) -> _Rows | _Kernel:
+    """A side, its rows in another order."""
+    if isinstance(side, _Rows):
+        return side._replace(rows=side.rows[..., order, :])
+    return side._replace(matrix=side.matrix[..., order, :][..., order])
+
+
 def rbf_cka(x: Tensor, y: Tensor, fraction: float = 1.0, *, memory: int = MEMORY) -> Tensor:
     """Centred kernel alignment with RBF kernels, biased.
 
@@ -194,6 +201,10 @@ class RBFCKA(PairStage):
         """The centred kernel or the rows and its width, once a site."""
         return _prepare(sample, "RBFCKA", self.memory, fraction=self.fraction, keep=True)
 
+    def reordered(self, side: _Rows | _Kernel, order: Tensor) -> _Rows | _Kernel:
+        """A prepared side, its rows in another order: (N,) int64."""
+        return _reordered(side, order)
+
     def compare(self, a: _Rows | _Kernel, b: _Rows | _Kernel) -> Tensor:
         """One elementwise product, at once or block by block."""
         return warn_undefined(_alignment(a, b), "rbf_cka", _REASON)
@@ -245,6 +256,10 @@ class DistanceCorrelation(PairStage):
     def prepare(self, sample: Tensor) -> _Rows | _Kernel:
         """The double-centred distances or the rows, once a site."""
         return _prepare(sample, "DistanceCorrelation", self.memory, fraction=None, keep=True)
+
+    def reordered(self, side: _Rows | _Kernel, order: Tensor) -> _Rows | _Kernel:
+        """A prepared side, its rows in another order: (N,) int64."""
+        return _reordered(side, order)
 
     def compare(self, a: _Rows | _Kernel, b: _Rows | _Kernel) -> Tensor:
         """One elementwise product, at once or block by block."""

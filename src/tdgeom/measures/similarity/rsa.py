@@ -373,6 +373,17 @@ class RSA(PairStage):
         """The condensed dissimilarities (their ranks, for Spearman and Kendall) or the rows, once a site."""
         return _prepare(sample, self._asked())
 
+    def reordered(self, side: Tensor | _Rows, order: Tensor) -> Tensor | _Rows | None:
+        """A prepared side, its rows in another order (N,) int64; None where it must be prepared anew."""
+        n = len(order)
+        if isinstance(side, _Rows):
+            return _Rows(side.rows[..., order, :])
+        if side.shape[-1] != n * (n - 1) // 2:  # of drawn pairs, which are others then
+            return None
+        ends = order[torch.triu_indices(n, n, 1, device=order.device)]
+        first, second = ends.amin(0), ends.amax(0)
+        return side[..., first * n - first * (first + 3) // 2 + second - 1]
+
     def compare(self, a: Tensor | _Rows, b: Tensor | _Rows) -> Tensor:
         """One dot product (or Kendall's count), at once or block by block."""
         return _compare(a, b, self._asked())
