@@ -103,8 +103,8 @@ def analysis_pipeline(
         ends.append(ForEach(errors.around(NormalizationAblation()), sites))
     if "novelty" in settings.families and pairs:
         asked = {key for stage in settings.stages if isinstance(stage, PairStage) for key in stage.out_keys}
-        changes = (SubspaceNovelty(k=settings.novelty_k), LinearCKA(estimator="both"), LayerCosine())
-        changes = tuple(stage for stage in changes if not asked & set(stage.out_keys))
+        steps = (SubspaceNovelty(k=settings.novelty_k), LinearCKA(estimator="both"), LayerCosine())
+        changes = [stage for stage in steps if not asked & set(stage.out_keys)]
         ends += [ForEachPair(errors.around(stage), sites, pairs=pairs) for stage in changes]
         similarities += changes
     if settings.convergence:

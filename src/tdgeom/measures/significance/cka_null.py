@@ -183,7 +183,7 @@ def _by_document(
             f"documents, else NaN. Give more documents.",
             FewRowsWarning,
         )
-        return NullOfCKA(*[nan] * 5, rows), nan[..., None].expand(*shape, draws)
+        return NullOfCKA(nan, nan, nan, nan, nan, rows), nan[..., None].expand(*shape, draws)
     a, b = sides
     pairs = document_pairs(a, b, index, len(counts))
     # two pairs that share a document share what the means have taken from it: 2/G of the variance
