@@ -63,6 +63,7 @@ def analysis_pipeline(
     *,
     routers: Sequence[str] = (),
     router_top_k: int = 2,
+    documents: bool | None = None,
 ) -> TensorDictSequential:
     """The pipeline that ``analyze_model`` runs: only the stages that the metrics asked for need.
 
@@ -75,6 +76,8 @@ def analysis_pipeline(
             ``select={"also": ...}`` carries the sample holds too.
         routers: sites of router logits, for the family "router".
         router_top_k: experts a token is routed to.
+        documents: whether rows carry which document they are of, for errors and nulls; default where there is a ``capture``. Else
+            the sequence is the document.
 
         >>> import torch, tdgeom as tg
         >>> capture = tg.Capture(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)), in_keys=["x"])
@@ -123,7 +126,7 @@ def analysis_pipeline(
     nulls = null_stages(similarities, significance=settings.significance, seed=settings.seed) if pairs else []
     ends += [ForEachPair(stage, sites, pairs=pairs) for stage in nulls]
     needed = {key_tuple(key)[0] for end in ends for key in end.in_keys}
-    documents = capture is not None and bool(errors.groups or nulls)
+    documents = (capture is not None if documents is None else documents) and bool(errors.groups or nulls)
     decompose: list[TensorDictModuleBase] = []
     if errors.groups:
         needed |= {"sample"}

@@ -110,7 +110,12 @@ def _analysis(parts: Sequence[Part], given: AnalysisSettings | None, partial: bo
         asked = own[0].record["about"][ANALYSIS]
         sites = [named_site(name) for name in asked["sites"]]
         pipeline = analysis_pipeline(
-            None, sites, settings, routers=asked["routers"], router_top_k=asked["router_top_k"]
+            None,
+            sites,
+            settings,
+            routers=asked["routers"],
+            router_top_k=asked["router_top_k"],
+            documents="document_id" in str(own[0].record["stream_stages"]),
         )
         with gathered() as told:
             result = _merged(own, pipeline, kept_roots(pipeline, settings), partial)
