@@ -182,6 +182,7 @@ NO_ERROR: dict[str, str] = {
     "scale": "the distance at which an estimate looks, not an estimate",
     "rank": "which neighbours an estimate looks at",
     "ceiling": "the most that ties leave possible in this sample",
+    **dict.fromkeys(("z", "p", "p_adjusted", "calibrated"), "a measure beside chance, whose spread it holds"),
     "norm_max": "a maximum: it has no spread that part of the rows could tell",
 }
 """Leaves that are no estimates, and why: they have no error."""
