@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictSequential
 
 import models
 import tdgeom as tg
@@ -182,3 +183,67 @@ def test_a_spec_says_it_all():
             tg.CaptureSpec(**settings)
     with pytest.raises(ValueError, match="has no \\['site'\\]"):
         tg.CaptureSpec.from_dict({"site": "z"})
+
+
+@pytest.mark.parametrize("over_rows", ["mean", "sum"])
+@pytest.mark.parametrize("over_columns", ["mean", "sum"])
+def test_groups_as_means_and_sums_also_in_a_run(over_rows, over_columns):
+    """Against loops over rows and columns; the stage in a run, and the spec that builds it, give the same batch by batch."""
+    model = models.gpt2()
+    loader = [models.text_batch(2, 5), models.text_batch(3, 7)]
+    loader[1]["attention_mask"][0, 5:] = 0
+    how, site = {"over_rows": over_rows, "over_columns": over_columns}, "attn_pattern.1"
+    rows, columns = {"end": "last", "late": slice(2, None)}, {"first": [0, 1], "rest": slice(2, None)}
+    expected = []
+    for batch in loader:
+        patterns = tg.Capture(model, site)(TensorDict(batch))["acts", site].double()
+        for pattern, length in zip(patterns, batch["attention_mask"].sum(1).tolist(), strict=True):
+            cells = []
+            for chosen in ([length - 1], range(2, length)):
+                for keys in ([0, 1], range(2, length)):
+                    mass = torch.stack([pattern[:, q, k] for q in chosen for k in keys], -1).sum(-1)
+                    mass = mass / (len(chosen) if over_rows == "mean" else 1)
+                    cells.append(mass / (len(keys) if over_columns == "mean" else 1))
+            expected.append(torch.stack(cells, -1).reshape(-1, 2, 2))
+    right = torch.stack(expected).mean(0)
+    spec = tg.CaptureSpec([site], row_groups=rows, column_groups=columns, **how)
+    assert tg.CaptureSpec.from_json(spec.to_json()) == spec
+    stages = [tg.Capture(model, site), tg.GroupAttention([site], rows, columns, **how)]
+    for pipeline in (stages, list(spec.build(model))):
+        mean = tg.StreamingMean(in_keys=[("acts", site)])
+        found = tg.run(TensorDictSequential(*pipeline, mean), loader, progress=False)["mean", "mean"]
+        torch.testing.assert_close(found.reshape(right.shape), right, rtol=1e-5, atol=1e-7)
+    for wrong in (how | {"over_rows": "max"}, how | {"over_columns": None}):
+        for make in (tg.GroupAttention, lambda sites, r, **w: tg.CaptureSpec(sites, row_groups=r, **w)):
+            with pytest.raises(ValueError, match="over_rows= and over_columns= expect 'mean' or 'sum'"):
+                make([site], rows, **wrong)
+        masks = [torch.ones(1, 2).bool()]
+        with pytest.raises(ValueError, match="expects 'mean' or 'sum'"):
+            group_attention(torch.ones(1, 1, 2, 2), masks, masks, **wrong)
+    with pytest.raises(ValueError, match="columns of attention go with row_groups="):
+        tg.CaptureSpec([site], column_groups=columns)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_reduced_activations_are_rows_of_a_run(reduce):
+    """One row a text into a covariance: what reducing batch by batch and joining gives."""
+    model, site = models.gpt2(), "residual_output.1"
+    loader = [models.text_batch(3, 5), models.text_batch(4, 7)]
+    loader[1]["attention_mask"][:, 5:] = 0
+    make = lambda: [
+        tg.Capture(model, site),
+        tg.AggregateActs([site], positions=slice(1, None), reduce=reduce),
+    ]
+    by_hand = []
+    for batch in loader:
+        acts = tg.Capture(model, site)(TensorDict(batch))["acts", site].double()
+        weight = batch["attention_mask"].clone()
+        weight[:, 0] = 0
+        total = (acts * weight[..., None]).sum(1)
+        by_hand.append(total / weight.sum(1, keepdim=True) if reduce == "mean" else total)
+    rows = torch.cat(by_hand)
+    pipeline = [*make(), tg.SelectTokens([site]), tg.ForEach(tg.StreamingCovariance(), [site])]
+    found = tg.run(TensorDictSequential(*pipeline), loader, progress=False)["moments", site]
+    torch.testing.assert_close(found["mean"], rows.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["covariance"], rows.T.cov(), rtol=1e-4, atol=1e-6)
+    assert int(found["count"]) == len(rows)

@@ -40,6 +40,62 @@ def test_edits_before_and_after_the_softmax(name):
     assert hook_count(model) == 0
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_edits_of_scores_and_patterns_say_the_same(name, cached):
+    """Factor, rows that sum to 1, a query's own position: one pattern by hand for both sites, padded, and step by step."""
+    model, batch = models.TEXT_MODELS[name](), models.text_batch(2, 6)
+    batch["attention_mask"][0, :2] = 0
+    own = torch.eye(6, dtype=torch.bool)
+
+    def read(edits):
+        with torch.no_grad(), Intervene(model, edits), Capture(model, "attn_pattern.1") as calls:
+            if not cached:
+                return model(**batch) and calls[0]["acts", "attn_pattern.1"][:, :, -1]
+            half = {key: value[:, :5] for key, value in batch.items()}
+            past = model(**half, use_cache=True).past_key_values
+            place = batch["attention_mask"].cumsum(1)[:, -1:] - 1
+            step = {"input_ids": batch["input_ids"][:, 5:], "position_ids": place, "past_key_values": past}
+            model(**step, attention_mask=batch["attention_mask"])
+            return calls[1]["acts", "attn_pattern.1"][:, :, -1]
+
+    plain = read({})
+    columns = batch["attention_mask"].bool() & (batch["attention_mask"].cumsum(1) - 1 >= 1)
+    for factor in (0.0, 0.25, 3.0):
+        for keep in (False, True):
+            where = columns & ~own[5] if keep else columns
+            scaled = torch.where(where[:, None], plain * factor, plain)
+            right = scaled / scaled.sum(-1, keepdim=True)
+            cut = lambda keep=keep, factor=factor, **how: tg.BlockAttention(
+                queries="last", keys=slice(1, None), factor=factor, keep_self=keep, **how
+            )
+            close = lambda found, expected: torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+            close(read({"attn_pattern.1": cut()}), scaled)
+            close(read({"attn_pattern.1": cut(renormalise=False)}), scaled)
+            close(read({"attn_pattern.1": cut(renormalise=True)}), right)
+            close(read({"attn_scores.1": cut()}), right)
+            close(read({"attn_scores.1": cut(renormalise=True)}), right)
+
+
+def test_what_scores_and_patterns_refuse_alike(llama):
+    def run(site, **how):
+        with torch.no_grad(), Intervene(llama, {site: tg.BlockAttention(**how)}):
+            llama(**models.text_batch())
+
+    with pytest.raises(ValueError, match="softmax behind makes every row sum to 1"):
+        run("attn_scores.1", keys=0, renormalise=False)
+    for site, how in (("attn_scores.1", {}), ("attn_pattern.1", {"renormalise": True})):
+        with pytest.raises(ValueError, match="a factor of 0 or more"):
+            run(site, keys=0, factor=-1.0, **how)
+        with pytest.raises(ValueError, match="no key to attend to"):
+            run(site, queries=0, keys=0, **how)
+        run(site, queries=0, keys=0, keep_self=True, **how)
+    run("attn_pattern.1", keys=0, factor=-1.0)
+    pattern = torch.full((1, 1, 1, 2), 0.5)
+    with pytest.raises(ValueError, match="of 2 keys for 1 queries, which are the queries' own"):
+        tg.BlockAttention(keep_self=True)(activation=pattern)
+
+
 def test_a_row_without_keys_is_an_error(llama):
     edit = tg.BlockAttention(queries=0, keys=0)
     with pytest.raises(ValueError, match="no key to attend to"), Intervene(llama, {"attn_scores.0": edit}):

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tensordict import TensorDict
+from torch import nn
 
 import models
 import tdgeom as tg
@@ -202,6 +204,39 @@ def test_edits_are_told_apart_by_their_settings(tmp_path, width) -> None:
         assert store.query(interventions={"residual_output.1": edit}).ids == [run]
     found = store.metadata(runs[2])["interventions"]["residual_output.1"]
     assert found["made"] == "Steer" and found["settings"]["coefficient"] == 99.0
+
+
+def test_edits_that_take_other_runs_are_told_apart_by_what_these_hold(store) -> None:
+    """Donors in every form, at every edit that takes one: the record follows the numbers, not the object."""
+    draw = lambda seed: torch.randn(1, 2, 700, generator=torch.Generator().manual_seed(seed))
+    run = lambda seed: TensorDict({("acts", "s"): draw(seed), "input_ids": torch.ones(1, 2).long()})
+    forms = {"a TensorDict": run, "a list of calls": lambda seed: [run(seed)], "a tensor": draw}
+    kinds = {
+        "Patch": tg.Patch,
+        "Ablate": lambda donor: tg.Ablate("mean", reference=donor, heads=[1]),
+        "ActivationAddition": lambda donor: tg.ActivationAddition(donor, run(9)),
+        "Patch(align)": lambda donor: tg.Patch(donor, align={0: 1}),
+    }
+    for number, (name, make) in enumerate(kinds.items()):
+        for place, (form, donor) in enumerate(forms.items()):
+            about = {"experiment": f"{number} {place}"}
+            runs = [store.save({"x": torch.ones(1)}, interventions=[make(donor(i))], **about) for i in (0, 1)]
+            for i in (0, 1):  # made anew, and held by another object
+                found = store.query(interventions=[make(donor(i))], **about).ids
+                assert found == [runs[i]], (name, form)
+            kept = store.save({"x": torch.ones(1)}, metadata={"edit": make(donor(0))}, **about)
+            assert store.query(metadata={"edit": make(donor(0))}, **about).ids == [kept]
+            assert store.query(metadata={"edit": make(donor(1))}, **about).ids == []
+    cache = TensorDict({})
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    capture = tg.Capture(model, "residual_output", cache=cache, in_keys=["x"])
+    before = capture.settings()
+    capture(TensorDict({"x": torch.ones(1, 2)}))
+    assert len(cache.keys()) and capture.settings() == before  # what is written to is no setting
+    calls = []
+    edit = tg.Patch(calls)
+    calls.append(run(0))
+    assert "source=[TensorDict]" in repr(edit) and edit.settings() == tg.Patch([run(0)]).settings()
 
 
 @pytest.mark.parametrize(

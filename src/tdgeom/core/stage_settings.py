@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache, cached_property, partial, wraps
@@ -93,13 +94,13 @@ class Configured:
         Numbers, strings, None and lists are themselves; a tuple is ``{"tuple": [...]}``, a slice ``{"slice": [...]}``, a dtype
         ``{"dtype": name}``, a function ``{"function": qualified name}`` (a lambda also a hash of its code), a stage
         ``{"made": class, "settings": {...}}``, a model ``{"model": class}``, a tensor its values or, above 1,024 of them, its
-        SHA-256.
+        SHA-256, a TensorDict the SHA-256 of what it holds.
 
             >>> import tdgeom as tg
             >>> tg.TwoNN(discard=0.2).settings()["discard"]
             0.2
         """
-        return {name: plain_setting(v) if isinstance(v, Tensor) else v for name, v in self._current().items()}
+        return {name: plain_setting(v) if _is_tensors(v) else v for name, v in self._current().items()}
 
     def _current(self) -> dict[str, Any]:
         """What was given, or what the attribute of that name has been set to since ``__init__``."""
@@ -177,12 +178,23 @@ def _noting(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def _kept(value: Any) -> Any:
-    """A tensor itself, of anything else its plain form: never a model, nor a list that may change later."""
-    return value if type(value) in _SAME or isinstance(value, Tensor) else plain_setting(value)
+    """Tensors themselves, of anything else its plain form: never a model, nor a list that may change later."""
+    if isinstance(value, list) and _is_tensors(value):
+        return list(value)
+    return value if type(value) in _SAME or _is_tensors(value) else plain_setting(value)
+
+
+def _is_tensors(value: Any) -> bool:
+    """Whether something is a tensor, a TensorDict or a list of these: what it holds is looked at where somebody asks."""
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(one, TensorDictBase) for one in value)
+    return isinstance(value, Tensor | TensorDictBase)
 
 
 def _alike(a: Any, b: Any) -> bool:
-    return a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b
+    if isinstance(a, list) and isinstance(b, list) and _is_tensors(a):
+        return len(a) == len(b) and all(map(operator.is_, a, b))
+    return a is b if _is_tensors(a) or _is_tensors(b) else a == b
 
 
 def plain_setting(value: Any) -> Any:
@@ -217,7 +229,7 @@ def plain_setting(value: Any) -> Any:
     if isinstance(value, slice | range):
         return {type(value).__name__: [value.start, value.stop, value.step]}
     if isinstance(value, TensorDictBase):
-        return {"object": type(value).__name__}
+        return {"object": type(value).__name__, "sha256": _content(value)}
     if isinstance(value, Mapping):
         if all(isinstance(name, str) for name in value) and not set(value) & _TAGS:
             return {str(name): plain_setting(part) for name, part in value.items()}
@@ -240,6 +252,13 @@ def _plain_tensor(value: Tensor) -> dict[str, Any]:
         return {"tensor": [plain_setting(one) for one in value.flatten().tolist()], **about}
     raw = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return {"tensor_sha256": hashlib.sha256(raw).hexdigest(), **about}
+
+
+def _content(value: TensorDictBase) -> str:
+    """The SHA-256 of what a TensorDict holds, by key."""
+    leaves = sorted(value.items(True, True), key=lambda item: str(item[0]))
+    told = [[str(key), _plain_tensor(one) if isinstance(one, Tensor) else repr(one)] for key, one in leaves]
+    return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
 def _named(value: Any) -> dict[str, Any]:
@@ -330,7 +349,7 @@ def _call_shown(name: str, settings: Mapping[str, Any], kind: Any) -> str:
     told = [
         f"{argument}={_shown(value)}"
         for argument, value in settings.items()
-        if argument not in usual or isinstance(value, Tensor) or value != _default(usual[argument])
+        if argument not in usual or _is_tensors(value) or value != _default(usual[argument])
     ]
     return f"{name}({', '.join(told)})"
 
@@ -343,6 +362,8 @@ def _shown(value: Any) -> str:
     """A plain setting as one would write it."""
     if isinstance(value, Tensor):
         return f"tensor of shape {tuple(value.shape)}"
+    if isinstance(value, TensorDictBase):
+        return type(value).__name__
     if isinstance(value, list):
         return f"[{', '.join(map(_shown, value[:8]))}{', ...' if len(value) > 8 else ''}]"
     if not isinstance(value, dict):

@@ -49,11 +49,19 @@ def aggregate_positions(value: Tensor, keep: Tensor, how: str | None) -> Tensor:
     return total if how == "sum" else total / count.reshape(-1, *[1] * (value.ndim - 2))
 
 
-def group_attention(pattern: Tensor, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
+def group_attention(
+    pattern: Tensor,
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    *,
+    over_rows: str = "mean",
+    over_columns: str = "sum",
+) -> Tensor:
     """Attention between groups of positions, (B, H, Tq, Tk) -> (B, H, R, C).
 
-    How much of its attention a row of group r gives to all positions of group c together, averaged over the rows of the
-    group: groups of columns that cover everything sum to 1. Groups are (B, T) masks; an empty group of rows gives NaN.
+    How much of its attention a row of group r gives to all positions of group c together (``over_columns="mean"``: to one of
+    them on average), averaged over the rows of the group (``over_rows="sum"``: of all its rows). With the defaults, groups of
+    columns that cover everything sum to 1. Groups are (B, T) masks; the mean over an empty group is NaN.
 
     >>> pattern = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])
     >>> both, last = torch.tensor([[True, True]]), torch.tensor([[False, True]])
@@ -62,8 +70,12 @@ def group_attention(pattern: Tensor, rows: Sequence[Tensor], columns: Sequence[T
     """
     left = torch.stack([mask.to(pattern) for mask in rows], 1)
     right = torch.stack([mask.to(pattern) for mask in columns], 1)
+    for name, how in (("over_rows", over_rows), ("over_columns", over_columns)):
+        if how not in ("mean", "sum"):
+            raise ValueError(f"group_attention: {name}= expects 'mean' or 'sum', got {how!r}.")
     mass = torch.einsum("brq,bhqk,bck->bhrc", left, pattern, right)
-    return mass / left.sum(-1)[:, None, :, None]
+    mass = mass / left.sum(-1)[:, None, :, None] if over_rows == "mean" else mass
+    return mass / right.sum(-1)[:, None, None, :] if over_columns == "mean" else mass
 
 
 class _PerSite(Stage):
@@ -202,6 +214,7 @@ class GroupAttention(_PerSite):
         sites: pattern sites.
         rows: name -> positions, or a list such as ``["last", (2, 5)]``, the groups that attend.
         columns: name -> positions, the groups attended to (default: the same).
+        over_rows, over_columns: ``"mean"`` or ``"sum"`` over the positions of a group.
 
         >>> import torch, tdgeom as tg
         >>> from tensordict import TensorDict
@@ -217,10 +230,17 @@ class GroupAttention(_PerSite):
         rows: Mapping[str, Positions] | Sequence[Positions],
         columns: Mapping[str, Positions] | Sequence[Positions] | None = None,
         *,
+        over_rows: str = "mean",
+        over_columns: str = "sum",
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:
         super().__init__(sites, in_keys=in_keys, out_keys=out_keys)
+        self.over_rows, self.over_columns = over_rows, over_columns
+        if not {over_rows, over_columns} <= {"mean", "sum"}:
+            raise ValueError(
+                f"GroupAttention: over_rows= and over_columns= expect 'mean' or 'sum', got {over_rows!r}, {over_columns!r}."
+            )
         if not rows:
             raise ValueError("GroupAttention expects at least one group of rows, name -> positions.")
         self.rows = _named_groups("rows", rows)
@@ -235,4 +255,5 @@ class GroupAttention(_PerSite):
         queries, keys = value.transpose(1, 2), value.permute(0, 3, 1, 2)
         rows = [self.selected(queries, positions, site, told) for positions in self.rows.values()]
         columns = [self.selected(keys, positions, site, told) for positions in self.columns.values()]
-        return group_attention(value, rows, columns)
+        how = {"over_rows": self.over_rows, "over_columns": self.over_columns}
+        return group_attention(value, rows, columns, **how)

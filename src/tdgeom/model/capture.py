@@ -103,6 +103,7 @@ class Capture(CaptureBatches, CaptureCalls):
     torch.Size([2, 4])
     """
 
+    _told_anew = frozenset({"cache"})
     heads: HeadSpec
     nested: bool
     prefix: str
@@ -186,6 +187,13 @@ class Capture(CaptureBatches, CaptureCalls):
             _recording=Lock(),
         )
         self.out_keys: list[Any] = list(leaves)
+
+    def _current(self) -> dict[str, Any]:
+        """The settings; of a cache that there is one, whatever has been written to it."""
+        return {
+            **super()._current(),
+            "cache": None if self.cache is None else {"object": type(self.cache).__name__},
+        }
 
     def resolve(self, model: nn.Module) -> list[ResolvedSite]:
         """The sites asked for, in a model, and behind them those that come along."""

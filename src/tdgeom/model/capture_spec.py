@@ -28,7 +28,8 @@ class CaptureSpec(Configured):
     Args:
         sites, layers, heads, model_outputs, calls: as for :class:`Capture`.
         positions, reduce, over_examples: as for :class:`AggregateActs`; the defaults keep everything.
-        row_groups, column_groups: name -> positions; patterns become averages between groups (:class:`GroupAttention`).
+        row_groups, column_groups, over_rows, over_columns: name -> positions; patterns become means, or sums, between groups
+            (:class:`GroupAttention`).
 
     ``spec.build(model)`` is a ``TensorDictSequential`` of the capture and its reductions.
 
@@ -47,6 +48,8 @@ class CaptureSpec(Configured):
     column_groups: Mapping[str, Positions] = field(default_factory=dict)
     model_outputs: Sequence[str] = ()
     calls: CallsSpec = None
+    over_rows: str = "mean"
+    over_columns: str = "sum"
 
     def __post_init__(self) -> None:
         layers, heads = self.layers, self.heads
@@ -69,6 +72,15 @@ class CaptureSpec(Configured):
             *self.column_groups.values(),
         ):
             check_positions(positions)
+        groups = self.over_rows, self.over_columns
+        if not set(groups) <= {"mean", "sum"}:
+            raise ValueError(
+                f"CaptureSpec: over_rows= and over_columns= expect 'mean' or 'sum', got {groups}."
+            )
+        if not self.row_groups and (
+            self.column_groups or (self.over_rows, self.over_columns) != ("mean", "sum")
+        ):
+            raise ValueError("CaptureSpec: columns of attention go with row_groups=, which is not given.")
         for name in ("reduce", "over_examples"):
             if getattr(self, name) not in (None, "mean", "sum"):
                 raise ValueError(
@@ -108,7 +120,8 @@ class CaptureSpec(Configured):
         patterns = [site for site in capture.sites if site.kind in PATTERN_KINDS]
         grouped = patterns if self.row_groups else []
         if grouped:
-            stages.append(GroupAttention(grouped, self.row_groups, self.column_groups or None))
+            how = {"over_rows": self.over_rows, "over_columns": self.over_columns}
+            stages.append(GroupAttention(grouped, self.row_groups, self.column_groups or None, **how))
         rest = [site for site in capture.sites if site not in grouped]
         everything = isinstance(self.positions, str) and self.positions == "all" and self.reduce is None
         if rest and not (everything and self.over_examples is None):
