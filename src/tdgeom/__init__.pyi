@@ -116,10 +116,10 @@ from .measures.significance.calibrated import Calibrated as Calibrated
 
 # has a number settled
 from .measures.significance.convergence import Convergence as Convergence
-from .analysis.curves import convergence as convergence
+from .run.curves import convergence as convergence
 from .analysis.beyond_errors import difference as difference
 from .analysis.intervals import intervals as intervals
-from .analysis.curves import rows_needed as rows_needed
+from .run.curves import rows_needed as rows_needed
 
 # neighbourhoods
 from .measures.neighbors.nearest_neighbors import NearestNeighbors as NearestNeighbors

@@ -14,6 +14,7 @@ from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.model.sites import HEAD_KINDS
 from tdgeom.report import write_report as written
 from tdgeom.report.reported_run import ReportedRun, label_of
+from tdgeom.run.curves import convergence
 from tdgeom.run.profiles import intrinsic_dimension_profile, overlap_profile
 from tdgeom.run.several_models import by_model
 from tdgeom.run.to_frame import to_frame
@@ -23,6 +24,7 @@ __all__ = ["reported", "write_report"]
 PROFILES = {
     "diagnostics/intrinsic_dimension": intrinsic_dimension_profile,
     "diagnostics/overlap": overlap_profile,
+    "diagnostics/convergence": convergence,
 }
 ROOTS = {"between": "novelty", "router": "router", "ablation": "diagnostics/normalization_ablation"}
 
@@ -97,7 +99,7 @@ def _profiles(results: Any) -> dict[str, pd.DataFrame]:
 
 def _told_by_columns(name: str, table: pd.DataFrame, results: Any) -> bool:
     """Whether the tables of sites and pairs of an analysis hold all of a profile already."""
-    if getattr(results, "metrics", None) is None:
+    if getattr(results, "metrics", None) is None or "limit" in table:
         return False
     return bool((table["step"] == 0).all()) if "step" in table else not len(table[table["other"].isna()])
 
@@ -151,6 +153,7 @@ def _kind(table: pd.DataFrame) -> str:
     have = set(table)
     for name, columns in (
         ("diagnostics/intrinsic_dimension", {"estimator", "estimate", "step"}),
+        ("diagnostics/convergence", {"metric", "rows", "value", "limit"}),
         ("diagnostics/overlap", {"measure", "value", "site", "other"}),
         ("diagnostics/normalization_ablation", {"site", "variant"}),
         ("novelty", {"a", "b"}),

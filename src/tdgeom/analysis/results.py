@@ -173,8 +173,8 @@ class AnalysisResults:
         """The main panels in one figure, or one picture in ``ax``.
 
         Args:
-            what: None for all; "spectrum", "ablation", "router", "intrinsic_dimension", "scale_profile", "overlap", or a
-                measure by its column, of sites (over depth) or of pairs (over depth, or a matrix).
+            what: None for all; "spectrum", "ablation", "router", "intrinsic_dimension", "scale_profile", "overlap",
+                "convergence", or a measure by its column, of sites (over depth) or of pairs (over depth, or a matrix).
             ax: matplotlib axes for one picture; made if None.
             style: passed to the function of ``tg.plot`` that draws.
 

@@ -6,6 +6,7 @@ Uses: measures' names of columns, rows' texts, and run's tables.
 
 from tdgeom.plot.ablations import ablation
 from tdgeom.plot.attributions import attribution
+from tdgeom.plot.convergence_curves import convergence
 from tdgeom.plot.depth import intrinsic_dimension, overlap
 from tdgeom.plot.lines import profile
 from tdgeom.plot.matrices import matrix
@@ -23,6 +24,7 @@ __all__ = [
     "attention",
     "attribution",
     "concept_examples",
+    "convergence",
     "intrinsic_dimension",
     "lens_table",
     "matrix",

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from tdgeom.plot.ablations import ablation
+from tdgeom.plot.convergence_curves import convergence
 from tdgeom.plot.depth import intrinsic_dimension, overlap
 from tdgeom.plot.lines import profile
 from tdgeom.plot.matrices import matrix
@@ -24,6 +25,7 @@ PICTURES = {
     "intrinsic_dimension": intrinsic_dimension,
     "scale_profile": scale_profile,
     "overlap": overlap,
+    "convergence": convergence,
 }
 SITES = ("d_pr", "twonn_estimate", "effective_rank", "top1_share", "cos_sim_mean")
 PAIRS = ("linear_cka_debiased", "linear_cka", "feature_subspace_novelty", "neighborhood_overlap")

@@ -12,6 +12,7 @@ from tdgeom.files.atomic import write_whole
 from tdgeom.report.ablation_section import ablation_section
 from tdgeom.report.between_section import between_section
 from tdgeom.report.contents import Section, Table
+from tdgeom.report.convergence_section import convergence_section
 from tdgeom.report.findings import findings
 from tdgeom.report.markup import Html, element, joined
 from tdgeom.report.page import page, require_vega
@@ -29,7 +30,7 @@ __all__ = ["write_report"]
 # what the sections draw
 DRAWN = {
     "metrics", "novelty", "router", "patching", "sweep", "diagnostics/normalization_ablation",
-    "diagnostics/intrinsic_dimension", "diagnostics/overlap",
+    "diagnostics/intrinsic_dimension", "diagnostics/overlap", "diagnostics/convergence",
 }  # fmt: skip
 
 
@@ -57,6 +58,7 @@ def write_report(runs: Sequence[ReportedRun], path: str | Path, title: str | Non
             scale_section(runs),
             between_section(runs),
             ablation_section(runs),
+            convergence_section(runs),
             router_section(runs),
             patching_section(runs),
             _other_tables(runs),

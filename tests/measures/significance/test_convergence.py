@@ -68,6 +68,8 @@ def test_an_analysis_keeps_its_curves(tmp_path) -> None:
     assert {"d_pr", "sv_effective_rank", "twonn"} <= set(frame["metric"]) and frame["rows"].max() == 512
     whole = frame[(frame["rows"] == 512) & (frame["metric"] == "d_pr")].set_index("site")["value"]
     assert whole.to_numpy() == pytest.approx(results.metrics.set_index("site")["d_pr"].to_numpy(), rel=1e-6)
+    assert "Have the numbers settled?" in results.report(tmp_path / "report.html").read_text()
+    assert results.plot("convergence", metric="d_pr").get_xlabel() == "rows"
     again = tg.convergence(tg.AnalysisResults.load(tmp_path / "r"))
     assert again.equals(frame)
     needed = tg.rows_needed(results, "d_pr", 0.1)
@@ -76,6 +78,30 @@ def test_an_analysis_keeps_its_curves(tmp_path) -> None:
         torch.tensor(curve["value"].to_numpy()), torch.tensor(curve["rows"].to_numpy()), 0.1
     )
     assert needed["rows_needed"][0] == np.ceil(float(want))
+
+
+def test_curves_are_drawn_and_reported(tmp_path) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    sites = ["residual_input.0", "residual_input.1"]
+    generator = torch.Generator().manual_seed(0)
+    rows = TensorDict({("sample", site): torch.randn(800, 6, generator=generator) for site in sites})
+    result = tg.ForEach(tg.Convergence(tg.SampleMetrics()), sites)(rows)
+    frame = tg.convergence(result)
+    ax = tg.plot.convergence(result, Figure().subplots(), metric="sv_effective_rank")
+    drawn = [line for line in ax.get_lines() if line.get_label() in sites]
+    for site, line in zip(sites, drawn, strict=True):
+        own = frame[(frame["site"] == site) & (frame["metric"] == "sv_effective_rank")].sort_values("rows")
+        assert line.get_xdata().tolist() == own["rows"].tolist()
+        assert line.get_ydata().tolist() == pytest.approx(own["value"].tolist())
+        assert line.get_linestyle() == ("-" if own["converged"].all() else "--")
+    assert ax.get_ylabel() == "effective rank of the sample (dimensions)" and ax.get_xscale() == "log"
+    with pytest.raises(KeyError, match="no curve of 'gride'"):
+        tg.plot.convergence(frame, Figure().subplots(), metric="gride")
+    page = tg.write_report(frame, tmp_path / "report.html").read_text()
+    assert "Have the numbers settled?" in page and "Settled at 2 of 2 sites." in page
 
 
 def test_what_has_no_curve_is_said() -> None:

@@ -1,14 +1,14 @@
-"""Convergence of an analysis: every metric against rows, and how many rows it would need."""
+"""Convergence of a run: every metric against rows, and how many rows it would need."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 import torch
 from tensordict import TensorDictBase
 
-from tdgeom.analysis.results import AnalysisResults
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.measures.significance.convergence import rows_to_settle
 from tdgeom.run.site_places import site_places
@@ -17,7 +17,7 @@ __all__ = ["convergence", "rows_needed"]
 
 
 @answer_guesses
-def convergence(results: AnalysisResults | TensorDictBase) -> pd.DataFrame:
+def convergence(results: Any) -> pd.DataFrame:
     """Every metric against the number of rows, from nested prefixes of the sample: has it settled?
 
     Args:
@@ -60,9 +60,7 @@ def convergence(results: AnalysisResults | TensorDictBase) -> pd.DataFrame:
 
 
 @answer_guesses
-def rows_needed(
-    results: AnalysisResults | TensorDictBase, metric: str, tolerance: float = 0.05
-) -> pd.DataFrame:
+def rows_needed(results: Any, metric: str, tolerance: float = 0.05) -> pd.DataFrame:
     """How many rows bring a metric within ``tolerance`` (a share of its limit) of where its curve is heading, site by site.
 
     Args:
@@ -91,9 +89,9 @@ def rows_needed(
     return pd.DataFrame(found)
 
 
-def _curves(results: AnalysisResults | TensorDictBase) -> Iterator[tuple[str | None, TensorDictBase]]:
+def _curves(results: Any) -> Iterator[tuple[str | None, TensorDictBase]]:
     """The branch of each site; one without a name where ``Convergence`` ran on one tensor."""
-    held = results.result if isinstance(results, AnalysisResults) else results
+    held = results if isinstance(results, TensorDictBase) else getattr(results, "result", None)
     passes = [] if held is None else [held] if "convergence" in held.keys() else list(held.values())
     branches = [
         one.get("convergence")
