@@ -374,3 +374,46 @@ def test_a_lens_over_stored_rows(tmp_path):
     # the sites of a stored run also go by other libraries' names
     rows = store.rows(store.query().ids[-1], sites=["blocks.1.hook_resid_post"])
     assert ("tokens", "residual_output.1") in next(iter(rows)).keys(True)
+
+
+def test_a_tuned_lens_over_stored_rows_and_over_weights_that_are_elsewhere(tmp_path):
+    model, batch = models.llama(), models.text_batch()
+    capture, store = tg.Capture(model, "residual_output"), tg.ActivationStore(tmp_path)
+    stages = [capture, tg.SelectTokens(capture.sites), tg.StoreActivations(store, capture.sites)]
+    tg.run(TensorDictSequential(*stages), [batch], progress=False)
+    keys = [("tokens", site) for site in capture.sites]
+    tuned = TunedLens(model, capture.sites, outputs=["entropy"], in_keys=keys)
+    mean = tg.ForEach(tg.StreamingMean(in_keys=[("lens", "entropy")], out_keys="entropy"), capture.sites)
+    rows = store.rows(store.query().ids[-1])
+    result = tg.run(TensorDictSequential(tuned, mean), rows, progress=False)
+    with torch.no_grad():
+        p = model(**batch).logits.double().softmax(-1)
+    entropy = -(p * p.log()).sum(-1).mean()
+    torch.testing.assert_close(
+        result["entropy", capture.sites[-1], "mean"].squeeze(), entropy, rtol=1e-5, atol=0
+    )
+
+    away = models.llama()
+    for module in away.modules():
+        home = {n: p.detach().clone() for n, p in module._parameters.items() if p is not None}
+
+        def put(module=module, home=home, device="cpu"):
+            for name, value in home.items():
+                module._parameters[name] = nn.Parameter(value.to(device), requires_grad=False)
+
+        def forward(*args, own=module.forward, put=put, **kwargs):
+            put()
+            found = own(*args, **kwargs)
+            put(device="meta")
+            return found
+
+        if home:
+            put(device="meta")
+            module.forward = forward
+    losses = []
+    for one in (away, model):
+        lens = TunedLens(one, ["residual_output.0"], outputs=["kl"])
+        assert all(p.device.type == "cpu" for p in lens.parameters())
+        losses.append(lens.fit([batch], steps=3, learning_rate=1e-2))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-7)
+    assert losses[0][-1] < losses[0][0]
