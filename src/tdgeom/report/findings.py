@@ -47,8 +47,8 @@ def _extremes(part: pd.DataFrame, x: str) -> list[str]:
         low, high = np.nanargmin(values), np.nanargmax(values)
         depths = part["_x"].to_numpy(float)
         said.append(
-            f"{_capital(column_of(name).label)} is largest at {place} {depths[high]:.3g} ({values[high]:.3g}) and "
-            f"smallest at {place} {depths[low]:.3g} ({values[low]:.3g})."
+            f"{_capital(column_of(name).label)} is largest at {place} {depths[high]:.3g} ({_number(values[high])}) and "
+            f"smallest at {place} {depths[low]:.3g} ({_number(values[low])})."
         )
     return said
 
@@ -101,7 +101,7 @@ def _sharpest(part: pd.DataFrame) -> str | None:
         if abs(values[at] - (0 if pick == "max" else 1)) < 1e-3:
             continue  # nothing changes anywhere
         a, b = part["a"].iloc[at], part["b"].iloc[at]
-        return f"The sharpest change is from {a} to {b} ({column_of(name).label} {values[at]:.3g})."
+        return f"The sharpest change is from {a} to {b} ({column_of(name).label} {_number(values[at])})."
     return None
 
 
@@ -113,3 +113,7 @@ def _numbers(part: pd.DataFrame, name: str) -> np.ndarray:
 
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -90,7 +90,11 @@ def _series(runs: Sequence[ReportedRun]) -> list[str]:
 
 def _lead(runs: Sequence[ReportedRun]) -> Html:
     """What was measured, and what stands out."""
-    facts = [element("p", _facts(run), class_="measured") for run in runs if run.metadata]
+    facts = [
+        element("p", joined([f"{run.name}: " if len(runs) > 1 else "", _facts(run)]), class_="measured")
+        for run in runs
+        if run.metadata
+    ]
     found = findings(runs)
     if not found:
         return joined(facts)
