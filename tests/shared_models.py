@@ -77,6 +77,15 @@ def texts(count, rows=3):
         yield {"input_ids": ids, "sequence_id": torch.arange(rows) + rows * number}
 
 
+def padded(count):
+    """Batches of which some are padded, on one side or the other."""
+    for number, batch in enumerate(texts(count)):
+        mask = torch.ones_like(batch["input_ids"])
+        if number % 3:
+            mask[0, :2] = mask[2, :1] = 0
+        yield {**batch, "attention_mask": mask if number < 4 else mask.flip(1)}
+
+
 def vectors(count):
     for number in range(count):
         yield {"x": torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(number))}
@@ -111,6 +120,7 @@ def runs(model, readers, reader):
             yield f"{name}, split", lambda p=parts, o=options: measured(model(), p, sharded=True, **o)
             parts = list(texts(3)) if reader is None else list(texts(3)) if reader == 0 else []
             yield f"{name}, one without", lambda p=parts, o=options: measured(model(), p, sharded=True, **o)
+    yield "padded", lambda: measured(model(), list(padded(6)))
     yield "one batch", lambda: measured(model(), list(texts(1)))
 
 

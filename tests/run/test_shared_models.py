@@ -62,8 +62,8 @@ def two(tmp_path_factory):
 
 def test_ranks_that_share_a_model_run_it_together(two, alone):
     _compare(two, alone)
-    assert sum(name.startswith("fsdp: ") for name in two[0]) == len(alone) == 7
-    assert sum(name.startswith("tensor parallel: ") for name in two[0]) == 5
+    assert sum(name.startswith("fsdp: ") for name in two[0]) == len(alone) == 8
+    assert sum(name.startswith("tensor parallel: ") for name in two[0]) == 6
 
 
 def test_edits_of_a_tensor_parallel_model_are_those_of_the_whole(two):

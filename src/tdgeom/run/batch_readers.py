@@ -60,12 +60,16 @@ class Readers:
         """
         if not self.collective:
             return None
+        sent = self.first_of(batch, unless_all=True)
+        return sent if batch is None else None
+
+    def first_of(self, batch: TensorDict | None, *, unless_all: bool = False) -> TensorDict | None:
+        """The batch of the first rank that gives one, on every rank; None where none does. Collective."""
         has = [bool(one) for (one,) in gather_numbers([int(batch is not None)])]
-        if all(has) or not any(has):
+        if not any(has) or (unless_all and all(has)):
             return None
         source = has.index(True)
-        sent = from_rank(batch.cpu() if batch is not None and self.rank == source else None, source)
-        return sent if batch is None else None
+        return from_rank(batch.cpu() if batch is not None and self.rank == source else None, source)
 
     def of_leaders(
         self, every: Sequence[Mapping[str, Any]], compared: Sequence[str]

@@ -133,6 +133,7 @@ class OnePass:
             if over:
                 self._refuse_shorter(given)
                 break
+            self._number_together(td)
             rows = None if td is None or not self.readers.leads else self._rows_of(td, units, new)
             if rows is None:
                 self._run_along(td)
@@ -318,6 +319,18 @@ class OnePass:
             keep &= first_of_each(on_host(rows[main][main]).numpy())
         self.counts["repeated_rows"] += int((~keep).sum())
         return OwnRows(rows, unit, np.bincount(unit, minlength=len(units.ids)), read).kept(main, keep)
+
+    def _number_together(self, td: TensorDict | None) -> None:
+        """Where a padded batch of one rank needs further passes of a model that runs on all ranks: all make them on it."""
+        contexts: list[Any] = [unit for unit in self.plan.batch if hasattr(unit, "is_unnumbered")]
+        for _ in range(self.world if contexts and self.readers.collective else 0):
+            is_open = td is not None and any(unit.is_unnumbered(td) for unit in contexts)
+            sent = self.readers.first_of(td if is_open else None)
+            if sent is None:
+                return
+            with forward_together(self.readers.waits):
+                for unit in contexts:
+                    unit.number_on_all_ranks(self.batch_stages.td(sent))
 
     def _run_along(self, td: TensorDict | None) -> None:
         """A forward whose rows count elsewhere, or not at all: for ranks that could not run theirs without it."""

@@ -18,7 +18,7 @@ from tdgeom.model.calls.forward_signature import on_one_device
 from tdgeom.model.calls.input_device import where_inputs_go
 from tdgeom.model.calls.known_places import known_places
 from tdgeom.model.calls.model_inputs import InKeys, ModelInputs
-from tdgeom.model.calls.position_numbering import SIDES, number_padded
+from tdgeom.model.calls.position_numbering import SIDES, is_unnumbered, number_padded, on_all_ranks
 from tdgeom.model.calls.repeated_calls import CallsSpec, check_calls
 from tdgeom.model.calls.site_hooks import SiteHooks
 from tdgeom.model.sites import Site
@@ -127,13 +127,24 @@ class HookingContext(Configured, TensorDictModuleBase):
                 args, kwargs = inputs.arguments(entries, tensordict)
                 return on_one_device(model)(*args, **kwargs)
 
-            told = {name: given[name] if name in given else tensordict.get(name, None) for name in SIDES}
-            told = {
-                name: mask for name, mask in told.items() if mask is not None and name not in self.withhold
-            }
-            if told:
+            if told := self._masks(given, tensordict):
                 given = number_padded(model, given, told, call, inputs.position_names, inputs.owner)
         return inputs.arguments(given, tensordict)
+
+    def _masks(self, given: Mapping[str, Any], tensordict: TensorDictBase) -> dict[str, Any]:
+        told = {name: given[name] if name in given else tensordict.get(name, None) for name in SIDES}
+        return {name: mask for name, mask in told.items() if mask is not None and name not in self.withhold}
+
+    def is_unnumbered(self, tensordict: TensorDictBase) -> bool:
+        """Whether a call on this batch would run the model more often than once, to see how it numbers positions."""
+        given: Mapping[str, Any] = self._bound.inputs.given(tensordict)
+        masks = {} if "position_ids" in self.withhold else self._masks(given, tensordict)
+        return bool(masks) and is_unnumbered(self.model, given, masks)
+
+    def number_on_all_ranks(self, tensordict: TensorDictBase) -> None:
+        """See how the model numbers the positions of this batch, which all ranks have been given."""
+        with on_all_ranks():
+            self._arguments(tensordict)
 
     def _grad_mode(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.keep_graph else torch.no_grad()

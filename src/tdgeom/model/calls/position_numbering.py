@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,13 +63,10 @@ def number_padded(
 
     Raises ``ValueError`` where no numbering makes a padded sequence what it is alone.
     """
-    masks = {name: mask for name, mask in told.items() if isinstance(mask, Tensor) and mask.ndim == 2}
-    kinds = {name: padding_kinds(mask) for name, mask in masks.items() if given.get(SIDES[name]) is None}
-    masks = {name: mask.bool() for name, mask in masks.items()}
-    kinds = {name: found for name, found in kinds.items() if found}
+    masks, kinds = _padding(given, told)
     if not kinds:
         return given
-    known, key = verified(model), ("positions", *((name, *found) for name, found in kinds.items()))
+    known, key = verified(model), _key(kinds)
     own = {name: SIDES[name] for name in kinds if SIDES[name] in names}
     numbering: Numbering | None = known.get(key)
     if numbering is None:
@@ -77,6 +75,39 @@ def number_padded(
         if any(probe.decisive for probe in probes):
             known[key] = numbering
     return {**given, **numbering.positions(masks, own)}
+
+
+def is_unnumbered(model: nn.Module, given: Given, told: Mapping[str, Tensor]) -> bool:
+    """Whether ``number_padded`` would have to run the model on a batch first."""
+    kinds = _padding(given, told)[1]
+    return bool(kinds) and _key(kinds) not in verified(model)
+
+
+def _padding(
+    given: Given, told: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+    """A batch's masks, and where those are padded whose positions are not given."""
+    masks = {name: mask for name, mask in told.items() if isinstance(mask, Tensor) and mask.ndim == 2}
+    kinds = {name: padding_kinds(mask) for name, mask in masks.items() if given.get(SIDES[name]) is None}
+    masks = {name: mask.bool() for name, mask in masks.items()}
+    return masks, {name: found for name, found in kinds.items() if found}
+
+
+def _key(kinds: Mapping[str, tuple[str, ...]]) -> tuple:
+    return ("positions", *((name, *found) for name, found in kinds.items()))
+
+
+_ALL_RANKS: ContextVar[bool] = ContextVar("all ranks number the same batch", default=False)
+
+
+@contextmanager
+def on_all_ranks() -> Iterator[None]:
+    """Inside, all ranks look at one and the same batch, so that a model which they share can be run for it."""
+    token = _ALL_RANKS.set(True)
+    try:
+        yield
+    finally:
+        _ALL_RANKS.reset(token)
 
 
 @dataclass(frozen=True)
@@ -152,11 +183,12 @@ def _candidates(tables: Sequence[Tensor], own: Mapping[str, str]) -> list[Number
 def _refuse_sharded(model: nn.Module, modules: Sequence[nn.Module], owner: str) -> None:
     """One rank's pass of a model that ranks share would wait for the others for ever."""
     bases = {base.__name__ for kind in {type(module) for module in modules} for base in kind.__mro__}
-    if bases & {"FSDPModule", "FullyShardedDataParallel"}:
+    if bases & {"FSDPModule", "FullyShardedDataParallel"} and not _ALL_RANKS.get():
         raise ValueError(
             f"{owner}: this batch is padded, and how {type(model).__name__} numbers positions cannot be checked once ranks share "
-            "its weights. Remedy: 'position_ids' in the batch, batches without padding, a padded batch before the model is "
-            "sharded, or withhold=['position_ids'], which takes what the model computes, unchecked."
+            "its weights. Remedy: 'position_ids' in the batch, tdgeom.run, in which all ranks check it together, batches without "
+            "padding, a padded batch before the model is sharded, or withhold=['position_ids'], which takes what the model "
+            "computes, unchecked."
         )
 
 
