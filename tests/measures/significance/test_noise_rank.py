@@ -49,3 +49,14 @@ def test_no_variance_is_said() -> None:
         assert int(F.noise_rank(torch.zeros(5), 10).signal_rank) == -1
     with pytest.raises(ValueError, match="level is one of"):
         F.noise_rank(torch.ones(5), 10, 0.2)
+
+
+def test_of_rows_in_documents_the_number_of_documents_counts() -> None:
+    generator = np.random.default_rng(0)
+    document = np.repeat(np.arange(100), 4)
+    for _ in range(5):
+        own = generator.standard_normal((100, 60))
+        own[:, :3] *= [9, 7, 5]
+        x = own[document] + generator.standard_normal((400, 60))
+        values = torch.as_tensor(np.linalg.eigvalsh(np.cov(x.T))[::-1].clip(0).copy())
+        assert int(F.noise_rank(values, 100).signal_rank) == 3 < int(F.noise_rank(values, 400).signal_rank)
