@@ -81,6 +81,7 @@ def analyze_model(
     calls: CallsSpec = None,
     convergence: bool = False,
     significance: bool = False,
+    sharded: bool | None = None,
 ) -> AnalysisResults | None:
     """Measure the representation geometry of a model over a dataloader.
 
@@ -136,6 +137,7 @@ def analyze_model(
         significance: every measure of two sites beside what it is by chance, documents of one side moved: ``<measure>_z``,
             ``_p``, ``_calibrated`` (0 by chance, 1 for the same) and ``_p_adjusted``, for the best of all pairs. Linear CKA's
             stand there always. All are of the sample's first 512 rows; see docs/significance.md for what each costs.
+        sharded: in a process group, whether each rank's loader is a part of the data, as for ``run``. Default: found out.
 
     Returns:
         AnalysisResults. Every site has a ``layer``: the final norm stands behind the last block, see ``to_frame``. Column
@@ -203,7 +205,7 @@ def analyze_model(
         loader = as_loader(dataloader, owner="analyze_model", models=[net], **texts)
         verified = _verified(net, loader, settings, in_keys)
     progress = None if progress else False
-    options = {"every": every, "in_keys": in_keys, "progress": progress, "shard": shard, **texts}
+    options = {"every": every, "in_keys": in_keys, "progress": progress, "shard": shard, "sharded": sharded, **texts}
     if state is not None and (untrained is not False or target is not None):
         asked = "untrained=" if untrained is not False else "save_dir="
         raise ValueError(

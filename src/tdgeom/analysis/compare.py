@@ -85,6 +85,7 @@ def compare(
     seed: int = 0,
     calls: CallsSpec = None,
     significance: bool = False,
+    sharded: bool | None = None,
 ) -> Comparison | None:
     """Compare every layer of one model with every layer of another, over the same data in one pass.
 
@@ -119,6 +120,7 @@ def compare(
             or a number from 0. Default: such a module is an error.
         significance: every measure beside what it is by chance, as ``analyze_model`` takes it; linear CKA is always. The
             p-value ``<measure>_p_adjusted`` is for the best of all pairs of layers.
+        sharded: in a process group, whether each rank's loader is a part of the data, as for ``run``. Default: found out.
 
     Returns:
         Comparison, on rank 0 of a process group (None elsewhere); ``tg.plot.matrix(comparison.novelty, measure)`` draws it.
@@ -185,7 +187,12 @@ def compare(
         loader = PairedTexts(texts, *both, align=settings.align, batch_size=batch_size, max_length=length)
     with gathered() as told:
         result = run(
-            pipeline, loader, max_rows=max_rows, keep=["between"], progress=None if progress else False
+            pipeline,
+            loader,
+            max_rows=max_rows,
+            keep=["between"],
+            progress=None if progress else False,
+            sharded=sharded,
         )
     if result is None:
         return None

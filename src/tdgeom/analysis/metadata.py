@@ -48,6 +48,7 @@ def run_record(results: Sequence[TensorDict], settings: Settings) -> dict[str, A
         **{f"{name}_observed": total(name) for name in ("rows", "tokens", "batches")},
         **{name: total(name) for name in ("padding_rows", "dropped_rows")},
         "stopped": results[0]["run", "stopped"],
+        "loader": results[0]["run", "loader"],
         "data_sha256": results[0]["run", "data_sha256"],
         "settings": settings.record(),
         "software": software_versions(),

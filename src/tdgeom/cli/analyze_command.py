@@ -96,6 +96,7 @@ def analyze(
             sites=listed(sites),
             device=options.device_or_cuda(),
             seed=options.seed,
+            sharded=options.sharded or None,
             select=options.select(),
             untrained=options.untrained,
             checkpoint=checkpoint,

@@ -16,6 +16,7 @@ from tdgeom.cli.analyze_command import analyze, demo
 from tdgeom.cli.compare_command import compare
 from tdgeom.cli.diff_command import diff
 from tdgeom.cli.geometry_commands import dimension, overlap
+from tdgeom.cli.launched_ranks import SHARED, launched
 from tdgeom.cli.look_commands import show, sites
 from tdgeom.cli.merge_command import merge
 from tdgeom.cli.options import STATE
@@ -44,38 +45,58 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 where ``tdgeom diff`` finds a difference, 2 after an error, 130 after
     Ctrl-C.
 
-    Errors are one line on stderr. ``--debug``, anywhere in the arguments, shows the traceback instead.
+    Errors are one line on stderr. ``--debug``, anywhere in the arguments, shows the traceback instead. Processes that a launcher
+    started (``torchrun -m tdgeom ...``) do the work together; rank 0 prints and writes, and all have one exit code.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     STATE["debug"] = debug
     try:
+        ranks = launched()
+    except (ValueError, RuntimeError) as error:
+        return _fail(str(error))
+    if ranks is None:
+        code, said = _ended(arguments, debug)
+        return _fail(said) if said else code
+    code, said = 0, ""
+    if ranks.rank == 0 or (arguments[:1] and arguments[0] in SHARED):
+        with ranks.output():
+            code, said = _ended(arguments, debug)
+    if said and not ranks.is_said(said):
+        _fail(f"rank {ranks.rank}: {said}" if ranks.rank else said)
+    return code if code == INTERRUPTED else ranks.agreed(code)
+
+
+def _ended(arguments: list[str], debug: bool) -> tuple[int, str]:
+    """(the exit code, the error) of a command."""
+    code: Any = 0
+    try:
         with warnings.catch_warnings():
             if not debug:
                 _quiet()
             code = app(arguments, prog_name="tdgeom", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        code = 130
+        code = INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away: tdgeom show DIR | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        return 0, ""
     except UsageError as error:
         said = error.format_message().strip().removeprefix("Invalid value: ") or "name a command"
-        code = _fail(f"{said}{'' if said.endswith(('.', '?')) else '.'} See: {_help_for(error)}")
+        return FAILED, f"{said}{'' if said.endswith(('.', '?')) else '.'} See: {_help_for(error)}"
     except Exception as error:
         if debug:
             raise
-        said = error.args[0] if isinstance(error, KeyError) and error.args else error
-        code = _fail(str(said).strip() or type(error).__name__)
-    if code == 130:
+        given = error.args[0] if isinstance(error, KeyError) and error.args else error
+        return FAILED, str(given).strip() or type(error).__name__
+    if code == INTERRUPTED:
         print("tdgeom: interrupted", file=sys.stderr)
-    return code if isinstance(code, int) else 0
+    return (code if isinstance(code, int) else 0), ""
 
 
 def _fail(message: str) -> int:
     print(visible(f"tdgeom: error: {' '.join(message.split())}"), file=sys.stderr)
-    return 2
+    return FAILED
 
 
 def _help_for(error: Any) -> str:
@@ -97,6 +118,7 @@ def _quiet() -> None:
     warnings.showwarning = one_line
 
 
+FAILED, INTERRUPTED = 2, 130  # exit codes
 VERSIONS = ("torch", "tensordict", "transformers", "numpy")
 
 

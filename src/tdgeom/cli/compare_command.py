@@ -99,6 +99,7 @@ def compare(
         **batches,
         device=options.device_or_cuda(),
         seed=options.seed,
+        sharded=options.sharded or None,
     )
     if result is not None:
         result.metadata |= {"dataset": named, "run_metadata": {"command": "tdgeom compare"}}

@@ -150,6 +150,7 @@ def _measure(
         sites=[str(site) for site in sites],
         device=options.device_or_cuda(),
         seed=options.seed,
+        sharded=options.sharded or None,
         select=select,
         neighbors=options.neighbors or False,
         errors=options.errors,

@@ -67,6 +67,13 @@ class InputOptions:
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default cuda if there is one.")
     ] = None
     seed: Annotated[int, typer.Option(help="Seed of the row sample.")] = 0
+    sharded: Annotated[
+        bool,
+        typer.Option(
+            "--sharded",
+            help="Under torchrun: the data named here are this process's part alone, not all of them.",
+        ),
+    ] = False
     trust_remote_code: Remote = False
     as_json: Json = False
     config: Annotated[

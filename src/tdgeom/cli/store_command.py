@@ -85,7 +85,7 @@ def store(
     )
     pipeline = TensorDictSequential(capture, tg.SelectTokens(capture.sites, also=carried, **select), keep)
     try:
-        result = tg.run(pipeline, batches, max_rows=max_rows)
+        result = tg.run(pipeline, batches, max_rows=max_rows, sharded=options.sharded or None)
     except BaseException:
         if not keep.is_empty:
             typer.echo(

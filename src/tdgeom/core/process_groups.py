@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -95,10 +96,17 @@ def from_rank(value: Any, rank: int) -> Any:
     """What a rank has, on every rank; the others' own is not read. Collective."""
     if rank_and_world()[1] == 1:
         return value
-    held = [value]
+    held: list[Any] = [None, None]
+    if rank_and_world()[0] == rank:
+        try:
+            held[0] = pickle.dumps(value)
+        except Exception as error:  # a function of the user's that cannot travel; the others wait to hear of it
+            held[1] = f"{type(error).__name__}: {error}"
     with together(f"what rank {rank} has"):
         dist.broadcast_object_list(held, src=rank, device=_wire())
-    return held[0]
+    if held[1] is not None:
+        raise TypeError(f"rank {rank} could not send the other ranks what it has: {held[1]}")
+    return value if rank_and_world()[0] == rank else pickle.loads(held[0])
 
 
 def refuse_no_group(owner: str) -> None:

@@ -111,7 +111,7 @@ def activation_patching(
 
     In an encoder-decoder, decoder sites are counted over ``decoder_input_ids``, and the logits read at its last position.
     ``recovered`` is NaN, with a warning, where the two runs have the same metric. Raises ``ValueError`` for unequal numbers
-    of examples, unknown words and missing answers.
+    of examples, unknown words and missing answers. In a process group every rank computes all of what it is given.
     """
     if by not in (None, "position", "head"):
         raise ValueError(f"by= expects 'position', 'head' or None, got {by!r}.")

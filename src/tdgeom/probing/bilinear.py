@@ -202,6 +202,10 @@ class BilinearProbe(Stage):
             self._learn(inputs, label[used][: self.train_rows])
         return self
 
+    def take_fitted(self, fitted: Fitted, names: Sequence[str]) -> None:
+        """Be fitted as another process was, without its rows."""
+        self._fitted, self.names = fitted, list(names)
+
     @property
     def fitted(self) -> Fitted:
         """What the last fit found, such as "weight" (K, D, E) and "bias" (K,)."""

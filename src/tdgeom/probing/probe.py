@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -343,6 +343,12 @@ class Probe(NamesClasses):
                 else:
                     self._fitted = self._solve_moments()
         return self._fitted
+
+    def take_fitted(self, fitted: Fitted, names: Sequence[str]) -> None:
+        """Be fitted as another process was, without its rows."""
+        self.reset()
+        self.rename(names)
+        self._fitted = fitted
 
     def _solve_moments(self) -> Fitted:
         moments, regression = self.moments(), self.state()["test_label"].is_floating_point()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tdgeom.core.for_each import ForEach
 from tdgeom.core.for_each_pair import ForEachPair, pair_list
 from tdgeom.core.keys import Key
-from tdgeom.core.process_groups import rank_and_world
+from tdgeom.core.process_groups import from_first_rank, rank_and_world
 from tdgeom.core.rank_failures import fail_together
 from tdgeom.core.words import Words, put, words_of
 from tdgeom.model.capture import Capture
@@ -157,7 +157,8 @@ class Probing:
 
     Attributes: ``sites``; ``probes``, the fitted probe of each site (or ``"a->b"``); ``settings``, what can change a number
     (seed, split, probe); ``result``, a TensorDict with ``("probe", site, score)`` and, for linear probes,
-    ``("probe_fit", site, "weight" | "bias")``. For one process.
+    ``("probe_fit", site, "weight" | "bias")``. In a process group ``run`` gives the table on rank 0, and every rank the fitted
+    probes; the contexts are for one process.
 
     Raises:
         ValueError: no labels for a call, or what the probe refuses (the message names the site). TypeError: no probe.
@@ -217,14 +218,16 @@ class Probing:
         text_column: str | None = None,
         batch_size: int | None = None,
         max_length: int | None = None,
-    ) -> pd.DataFrame:
-        """Fit and score over loaders and return the table.
+        sharded: bool | None = None,
+    ) -> pd.DataFrame | None:
+        """Fit and score over loaders and return the table; in a process group on rank 0, None elsewhere.
 
         Args:
             dataloader: labelled batches; without ``test`` the probe holds out its own share of sequences.
             test: labelled batches that are scored; then everything in ``dataloader`` trains.
             max_rows: stop after this many rows of each.
             tokenizer, text_column, batch_size, max_length: of texts and datasets, as for ``tdgeom.run``.
+            sharded: whether each rank of a process group has a part of the data, as for ``tdgeom.run``.
         """
         options: dict[str, Any] = {
             "max_rows": max_rows,
@@ -232,6 +235,7 @@ class Probing:
             "text_column": text_column,
             "batch_size": batch_size,
             "max_length": max_length,
+            "sharded": sharded,
             "progress": False,
         }
         before = [self.capture, labelled(self.labels, self.label_key)]
@@ -243,10 +247,11 @@ class Probing:
             **options,
         )
         self._collect(units[-1], first)
+        self._share_fitted()
         if test is not None:
             pipeline = TensorDictSequential(*before, *self._score_units())
             self._scores = run(pipeline, test, **options)
-        return self.table()
+        return self.table() if rank_and_world()[0] == 0 else None
 
     # ---------------------------------------------------------------------------------------- contexts
 
@@ -264,6 +269,11 @@ class Probing:
 
     @contextmanager
     def _phase(self, kind: str) -> Iterator[Phase]:
+        if rank_and_world()[1] > 1:
+            raise ValueError(
+                f"Probing.{kind}() is for one process: the calls of several ranks are not put together. Remedy: "
+                f"probing.run(loader), which shares a loader out among the ranks."
+            )
         if self.capture.direction == "backward":
             raise ValueError(
                 f"Probing.{kind}() uses a call's rows when the call ends, before there are any. Remedy: probing.run(loader) "
@@ -300,6 +310,10 @@ class Probing:
     def result(self) -> TensorDict:
         """Scores and, for linear probes, weights, by site."""
         if self._scores is None:
+            if self.probes and rank_and_world()[0]:
+                raise ValueError(
+                    "Probing's scores are on rank 0; the other ranks have the fitted probes alone."
+                )
             raise ValueError(
                 "nothing has been scored yet: run(loader), or a `with probing.score():` block after fit."
             )
@@ -332,11 +346,6 @@ class Probing:
     # ------------------------------------------------------------------------------------------ building
 
     def _selector(self) -> SelectTokens:
-        if rank_and_world()[1] > 1:
-            raise ValueError(
-                "Probing runs in one process. Under several ranks put the probes into a pipeline: tg.run(TensorDictSequential("
-                "capture, tg.SelectTokens(sites, also=['label']), tg.ForEach(probe, sites)), loader)."
-            )
         types = [] if self.probe.control is None else [self.probe.control]
         documents = bool(self.probe.groups)
         return SelectTokens(self.sites, also=[self.label_key, *types], documents=documents, **self.select)
@@ -363,3 +372,23 @@ class Probing:
         """Keep the fitted probes of ``ForEach`` or ``ForEachPair``, and their scores."""
         renamed = units if self.pairs is None else units.units
         self.probes, self._scores = {unit.where: unit.module for unit in renamed}, scores
+
+    def _share_fitted(self) -> None:
+        """What rank 0 has fitted, on every rank."""
+        if rank_and_world()[1] == 1:
+            return
+        own = rank_and_world()[0] == 0
+        found = (
+            {name: (_on_cpu(probe.fitted), probe.names) for name, probe in self.probes.items()}
+            if own
+            else None
+        )
+        for name, (fitted, names) in from_first_rank(found).items():
+            if not own:
+                self.probes[name].take_fitted(fitted, names)
+
+
+def _on_cpu(fitted: Any) -> Any:
+    if isinstance(fitted, dict):
+        return {name: _on_cpu(value) for name, value in fitted.items()}
+    return fitted.cpu() if isinstance(fitted, Tensor) else fitted

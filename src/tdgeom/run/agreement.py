@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tdgeom.core.process_groups import gather_texts, rank_and_world
+from tdgeom.core.split_loaders import SplitLoader
 from tdgeom.core.stage_settings import differences
 from tdgeom.files.json_text import canonical_json
-from tdgeom.rows.split_loaders import SplitLoader
 from tdgeom.run.batch_readers import Readers
 
 __all__ = ["Beginning", "Division", "compare_ends", "compare_runs", "divide"]

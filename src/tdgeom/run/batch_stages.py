@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, skip_existing
@@ -14,10 +15,10 @@ from tdgeom.core.keys import Key, KeyTable, key_tuple, optional_in_keys
 from tdgeom.core.missing_parts import missing_part
 from tdgeom.core.renamed import describe
 from tdgeom.core.row_ids import POSITION_BITS
+from tdgeom.core.split_loaders import SplitLoader
 from tdgeom.core.words import words_of
 from tdgeom.numerics.on_host import on_host, remember
 from tdgeom.rows.batches import as_batch, batch_length
-from tdgeom.rows.split_loaders import SplitLoader
 from tdgeom.run.finish import call, give
 from tdgeom.run.plan import Plan
 
@@ -127,6 +128,17 @@ class BatchStages:
             attended = int(on_host(mask).bool().sum())
             return attended, mask.numel() - attended
         return (ids.numel() if ids is not None else td.get(self.main).shape[0]), 0
+
+    def without(self, td: TensorDict, units: np.ndarray, rows: np.ndarray) -> TensorDict:
+        """What ``tokens_and_padding`` reads of a batch, of some of its sequences and rows alone."""
+        read = [key for select in self.selects for key in (select.mask_key, select.in_keys[0])]
+        left = TensorDict({}, batch_size=[])
+        for key in dict.fromkeys([*read, "attention_mask", "input_ids", self.main]):
+            value = td.get(key, None)
+            chosen = rows if key == self.main else units
+            if isinstance(value, Tensor) and value.ndim and value.shape[0] == len(chosen):
+                left.set(key, value[torch.from_numpy(chosen).to(value.device)])
+        return left
 
     def _refuse_results(self, td: TensorDict) -> None:
         """A call of the pipeline would take these from the batch, where a run's end stages see results alone."""

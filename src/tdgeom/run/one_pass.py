@@ -20,12 +20,12 @@ from tdgeom.core.keys import Key
 from tdgeom.core.process_groups import rank_and_world
 from tdgeom.core.rank_failures import check_ranks, forward_together
 from tdgeom.core.row_ids import POSITION_BITS
+from tdgeom.core.split_loaders import find_split
 from tdgeom.core.words import put
 from tdgeom.model.calls.shared_model import SharedModel
 from tdgeom.numerics.on_host import on_host, read_together
 from tdgeom.rows.batches import batch_length, iterate
 from tdgeom.rows.data_sources import DataSource
-from tdgeom.rows.split_loaders import find_split
 from tdgeom.run.agreement import Beginning, Division, compare_ends, compare_runs, divide
 from tdgeom.run.batch_readers import Readers
 from tdgeom.run.batch_stages import BatchStages
@@ -308,9 +308,9 @@ class OnePass:
         """Run a batch; its rows, without those of the units that are not ``new``."""
         with self.timed("batch"), forward_together(self.readers.waits):
             rows, count = self.batch_stages.rows(td)
-        read = self.batch_stages.tokens_and_padding(td)
         main = self.batch_stages.main
         if not self.division.split:
+            read = self.batch_stages.tokens_and_padding(td)
             return OwnRows(rows, np.zeros(count, dtype=np.int64), np.full(1, count), read)
         unit = units.of_rows(on_host(rows[main][main]).numpy())
         fresh = new if units.again is None else new & ~units.again
@@ -318,6 +318,8 @@ class OnePass:
         if len(set(units.ids)) < len(units.ids):  # an id twice in one batch
             keep &= first_of_each(on_host(rows[main][main]).numpy())
         self.counts["repeated_rows"] += int((~keep).sum())
+        counted = td if keep.all() and fresh.all() else self.batch_stages.without(td, fresh, keep)
+        read = self.batch_stages.tokens_and_padding(counted)
         return OwnRows(rows, unit, np.bincount(unit, minlength=len(units.ids)), read).kept(main, keep)
 
     def _number_together(self, td: TensorDict | None) -> None:

@@ -11,6 +11,7 @@ from tensordict import TensorDictBase, is_tensor_collection
 
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import Key
+from tdgeom.core.process_groups import rank_and_world
 from tdgeom.measures.dimension.estimate import DimensionEstimate
 from tdgeom.run.several_models import as_one_table, by_model
 from tdgeom.run.site_places import relative_depths, site_places
@@ -107,6 +108,11 @@ def _of_each(
     stage: str,
 ) -> pd.DataFrame:
     """The rows of a result, and of its untrained baseline where it has one; those of every model where several are given."""
+    if result is None and (rank := rank_and_world()[0]):
+        raise ValueError(
+            f"{caller}: this is rank {rank}; the result is on rank 0, run and analyze_model return None elsewhere. Remedy: `if "
+            f"result is not None:`."
+        )
     if by_model(result) is not None:
         return as_one_table(result, lambda one: _of_each(caller, one, rows, what, over, stage))
     found = []

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import key_tuple
+from tdgeom.core.process_groups import rank_and_world
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.run.site_places import SiteParts, site_places
 
@@ -45,6 +46,11 @@ def to_frame(result: TensorDictBase, root: str) -> pd.DataFrame:
         >>> to_frame(td, "spectrum")[["site", "layer", "d_pr"]].values.tolist()
         [['residual_input.0', 0, 2.0]]
     """
+    if result is None and (rank := rank_and_world()[0]):
+        raise ValueError(
+            f"to_frame: this is rank {rank}; the result is on rank 0, run returns None elsewhere. Remedy: `if result is not "
+            f"None:`."
+        )
     branch = result.get(root, None)
     if branch is not None and is_tensor_collection(branch) and root.endswith("carried"):
         return _row_table(result, root, branch)
