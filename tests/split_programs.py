@@ -24,8 +24,8 @@ def data():
     return [{"input": row, "label": int(row[0] > 0)} for row in x]
 
 
-def model():
-    torch.manual_seed(7)
+def model(seed=7):
+    torch.manual_seed(seed)
     return torch.nn.Sequential(torch.nn.Linear(D, 5), torch.nn.Tanh(), torch.nn.Linear(5, 5))
 
 
@@ -115,12 +115,18 @@ def seeded(seed):
 
 def analysis(rank, world):
     loader = sampler_loader(rank, world)
-    found = tg.analyze_model(model(), loader, sites="module_output:2", progress=False, select={"also": ["label"]})
+    found = tg.analyze_model(
+        model(), loader, sites="module_output:2", progress=False, select={"also": ["label"]}
+    )
     if found is None:
         return None
     numbers = found.metrics.select_dtypes("number").iloc[0]
     loader = found.metadata["loader"]
-    return {"numbers": {k: float(v) for k, v in numbers.items()}, "rows": found.metadata["rows_observed"], "loader": loader}
+    return {
+        "numbers": {k: float(v) for k, v in numbers.items()},
+        "rows": found.metadata["rows_observed"],
+        "loader": loader,
+    }
 
 
 def comparison(rank, world):
@@ -130,7 +136,11 @@ def comparison(rank, world):
         model(), other, batches(ids=True)[rank::world], ["linear_cka", "neighborhood_overlap"],
         sites="module_output:2", progress=False, sharded=True,
     )  # fmt: skip
-    return None if found is None else {k: float(v) for k, v in found.novelty.select_dtypes("number").iloc[0].items()}
+    return (
+        None
+        if found is None
+        else {k: float(v) for k, v in found.novelty.select_dtypes("number").iloc[0].items()}
+    )
 
 
 def probing(rank, world, bilinear=False):
@@ -158,14 +168,35 @@ def stored(rank, world):
     written = tg.run(steps, sampler_loader(rank, world), progress=False, max_rows=40)
     [record] = keep.store.catalogue.records()
     rows = keep.store.rows(record.id, batch_rows=7)
-    again = TensorDictSequential(tg.ForEach(tg.StreamingCovariance(), capture.sites), tg.RowSample(capture.sites, size=20, also=["label"]))
+    again = TensorDictSequential(
+        tg.ForEach(tg.StreamingCovariance(), capture.sites),
+        tg.RowSample(capture.sites, size=20, also=["label"]),
+    )
     found = {
         "written": None if written is None else int(written["stored", "rows"]),
         "read": said(tg.run(again, rows, progress=False)),
         "shuffled": said(tg.run(again, rows.shuffled(chunk_rows=4), progress=False)),
-        "dealt": said(tg.run(again, DataLoader(rows, batch_size=4, sampler=DistributedSampler(rows, world, rank, shuffle=False)), progress=False)),
+        "dealt": said(
+            tg.run(
+                again,
+                DataLoader(rows, batch_size=4, sampler=DistributedSampler(rows, world, rank, shuffle=False)),
+                progress=False,
+            )
+        ),
     }
     return found if rank == 0 else None
+
+
+def word_tokenizer():
+    from tokenizers import Tokenizer
+    from tokenizers import models as kinds
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    known = {word: number for number, word in enumerate(["<pad>", "<unk>", *(f"w{i}" for i in range(40))])}
+    words = Tokenizer(kinds.WordLevel(known, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
 
 
 def texts(rank, world):
@@ -180,7 +211,7 @@ def texts(rank, world):
         tg.Collect(capture.sites, also=["document_id"]),
     )
     loader = DataLoader(words, batch_size=2, sampler=sampler)
-    found = tg.run(steps, loader, tokenizer=models.word_tokenizer(40), progress=False)
+    found = tg.run(steps, loader, tokenizer=word_tokenizer(), progress=False)
     if found is None:
         return None
     [site] = found["mean"].keys()
@@ -192,10 +223,30 @@ def texts(rank, world):
 
 
 def second_pass(rank, world):
-    first = tg.run(TensorDictSequential(tg.StreamingCovariance(in_keys=["input"]), tg.ConceptBasis(n=2)), batches(), progress=False)
-    steps = TensorDictSequential(tg.Project(in_keys=["input", *tg.Project().in_keys[1:]]), tg.StreamingMean(in_keys=tg.Project().out_keys))
+    first = tg.run(
+        TensorDictSequential(tg.StreamingCovariance(in_keys=["input"]), tg.ConceptBasis(n=2)),
+        batches(),
+        progress=False,
+    )
+    steps = TensorDictSequential(
+        tg.Project(in_keys=["input", *tg.Project().in_keys[1:]]),
+        tg.StreamingMean(in_keys=tg.Project().out_keys),
+    )
     found = tg.run(steps, batches(), inputs=first, progress=False)
     return None if found is None else found["mean", "variance"].tolist()
+
+
+def uneven(rank, world):
+    """Eight batches and one of them again on rank 0, the others' on the ranks behind it."""
+    found = batches(ids=True)
+    if world == 1:
+        return found
+    return found[:8] if rank == 0 else found[7:] if rank == 1 else found[9:]
+
+
+def shuffled(found, seed):
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [found[place] for place in order]
 
 
 def after(index, change, loader):
@@ -216,7 +267,7 @@ CHECKS = {
     "split_by_node": lambda r, w: rows_of(DataLoader(EveryNth(r, w), batch_size=3)),
     "ids": lambda r, w: rows_of(batches(ids=True)[r::w]),
     "ids, cut": lambda r, w: rows_of(batches(ids=True)[r::w], max_rows=27),
-    "ids, uneven": lambda r, w: rows_of(batches(ids=True) if w == 1 else batches(ids=True)[:8] if r == 0 else batches(ids=True)[7 + r : 8 + r] if r < w - 1 else batches(ids=True)[7 + r :], sharded=True),
+    "ids, uneven": lambda r, w: rows_of(uneven(r, w), sharded=True),
     "ids, empty": lambda r, w: rows_of(batches(ids=True) if r == w - 1 else [], sharded=True),
     "told": lambda r, w: rows_of(batches()[r::w], sharded=True),
     "analyze_model": analysis,
@@ -232,9 +283,9 @@ REFUSED = {
     "lengths": lambda r, w: rows_of(batches() if r == 0 else batches()[:-1]),
     "lengths, cut": lambda r, w: rows_of(batches() if r == 0 else batches()[:-1], max_rows=46),
     "seeds": lambda r, w: rows_of(seeded(r)),
-    "own data": lambda r, w: rows_of([{k: v + r if k == "input" else v for k, v in b.items()} for b in batches()]),
+    "own data": lambda r, w: rows_of([{**b, "input": b["input"] + r} for b in batches()]),
     "another batch later": lambda r, w: rows_of(after(3, lambda b: {**b, "input": b["input"] + r}, batches())),
-    "seeds with ids": lambda r, w: rows_of(sorted(batches(ids=True, size=1), key=lambda b: hash((r, int(b["sequence_id"]) * 7919)) % 101)),
+    "seeds with ids": lambda r, w: rows_of(shuffled(batches(size=1, ids=True), r)),
     "part without a word": lambda r, w: rows_of(batches()[r::w]),
     "the same part": lambda r, w: rows_of(batches()[:4], sharded=True),
     "sampler of other ranks": lambda r, w: rows_of(sampler_loader(r, w + 1)),
@@ -243,11 +294,11 @@ REFUSED = {
     "sampler on one rank": lambda r, w: rows_of(sampler_loader(r, w) if r else batches(size=3)),
     "sharded=False": lambda r, w: rows_of(sampler_loader(r, w), sharded=False),
     "sharded on one": lambda r, w: rows_of(batches(ids=True)[r::w], sharded=r == 0),
-    "weights": lambda r, w: said(tg.run(pipeline(torch.nn.Sequential(*([torch.nn.Identity()] * 2), torch.nn.Linear(D, 5))), batches(), progress=False)) if torch.manual_seed(r) else None,
+    "weights": lambda r, w: said(tg.run(pipeline(model(seed=r)), batches(), progress=False)),
     "weights that change": lambda r, w: changing(r),
-    "settings": lambda r, w: said(tg.run(tg.RowSample(size=8 + r, in_keys=["input", "row_id"]), batches(), progress=False)),
+    "settings": lambda r, w: said(tg.run(tg.RowSample(size=8 + r, in_keys=["input", "row_id"]), batches())),
     "limits": lambda r, w: rows_of(batches(), max_rows=20 + r),
-    "TunedLens": lambda r, w: tg.TunedLens(models.gpt2(), ["residual_output.0"]).fit(sampler_loader(r, w), steps=1),
+    "TunedLens": lambda r, w: tg.TunedLens(models.gpt2(), ["residual_output.0"]).fit(sampler_loader(r, w)),
     "profile of nothing": lambda r, w: tg.intrinsic_dimension_profile(None) if r else refuse(),
 }  # fmt: skip
 
@@ -264,11 +315,7 @@ def changing(rank):
             net[2].bias.add_(rank)
         return batch
 
-    return said(tg.run(pipeline(net), list_of(after(4, train, batches())), progress=False))
-
-
-def list_of(generator):
-    return generator
+    return said(tg.run(pipeline(net), after(4, train, batches()), progress=False))
 
 
 def outcome(check, rank, world):

@@ -7,6 +7,7 @@ import io
 import os
 import time
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 __all__ = ["SHARED", "Ranks", "launched"]
@@ -14,6 +15,7 @@ __all__ = ["SHARED", "Ranks", "launched"]
 SHARED = frozenset(
     {"analyze", "compare", "demo", "dimension", "overlap", "rerun", "store"}
 )  # what ranks do together
+_NUMBER = count()
 _PATIENCE = 10.0  # seconds for which a rank that failed waits for the others to end by themselves
 _SINCE_ANOTHER = 2.0  # and for rank 0 to say the same
 
@@ -38,8 +40,9 @@ class Ranks:
                 f"RANK and WORLD_SIZE say that this is one of several processes, but they cannot find each other: {error} Start "
                 f"them with torchrun --nproc-per-node N -m tdgeom ..., or take both out of the environment."
             ) from error
+        store = distributed.PrefixStore(f"tdgeom/{next(_NUMBER)}", store)  # of several commands each has its own
         distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
-        self.store: Any = distributed.PrefixStore("tdgeom/ended", store)
+        self.store: Any = distributed.PrefixStore("ended", store)
 
     @contextlib.contextmanager
     def output(self) -> Iterator[None]:

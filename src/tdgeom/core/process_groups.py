@@ -100,7 +100,9 @@ def from_rank(value: Any, rank: int) -> Any:
     if rank_and_world()[0] == rank:
         try:
             held[0] = pickle.dumps(value)
-        except Exception as error:  # a function of the user's that cannot travel; the others wait to hear of it
+        except (
+            Exception
+        ) as error:  # a function of the user's that cannot travel; the others wait to hear of it
             held[1] = f"{type(error).__name__}: {error}"
     with together(f"what rank {rank} has"):
         dist.broadcast_object_list(held, src=rank, device=_wire())
