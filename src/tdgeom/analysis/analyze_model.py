@@ -205,7 +205,14 @@ def analyze_model(
         loader = as_loader(dataloader, owner="analyze_model", models=[net], **texts)
         verified = _verified(net, loader, settings, in_keys)
     progress = None if progress else False
-    options = {"every": every, "in_keys": in_keys, "progress": progress, "shard": shard, "sharded": sharded, **texts}
+    options = {
+        "every": every,
+        "in_keys": in_keys,
+        "progress": progress,
+        "shard": shard,
+        "sharded": sharded,
+        **texts,
+    }
     if state is not None and (untrained is not False or target is not None):
         asked = "untrained=" if untrained is not False else "save_dir="
         raise ValueError(

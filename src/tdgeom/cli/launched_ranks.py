@@ -17,7 +17,7 @@ SHARED = frozenset(
 )  # what ranks do together
 _NUMBER = count()
 _PATIENCE = 10.0  # seconds for which a rank that failed waits for the others to end by themselves
-_SINCE_ANOTHER = 2.0  # and for rank 0 to say the same
+_SINCE_ANOTHER = 6.0  # and for rank 0 to say the same
 
 
 class Ranks:
@@ -40,7 +40,9 @@ class Ranks:
                 f"RANK and WORLD_SIZE say that this is one of several processes, but they cannot find each other: {error} Start "
                 f"them with torchrun --nproc-per-node N -m tdgeom ..., or take both out of the environment."
             ) from error
-        store = distributed.PrefixStore(f"tdgeom/{next(_NUMBER)}", store)  # of several commands each has its own
+        store = distributed.PrefixStore(
+            f"tdgeom/{next(_NUMBER)}", store
+        )  # of several commands each has its own
         distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
         self.store: Any = distributed.PrefixStore("ended", store)
 
@@ -54,11 +56,14 @@ class Ranks:
             yield
 
     def is_said(self, error: str) -> bool:
-        """Whether rank 0 has failed with the same words, so that they need not be repeated."""
+        """Whether rank 0 has said it: one has failed with the other, or both with the same words."""
         if not self.rank:
             self.store.set("error", error)
             return False
-        return self._comes("error", _SINCE_ANOTHER) and self.store.get("error").decode() == error
+        if not self._comes("error", _SINCE_ANOTHER):
+            return False
+        told = self.store.get("error").decode()
+        return error in told or told in error
 
     def agreed(self, code: int) -> int:
         """The exit code of all: the largest. A rank that ended well waits for rank 0, which has the results to finish."""
