@@ -58,7 +58,7 @@ def touches(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
 
 
 class KeyTable:
-    """Values by key, found by every key that touches theirs; by first element, to stay linear in the number of keys.
+    """Values by key, found by every key that touches theirs; by first elements, to stay linear in the number of keys.
 
     >>> table = KeyTable(["tokens", ("moments", "x", "mean")])
     >>> list(table.touching(("tokens", "x"))), list(table.touching("moments")), list(table.touching("sample"))
@@ -67,6 +67,7 @@ class KeyTable:
 
     def __init__(self, keys: Iterable[Key] = ()) -> None:
         self._by_root: dict[str, dict[tuple[str, ...], Any]] = {}
+        self._by_place: dict[tuple[str, ...], dict[tuple[str, ...], Any]] = {}  # by two elements
         for key in keys:
             self.add(key)
 
@@ -74,6 +75,8 @@ class KeyTable:
         """Enter a value, or a key alone."""
         parts = key_tuple(key)
         self._by_root.setdefault(parts[0], {})[parts] = value
+        if len(parts) > 1:
+            self._by_place.setdefault(parts[:2], {})[parts] = value
 
     def touching(self, key: Key) -> dict[tuple[str, ...], Any]:
         """What is entered under this very key, else under its parents and leaves."""
@@ -81,7 +84,11 @@ class KeyTable:
         held = self._by_root.get(parts[0], {})
         if parts in held:
             return {parts: held[parts]}
-        return {other: value for other, value in held.items() if touches(other, parts)}
+        if len(parts) == 1:
+            return dict(held)
+        near = self._by_place.get(parts[:2], {})
+        root = {parts[:1]: held[parts[:1]]} if parts[:1] in held else {}
+        return root | {other: value for other, value in near.items() if touches(other, parts)}
 
 
 def optional_in_keys(module: nn.Module) -> list[Key]:

@@ -12,7 +12,7 @@ from tdgeom.core.keys import Keys
 from tdgeom.core.stage import Stage
 from tdgeom.measures.eigen_spectrum import covariance_eigenvalues, eigen_spectrum
 from tdgeom.measures.jackknife import warn_few_groups
-from tdgeom.numerics.symmetric_strips import square_of
+from tdgeom.numerics.symmetric_strips import square_of, strips
 
 __all__ = ["LeaveOutSpectrum"]
 
@@ -32,8 +32,8 @@ class _Parts(NamedTuple):
 class LeaveOutSpectrum(Stage):
     """``EigenSpectrum`` over all rows, and the spectrum without each group of documents to second order.
 
-    With V the eigenvectors of the covariance C of all rows and C₋g that without group g: the leading 2k eigenvalues and
-    vectors of C₋g are those of its products within the leading 2k of V (Rayleigh and Ritz), their coupling to the others by
+    With V the eigenvectors of the covariance C of all rows and C₋g that without group g: the leading 3k/2 eigenvalues and
+    vectors of C₋g are those of its products within the leading 3k/2 of V (Rayleigh and Ritz), their coupling to the others by
     first-order perturbation; the other eigenvalues are vᵢᵀC₋g vᵢ. One decomposition and a float32 product a group, 5 to 8 times
     faster than decomposing each C₋g: at D = 768, 20 groups, 0.2 s a site on one core in place of 0.7 (of the values alone). Up
     to D = 256, and everywhere with ``exact=True``, each is decomposed.
@@ -140,7 +140,7 @@ class LeaveOutSpectrum(Stage):
                 else:
                     replicates[g + 1] = covariance_eigenvalues(left, rank)
             return [values, leading.clone(), replicates, turned, weights.clone(), basis, unknown[:0]]
-        m = min(d, 2 * self.k)
+        m = min(d, self.k + (self.k + 1) // 2)
         if held:
             parts = _from_groups(vectors, values * (n - 1), rows, means - mean, spread, scatter, m)
         else:
@@ -199,10 +199,16 @@ def _from_groups(
 
     def own() -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         for g in _used(rows):
-            product = square_of(scatter[g], len(spread)) @ narrow
-            diagonal = (product * narrow).sum(0, dtype=torch.float64) * size.square()
-            block = (narrow.mT @ product[:, :m]).double() * size.square()
-            yield g, diagonal, block, vectors.mT @ shifts[g]
+            diagonal, leading = torch.zeros_like(total), torch.zeros_like(narrow[:, :m])
+            for a, b, strip in strips(
+                scatter[g], len(spread)
+            ):  # each half once: vᵀSv = Σ vᵀ(block + 2·beyond)v
+                block, beyond = strip[:, : b - a] @ narrow[a:b], strip[:, b - a :] @ narrow[b:]
+                diagonal += (narrow[a:b] * (block + 2 * beyond)).sum(0, dtype=torch.float64)
+                leading[a:b] += block[:, :m] + beyond[:, :m]
+                leading[b:] += strip[:, b - a :].mT @ narrow[a:b, :m]
+            among = (narrow.mT @ leading).double() * size.square()
+            yield g, diagonal * size.square(), among, vectors.mT @ shifts[g]
 
     return _Parts(rows, total, own())
 
