@@ -367,6 +367,8 @@ OF_RANKS = [
     "run: the loaders of the ranks differ: …",
     "run(sharded=True): all … ranks begin with the same batch",
     "… rank … has come to …, another rank to …",
+    "… is gone: …",
+    "… is a part of the activation, another on every rank: …",
 ]
 
 
