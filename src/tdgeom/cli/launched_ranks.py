@@ -85,7 +85,9 @@ class Ranks:
                     time.sleep(0.02)  # the store may live in this process
         except RuntimeError:  # the process that has the store is gone
             return code or 1
-        if not code:
+        if (
+            not code or distributed.get_backend() == "gloo"
+        ):  # with NCCL a collective that broke off may be waited for
             distributed.destroy_process_group()
         return code
 
