@@ -82,10 +82,16 @@ def started(folder, world, listed, program=PROGRAM):
     return out, [json.loads((out / f"{rank}.json").read_text()) for rank in range(world)]
 
 
+@pytest.fixture(scope="module")
+def alone(folder):
+    out, (one,) = started(folder, 1, commands)
+    return out, one
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
-def test_commands_share_the_work_and_print_once(folder, world):
-    alone, (one,) = started(folder, 1, commands)
+def test_commands_share_the_work_and_print_once(folder, alone, world):
+    alone, one = alone
     out, ranks = started(folder, world, commands)
     for number, arguments in enumerate(commands(folder, out)):
         codes = [rank[number][0] for rank in ranks]
