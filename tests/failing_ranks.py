@@ -92,11 +92,16 @@ def own_steps():
         pass
 
 
-def unsavable(folder):
-    """An analysis that cannot be saved: rank 0 finds that out when the others have long done their part."""
-    model, target = nn.Sequential(nn.Linear(6, 6)), Path(folder).parent / "results"
+def identity():
+    model = nn.Sequential(nn.Linear(6, 6))
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(6)), model[0].bias.zero_()
+    return model
+
+
+def unsavable(folder):
+    """An analysis that cannot be saved: rank 0 finds that out when the others have long done their part."""
+    model, target = identity(), Path(folder).parent / "results"
 
     def loader():
         yield from ({"input": rows(number)} for number in range(4))
@@ -169,6 +174,9 @@ def main():
     folder = str(out / "store")
     if rank == 0:
         tg.ActivationStore(folder)
+    # what the works import and find out once is no part of how soon they end
+    given = [{"input": rows(number)} for number in range(4)]
+    tg.analyze_model(identity(), given, sites="module_output:0", progress=False)
     dist.barrier()
     found = {name: described(work) for name, (work, _, _) in works(folder).items()}
     result = tg.run(tg.StreamingCovariance(), batches(), progress=False)
