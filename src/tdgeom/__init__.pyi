@@ -188,6 +188,7 @@ from .store.store_activations import StoreActivations as StoreActivations
 from .core.warnings import UndefinedMeasureWarning as UndefinedMeasureWarning
 from .core.warnings import FewRowsWarning as FewRowsWarning
 from .core.warnings import UnresolvedMeasureWarning as UnresolvedMeasureWarning
+from .core.rank_failures import RankFailed as RankFailed
 from . import functional as functional
 from . import plot as plot
 

@@ -124,3 +124,24 @@ def test_the_command_line_exits_by_what_it_finds(tmp_path, capsys) -> None:
     assert main(["diff", a, str(tmp_path / "nowhere")]) == 2
     frame = tg.difference(a, b)
     assert int(frame["differs"].sum()) == told["differ"]
+
+
+@pytest.mark.filterwarnings("ignore::tdgeom.FewRowsWarning", "ignore::tdgeom.UndefinedMeasureWarning")
+def test_cells_of_several_values_are_compared_one_by_one(tmp_path) -> None:
+    """Gride has an estimate a scale: each is a metric of its own, in memory and from disk."""
+    runs = [
+        tg.analyze_model(
+            models.gpt2(), loader(seed), metrics=["gride"], errors=True, progress=False, sample_size=256
+        )
+        for seed in (0, 1)
+    ]
+    frame = tg.difference(*runs)
+    site = runs[0].metrics["site"].iloc[0]
+    cells = [np.asarray(run.metrics["gride_estimate"].iloc[0]) for run in runs]
+    found = frame[(frame["site"] == site) & frame["metric"].str.startswith("gride_estimate")]
+    assert list(found["metric"]) == [f"gride_estimate[{place}]" for place in range(len(cells[0]))]
+    np.testing.assert_allclose(found["difference"], cells[1] - cells[0])
+    for name, run in zip("ab", runs):
+        run.save(tmp_path / name)
+    again = tg.difference(*(tg.AnalysisResults.load(tmp_path / name) for name in "ab"))
+    np.testing.assert_allclose(again["p"], frame["p"], rtol=1e-6)

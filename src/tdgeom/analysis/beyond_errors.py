@@ -141,6 +141,19 @@ def _keyed(one: AnalysisResults, table: str) -> Iterator[tuple[str, Any]]:
         yield str(row["site"] if table == "metrics" else f"{row['a']}->{row['b']}"), row
 
 
+def _one_value_each(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose cells of several values (Gride's scales) are as many columns: ``name[0]``, ``name[0]_se``, ..."""
+    found: dict[str, Any] = {}
+    for name, cell in row.items():
+        if not isinstance(cell, list | tuple | np.ndarray):
+            found[name] = cell
+            continue
+        stem, is_error = name.removesuffix("_se"), name.endswith("_se")
+        for place, value in enumerate(np.asarray(cell).ravel()):
+            found[f"{stem}[{place}]{'_se' * is_error}"] = value
+    return found
+
+
 def _compared(
     table: str,
     runs: tuple[AnalysisResults, AnalysisResults],
@@ -153,7 +166,7 @@ def _compared(
     missing = [f"{where} {_ONLY_ONE}" for where in left.keys() ^ right.keys()]
     rows = []
     for where in (name for name in left if name in right):
-        own, other = left[where], right[where]
+        own, other = _one_value_each(left[where]), _one_value_each(right[where])
         names = [{key.removesuffix("_se") for key in row if key.endswith("_se")} for row in (own, other)]
         missing += [f"{where} {name} {_ONLY_ONE}" for name in sorted(names[0] ^ names[1])]
         for name in (key for key in own if key in names[0] & names[1]):
