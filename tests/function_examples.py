@@ -195,6 +195,7 @@ OTHERS = {
         "works on ids, groups or decisions of one run",
     ),
     **dict.fromkeys(
-        ("procrustes_bounds", "shuffled_null", "subspace_overlap_corrected"), "deals the documents of one data set"
+        ("procrustes_bounds", "rotated_null", "shuffled_null", "subspace_overlap_corrected"),
+        "deals the documents of one data set, or turns it",
     ),
 }  # fmt: skip

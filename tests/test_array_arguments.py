@@ -56,6 +56,9 @@ REST = {
     "document_shuffles": Call(lambda d: F.document_shuffles(d, 3), lambda seed: (groups(),)),
     "joint_p_values": Call(F.joint_p_values, lambda seed: (rows(seed)[:3, 0], rows(seed, 20)[:3])),
     "procrustes_bounds": Call(F.procrustes_bounds, lambda seed: (rows(seed), rows(seed + 1), torch.arange(N) // 2)),
+    "rotated_null": Call(
+        lambda x, y: F.rotated_null(F.soft_matching, x, y, repeats=19), lambda seed: (rows(seed), rows(seed + 1))
+    ),
     "shuffled_null": Call(
         lambda x, y, d: F.shuffled_null(F.linear_cka, x, y, d, repeats=19), lambda seed: (rows(seed), rows(seed + 1), groups())
     ),

@@ -36,6 +36,7 @@ from tdgeom.measures.significance.convergence import rows_to_settle, settling
 from tdgeom.measures.significance.documents import document_shuffles
 from tdgeom.measures.significance.many_tests import adjusted_p_values
 from tdgeom.measures.significance.noise_rank import noise_rank
+from tdgeom.measures.significance.rotation_null import rotated_null
 from tdgeom.measures.similarity.cca import cca_mean, cca_r2, pwcca_ab, pwcca_ba, svcca
 from tdgeom.measures.similarity.cknna import cknna
 from tdgeom.measures.similarity.held_out import procrustes_bounds, subspace_overlap_corrected
@@ -186,6 +187,7 @@ __all__ = [
     "sample_metrics",
     "selection_mask",
     "settling",
+    "rotated_null",
     "shuffled_null",
     "soft_matching",
     "spectrum_metrics",

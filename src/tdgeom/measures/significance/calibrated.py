@@ -16,7 +16,15 @@ from tdgeom.measures.significance.documents import document_shuffles, rows_alike
 from tdgeom.measures.similarity.pair_sources import MATCHED_ROWS
 from tdgeom.numerics.centring import check_matched, warn_undefined
 
-__all__ = ["Calibrated", "ShuffledNull", "joint_p_values", "less_is_alike", "shuffled_null"]
+__all__ = [
+    "Calibrated",
+    "ShuffledNull",
+    "against_draws",
+    "check_repeats",
+    "joint_p_values",
+    "less_is_alike",
+    "shuffled_null",
+]
 
 _BEST = {
     "procrustes": 0.0,
@@ -82,12 +90,17 @@ def shuffled_null(
     check_matched(x, y, "shuffled_null")
     orders = _orders(document, x.shape[-2], repeats, seed, "shuffled_null").to(y.device)
     draws = torch.stack([torch.as_tensor(measure(x, y[order])).detach() for order in orders])
-    return _against(torch.as_tensor(measure(x, y)).detach(), draws, best)
+    return against_draws(torch.as_tensor(measure(x, y)).detach(), draws, best)
+
+
+def check_repeats(repeats: int, owner: str) -> None:
+    """An error for draws too few to show anything."""
+    if repeats < 19:
+        raise ValueError(f"{owner}: {repeats} shuffles cannot show p <= 0.05; give repeats=200, at least 19.")
 
 
 def _orders(document: Tensor | None, rows: int, repeats: int, seed: int, owner: str) -> Tensor:
-    if repeats < 19:
-        raise ValueError(f"{owner}: {repeats} shuffles cannot show p <= 0.05; give repeats=200, at least 19.")
+    check_repeats(repeats, owner)
     if document is None:
         document = torch.arange(rows, device="cpu")
     if document.shape != (rows,):
@@ -97,8 +110,8 @@ def _orders(document: Tensor | None, rows: int, repeats: int, seed: int, owner: 
     return document_shuffles(document, repeats, seed)
 
 
-def _against(value: Tensor, draws: Tensor, best: float) -> ShuffledNull:
-    """() and (repeats,)."""
+def against_draws(value: Tensor, draws: Tensor, best: float) -> ShuffledNull:
+    """A value () beside draws (repeats,) of what it is by chance."""
     value, draws = value.double(), draws.double()
     toward = draws if best >= draws.mean() else -draws
     own = value if best >= draws.mean() else -value
@@ -258,7 +271,7 @@ class Calibrated(PairStage):
         for number, value in enumerate(values):
             name = self.stage.out_names[number]
             best = _BEST.get(name, 1.0) if self.best is None else self.best
-            null = _against(value, torch.stack([draw[number] for draw in draws]), best)
+            null = against_draws(value, torch.stack([draw[number] for draw in draws]), best)
             warn_undefined(null.null_mean, f"the null of {name}", "the measure is, for some shuffles.")
             found += null[: len(null) if self.keep_draws else -1]
         return found
