@@ -85,7 +85,7 @@ def test_tables_of_parts_are_those_of_the_whole(tmp_path: Path, make: Any) -> No
     pd.testing.assert_frame_equal(
         found.diagnostics["normalization_ablation"], expected.diagnostics["normalization_ablation"], rtol=1e-8
     )
-    timing = {"runtime_seconds", "runtime_sec", "data_sha256", "stopped"}
+    timing = {"runtime_seconds", "runtime_sec", "data_sha256", "stopped", "loader"}
     for name in expected.metadata.keys() - timing:
         assert found.metadata[name] == expected.metadata[name], name
     found.save(tmp_path / "bundle")

@@ -52,7 +52,7 @@ def test_model_is_the_pretrained_one():
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    return folder, start(folder, "--max-rows", "600")
+    return folder, start(folder, "--max-rows", "3000")
 
 
 def test_demo_prints_tables_and_writes_bundle_and_pictures(first):
@@ -60,7 +60,7 @@ def test_demo_prints_tables_and_writes_bundle_and_pictures(first):
     assert (done.returncode, done.stderr) == (0, "")
     results = tg.AnalysisResults.load(folder / "tdgeom-demo")
     assert results.metrics["layer"].tolist() == list(range(6))
-    assert results.metadata["rows_observed"] == 600
+    assert results.metadata["rows_observed"] == 3000
     assert len(results.diagnostics["normalization_ablation"]) == 6 * 4
     pictures = {path.name for path in (folder / "tdgeom-demo" / "plots").iterdir()}
     assert pictures == {"spectrum.png", "profile.png", "between_layers.png", "ablation.png"}

@@ -14,8 +14,6 @@ from tdgeom import functional as F
 # What vmap cannot do, and the words in which it is refused.
 REFUSED = {
     "logistic_probe": "backward\\(\\) called inside",  # minimises until it has converged
-    "top_activating": "nonzero",
-    "top_rows": "nonzero",  # orders ties by id
 }
 
 

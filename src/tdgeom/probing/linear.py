@@ -102,7 +102,7 @@ class LinearProbe(Probe):
         >>> x = torch.randn(200, 4)
         >>> probe = tg.LinearProbe(alpha=1.0).fit(x, (x[:, 0] > 0).long())
         >>> probe.direction().shape, probe.score(x, (x[:, 0] > 0).long())["accuracy"] > 0.9
-        (torch.Size([4]), True)
+        (torch.Size([2, 4]), True)
     """
 
     needs_rows = False

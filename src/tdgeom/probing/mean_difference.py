@@ -32,7 +32,8 @@ class MeanDifferenceProbe(Probe):
         >>> import torch, tdgeom as tg
         >>> probe = tg.MeanDifferenceProbe().fit(torch.tensor([[0.0, 1.0], [4.0, 1.0]]), torch.tensor([0, 1]))
         >>> probe.direction(), float(probe.fitted["intercept"])
-        (tensor([1., 0.], dtype=torch.float64), -2.0)
+        (tensor([[-1., -0.],
+                [ 1.,  0.]], dtype=torch.float64), -2.0)
     """
 
     needs_rows = False
