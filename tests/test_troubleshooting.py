@@ -320,6 +320,9 @@ PROVOKED: dict[str, Callable] = {
         tg.TwoNN()(TensorDict(sample=rows(), batch_size=[200]))
     ),
     "… reads … which nothing put into the sample": lambda: run(sample, each(tg.LabelOverlap(k=2))),
+    "run found no streaming stage in the pipeline, so nothing would be kept": lambda: tg.run(
+        TensorDictSequential(), []
+    ),
     "… runs once a batch and writes …, but nothing it writes reaches a streaming stage": lambda: run(
         covariance, lost
     ),

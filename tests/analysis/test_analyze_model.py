@@ -321,3 +321,22 @@ def test_an_ablation_of_ones_own_is_in_the_table_of_ablations(tmp_path) -> None:
         )
         assert row["d_pr"] == pytest.approx(want["d_pr"])
     assert {"raw", "token_l2", "clipped"} <= set(table["variant"])
+
+
+@pytest.mark.filterwarnings("ignore::tdgeom.FewRowsWarning", "ignore::tdgeom.UndefinedMeasureWarning")
+def test_rows_that_are_not_finite_can_be_left_out_and_are_counted() -> None:
+    class Broken(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+
+        def forward(self, x):
+            return self.layers(x)
+
+    rows = torch.randn(40, 4)
+    rows[7, 1] = torch.nan
+    asked = {"sites": "module_output:layers.*", "in_keys": ["x"], "metrics": ["spectrum"], "progress": False}
+    with pytest.raises(ValueError, match="nonfinite='drop' .of run, analyze_model and compare"):
+        tg.analyze_model(Broken(), [{"x": rows}], **asked)
+    found = tg.analyze_model(Broken(), [{"x": rows}], nonfinite="drop", **asked)
+    assert found.metadata["dropped_rows"] == 1 and found.metadata["rows_observed"] == 39

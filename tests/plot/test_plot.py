@@ -269,3 +269,13 @@ def test_profiles_of_several_models(two_models) -> None:
     assert set(tg.overlap_profile(twice)["model"]) == {"GPT2LMHeadModel", "GPT2LMHeadModel (2)"}
     with pytest.raises(ValueError, match="no results are given"):
         tg.overlap_profile([])
+
+
+def test_a_matrix_of_two_kinds_of_weights_is_refused() -> None:
+    table = pd.DataFrame(
+        {"a": ["x.0"] * 2, "b": ["x.1"] * 2, "weights": ["trained", "untrained"], "linear_cka": [0.8, 0.9]}
+    )
+    with pytest.raises(ValueError, match="several rows of 'x.0' and 'x.1': keep one kind"):
+        plot.matrix(table, "linear_cka")
+    with pytest.raises(ValueError, match="a table without rows"):
+        plot.matrix(table[:0], "linear_cka")

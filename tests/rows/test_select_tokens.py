@@ -403,3 +403,13 @@ def test_a_carried_name_may_be_a_site_s():
     td = TensorDict({"acts": {"label": torch.ones(2, 3, 1)}, "label": torch.tensor([4, 5])})
     out = tg.SelectTokens(["label"], also=["label"])(td)
     assert out["tokens", "label"].shape == (6, 1) and out["carried", "label"].tolist() == [4, 4, 4, 5, 5, 5]
+
+
+@pytest.mark.parametrize("documents", [torch.tensor([0.5, 1.5]), torch.tensor([True, False])])
+def test_document_ids_are_whole_numbers(documents) -> None:
+    td = TensorDict(
+        {"acts": {"x": torch.randn(2, 3, 4)}, "attention_mask": torch.ones(2, 3), "document_id": documents},
+        [],
+    )
+    with pytest.raises(ValueError, match="expects whole numbers as 'document_id'"):
+        tg.SelectTokens(["x"], documents=True)(td)

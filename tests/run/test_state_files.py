@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
+from transformers import GPT2Config, GPT2Model
 
 import tdgeom as tg
 
@@ -218,53 +223,100 @@ def test_a_shard_is_one_of_n(shard: Any) -> None:
 
 # ------------------------------------------------------------------------------------------------ another engine's worker
 
+# A process that owns a model and is called from outside, as the workers of serving engines are: only the state leaves it.
+WORKER = """
+import json, sys
+import torch
+import tdgeom as tg
+from tensordict.nn import TensorDictSequential
 
-def _worker(connection: Any) -> None:
-    """A process that owns a model and is called from outside, as the workers of serving engines are."""
-    torch.set_num_threads(1)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 6))
-    torch.manual_seed(5)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    while (call := connection.recv()) is not None:
-        function, arguments = call
-        connection.send(function(model, *arguments))
+torch.set_num_threads(1)
+torch.manual_seed(5)
+model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 6))
 
-
-def _measured_there(model: torch.nn.Module, rows: torch.Tensor, part: int, file: str) -> dict[str, int]:
-    """What runs inside the worker: only the state leaves it."""
+def measure(rows, part, parts, file):
     capture = tg.Capture(model, "module_output:*", in_keys=["x"])
     s = capture.sites
     stages = TensorDictSequential(capture, tg.SelectTokens(s), tg.ForEach(tg.StreamingCovariance(), s))
-    left = tg.run(stages, [{"x": rows}], shard=(part, 2), sharded=True, state=file)
-    return {"rows": int(left["run", "rows"])}
+    left = tg.run(stages, [{"x": torch.tensor(rows)}], shard=(part, parts), sharded=True, state=file, progress=False)
+    return int(left["run", "rows"])
+
+for line in sys.stdin:
+    call = json.loads(line)
+    print(json.dumps(globals()[call["function"]](*call["arguments"])), flush=True)
+"""
 
 
 def test_workers_that_own_the_model_send_their_state_alone(tmp_path: Path) -> None:
     rows = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
-    context = multiprocessing.get_context("spawn")
-    workers = []
-    for _ in range(2):
-        here, there = context.Pipe()
-        process = context.Process(target=_worker, args=(there,), daemon=True)
-        process.start()
-        workers.append((here, process))
-    for number, (connection, _) in enumerate(workers, 1):
-        own = rows[:25] if number == 1 else rows[25:]
-        connection.send((_measured_there, (own, number, str(tmp_path / f"w{number}"))))
-    counted = [connection.recv()["rows"] for connection, _ in workers]
-    for connection, process in workers:
-        connection.send(None)
-        process.join(30)
+    paths = [str(Path(tg.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    pipes: dict[str, Any] = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "text": True,
+        "env": environment,
+    }
+    workers: list[Any] = [subprocess.Popen([sys.executable, "-c", WORKER], **pipes) for _ in range(2)]
+    for number, (worker, own) in enumerate(zip(workers, (rows[:25], rows[25:])), 1):
+        arguments = [own.tolist(), number, 2, str(tmp_path / f"w{number}")]
+        worker.stdin.write(json.dumps({"function": "measure", "arguments": arguments}) + "\n")
+        worker.stdin.flush()
+    counted = [json.loads(worker.stdout.readline()) for worker in workers]
+    for worker in workers:
+        worker.communicate(timeout=60)
     assert counted == [25, 35]
 
-    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 6))
     torch.manual_seed(5)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 6))
     s = ["module_output:0", "module_output:1", "module_output:2"]
     end = TensorDictSequential(tg.ForEach(tg.StreamingCovariance(), s), tg.ForEach(tg.EigenSpectrum(), s))
     merged = tg.merge_states([tmp_path / "w1", tmp_path / "w2"], end)
     with torch.no_grad():
         own = torch.linalg.eigvalsh(torch.cov(model(rows).double().T)).flip(0)
     torch.testing.assert_close(merged["eigenvalues", "module_output:2"], own, rtol=1e-5, atol=1e-7)
+
+
+def test_several_parts_may_be_empty(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="this part has no rows"):
+        files = states(tmp_path, 5, batches(3))
+    assert_same(tg.merge_states(files, pipeline()), tg.run(pipeline(), batches(3)))
+
+
+@pytest.mark.filterwarnings("ignore::tdgeom.FewRowsWarning")
+def test_parts_under_other_configurations_or_edits_are_refused(tmp_path: Path) -> None:
+    """Equal weights are not all that makes a model."""
+
+    def left(name: str, edits: dict[str, Any] | None = None, **settings: Any) -> Path:
+        torch.manual_seed(0)
+        config = GPT2Config(
+            n_layer=2, n_head=2, n_embd=16, vocab_size=50, bos_token_id=0, eos_token_id=0, **settings
+        )
+        model = GPT2Model(config).eval()
+        capture = tg.Capture(model, "residual_output")
+        stages = TensorDictSequential(
+            capture, tg.SelectTokens(capture.sites), tg.ForEach(tg.StreamingMean(), capture.sites)
+        )
+        data = [{"input_ids": torch.arange(8)[None] + i} for i in range(4)]
+        with tg.Intervene(model, edits) if edits else nullcontext():
+            tg.run(stages, data, shard=(1 if name == "a" else 2, 2), state=tmp_path / name)
+        return tmp_path / name
+
+    first, end = (
+        left("a"),
+        TensorDictSequential(tg.ForEach(tg.StreamingMean(), ["residual_output.0", "residual_output.1"])),
+    )
+    assert tg.merge_states([first, left("b")], end)["run", "loader"] == "2 jobs"
+    with pytest.raises(ValueError, match="do not belong together: batch_stages.*config_sha256"):
+        tg.merge_states([first, left("c", scale_attn_weights=False)], end)
+    with pytest.raises(ValueError, match="do not belong together: batch_stages.*hooked"):
+        tg.merge_states(
+            [first, left("d", {"residual_output.0": tg.Steer(torch.ones(16), coefficient=50.0)})], end
+        )
+
+
+def test_one_path_is_no_list_and_a_shard_no_number(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="takes the list of all parts' files, got one path"):
+        tg.merge_states(str(tmp_path / "a"), pipeline())
+    with pytest.raises(ValueError, match="shard is 'K/N'"):
+        tg.run(pipeline(), batches(), shard=1)

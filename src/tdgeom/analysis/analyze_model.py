@@ -82,6 +82,7 @@ def analyze_model(
     convergence: bool = False,
     significance: bool = False,
     sharded: bool | None = None,
+    nonfinite: str = "raise",
 ) -> AnalysisResults | None:
     """Measure the representation geometry of a model over a dataloader.
 
@@ -130,6 +131,8 @@ def analyze_model(
         overwrite: replace an earlier bundle in ``save_dir``.
         verify: compare the sites with the model itself on the loader's first batch (``verify_sites``), before the analysis:
             ``results.diagnostics["verified_sites"]``, kept in the bundle. The loader must be one that can be read twice.
+        nonfinite: "raise" names site and batch of a NaN or Inf; "drop" leaves such rows out at all sites, and the metadata count
+            them (``dropped_rows``).
         calls: which call is measured of a module that runs several times in one pass: "first", "last" or a number from 0.
             Default: such a module is an error.
         convergence: measure the sample's metrics on N, N/2, N/4, ... of its rows too: the column ``converged`` says whether all
@@ -210,6 +213,7 @@ def analyze_model(
         "in_keys": in_keys,
         "progress": progress,
         "shard": shard,
+        "nonfinite": nonfinite,
         "sharded": sharded,
         **texts,
     }

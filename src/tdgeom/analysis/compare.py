@@ -86,6 +86,7 @@ def compare(
     calls: CallsSpec = None,
     significance: bool = False,
     sharded: bool | None = None,
+    nonfinite: str = "raise",
 ) -> Comparison | None:
     """Compare every layer of one model with every layer of another, over the same data in one pass.
 
@@ -116,6 +117,7 @@ def compare(
         device: moves both models there first.
         progress: a progress bar on a terminal.
         seed: of the sample and the sketch.
+        nonfinite: "raise" names site and batch of a NaN or Inf; "drop" leaves such rows out of both models, and counts them.
         calls: which call is compared of a module that runs several times in one pass, as ``Capture`` takes it: "first", "last"
             or a number from 0. Default: such a module is an error.
         significance: every measure beside what it is by chance, as ``analyze_model`` takes it; linear CKA is always. The
@@ -193,6 +195,7 @@ def compare(
             keep=["between"],
             progress=None if progress else False,
             sharded=sharded,
+            nonfinite=nonfinite,
         )
     if result is None:
         return None

@@ -59,6 +59,10 @@ def analyze(
         ),
     ] = None,
     every: Annotated[int, typer.Option(min=1, help="Batches between two writes of the checkpoint.")] = 100,
+    nonfinite: Annotated[
+        str,
+        typer.Option(help="Rows with NaN or Inf: raise an error, or drop and count them.", metavar="WORD"),
+    ] = "raise",
     shard: Annotated[
         str | None,
         typer.Option(help="Measure part K of N alone, such as 3/16: jobs that share nothing.", metavar="K/N"),
@@ -101,6 +105,7 @@ def analyze(
             untrained=options.untrained,
             checkpoint=checkpoint,
             every=every,
+            nonfinite=nonfinite,
             shard=shard,
             state=state,
             run_name=run_name,

@@ -30,6 +30,8 @@ def pair_grid(
         for name in table.select_dtypes("number")
         if not name.startswith(("layer", "novelty_k", "k_used"))
     ]
+    if not len(table):
+        raise ValueError("matrix got a table without rows: nothing was compared.")
     if not {"a", "b"} <= set(table) or (measure is None and len(numbers) != 1):
         raise ValueError(
             f"matrix needs the columns a and b and measure=, one of {numbers}; got {list(table.columns)}."
@@ -45,6 +47,13 @@ def pair_grid(
         symmetric = symmetric and stem == measure
     else:  # the sites of two models
         symmetric, diagonal = False, None
+    twice = table[table.duplicated(["a", "b"])]
+    if len(twice):
+        one = twice.iloc[0]
+        raise ValueError(
+            f"matrix has one cell a pair, and the table has several rows of {one['a']!r} and {one['b']!r}: keep one kind, such "
+            f"as table[table['weights'] == 'trained'], or one run."
+        )
     grid = np.full((len(rows), len(columns)), np.nan)
     for one in table.to_dict(orient="records"):
         a, b = rows.index(one["a"]), columns.index(one["b"])

@@ -61,7 +61,8 @@ class Probe(NamesClasses):
     Args:
         labels: the carried value to predict, ``SelectTokens(..., also=[labels])``: numbers, or names of classes (text, booleans;
             None: a row without one), which are numbered in the order of the names: ``classes``.
-        holdout: share of the sequences that is held out; 0 trains on everything and leaves the scores NaN.
+        holdout: share of the sequences that is held out; 0 trains on everything and leaves the scores NaN. A document that was
+            cut into several sequences may lie on both sides: number documents as sequences (``sequence_id``) where that matters.
         test_rows: held-out rows kept for scoring. train_rows: training rows kept by probes that need the rows.
         control: a carried value, such as "input_ids", whose values are the types of the control task of Hewitt and Liang
             (2019); it is read after "row_id".

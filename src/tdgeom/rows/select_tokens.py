@@ -242,7 +242,7 @@ class SelectTokens(Stage):
         fitted = [self._fit(value, key, keep, guessed) for key, value in zip(self.in_keys, acts)]
         named = list(zip(self.in_keys[self._sites :], carried))
         if self._documents:
-            named.append(("document_id", sequence if batch.documents is None else batch.documents.long()))
+            named.append(("document_id", sequence if batch.documents is None else _whole(batch.documents)))
         if self.pool == "mean":
             used = _Chosen(keep.any(-1))
             rows = [used.of(_pooled(value, keep.to(value.device))) for value in fitted]
@@ -545,6 +545,15 @@ def _not_padding(batch: _Batch, shape: Sequence[int]) -> Tensor | None:
             f"{tuple(shape)} first. Build the encoder with batch_first=True: (T, B, D) would take sequences for positions."
         )
     return ~padding if padding.dtype == torch.bool else padding == 0
+
+
+def _whole(documents: Tensor) -> Tensor:
+    if documents.is_floating_point() or documents.is_complex() or documents.dtype == torch.bool:
+        raise ValueError(
+            f"SelectTokens expects whole numbers as 'document_id', got {documents.dtype} of shape {tuple(documents.shape)}: "
+            f"numbers cut off would make one document of several. Number documents first: pandas.factorize(names)[0]."
+        )
+    return documents.long()
 
 
 def _small_on_host(value: Any) -> Any:

@@ -76,8 +76,8 @@ class FiniteRows:
                 raise ValueError(
                     f"{key!r} holds NaN or Inf in {int((~finite).sum())} of {len(finite)} rows, first in batch {origin[bad]} "
                     f"(row id {where}: sequence {where >> POSITION_BITS}, position {where & ((1 << POSITION_BITS) - 1)}). "
-                    f"Half precision that overflows is the usual cause; nonfinite='drop' leaves such rows out at all sites "
-                    f"and counts them."
+                    f"Half precision that overflows is the usual cause; nonfinite='drop' (of run, analyze_model and compare; "
+                    f"--nonfinite drop) leaves such rows out at all sites and counts them."
                 )
             good &= finite
         return good

@@ -124,6 +124,24 @@ def _shortened(values: Any) -> Any:
     return f"{len(text):,} characters, SHA-256 {hashlib.sha256(text.encode()).hexdigest()}"
 
 
+def _config_sha256(model: nn.Module) -> str:
+    """Of all fields of a configuration but those that say where it lies and which version wrote it."""
+    fields: dict[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
+    told = {
+        name: str(value)
+        for name, value in fields.items()
+        if name not in ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "_commit_hash")
+    }
+    return hashlib.sha256(canonical_json(told).encode()).hexdigest() if told else ""
+
+
+def _hooked(model: nn.Module) -> list[str]:
+    """Modules with hooks: an edit that stands around a run is one."""
+    return [
+        name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks
+    ]
+
+
 def _computes_with(unit: TensorDictModuleBase, models: dict[int, dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     own = weights_identity(unit)
@@ -132,7 +150,12 @@ def _computes_with(unit: TensorDictModuleBase, models: dict[int, dict[str, Any]]
     model = getattr(unit, "model", None)
     if isinstance(model, nn.Module):
         if id(model) not in models:
-            about = {"class": type(model).__name__, "config": plain(config_summary(model))}
+            about = {
+                "class": type(model).__name__,
+                "config": plain(config_summary(model)),
+                "config_sha256": _config_sha256(model),
+                "hooked": _hooked(model),
+            }
             models[id(model)] = {**about, "weights": weights_identity(model)}
         found["model"] = models[id(model)]
     return found

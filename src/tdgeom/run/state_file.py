@@ -78,8 +78,8 @@ def parse_shard(shard: str | Sequence[int] | None, owner: str) -> tuple[int, int
     """
     if shard is None:
         return None
-    given: Any = shard.split("/") if isinstance(shard, str) else list(shard)
     try:
+        given: Any = shard.split("/") if isinstance(shard, str) else list(shard)
         number, count = (int(one) for one in given)
     except (TypeError, ValueError):
         number = count = 0
@@ -120,9 +120,18 @@ def read_parts(files: Sequence[str | Path]) -> list[Part]:
     Raises:
         ValueError: no file, one twice, a damaged one, or one of another kind or format.
     """
+    if isinstance(files, str | Path):
+        raise TypeError(
+            f"merge_states takes the list of all parts' files, got one path, {str(files)!r}. Write [path, ...]."
+        )
     paths = [Path(file) for file in files]
     if not paths:
         raise ValueError("merge_states got no files: give those that run(..., state=FILE) wrote.")
+    stacks = [path for path in paths if path.suffix and path.with_suffix("") in paths]
+    if stacks:
+        raise ValueError(
+            f"merge_states finds the files of further stacks by itself: leave out {[path.name for path in stacks[:4]]}."
+        )
     seen: set[Path] = set()
     for path in paths:
         if path.resolve() in seen:
@@ -228,7 +237,7 @@ def _refuse_overlap(parts: Sequence[Part], partial: bool) -> list[int]:
     by_data: dict[str, Part] = {}
     for part in parts:
         data = part.record["data_sha256"]
-        if data and (other := by_data.setdefault(data, part)) is not part:
+        if data and part.record["counts"]["rows"] and (other := by_data.setdefault(data, part)) is not part:
             raise ValueError(
                 f"{part.path} and {other.path} are of the very same batches: their rows would count twice."
             )

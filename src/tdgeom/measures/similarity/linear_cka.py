@@ -85,9 +85,10 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
         (...) float64 in [0, 1]; 1 for identical rows.
 
     Invariances: orthogonal maps and isotropic scale of either side, and offsets; not invertible linear
-    maps. Bias: upwards when rows are few, about ``E/(N+E)`` for independent data (0.75 at N = 256, D = E =
-    768; a warning where rows are fewer than four for each feature): use ``linear_cka_debiased``. NaN with one warning where a
-    side has no variance.
+    maps. Bias: upwards when rows are few, by about ``E/(N+E)`` for independent sides of white features (0.75 at N = 256,
+    D = E = 768; less where few directions hold the variance: 0.07 at N = 400 with eigenvalues 1/i; a warning where rows are fewer
+    than four for each feature): use ``linear_cka_debiased``, and ``linear_cka_null`` for what chance gives these rows. NaN with
+    one warning where a side has no variance.
 
     Kornblith et al. 2019, arXiv 1905.00414; Robert & Escoufier 1976 (RV).
 

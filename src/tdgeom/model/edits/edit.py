@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, reduce
 from typing import Any, cast
@@ -293,8 +294,15 @@ class Steer(Edit):
         self._set_plain(_strength=own[0] if own else "coefficient")
         if own and not bool(self.vector.any()):
             raise ValueError(f"Steer({own[0]}=) needs a vector with a direction, got zeros.")
-        if clamp is not None and (len(clamp) != 2 or clamp == (None, None)):
-            raise ValueError(f"Steer(clamp=) expects (low, high), one of which may be None, got {clamp!r}.")
+        if clamp is not None:
+            ends = [end for end in clamp if end is not None]
+            if len(clamp) != 2 or not ends or not all(map(math.isfinite, ends)) or ends != sorted(ends):
+                raise ValueError(
+                    f"Steer(clamp=) expects (low, high) with low <= high, one of which may be None, got {clamp!r}."
+                )
+        for name, one in (("coefficient", coefficient), ("share", share), ("target", target)):
+            if isinstance(one, float) and not math.isfinite(one):
+                raise ValueError(f"Steer({name}=) is a finite number, got {one!r}.")
         if self._strength in ("target", "clamp") and self.features is not None:
             raise ValueError(
                 f"Steer({self._strength}=) sets the projection of whole rows, which features= would cut. Remedy: a vector that "

@@ -53,6 +53,14 @@ class _FromOtherRuns(Edit):
         return {**self.__dict__, "_runs": {}}
 
 
+def _unordered(positions: Any) -> bool:
+    """Whether a list of positions has one twice, or one before a smaller one."""
+    if not isinstance(positions, list | tuple) or not all(type(one) is int for one in positions):
+        return False
+    split = [one for one in positions if one >= 0], [one for one in positions if one < 0]
+    return any(part != sorted(set(part)) for part in split)
+
+
 class Patch(_FromOtherRuns):
     """Put another run's activations in place (causal mediation: Vig et al. 2020; Meng et al. 2022).
 
@@ -99,6 +107,12 @@ class Patch(_FromOtherRuns):
             raise ValueError(
                 "Patch takes source_positions=, values in order, or align=, which position is which; not both."
             )
+        for name, given in (("positions", settings.get("positions")), ("source_positions", source_positions)):
+            if source_positions is not None and _unordered(given):
+                raise ValueError(
+                    f"Patch(source_positions=) fills positions in ascending order, got {name}={given!r}. Remedy: "
+                    "align={position: other position} says which is which."
+                )
         if isinstance(align, Mapping) and self.selects():
             raise ValueError(
                 "Patch(align={own: other}) says itself which positions are replaced. Remedy: leave positions= out."

@@ -29,7 +29,12 @@ def answer_tokens(
     """
     asked: list[list[Any]]
     if isinstance(answers, Tensor):
-        if answers.is_floating_point() or answers.ndim > 2 or (answers.ndim and len(answers) != texts):
+        if (
+            answers.is_floating_point()
+            or answers.dtype == torch.bool
+            or answers.ndim > 2
+            or (answers.ndim and len(answers) != texts)
+        ):
             raise ValueError(
                 f"answers= as a tensor holds ids, (B,) or (B, A) for the {texts} texts, got {answers.dtype} of shape "
                 f"{tuple(answers.shape)}."
@@ -63,7 +68,7 @@ def answer_tokens(
         for sign in (1, -1)[: len(pair)]:
             weights[index, column] = sign
             column += 1
-    return ids, weights, [[_name(answer, tokenizer) for answer in row] for row in asked]
+    return ids, weights, [_told_apart([_name(answer, tokenizer) for answer in row], row) for row in asked]
 
 
 def _pair(answer: Any, tokenizer: Any, known: dict[str, int]) -> list[int]:
@@ -83,6 +88,10 @@ def _token(token: Any, tokenizer: Any, known: dict[str, int]) -> int:
         return known[token]
     if isinstance(token, bool) or not hasattr(token, "__index__"):
         raise ValueError(f"an answer is a token id, a word, or a tuple of two of these, got {token!r}.")
+    if token < 0:
+        raise ValueError(
+            f"an answer is a token id from 0 on, got {int(token)} (labels mark what has none with -100)."
+        )
     return int(token.__index__())
 
 
@@ -96,7 +105,21 @@ def _id_of(word: str, tokenizer: Any) -> int:
             f"an answer is one token, and {word!r} is {len(ids)}: {pieces}. Remedy: a word that is one token (many tokenizers "
             "have one with a space before it), the first of these, or a token's id."
         )
+    if ids[0] == getattr(tokenizer, "unk_token_id", None) and word != getattr(tokenizer, "unk_token", None):
+        raise ValueError(
+            f"the tokenizer does not know the word {word!r}: its token would be {tokenizer.unk_token!r}, as for any other."
+        )
     return int(ids[0])
+
+
+def _told_apart(names: list[str], answers: Sequence[Any]) -> list[str]:
+    """The names of several answers; those that read alike with their ids behind them, and no answer twice."""
+    if len(set(names)) == len(names):
+        return names
+    told = [f"{name} [{answer}]" if names.count(name) > 1 else name for name, answer in zip(names, answers)]
+    if len(set(told)) < len(told):
+        raise ValueError(f"answers= holds an answer twice: {told}.")
+    return told
 
 
 def _name(answer: Any, tokenizer: Any) -> str:
