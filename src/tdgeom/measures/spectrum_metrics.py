@@ -189,7 +189,7 @@ class SpectrumMetrics(Stage):
     """Sixteen scalars of a covariance spectrum; λ are eigenvalues (not singular values), p = λ/Σλ; and what limits them.
 
     Formula:
-        d_pr = (Σλ)²/Σλ²; participation ratio, in [1, D]; ``d_pr_norm`` is it over D
+        d_pr = (Σλ)²/Σλ²; participation ratio of the (centred) covariance, in [1, D]; ``d_pr_norm`` is it over D
         d_entropy = exp(-Σ p ln p); in [1, D]; ``d_entropy_norm`` is it over D
         effective_rank = exp(-Σ q ln q); ``q = √λ/Σ√λ``: Roy and Vetterli 2007 on centred singular values
         stable_rank = Σλ/λ₁; in [1, D]
