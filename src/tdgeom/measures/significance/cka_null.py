@@ -179,8 +179,8 @@ def _by_document(
     if sides is None:
         nan = torch.full_like(rows, torch.nan)
         tell(
-            f"linear_cka_p: few rows, {len(index)} of {float(_in_effect(counts)):.3g} documents in effect: it calls for {FEWEST} "
-            f"documents, else NaN. Give more documents (in a text file blank lines separate them).",
+            f"linear_cka_p: few documents, {float(_in_effect(counts)):.3g} in effect ({len(index)} rows of {len(counts)}): it "
+            f"calls for {FEWEST} documents, else NaN. Give more documents (in a text file blank lines separate them).",
             FewRowsWarning,
         )
         return NullOfCKA(nan, nan, nan, nan, nan, rows), nan[..., None].expand(*shape, draws)
