@@ -5,6 +5,7 @@ A type of device that PyTorch was told of stays for the life of a process, and l
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -230,3 +231,24 @@ def test_a_run_on_a_device_without_float64(without_float64: SimulatedDevice) -> 
     expected = tg.run(pipeline(gpt2()), batches(4))
     key = ("spectrum", "residual_input.1", "d_pr")
     torch.testing.assert_close(result[key], expected[key], rtol=1e-5, atol=0)
+
+
+def test_batches_of_other_parts_stay_where_they_are(tmp_path: Path) -> None:
+    """A job of sixteen moves its own batches to the device, and looks at the first for the others' sake."""
+    with SimulatedDevice() as device:
+        model = moved(device, gpt2())
+        moves: list[tuple[int, ...]] = []
+        place = device.run
+
+        def watched(func: Any, args: Any, kwargs: Any) -> Any:
+            if func._schema.name == "aten::_to_copy" and kwargs.get("device") == device.device:
+                moves.append(tuple(args[0].shape))
+            return place(func, args, kwargs)
+
+        device.run = watched  # type: ignore[method-assign]
+        counts = []
+        for parts in (1, 3, 9):  # one batch is this job's, however many are passed over
+            moves.clear()
+            tg.run(pipeline(model), batches(parts), shard=(parts, parts), state=tmp_path / "state")
+            counts.append(len(moves))
+        assert counts[0] > 0 and counts[1] == counts[2]

@@ -231,7 +231,7 @@ class OnePass:
             if index % parts == part:
                 yield index, batch
             else:  # counted, for the sequences of all jobs are numbered in one order
-                self.batch_stages.number(self.batch_stages.td(batch))
+                self.batch_stages.pass_over(batch)
 
     def _load(self, batches: Iterator[tuple[int, Any]]) -> tuple[tuple[int, TensorDict] | None, list[bytes]]:
         """(this rank's batch of the next round and its number, the hashes of the batches that came: of one loader all ranks')."""
