@@ -58,8 +58,7 @@ def token_mask(mask: Any, batch: int, length: int, past: int | None = None) -> T
         return None
     if mask.ndim == 2:
         whole = mask.shape[1] if past is None else past + length
-        fits = length <= whole <= mask.shape[1] and not mask.is_floating_point()
-        if not fits:
+        if not length <= whole <= mask.shape[1] or (mask.is_floating_point() and not _ones_and_zeros(mask)):
             return None
         own = mask.bool() if whole == mask.shape[1] else mask[:, :whole].bool()
         return own if len(own) == batch else own.expand(batch, -1)
@@ -75,6 +74,11 @@ def token_mask(mask: Any, batch: int, length: int, past: int | None = None) -> T
     if past is None:
         past = _before(allowed)
     return None if keys < past + length else _seen(allowed[:, :, : past + length])
+
+
+def _ones_and_zeros(mask: Tensor) -> bool:
+    """Whether numbers of a (B, S) mask are its truth values: what is subtracted somewhere is no 1, and no text has no token."""
+    return bool((((mask == 0) | (mask == 1)).all(1) & (mask == 1).any(1)).all())
 
 
 def attended_keys(bias: Tensor, past: int) -> Tensor | None:

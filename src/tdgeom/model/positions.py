@@ -27,6 +27,10 @@ VOCABULARY = (
     "registers, special, random-N, an int, a list of ints, a range, a slice, Between(start, stop), SpecialTokens(ids), "
     "RandomPositions(n, seed) or a boolean (B, T) mask"
 )
+_NO_IDS = (
+    "Remedy: a call with 'input_ids'; of a part that is given embeddings, a call around it whose ids these embeddings are; or "
+    "positions= as numbers or a boolean mask."
+)
 _WORDS = re.compile(r"all|first|cls|last(-\d+)?|patches|registers|special|random-\d+")
 
 
@@ -113,6 +117,15 @@ def check_positions(value: Any) -> Any:
     return value
 
 
+def needs_ids(value: Any) -> bool:
+    """Whether positions are told by the tokens themselves.
+
+    >>> needs_ids(SpecialTokens((5,))), needs_ids("special"), needs_ids("last")
+    (True, False, False)
+    """
+    return isinstance(value, Between) or (isinstance(value, SpecialTokens) and bool(value.ids))
+
+
 def position_groups(value: Any) -> list[Positions] | None:
     """The groups of a list or mapping of positions; ``None`` for what is one set of positions itself.
 
@@ -149,6 +162,8 @@ def position_mask(
     [[0, 0, 1], [0, 1, 0]]
     """
     check_positions(positions)
+    if needs_ids(positions):
+        _check_ids(positions, input_ids, mask.shape, image=image)
     attended = mask.bool()
     rank = attended.cumsum(-1) - 1
     length = attended.sum(-1, keepdim=True)
@@ -175,6 +190,22 @@ def position_mask(
         for number in numbers:
             keep = keep | (attended & (rank == (number if number >= 0 else length + number)))
     return keep, rank
+
+
+def _check_ids(
+    positions: Positions, ids: Tensor | None, shape: Sequence[int], *, fewest: int = 0, image: Any = None
+) -> None:
+    """Raise where token ids are not those of a site's places (B, S); fewer columns: the earlier tokens are cached."""
+    if image:
+        raise ValueError(
+            f"positions={positions!r} looks for token ids, and this site's places are those of an image. Remedy: 'patches', "
+            "numbers or a boolean mask."
+        )
+    if ids is not None and not (ids.shape[0] == shape[0] and fewest <= ids.shape[1] <= shape[1]):
+        raise ValueError(
+            f"positions={positions!r} looks for token ids, and 'input_ids' {tuple(ids.shape)} are not those of the site's places "
+            f"{(shape[0], fewest or shape[1])}. Remedy: numbers or a boolean mask."
+        )
 
 
 def attended_tokens(mask: Any, value: Tensor) -> Tensor:
@@ -227,6 +258,8 @@ def selected_tokens(
     if isinstance(positions, Tensor) and value.shape[1] < whole.shape[1] > positions.shape[1]:
         # a step with a cache: a mask of the prompt says nothing of the tokens after it
         positions = torch.nn.functional.pad(positions, (0, whole.shape[1] - positions.shape[1]))
+    if needs_ids(positions):
+        _check_ids(positions, input_ids, whole.shape, fewest=value.shape[1], image=image)
     keep, _ = position_mask(whole, positions, input_ids=input_ids, special=special, image=image)
     return keep[:, whole.shape[1] - value.shape[1] :]
 
@@ -304,7 +337,12 @@ def _special(attended: Tensor, ids: Tensor | None, special: Tensor | None, chose
     chosen = tuple(chosen)
     if chosen and ids is not None:
         return _aligned(torch.isin(ids, torch.tensor(chosen, device=ids.device)), attended)
-    if chosen or special is None:
+    if chosen:
+        raise ValueError(
+            f"positions=SpecialTokens({chosen}) looks for token ids, and the model's call has none that are known to be those of "
+            f"this site. {_NO_IDS}"
+        )
+    if special is None:
         raise ValueError(
             "positions='special' needs special_tokens_mask in the batch, or SpecialTokens(ids) with input_ids in the model's "
             "call. Remedy: positions=SpecialTokens(tokenizer.all_special_ids)."
@@ -325,7 +363,8 @@ def _random(attended: Tensor, rank: Tensor, length: Tensor, positions: RandomPos
 def _between(attended: Tensor, ids: Tensor | None, positions: Between) -> Tensor:
     if ids is None:
         raise ValueError(
-            "Between(...) looks for pivots in 'input_ids', which the model's call does not have."
+            "Between(...) looks for pivots in 'input_ids', and the model's call has none that are known to be those of this "
+            f"site. {_NO_IDS}"
         )
     ids = _aligned(ids, attended)
     place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)

@@ -217,10 +217,14 @@ def is_router(site: str | None) -> bool:
 def token_side(site: str | None) -> str:
     """What the names of a site's mask and token ids begin with: a decoder has tokens, and padding, of its own.
 
-    >>> token_side("b/decoder.residual_output.0"), token_side("residual_output.0")
-    ('decoder_', '')
+    The keys and values of its cross-attention lie at the encoder's tokens.
+
+    >>> token_side("b/decoder.residual_output.0"), token_side("decoder.cross_k.0"), token_side("residual_output.0")
+    ('decoder_', '', '')
     """
-    return "decoder_" if site is not None and site.rpartition("/")[2].startswith("decoder.") else ""
+    name = "" if site is None else site.rpartition("/")[2]
+    elsewhere = name.startswith(("decoder.cross_k", "decoder.cross_v"))
+    return "decoder_" if name.startswith("decoder.") and not elsewhere else ""
 
 
 def select_layers(layers: LayerSpec, count: int, where: str = "the model") -> list[int]:

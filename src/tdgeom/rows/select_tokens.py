@@ -17,7 +17,7 @@ from tdgeom.core.words import Words
 from tdgeom.core.wrong_objects import site_list
 from tdgeom.model.padding_masks import refuse_unknown, token_mask
 from tdgeom.model.positions import Positions, check_positions, is_position, position_mask
-from tdgeom.model.sites import HEAD_KINDS, choice_beside, is_pattern, is_router
+from tdgeom.model.sites import HEAD_KINDS, choice_beside, is_pattern, is_router, token_side
 from tdgeom.numerics.centring import upcast
 from tdgeom.numerics.on_host import on_host, remember
 
@@ -115,7 +115,8 @@ class SelectTokens(Stage):
             several sizes go together, one row an image.
 
     Reads ``("acts", site)``, the keys of ``also``, and where present ``"attention_mask"``, ``"src_key_padding_mask"`` and
-    ``"tgt"`` (torch's own transformers), ``"sequence_id"``, ``"input_ids"`` and ``"special_tokens_mask"``; writes
+    ``"tgt"`` (torch's own transformers), ``"sequence_id"``, ``"input_ids"`` and ``"special_tokens_mask"`` (for sites of a
+    decoder ``"decoder_input_ids"`` and ``"decoder_special_tokens_mask"``); writes
     ``("tokens", site)``, ``("carried", name)`` and ``"row_id"`` (int64). Beside ``router_logits`` it reads what the router has
     chosen, where the batch has it, and writes its rows as ``("chosen", site)``, (N, k) int64.
 
@@ -170,7 +171,10 @@ class SelectTokens(Stage):
         given: list[Any] = [*(("acts", *name) for name in names), *also, *([positions] if by_key else [])]
         routers = [name for name in names if is_router(str(name[-1]))]
         choices: list[Any] = [("acts", *name[:-1], choice_beside(str(name[-1]))) for name in routers]
-        told = [mask_key, _TORCH_PADDING, "tgt", "sequence_id", "input_ids", "special_tokens_mask"]
+        sides = {token_side(str(name[-1])) for name in names}
+        side = sides.pop() if len(sides) == 1 else ""  # a decoder's tokens are its own
+        tokens = [side + "input_ids", side + "special_tokens_mask"]
+        told = [mask_key, _TORCH_PADDING, "tgt", "sequence_id", *tokens]
         self._documents = documents and "document_id" not in carried
         told += ["document_id"] * self._documents
         free = [key for key in told if key not in given]

@@ -96,10 +96,13 @@ class Places:
         return [entry.module_path for entry in self.sites if entry.in_softmax]
 
     @cached_property
-    def owners(self) -> list[tuple[str, Signature]]:
-        """For each site the nearest module around it that is called with token ids: there the mask and the cache are known."""
+    def owners(self) -> list[list[tuple[str, Signature]]]:
+        """For each site the modules around it that are called with token ids, the nearest first and the model last.
+
+        The nearest knows the mask and the cache; one further out knows the ids, where the nearest is given embeddings.
+        """
         model, known = self.model, {"": self.signature}
-        return [_owner(model, entry, known) for entry in self.sites]
+        return [_owners(model, entry, known) for entry in self.sites]
 
     @cached_property
     def signature(self) -> Signature:
@@ -107,15 +110,17 @@ class Places:
         return read_signature(self.model)
 
 
-def _owner(model: nn.Module, entry: ResolvedSite, known: dict[str, Signature]) -> tuple[str, Signature]:
-    path = (entry.block_path or entry.module_path).rpartition(".")[0]
+def _owners(
+    model: nn.Module, entry: ResolvedSite, known: dict[str, Signature]
+) -> list[tuple[str, Signature]]:
+    path, found = (entry.block_path or entry.module_path).rpartition(".")[0], []
     while path:
         if path not in known:
             known[path] = read_signature(model.get_submodule(path))
         if "input_ids" in known[path].names:
-            break
+            found.append((path, known[path]))
         path = path.rpartition(".")[0]
-    return path, known[path]
+    return [*found, ("", known[""])]
 
 
 def steps_to(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, Any, str, nn.Module]]:

@@ -35,6 +35,7 @@ def replaced_forwards(forwards: Mapping[nn.Module, Any]) -> Iterator[None]:
 def without_hooks(model: nn.Module) -> Iterator[None]:
     """No hook fires inside: contexts around the caller neither read nor edit what the lens computes.
 
+    Those with which transformers collects ``hidden_states`` stay, once a call has put them there: models of images read them.
     Where hooks load or gather weights (offloading, sharding) or carry tensors between ranks (tensor parallel), only those of
     our contexts are silent.
     """
@@ -44,9 +45,17 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
         kept = [(m, n, hooks) for m in modules for n in _NAMES if (hooks := getattr(m, n))]
         try:
             for module, name, hooks in kept:
-                others = {} if foreign else {k: h for k, h in hooks.items() if not isinstance(k, OwnId)}
+                others = {
+                    k: h
+                    for k, h in hooks.items()
+                    if _is_collector(h) or not (foreign or isinstance(k, OwnId))
+                }
                 setattr(module, name, OrderedDict(others))
             yield
         finally:
             for module, name, hooks in kept:
                 setattr(module, name, hooks)
+
+
+def _is_collector(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("transformers.utils.")

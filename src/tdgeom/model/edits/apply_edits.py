@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tdgeom.model.calls.call_info import CallInfo
 from tdgeom.model.calls.checkpointing import is_checkpointed, refuse_later_backward, runs_again
+from tdgeom.model.calls.embedded_tokens import ids_around
 from tdgeom.model.calls.forward_signature import Signature
 from tdgeom.model.calls.own_hooks import CHANGING, OwnHook, OwnId, lead
 from tdgeom.model.calls.places import Place, Places
@@ -36,6 +37,7 @@ class Planned:
     entry: ResolvedSite
     edits: Sequence[Any]
     owner: str
+    around: Sequence[str]  # further parts that are called with token ids, outwards
     side: str
     is_pattern: bool  # (B, H, Tq, Tk), which edits are given as (B, Tq, H, Tk)
 
@@ -52,11 +54,13 @@ class EditPlan:
         self.places = places
         self.owners: dict[str, Signature] = {"": places.signature}
         self.at: dict[Place, list[Planned]] = defaultdict(list)
-        for entry, (owner, signature), listed in zip(places.sites, places.owners, edits, strict=True):
-            self.owners[owner] = signature
-            side = "" if owner else token_side(entry.site)
+        for entry, owners, listed in zip(places.sites, places.owners, edits, strict=True):
+            self.owners.update(owners)
+            (owner, signature), *around = owners
+            both = not owner or "decoder_input_ids" in signature.names
+            side = token_side(entry.site) if both else ""
             self.at[entry.module_path, entry.side].append(
-                Planned(entry, listed, owner, side, is_pattern(entry.site))
+                Planned(entry, listed, owner, [path for path, _ in around], side, is_pattern(entry.site))
             )
         self.everything = [planned for here in self.at.values() for planned in here]
         given = [edit for planned in self.everything for edit in planned.edits]
@@ -67,11 +71,12 @@ class EditPlan:
 class EditStep(Step):
     """One running call of the model under edits, and what it was given."""
 
-    __slots__ = ("checkpointed", "grad", "past_block", "past_module")
+    __slots__ = ("checkpointed", "embedded", "grad", "past_block", "past_module")
 
     def __init__(self, path: str = "") -> None:
         super().__init__(path)
         self.grad, self.checkpointed = torch.is_grad_enabled(), False
+        self.embedded: dict[str, Tensor | None] = {}  # ids of parts that were given embeddings
         self.past_block: dict[str, list[Tensor]] = {}
         self.past_module: dict[int, list[Tensor]] = {}
 
@@ -338,9 +343,25 @@ class Editing(SiteHooks):
         fits = here and special is not None and special.shape == value.shape[:2]
         return {
             "attention_mask": info.mask(value, planned.side) if here else None,
-            "input_ids": info.history,
+            "input_ids": self._ids(planned, value, step, info) if here else None,
             "special_tokens_mask": special if fits else None,
         }
+
+    def _ids(self, planned: Planned, value: Tensor, step: EditStep, info: CallInfo) -> Tensor | None:
+        """The ids of the tokens at an activation; ``None`` where it has no tokens, or nothing tells which they are."""
+        if planned.entry.site.image or info.tokens(planned.side) != value.shape[:2]:
+            return None  # an image's patches, say
+        if info.side != planned.side:
+            return info.tensors.get(planned.side + "input_ids")
+        embeds = info.tensors.get(planned.side + "inputs_embeds")
+        if info.history is not None or not isinstance(embeds, Tensor) or planned.owner not in step.told:
+            return info.history
+        if planned.owner not in step.embedded:
+            model = self.places.model
+            around = [step.told[path] for path in planned.around if path in step.told]
+            modules = [model.get_submodule(path) for path in (planned.owner, *planned.around)]
+            step.embedded[planned.owner] = ids_around(embeds, around, modules)
+        return step.embedded[planned.owner]
 
 
 def _name(edit: Any) -> str:
