@@ -519,6 +519,7 @@ def optional_inputs() -> dict[object, torch.Tensor]:
         ("eigenvalues", "a"): torch.linspace(2, 1, D, dtype=torch.float64),
         ("eigenvalues", "b"): torch.linspace(3, 1, D, dtype=torch.float64),
         ("moments", "count"): torch.tensor(N),
+        ("moments", "effective_sample_size"): torch.tensor(float(N), dtype=torch.float64),
         ("moments", "relative_error"): torch.tensor(1e-15, dtype=torch.float64),
         ("moments", "covariance"): torch.diag(torch.linspace(3, 0.1, 30, dtype=torch.float64) ** 2),
         **dict(zip(product.out_keys, product(sample=rows()))),

@@ -39,6 +39,7 @@ SYNONYMS = {
     "alpha": ("l2", "penalty", "regularization", "C", "alphas", "reg"),
     "ridge": ("alpha", "l2", "regularization", "lam"),
     "learning_rate": ("lr",),
+    "halflife": ("half_life", "span", "com", "decay", "window"),
     "epochs": ("n_epochs", "num_epochs", "max_iter", "steps"),
     "discard": ("discard_fraction", "discarded"),
     "range_max": ("n_max", "range", "max_rank", "nmax"),

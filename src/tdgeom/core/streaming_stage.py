@@ -18,7 +18,7 @@ from tdgeom.core.stage import Outputs, Stage
 from tdgeom.core.stage_settings import differences
 from tdgeom.core.surroundings import steady
 
-__all__ = ["StreamingStage", "rows_finite", "tensor_text", "text_tensor"]
+__all__ = ["StreamingStage", "refuse_ordered", "rows_finite", "tensor_text", "text_tensor"]
 
 STATE_VERSION = 1
 
@@ -105,6 +105,11 @@ class StreamingStage(Stage):
         """What two stages must share to be merged, or a state to be loaded: all settings but keys and ``publishing``."""
         apart = {"in_keys", "out_keys", *self.publishing}
         return {name: value for name, value in self.effective_settings().items() if name not in apart}
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the order of rows counts: older ones are forgotten (``halflife=``), and ``merge_`` takes what came later."""
+        return self.__dict__.get("halflife") is not None
 
     @property
     def is_empty(self) -> bool:
@@ -237,7 +242,12 @@ class StreamingStage(Stage):
         """Called where a run ends in an exception: a stage that holds files or locks lets go of them here."""
 
     def sync_(self) -> None:
-        """Merge the states of all ranks into rank 0; the others become empty, so a second call changes nothing."""
+        """Merge the states of all ranks into rank 0; the others become empty, so a second call changes nothing.
+
+        Raises:
+            ValueError: on all ranks, a stage with ``halflife=`` and ranks that have rows at the same time: neither's came later.
+        """
+        refuse_ordered(self, rank_and_world()[1], f"{type(self).__name__}.sync_()")
         with watched(f"{type(self).__name__}.sync_()"):
             for state in gather_states(self.state()):
                 self.merge_(self.with_state(state))
@@ -316,6 +326,15 @@ class StreamingStage(Stage):
         apart = self._apart(about["settings"])
         return (
             f"the state of another {type(self).__name__}{apart}. Make the stage as it was." if apart else ""
+        )
+
+
+def refuse_ordered(stage: StreamingStage, parts: int, owner: str) -> None:
+    """An error where a stage that forgets older rows would get its rows from several ranks or jobs, in no order of time."""
+    if stage.ordered and parts > 1:
+        raise ValueError(
+            f"{owner}: {stage!r} forgets older rows (halflife=), and {parts} processes that share the data out have none that "
+            f"came later. Run it in one process, or leave halflife= out."
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from tdgeom.core.keys import Keys
 from tdgeom.core.stage import Stage
 from tdgeom.numerics.centring import real_rows, warn_undefined
+from tdgeom.numerics.forgetting import refuse_weighted
 
 __all__ = ["Shrunk", "ShrunkCovariance", "ledoit_wolf", "oracle_approximating"]
 
@@ -126,6 +127,7 @@ class ShrunkCovariance(Stage):
 
     def compute(self, count: Tensor, covariance: Tensor, norm4: Tensor) -> Shrunk:
         """By the rule."""
+        refuse_weighted("ShrunkCovariance", norm4, covariance, "how much to shrink")
         if self.rule == "oas":
             return oracle_approximating(count, covariance)
         return ledoit_wolf(count, covariance, norm4)

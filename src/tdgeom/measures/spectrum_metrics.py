@@ -209,9 +209,10 @@ class SpectrumMetrics(Stage):
     Args:
         alpha_ranks: see ``alpha_req``.
         source: ``"eigenvalues"`` reads a whole spectrum (*B, D), in any order, and where present ``("moments", "count" |
-            "covariance" | "relative_error")`` that it came from. ``"sketch"`` reads ``("sketch", "eigenvalues" |
-            "total_variance" | "d_pr")`` of ``StreamingSketch``: measures of d_pr are the sketch's estimates, shares are those
-            of its leading eigenvalues (never too large), and what needs the others is NaN (counts -1), with one warning.
+            "covariance" | "relative_error" | "effective_sample_size")`` that it came from. ``"sketch"`` reads ``("sketch",
+            "eigenvalues" | "total_variance" | "d_pr")`` of ``StreamingSketch``: measures of d_pr are the sketch's estimates,
+            shares are those of its leading eigenvalues (never too large), and what needs the others is NaN (counts -1), with
+            one warning.
         in_keys, out_keys: see ``Stage``.
 
     Writes ``("spectrum", name)`` (*B,). Without variance every measure is NaN (counts -1); a fit through 5 or fewer eigenvalues
@@ -229,7 +230,7 @@ class SpectrumMetrics(Stage):
     """
 
     writes = [("spectrum", name) for name in (*SPECTRUM_METRICS, *SPECTRUM_MARKS)]
-    optional = frozenset({"count", "covariance", "relative_error"})
+    optional = frozenset({"count", "covariance", "relative_error", "effective_sample_size"})
 
     def __init__(
         self,
@@ -246,6 +247,7 @@ class SpectrumMetrics(Stage):
             ("moments", "count"): "",
             ("moments", "covariance"): "D D",
             ("moments", "relative_error"): "",
+            ("moments", "effective_sample_size"): "",
         }
         if source == "sketch":
             reads = {
@@ -264,7 +266,8 @@ class SpectrumMetrics(Stage):
         if self.source == "sketch":
             total_variance, d_pr, count = (*beside, None, None, None)[:3]
         else:
-            count, covariance, relative_error = (*beside, None, None, None)[:3]
+            count, covariance, relative_error, effective = (*beside, *[None] * 4)[:4]
+            count = count if effective is None else effective
             if covariance is not None and relative_error is not None:
                 error = eigenvalue_error(covariance, relative_error)
         settings: Any = {"alpha_ranks": self.alpha_ranks}
@@ -342,16 +345,23 @@ def marked_measures(marks: Tensor | int) -> list[str]:
     return [name for bit, name in enumerate(SPECTRUM_METRICS) if any(mark >> bit & 1 for mark in whole)]
 
 
-def rankme(count: Tensor, mean: Tensor, covariance: Tensor, relative_error: Tensor | None = None) -> Tensor:
+def rankme(
+    count: Tensor,
+    mean: Tensor,
+    covariance: Tensor,
+    relative_error: Tensor | None = None,
+    effective_sample_size: Tensor | None = None,
+) -> Tensor:
     """exp entropy of s/Σs, s the singular values of the *uncentred* rows: (), (*B, D), (*B, D, D) -> (*B,).
 
     From moments: s² are the eigenvalues of (n-1)·covariance + n·mean·meanᵀ, those that are more than rounding (that of the
-    covariance's products too, where ``relative_error`` () says it) and no more than n. Between 1 and min(n, D).
+    covariance's products too, where ``relative_error`` () says it) and no more than n. Between 1 and min(n, D). Of rows that
+    weigh less with age (``halflife=``) n is their ``effective_sample_size`` in the sum, and s those of the weighted rows.
 
     >>> round(float(rankme(torch.tensor(3), torch.zeros(2), torch.eye(2))), 6)
     2.0
     """
-    n = count.double()
+    n = (count if effective_sample_size is None else effective_sample_size).double()
     mean, covariance = (real_rows(moment, "rankme").double() for moment in (mean, covariance))
     scatter, offset = (n - 1)[..., None, None] * covariance, n.sqrt().unsqueeze(-1) * mean
     error = None if relative_error is None else eigenvalue_error(scatter, relative_error)
@@ -396,8 +406,9 @@ class RankMe(Stage):
     min(N, D); free of scale and rotation, not of offsets. Warns below 10 rows for each of its dimensions, and where float32
     products could have moved it.
 
-    Reads ``("moments", "count" | "mean" | "covariance")`` and where present ``("moments", "relative_error")``; writes
-    ``("spectrum", "rankme")``.
+    Reads ``("moments", "count" | "mean" | "covariance")`` and where present ``("moments", "relative_error" |
+    "effective_sample_size")``: of rows that weigh less with age it is that of the weighted rows, their number the effective one.
+    Writes ``("spectrum", "rankme")``.
 
     Garrido et al. (2023), RankMe: assessing the downstream performance of pretrained self-supervised representations by
     their rank.
@@ -413,23 +424,32 @@ class RankMe(Stage):
         ("moments", "mean"): "D",
         ("moments", "covariance"): "D D",
         ("moments", "relative_error"): "",
+        ("moments", "effective_sample_size"): "",
     }
-    optional = frozenset({"relative_error"})
+    optional = frozenset({"relative_error", "effective_sample_size"})
     writes = [("spectrum", "rankme")]
     one_thread_a_site = True
 
     def compute(
-        self, count: Tensor, mean: Tensor, covariance: Tensor, relative_error: Tensor | None = None
+        self,
+        count: Tensor,
+        mean: Tensor,
+        covariance: Tensor,
+        relative_error: Tensor | None = None,
+        effective: Tensor | None = None,
     ) -> Tensor:
         """See ``rankme``."""
-        value = rankme(count, mean, covariance, relative_error)
+        value = rankme(count, mean, covariance, relative_error, effective)
         reason = "all rows are zero."
         if holds(~torch.isfinite(covariance).all()):
             reason = f"{self.in_keys[2]!r} is not finite (that of one row, or of rows with NaN)."
         warn_undefined(value, "RankMe", reason)
-        if holds((count < 10 * value).any()):
-            tell_few_rows("RankMe", "rankme", count.min(), "10 for each of its dimensions", "Give more rows")
-        if relative_error is not None and holds(_moved(value, rankme(count, mean, covariance)).any()):
+        rows = count if effective is None else effective
+        if holds((rows < 10 * value).any()):
+            tell_few_rows("RankMe", "rankme", rows.min(), "10 for each of its dimensions", "Give more rows")
+        if relative_error is not None and holds(
+            _moved(value, rankme(count, mean, covariance, None, effective)).any()
+        ):
             tell(
                 "RankMe: singular values below the rounding of float32 products could move it by more than 1e-4: unresolved. "
                 "StreamingCovariance(precision='float64') resolves them.",

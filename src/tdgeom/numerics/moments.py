@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tdgeom.numerics.products import add_upper, factors, upper_times
 
-__all__ = ["Moments", "about_running_mean", "add_rows", "merge_moments", "moments_about"]
+__all__ = ["Moments", "about_running_mean", "add_rows", "merge_moments", "moments_about", "row_parts"]
 
 Moments: TypeAlias = "dict[str, Tensor]"
 
@@ -65,7 +65,7 @@ def add_rows(state: Moments, rows: Tensor, dtype: torch.dtype = torch.float64) -
     counts (``mirror`` makes it whole).
     """
     before, n = state["count"].double(), rows.shape[0]
-    parts = _parts(rows)
+    parts = row_parts(rows)
     held = torch.empty(parts[0].shape[0] + 1, rows.shape[1], dtype=torch.float64, device=rows.device)
     own = _mean(parts, held)
     step = (own - state["mean"]) * (n / (before + n))
@@ -86,7 +86,7 @@ def add_rows(state: Moments, rows: Tensor, dtype: torch.dtype = torch.float64) -
     state["count"].add_(n)
 
 
-def _parts(rows: Tensor) -> tuple[Tensor, ...]:
+def row_parts(rows: Tensor) -> tuple[Tensor, ...]:
     """Rows that stay in a CPU's cache as float64; on other devices, and in a graph, all of them at once."""
     if rows.device.type != "cpu" or torch.compiler.is_compiling():
         return (rows,)

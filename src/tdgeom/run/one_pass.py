@@ -19,8 +19,10 @@ from tqdm import tqdm
 from tdgeom.core.keys import Key
 from tdgeom.core.process_groups import rank_and_world
 from tdgeom.core.rank_failures import check_ranks, forward_together
+from tdgeom.core.renamed import stage_of
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.split_loaders import find_split
+from tdgeom.core.streaming_stage import refuse_ordered
 from tdgeom.core.words import put
 from tdgeom.model.calls.shared_model import SharedModel
 from tdgeom.numerics.on_host import on_host, read_together
@@ -76,6 +78,8 @@ class OnePass:
         if len(self.blocks) > 1 and (max_rows is not None or sharded):
             self._refuse_selections()
         self.rank, self.world = rank_and_world()
+        for unit in plan.stream:
+            refuse_ordered(stage_of(unit), max(self.world, shard[1] if shard else 1), "run")
         self.readers = Readers(shared)
         self.spare: TensorDict | None = (
             None  # what a rank without a batch runs, where others cannot run without it

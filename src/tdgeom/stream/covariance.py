@@ -11,6 +11,13 @@ from tdgeom.core.keys import Key
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.core.warnings import tell
 from tdgeom.numerics.centring import real_rows
+from tdgeom.numerics.forgetting import (
+    add_weighted_rows,
+    check_halflife,
+    degrees_of_freedom,
+    effective_sample_size,
+    merge_later,
+)
 from tdgeom.numerics.moments import add_rows, merge_moments
 from tdgeom.numerics.products import Precision, check_precision, gram, mirror, product_dtype, product_error
 
@@ -36,7 +43,13 @@ class StreamingCovariance(StreamingStage):
     float64. Rows (N, D) in any real dtype, any scale and any offset, centred about the running mean and multiplied in float64,
     the symmetric half of it. Exact under any batch split, order and merge, to rounding. Memory 8·D² bytes.
 
+    With ``halflife=`` older rows are forgotten: a row that a rows have followed weighs w = 2^(-a/halflife), ``mean`` = Σwx/Σw and
+    ``covariance`` = Σw(x-x̄)(x-x̄)ᵀ/(Σw - Σw²/Σw), unbiased for independent rows (reliability weights, not frequencies). Exact
+    under any batch split; the order of rows is their age, so that ``a.merge_(b)`` takes b's rows for those after a's, and a run
+    shared out among ranks or jobs is refused. ``count`` is still the number of rows.
+
     Args:
+        halflife: rows after which a row weighs half; None weighs all alike.
         precision: ``"float32"`` takes the products of ``covariance`` in float32 blocks (sums stay float64), for devices on which
             float64 is slow: eigenvalues below some 1e-6 of the largest are then rounding, and ``EigenSpectrum`` and what
             follows it know which. ``"auto"``: float64 wherever the device has it at speed, else float32.
@@ -44,7 +57,9 @@ class StreamingCovariance(StreamingStage):
 
     Reads ``"tokens"``; writes ``("moments", "count" | "mean" | "covariance" | "norm4" | "norm2_x" | "relative_error")`` of
     shapes (), (D,), (D, D), (), (D,), (). ``relative_error``: no entry C_ij of the covariance is further off than that times
-    √(C_ii C_jj). With one row the covariance is undefined: NaN and a warning.
+    √(C_ii C_jj). With one row the covariance is undefined: NaN and a warning. With ``halflife=`` also
+    ``("moments", "effective_sample_size")`` () = (Σw)²/Σw², last; ``norm4`` and ``norm2_x``, which measures for rows of equal
+    weight read, are NaN then.
 
     Chan, Golub and LeVeque (1979), Updating formulae and a pairwise algorithm for computing sample variances.
 
@@ -72,13 +87,16 @@ class StreamingCovariance(StreamingStage):
     def __init__(
         self,
         *,
+        halflife: float | None = None,
         precision: Precision = "auto",
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:
         check_precision(precision, "StreamingCovariance")
-        super().__init__(in_keys=in_keys, out_keys=out_keys)
-        self.precision = precision
+        halflife = check_halflife(halflife, "StreamingCovariance")
+        further = [] if halflife is None else [("moments", "effective_sample_size")]
+        super().__init__(in_keys=in_keys, out_keys=out_keys, writes=[*self.writes, *further])
+        self.halflife, self.precision = halflife, precision
         for name in _STATE:
             self.add_state(name, torch.int64 if name == "count" else torch.float64)
 
@@ -99,15 +117,24 @@ class StreamingCovariance(StreamingStage):
                 f"shape {tuple(tokens.shape)}. Use one stage a width, or reset()."
             )
         state, dtype = self.state(), product_dtype(self.precision, tokens.device)
-        add_rows(state, tokens, dtype)
-        self.norm4 = state["norm4"]
+        if self.halflife is None:
+            add_rows(state, tokens, dtype)
+            self.norm4 = state["norm4"]
+        else:
+            add_weighted_rows(state, tokens, self.halflife, dtype)
         self.relative_error = self.relative_error.clamp(min=product_error(dtype))
 
     def combine(self, other: StreamingCovariance) -> None:
-        """Add another's moments."""
-        state = self.state()
-        merge_moments(state, {name: value.to(self.mean.device) for name, value in other.state().items()})
-        self.norm4 = state["norm4"]
+        """Add another's moments; with ``halflife=`` those of rows that came later."""
+        state, theirs = (
+            self.state(),
+            {name: value.to(self.mean.device) for name, value in other.state().items()},
+        )
+        if self.halflife is None:
+            merge_moments(state, theirs)
+            self.norm4 = state["norm4"]
+        else:
+            merge_later(state, theirs, self.halflife)
         # The sum's entries are bounded by the sums' Cauchy-Schwarz: the larger of both errors holds for it.
         self.relative_error = torch.maximum(self.relative_error, other.relative_error.to(self.mean.device))
 
@@ -115,11 +142,15 @@ class StreamingCovariance(StreamingStage):
         """The moments of all rows so far."""
         if not torch.compiler.is_compiling() and int(self.count) == 1:
             tell("StreamingCovariance: the covariance of one row is undefined: NaN.")
-        return {
+        found = {
             "count": self.count.clone(),
             "mean": self.mean.clone(),
-            "covariance": mirror(self.scatter / (self.count.double() - 1)),
+            "covariance": mirror(self.scatter / degrees_of_freedom(self.count, self.halflife)),
             "norm4": self.norm4.clone(),
             "norm2_x": self.norm2_x.clone(),
             "relative_error": self.relative_error.clone(),
         }
+        if self.halflife is None:
+            return found
+        unknown = {name: torch.full_like(found[name], torch.nan) for name in ("norm4", "norm2_x")}
+        return {**found, **unknown, "effective_sample_size": effective_sample_size(self.count, self.halflife)}

@@ -12,6 +12,14 @@ from tdgeom.core.for_each_pair import pair_list
 from tdgeom.core.keys import Key, Keys, key_tuple, site_key
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.core.wrong_objects import site_list
+from tdgeom.numerics.forgetting import (
+    check_halflife,
+    decay,
+    degrees_of_freedom,
+    effective_sample_size,
+    weight_sum,
+    weighted_about_running_mean,
+)
 from tdgeom.numerics.moments import about_running_mean
 from tdgeom.numerics.on_host import on_host
 from tdgeom.numerics.products import (
@@ -75,6 +83,10 @@ class StreamingCrossMoments(StreamingStage):
         groups: independent groups of projections under ``sketch``.
         seed: of the projection; stages to be merged must share it.
         memory: bytes of state above which the first rows are refused.
+        halflife: rows after which a row weighs half, by age in the stream's order, as ``StreamingCovariance`` takes it:
+            covariances are Σw u wᵀ/(Σw - Σw²/Σw) about weighted means, the leaves of norms NaN, and
+            ``"effective_sample_size"`` () = (Σw)²/Σw² is the last leaf of the whole and, behind that, of every pair. Not with
+            ``sketch``, whose CKA is of rows of equal weight.
         precision: of the D x E products, as ``StreamingCovariance`` takes it; norm leaves are float64 always.
         in_keys: a list, one key a site. out_keys: a list of every leaf (sites first), or a root in place of
             "cross_moments".
@@ -110,6 +122,7 @@ class StreamingCrossMoments(StreamingStage):
         groups: int = 16,
         seed: int = 0,
         memory: int = 8 * 2**30,
+        halflife: float | None = None,
         precision: Precision = "auto",
         in_keys: Keys = None,
         out_keys: Keys = None,
@@ -125,6 +138,12 @@ class StreamingCrossMoments(StreamingStage):
                 f"sketch={sketch}, groups={groups}. Take sketch=1024, groups=16."
             )
         check_precision(precision, "StreamingCrossMoments")
+        self.halflife = check_halflife(halflife, "StreamingCrossMoments")
+        if halflife is not None and sketch is not None:
+            raise ValueError(
+                f"StreamingCrossMoments: a sketch is for a CKA of rows of equal weight; got halflife={halflife} and "
+                f"sketch={sketch}. Leave one of them out."
+            )
         self.precision = precision
         self.sites = names
         self.pairs = pair_list([s if isinstance(s, str) else name for s, name in zip(sites, names)], pairs)
@@ -134,6 +153,9 @@ class StreamingCrossMoments(StreamingStage):
         places += [(f"{a}->{b}", leaf) for a, b in self.pairs for leaf in PAIR_LEAVES]
         places.append(("relative_error",))
         places += [(f"{a}->{b}", "relative_error") for a, b in self.pairs]
+        if halflife is not None:
+            places.append(("effective_sample_size",))
+            places += [(f"{a}->{b}", "effective_sample_size") for a, b in self.pairs]
         writes: list[Key] = [("cross_moments", *place) for place in places]
         if isinstance(out_keys, (str, tuple)):
             out_keys = [(*key_tuple(out_keys), *place) for place in places]
@@ -178,14 +200,19 @@ class StreamingCrossMoments(StreamingStage):
         """Add a block of rows."""
         self._check_rows(rows)
         before = self.count.double()
-        y, self.mean, step = about_running_mean(rows, self.mean, self.count)
-        y, step = self._project(y), self._project(step)
-        block = y[:-1]
-        norms = self._per_group(block.square())
-        self._move(-step, before)
-        self.trace = self.trace + norms.sum(0)
-        self.norm2_product = self.norm2_product + norms.mT @ norms
-        self.x_norm2y = self.x_norm2y + block.mT @ norms
+        if self.halflife is None:
+            y, self.mean, step = about_running_mean(rows, self.mean, self.count)
+            y, step = self._project(y), self._project(step)
+            block = y[:-1]
+            norms = self._per_group(block.square())
+            self._move(-step, before)
+            self.trace = self.trace + norms.sum(0)
+            self.norm2_product = self.norm2_product + norms.mT @ norms
+            self.x_norm2y = self.x_norm2y + block.mT @ norms
+        else:
+            y, self.mean, _ = weighted_about_running_mean(rows, self.mean, self.count, self.halflife)
+            for run in self._runs:
+                self._panel(*run).mul_(decay(rows[0].shape[0], self.halflife))
         dtype = product_dtype(self.precision, y.device)
         columns, edges = factors(y, dtype), self._edges()
         for i, first, last in self._runs:
@@ -215,14 +242,20 @@ class StreamingCrossMoments(StreamingStage):
         # The twin's vectors are replaced below, its scatters only read: no copy of the D x D state.
         twin = self.with_state({name: value.to(self.mean.device) for name, value in other.state().items()})
         n, m = self.count.double(), twin.count.double()
+        if self.halflife is not None:  # the other's rows came later
+            faded = torch.exp2(-m / self.halflife)
+            n, m = weight_sum(n, self.halflife) * faded, weight_sum(m, self.halflife)
+            for run in self._runs:
+                self._panel(*run).mul_(faded)
         delta = twin.mean - self.mean
         self.mean = self.mean + delta * (m / (n + m))
         projected = self._project(delta)
-        self._move(-projected * (m / (n + m)), n)
-        twin._move(projected * (n / (n + m)), m)
-        self.trace = self.trace + twin.trace
-        self.norm2_product = self.norm2_product + twin.norm2_product
-        self.x_norm2y = self.x_norm2y + twin.x_norm2y
+        if self.halflife is None:
+            self._move(-projected * (m / (n + m)), n)
+            twin._move(projected * (n / (n + m)), m)
+            self.trace = self.trace + twin.trace
+            self.norm2_product = self.norm2_product + twin.norm2_product
+            self.x_norm2y = self.x_norm2y + twin.x_norm2y
         self.relative_error = torch.maximum(self.relative_error, twin.relative_error)
         edges = self._edges()
         for run in self._runs:
@@ -262,16 +295,19 @@ class StreamingCrossMoments(StreamingStage):
         """Every leaf of every site, then of every pair."""
         edges, scatter = self._edges(), {(i, j): block for i, j, block in self._blocks()}
         given = [0, *torch.cumsum(self.widths, 0).tolist()]
-        degrees = self.count.double() - 1
+        degrees = degrees_of_freedom(self.count, self.halflife)
 
         def at(site: int) -> int | slice:
             return site if self.sketch is None else slice(site * self.groups, (site + 1) * self.groups)
 
+        # of weighted rows the sums of norms are not kept
+        unknown = 0.0 if self.halflife is None else torch.nan
+
         def norms(i: int, j: int) -> Tensor:
-            return self.norm2_product[at(i), at(j)].clone()
+            return self.norm2_product[at(i), at(j)] + unknown
 
         def vectors(i: int, j: int) -> Tensor:
-            return self.x_norm2y[edges[i] : edges[i + 1], at(j)].clone()
+            return self.x_norm2y[edges[i] : edges[i + 1], at(j)] + unknown
 
         leaves: list[Tensor] = []
         for i in range(len(self.sites)):
@@ -281,7 +317,10 @@ class StreamingCrossMoments(StreamingStage):
             i, j = self.sites.index(a), self.sites.index(b)
             block = scatter[i, j] if i <= j else scatter[j, i].mT
             leaves += [(block / degrees).contiguous(), norms(i, j), vectors(i, j), vectors(j, i)]
-        return [*leaves, *(self.relative_error.clone() for _ in range(1 + len(self.pairs)))]
+        leaves += [self.relative_error.clone() for _ in range(1 + len(self.pairs))]
+        if self.halflife is not None:
+            leaves += [effective_sample_size(self.count, self.halflife) for _ in range(1 + len(self.pairs))]
+        return leaves
 
     def _edges(self) -> list[int]:
         """Where each site's columns start, after projection."""

@@ -9,6 +9,13 @@ from torch import Tensor
 
 from tdgeom.core.keys import Key
 from tdgeom.core.streaming_stage import StreamingStage
+from tdgeom.numerics.forgetting import (
+    age_weights,
+    check_halflife,
+    degrees_of_freedom,
+    effective_sample_size,
+    weight_sum,
+)
 
 __all__ = ["StreamingMean"]
 
@@ -20,7 +27,13 @@ class StreamingMean(StreamingStage):
     batch split, order and merge. Integers and booleans count as numbers, so it turns any per-row value (a loss, a
     correctness flag, an entropy) into a result that ``run`` keeps.
 
-    Reads ``"tokens"``; writes ``("mean", "mean" | "variance" | "count")``.
+    Args:
+        halflife: rows after which a row weighs half, by age in the stream's order, as ``StreamingCovariance`` takes it:
+            ``mean`` = Σwx/Σw, ``variance`` = Σw(x-x̄)²/(Σw - Σw²/Σw), ``count`` still n. None weighs all alike.
+        in_keys, out_keys: see ``Stage``.
+
+    Reads ``"tokens"``; writes ``("mean", "mean" | "variance" | "count")``, and with ``halflife=`` ``("mean",
+    "effective_sample_size")`` = (Σw)²/Σw².
 
         >>> import torch, tdgeom as tg
         >>> mean, variance, count = tg.StreamingMean()(tokens=torch.tensor([1.0, 2.0, 3.0]))
@@ -36,9 +49,16 @@ class StreamingMean(StreamingStage):
     scatter: Tensor
 
     def __init__(
-        self, *, in_keys: Key | list[Key] | None = None, out_keys: Key | list[Key] | None = None
+        self,
+        *,
+        halflife: float | None = None,
+        in_keys: Key | list[Key] | None = None,
+        out_keys: Key | list[Key] | None = None,
     ) -> None:
-        super().__init__(in_keys=in_keys, out_keys=out_keys)
+        halflife = check_halflife(halflife, "StreamingMean")
+        further = [] if halflife is None else [("mean", "effective_sample_size")]
+        super().__init__(in_keys=in_keys, out_keys=out_keys, writes=[*self.writes, *further])
+        self.halflife = halflife
         self.add_state("count", torch.int64)
         self.add_state("centre", torch.float64)
         self.add_state("scatter", torch.float64)
@@ -56,6 +76,9 @@ class StreamingMean(StreamingStage):
                 f"{tuple(rows.shape)}. Use one stage a width, or reset()."
             )
         rows = rows.double()
+        if self.halflife is not None:
+            self._add_weighted(rows, self.halflife)
+            return
         centre = rows.mean(0)
         self._merge(torch.full_like(self.count, rows.shape[0]), centre, (rows - centre).square().sum(0))
 
@@ -63,8 +86,20 @@ class StreamingMean(StreamingStage):
         """Add another's rows."""
         self._merge(*(value.to(self.centre.device) for value in (other.count, other.centre, other.scatter)))
 
+    def _add_weighted(self, rows: Tensor, halflife: float) -> None:
+        weights = age_weights(rows.shape[0], halflife, rows.device).view(-1, *[1] * (rows.ndim - 1))
+        centre = rows[-1]
+        for _ in range(2):  # about the last row, and once more about the mean: an offset costs no digits
+            centre = centre + (weights * (rows - centre)).sum(0) / weights.sum()
+        scatter = (weights * (rows - centre).square()).sum(0)
+        self._merge(torch.full_like(self.count, rows.shape[0]), centre, scatter)
+
     def _merge(self, count: Tensor, centre: Tensor, scatter: Tensor) -> None:
         n_a, n_b = self.count.double(), count.double()
+        if self.halflife is not None:  # the others' rows came later
+            faded = torch.exp2(-n_b / self.halflife)
+            n_a, n_b = (weight_sum(n, self.halflife) for n in (n_a, n_b))
+            n_a, self.scatter = n_a * faded, self.scatter * faded
         delta = centre - self.centre
         # New tensors: compiled code drops in-place updates of 0-dim float64 buffers, which rows (N,) make.
         self.scatter = self.scatter + scatter + delta.square() * (n_a * n_b / (n_a + n_b))
@@ -73,8 +108,11 @@ class StreamingMean(StreamingStage):
 
     def result(self) -> Mapping[str, Tensor]:
         """Mean, unbiased variance and count."""
-        return {
+        found = {
             "mean": self.centre.clone(),
-            "variance": self.scatter / (self.count.double() - 1),
+            "variance": self.scatter / degrees_of_freedom(self.count, self.halflife),
             "count": self.count.clone(),
         }
+        if self.halflife is None:
+            return found
+        return {**found, "effective_sample_size": effective_sample_size(self.count, self.halflife)}

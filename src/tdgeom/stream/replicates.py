@@ -102,6 +102,10 @@ class Replicates(StreamingStage):
                 f"Replicates takes a streaming stage such as StreamingCovariance(), got {type(stage).__name__}. A stage that "
                 f"reads finished results goes behind it as it is; one of the sample goes into LeaveOut."
             )
+        if stage.ordered:
+            raise ValueError(
+                f"Replicates leaves out groups of documents that weigh alike; {stage!r} forgets older rows. Leave halflife= out."
+            )
         check_groups(groups, by, "Replicates")
         inner = deepcopy(stage)
         inner.reset()

@@ -14,6 +14,7 @@ from tdgeom.measures.dimension.estimate import Copies, DimensionEstimate, Dimens
 from tdgeom.numerics.centring import real_rows, refuse_nonfinite, upcast, warn_undefined
 from tdgeom.numerics.copies import first_alike, first_copies
 from tdgeom.numerics.eigenvalues import refuse_truncated
+from tdgeom.numerics.forgetting import refuse_weighted
 from tdgeom.numerics.near_copies import rounding_radius
 
 __all__ = [
@@ -319,4 +320,5 @@ class ParticipationRatio(DimensionStage):
 
     def compute(self, *inputs: Tensor) -> DimensionEstimate:
         """The five outputs."""
+        refuse_weighted("ParticipationRatio", inputs[2], inputs[1], "its correction for few rows")
         return participation_ratio(*inputs)

@@ -20,6 +20,7 @@ from tdgeom.measures.significance.document_null import (
 )
 from tdgeom.measures.significance.documents import sequence_of
 from tdgeom.numerics.centring import centre, check_matched, finite_rows, warn_undefined
+from tdgeom.numerics.forgetting import refuse_weighted
 from tdgeom.numerics.products import gram, in_own_precision
 
 __all__ = ["CKANull", "NullOfCKA", "linear_cka_null"]
@@ -294,6 +295,7 @@ class CKANull(PairStage):
         if self.source == "sample":
             return _Rows(finite_rows(inputs[0], "CKANull"), {})
         n, covariance, norm4 = (value.double() for value in inputs)
+        refuse_weighted("CKANull", norm4, covariance, "what CKA is by chance")
         scatter = covariance * (n - 1)[..., None, None]
         trace = scatter.diagonal(dim1=-2, dim2=-1).sum(-1)
         # Divided by the trace first, so that no unit overflows in the sixth power.

@@ -10,6 +10,7 @@ from torch import Tensor
 from tdgeom.core.keys import Keys
 from tdgeom.core.stage import Stage
 from tdgeom.numerics.centring import occurs, real_rows, warn_undefined
+from tdgeom.numerics.forgetting import equal_weights_needed
 
 __all__ = ["NoiseEdge", "NoiseRank", "noise_rank"]
 
@@ -120,7 +121,8 @@ class NoiseRank(Stage):
         2
     """
 
-    reads = {"eigenvalues": "D", ("moments", "count"): ""}
+    reads = {"eigenvalues": "D", ("moments", "count"): "", ("moments", "effective_sample_size"): ""}
+    optional = frozenset({"effective_sample_size"})
     writes = [("noise", "signal_rank"), ("noise", "noise_variance"), ("noise", "edge")]
 
     def __init__(self, *, level: float = 0.05, in_keys: Keys = None, out_keys: Keys = None) -> None:
@@ -129,6 +131,8 @@ class NoiseRank(Stage):
         super().__init__(in_keys=in_keys, out_keys=out_keys)
         self.level = level
 
-    def compute(self, eigenvalues: Tensor, count: Tensor) -> NoiseEdge:
+    def compute(self, eigenvalues: Tensor, count: Tensor, effective: Tensor | None = None) -> NoiseEdge:
         """See ``noise_rank``."""
+        if effective is not None and occurs(effective < (1 - 1e-9) * count):
+            raise equal_weights_needed("NoiseRank", "the edge of noise")
         return noise_rank(eigenvalues, count, self.level)

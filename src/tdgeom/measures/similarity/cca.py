@@ -191,7 +191,7 @@ class CCA(LinearPairStage):
 
     def compare(self, a: Factor, b: Factor, *rest: Tensor) -> dict[str, Tensor]:
         """One product and its singular values."""
-        tell_few("CCA", "cca_mean and cca_r2", a, b)
+        tell_few("CCA", "cca_mean and cca_r2", a, b, *rest)
         self.judge("cca_mean and cca_r2", a, b, *rest)
         correlations = _correlations(overlap(a, b, *rest))
         values = {"cca_mean": _mean(correlations, a, b), "cca_r2": _mean(correlations.square(), a, b)}
@@ -234,7 +234,7 @@ class PWCCA(LinearPairStage):
 
     def compare(self, a: Factor, b: Factor, *rest: Tensor) -> dict[str, Tensor]:
         """One product and its singular vectors on both sides."""
-        tell_few("PWCCA", "pwcca_ab and pwcca_ba", a, b)
+        tell_few("PWCCA", "pwcca_ab and pwcca_ba", a, b, *rest)
         self.judge("pwcca_ab and pwcca_ba", a, b, *rest)
         m = overlap(a, b, *rest)
         values = {"pwcca_ab": _weighted(m, a, b), "pwcca_ba": _weighted(m.mT, b, a)}

@@ -13,6 +13,7 @@ from tdgeom.measures.similarity.hsic import alignment, hsic1
 from tdgeom.measures.similarity.pair_sources import MomentPairStage, Source, refuse_sketch
 from tdgeom.measures.similarity.projected_cka import block_squares, group_traces, ratio_over_groups
 from tdgeom.numerics.centring import centre, check_matched, finite_rows, warn_undefined
+from tdgeom.numerics.forgetting import refuse_weighted
 from tdgeom.numerics.products import gram, in_own_precision
 
 __all__ = ["RV", "LinearCKA", "linear_cka", "linear_cka_debiased", "rv_coefficient"]
@@ -170,7 +171,7 @@ class LinearCKA(MomentPairStage):
     """
 
     sources = ("sample", "moments", "sketch")
-    optional = frozenset({"relative_error"})
+    optional = frozenset({"relative_error", "effective_sample_size"})
 
     def __init__(
         self,
@@ -198,6 +199,8 @@ class LinearCKA(MomentPairStage):
         n, covariance, norm4 = (value.to(torch.float64) for value in inputs)
         if self.source == "moments":
             refuse_sketch("LinearCKA", n, None, covariance, norm4)
+            if "linear_cka_debiased" in self.estimates:
+                refuse_weighted("LinearCKA", norm4, covariance, "linear_cka_debiased")
             norm4 = norm4[..., None, None]
         scatter, groups = covariance * (n - 1)[..., None, None], norm4.shape[-1]
         return _Moments(n, group_traces(scatter, groups), block_squares(scatter, groups), norm4)
@@ -211,9 +214,10 @@ class LinearCKA(MomentPairStage):
 
     def compare(self, a: Any, b: Any, *rest: Tensor) -> list[Tensor]:
         """One product, and sums of float64 scalars."""
+        weighted = rest[3] if self.source == "moments" and len(rest) > 3 else None
         if self.estimates == ["linear_cka"] and self.source != "sketch":
             rows, widths = (
-                (a.n, (rest[0].shape[-1], rest[0].shape[-2]))
+                (a.n if weighted is None else weighted, (rest[0].shape[-1], rest[0].shape[-2]))
                 if self.source == "moments"
                 else (a.norm2.shape[-1], (a.rows.shape[-1], b.rows.shape[-1]))
             )

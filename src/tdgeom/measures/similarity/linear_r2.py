@@ -112,7 +112,7 @@ class LinearR2(LinearPairStage):
     def compare(self, a: Factor, b: Factor, *rest: Tensor) -> dict[str, Tensor]:
         """Two products."""
         if self.ridge == 0:
-            tell_few("LinearR2", "linear_r2_ab and linear_r2_ba", a, b)
+            tell_few("LinearR2", "linear_r2_ab and linear_r2_ba", a, b, *rest)
             self.judge("linear_r2_ab and linear_r2_ba", a, b, *rest)
         m = overlap(a, b, *rest)
         forth, back = _r2(m, a, b, self.ridge), _r2(m.mT, b, a, self.ridge)

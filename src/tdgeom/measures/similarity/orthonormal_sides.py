@@ -116,9 +116,11 @@ def _leading(variances: Tensor, share: float | None) -> Tensor:
     return torch.nn.functional.pad(cumulative[..., :-1] < share - 1e-9, (1, 0), value=True)
 
 
-def tell_few(stage: str, measures: str, a: Factor, b: Factor) -> None:
-    """One warning where rows are no more than the features of a side."""
-    rows = a.basis.shape[-2] if a.n is None else a.n
+def tell_few(stage: str, measures: str, a: Factor, b: Factor, *rest: Tensor | None) -> None:
+    """One warning where rows are no more than the features of a side; ``rest``: as ``compare`` has it."""
+    rows: int | Tensor = a.basis.shape[-2] if a.n is None else a.n
+    if len(rest) > 2 and rest[2] is not None:  # of weighted rows the effective number
+        rows = rest[2]
     tell_beyond_features(stage, measures, rows, max(a.coefficients.shape[-1], b.coefficients.shape[-1]))
 
 

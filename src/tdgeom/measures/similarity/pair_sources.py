@@ -51,7 +51,7 @@ class MomentPairStage(PairStage):
             from a sketch of them, where it is there.
     """
 
-    optional = frozenset({"norm4", "relative_error"})
+    optional = frozenset({"norm4", "relative_error", "effective_sample_size"})
 
     sources: Sequence[Source] = ("sample", "moments")
     measures: Sequence[str] = ()
@@ -75,6 +75,7 @@ class MomentPairStage(PairStage):
             }
             if source == "moments":
                 reads[("cross_moments", "relative_error")] = ""
+                reads[("cross_moments", "effective_sample_size")] = ""
         writes: list[Key] = [("between", name) for name in self.measures]
         super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=writes)
 
