@@ -51,7 +51,7 @@ from .model.edits.directions import ProjectOut as ProjectOut
 from .model.edits.directions import ProjectOnto as ProjectOnto
 from .model.edits.edit import Scale as Scale
 from .model.edits.attention_edits import BlockAttention as BlockAttention
-from .model.patching import activation_patching as activation_patching
+from .model.patching.activation_patching import activation_patching as activation_patching
 
 # captures kept small
 from .model.capture_spec import CaptureSpec as CaptureSpec

@@ -121,6 +121,7 @@ def test_the_grid_of_heads_equals_pairs_of_unequal_length_one_by_one(kind, sides
         padded(corrupted, sides[1], 7),
         kind,
         answers=(5, 6),
+        align="start",
         progress=False,
     )["per_example", kind]
     for row, (one, other) in enumerate(zip(clean, corrupted)):

@@ -12,7 +12,8 @@ import models
 import tdgeom as tg
 from tdgeom import UndefinedMeasureWarning
 from tdgeom.model.capture import Capture
-from tdgeom.model.patching import activation_patching, answer_probability, kl_from, logit_difference
+from tdgeom.model.patching.activation_patching import activation_patching
+from tdgeom.numerics.logit_metrics import answer_probability, kl_from, logit_difference
 
 
 def pair(batch=3, length=5):
@@ -195,13 +196,13 @@ def test_answers_may_be_lists_and_have_to_fit():
     two = activation_patching(model, clean, corrupted, answers=(torch.tensor([5, 6, 7]), 9), **given)
     assert torch.equal(one["grid", "z"], two["grid", "z"])
     for answers, match in (
-        (([5, 6], 9), r"one for each of the 3 examples, got torch.int64 of shape \(2,\)"),
-        ((5, models.VOCAB), f"token ids from 0 to {models.VOCAB - 1}, got {models.VOCAB}"),
-        ((0.5, 9), "torch.float32"),
+        (([5, 6], 9), "one for each of the 3 texts, got 2"),
+        ((5, models.VOCAB), f"token ids from 0 to {models.VOCAB - 1}, got .{models.VOCAB}"),
+        ((0.5, 9), "an answer is a token id, a word, .*got 0.5"),
     ):
         with pytest.raises(ValueError, match=match):
             activation_patching(model, clean, corrupted, answers=answers, **given)
-    with pytest.raises(ValueError, match="by= expects 'position', 'head' or None"):
+    with pytest.raises(ValueError, match="by= expects 'position', 'head', 'neuron', 'layer' or None"):
         activation_patching(model, clean, corrupted, answers=(5, 9), by="heads", **given)
 
 
@@ -216,9 +217,9 @@ def test_errors():
     model = models.gpt2()
     clean, corrupted = pair()
     for settings, match in (
-        ({}, r"needs answers=\(correct ids, wrong ids\)"),
+        ({}, r"needs answers=, \(correct, wrong\)"),
         ({"metric": "probability"}, "needs answers="),
-        ({"metric": "accuracy"}, "'logit_diff', 'probability', 'kl'"),
+        ({"metric": "accuracy"}, "'logit_diff', 'logit', 'probability', 'kl'"),
         ({"metric": "kl", "direction": "both"}, "'denoise' or 'noise'"),
         ({"metric": "kl", "by": "head"}, "needs sites with heads"),
         ({"metric": "kl", "positions": "lst"}, "one of all, last"),

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdgeom.core.guessed_names import answer_guesses
-from tdgeom.model.calls.input_device import where_inputs_go
+from tdgeom.model.calls.inputs_of_text import inputs_of_text
 from tdgeom.model.lens.answer_tokens import Answers, answer_tokens
 from tdgeom.model.lens.contributions import DETAILS, Contributions, contributions
 from tdgeom.model.positions import Positions
@@ -41,8 +41,9 @@ def logit_attribution(
     Args:
         model: a model with logits for every position, on top of blocks: causal, encoder-decoder, of images and texts.
         batch: its inputs; with a ``tokenizer`` a text or a list of texts.
-        answers: a token's id, a word (with ``tokenizer``), or a tuple of two, the first's logit less the second's; a list of
-            several of these; a tensor of ids (B,), one for each text, or (B, A).
+        answers: a token's id, a word (with ``tokenizer``), or a tuple of two, the first's logit less the second's (each one
+            token, or a list or tensor of one for each text); a list of several of these; a tensor or array of ids (B,), one for
+            each text, or (B, A).
         by: ``"layer"``, what a block adds; ``"component"``, its ``attn_output``, ``cross_attn_output``, ``mlp_output``;
             ``"head"``, the heads of its attention, the projection's bias apart; ``"neuron"``, the neurons of its MLP (an MLP of
             experts stays one component).
@@ -73,28 +74,12 @@ def logit_attribution(
     """
     if by not in DETAILS:
         raise ValueError(f"by= expects one of {', '.join(DETAILS)}, got {by!r}.")
-    inputs = _inputs(model, batch, tokenizer)
+    inputs = inputs_of_text(model, batch, tokenizer, "logit_attribution")
     first = next((v for v in inputs.values() if isinstance(v, Tensor) and v.ndim), None)
     texts = next((len(inputs[k]) for k in ("decoder_input_ids", "input_ids") if k in inputs.keys()), None)
     texts = (0 if first is None else len(first)) if texts is None else texts
     ids, weights, names = answer_tokens(answers, texts, tokenizer=tokenizer, per_text=per_text)
     return _table(contributions(model, inputs, ids, weights, by=by, positions=positions), names, by)
-
-
-def _inputs(model: nn.Module, batch: Any, tokenizer: Any) -> TensorDictBase:
-    if isinstance(batch, TensorDictBase):
-        return batch
-    if isinstance(batch, Mapping):
-        return TensorDict(dict(batch), batch_size=[])
-    texts = [batch] if isinstance(batch, str) else list(batch) if isinstance(batch, Sequence) else None
-    if not texts or not all(isinstance(text, str) for text in texts) or tokenizer is None:
-        raise TypeError(
-            "logit_attribution expects the model's inputs by name, such as {'input_ids': ids}, or texts with tokenizer=, got "
-            f"{type(batch).__name__}{'' if tokenizer is not None else ' and no tokenizer'}."
-        )
-    given = tokenizer(texts, return_tensors="pt", padding=len(texts) > 1)
-    device = where_inputs_go(model)
-    return TensorDict({key: value.to(device) for key, value in given.items()}, batch_size=[])
 
 
 def _table(found: Contributions, names: list[list[str]], by: str) -> pd.DataFrame:

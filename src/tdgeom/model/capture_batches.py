@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from tdgeom.model.calls.bound_model import eval_mode, has_other_forwards, may_stop, modules_within
 from tdgeom.model.calls.model_inputs import ids_beyond_vocabulary, needs_decoder_ids
-from tdgeom.model.calls.named_outputs import read_named_outputs
 from tdgeom.model.calls.reading import Reading, StopForward
 from tdgeom.model.calls.recorded_calls import held_elsewhere, write_entries
 from tdgeom.model.calls.repeated_calls import FiredTooOften
@@ -24,10 +23,10 @@ class CaptureBatches(CaptureReads):
 
     target: Callable[[Any], Tensor] | None
 
-    def call_model(self, tensordict: TensorDictBase, output: str = "logits") -> Tensor:
-        """The model's output on a batch, called as the module form does but read nowhere and run to its end."""
+    def call_model(self, tensordict: TensorDictBase) -> Any:
+        """What the model gives on a batch, called as the module form does but read nowhere and run to its end."""
         args, kwargs = self._arguments(tensordict)
-        return read_named_outputs(self.model(*args, **kwargs), [output])[output]
+        return self.model(*args, **kwargs)
 
     @dispatch(auto_batch_size=False)
     @set_skip_existing(None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ __all__ = [
     "kl_from",
     "logit_diff",
     "logit_difference",
-    "named_metric",
     "token_probability",
 ]
 
@@ -98,20 +96,3 @@ def _of(ids: Ids, example: Tensor) -> Tensor:
             f"expected a token id, or one for each of the {last + 1} examples, got {index.dtype} of shape {tuple(index.shape)}."
         )
     return index[example] if index.ndim else index
-
-
-def named_metric(metric: str | Metric, answers: Any, reference: Tensor) -> Metric:
-    """The metric of a name, with its answers or the reference run's logits (B, V); a function is taken as it is."""
-    if callable(metric):
-        return metric
-    if metric == "kl":
-        return kl_from(reference)
-    if metric == "logit_diff":
-        if not isinstance(answers, list | tuple) or len(answers) != 2:
-            raise ValueError(f"metric='logit_diff' needs answers=(correct ids, wrong ids), got {answers!r}.")
-        return logit_difference(*answers)
-    if metric == "probability":
-        if answers is None or isinstance(answers, tuple):
-            raise ValueError(f"metric='probability' needs answers=, the correct token's id, got {answers!r}.")
-        return answer_probability(answers)
-    raise ValueError(f"metric= expects 'logit_diff', 'probability', 'kl' or a function, got {metric!r}.")

@@ -22,7 +22,7 @@ from tdgeom.model.edits.edit import Edit, Inputs
 from tdgeom.model.edits.edit_call import EditCall
 from tdgeom.model.positions import Positions, attended_tokens, check_positions, position_mask
 
-__all__ = ["ActivationAddition", "Patch"]
+__all__ = ["ActivationAddition", "Patch", "check_align", "counted_from_start"]
 
 
 class _FromOtherRuns(Edit):
@@ -201,7 +201,7 @@ class Patch(_FromOtherRuns):
         if (
             self.align is None
             and not steps
-            and not _from_start(self.positions)
+            and not counted_from_start(self.positions)
             and bool((lengths[0] != lengths[1]).any())
         ):
             raise ValueError(
@@ -221,8 +221,12 @@ def check_align(align: Any) -> str | dict[int, int] | None:
     raise ValueError(f"align= expects 'start', 'end' or a mapping of positions, own to other, got {align!r}.")
 
 
-def _from_start(positions: Positions) -> bool:
-    """Whether positions are numbers counted from the first token, the same in texts of any length."""
+def counted_from_start(positions: Positions) -> bool:
+    """Whether positions are numbers counted from the first token, the same in texts of any length.
+
+    >>> counted_from_start([0, 3]), counted_from_start("last"), counted_from_start(slice(1, None))
+    (True, False, False)
+    """
     if isinstance(positions, int):
         return positions >= 0
     if isinstance(positions, slice):

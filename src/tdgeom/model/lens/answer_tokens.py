@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Token = int | str
-Answer = Token | tuple[Token, Token]
+Side = Token | Sequence[Token] | Tensor  # of a difference: one token, or one for each text
+Answer = Token | tuple[Side, Side]
 Answers = Answer | Sequence[Answer] | Tensor
 
 
@@ -18,8 +20,9 @@ def answer_tokens(
 ) -> tuple[Tensor, Tensor, list[list[str]]]:
     """Token ids (B, K), the answers as sums of them (A, K), and their names, A for each of B texts.
 
-    An answer is an id or a word, or a tuple of two: the first less the second. A list holds several answers, which every text
-    is asked; with ``per_text`` one for each text. A tensor (B,) holds one for each text, (B, A) several.
+    An answer is an id or a word, or a tuple of two: the first less the second, each one token, or a list, array or tensor of
+    one for each text. A list holds several answers, which every text is asked; with ``per_text`` one for each text. A tensor or
+    array (B,) holds one for each text, (B, A) several.
 
     Raises ``ValueError`` for words of more than one token, and for a list as long as there are texts that could be either.
 
@@ -28,6 +31,7 @@ def answer_tokens(
             [ 0,  1, -1]]), [['5', '5 - 7']])
     """
     asked: list[list[Any]]
+    answers = _as_tensor(answers)
     if isinstance(answers, Tensor):
         if (
             answers.is_floating_point()
@@ -51,11 +55,11 @@ def answer_tokens(
             )
         if per_text and len(answers) != texts:
             raise ValueError(f"per_text=True needs one answer for each of {texts} texts, got {len(answers)}.")
-        asked = [[answer] for answer in answers] if per_text else [answers] * texts
+        asked = [[answer] for answer in answers] if per_text else _of_each_text(answers, texts)
     else:
         if per_text:
             raise ValueError(f"per_text=True needs a list with an answer for each text, got {answers!r}.")
-        asked = [[answers]] * texts
+        asked = _of_each_text([answers], texts)
     known: dict[str, int] = {}
     pairs = [[_pair(answer, tokenizer, known) for answer in row] for row in asked]
     shapes = {tuple(len(pair) for pair in row) for row in pairs}
@@ -69,6 +73,31 @@ def answer_tokens(
             weights[index, column] = sign
             column += 1
     return ids, weights, [_told_apart([_name(answer, tokenizer) for answer in row], row) for row in asked]
+
+
+def _as_tensor(given: Any) -> Any:
+    return torch.as_tensor(given) if isinstance(given, np.ndarray) else given
+
+
+def _of_each_text(answers: Sequence[Any], texts: int) -> list[list[Any]]:
+    """Every text's answers: of the sides of a difference that hold a token for each text, its own."""
+    told = [tuple(map(_as_tensor, one)) if isinstance(one, tuple) else _as_tensor(one) for one in answers]
+    return [
+        [tuple(_own(side, text, texts) for side in one) if isinstance(one, tuple) else one for one in told]
+        for text in range(texts)
+    ]
+
+
+def _own(side: Any, text: int, texts: int) -> Any:
+    if not isinstance(side, list) and not (isinstance(side, Tensor) and side.ndim):
+        return side
+    if len(side) != texts or (isinstance(side, Tensor) and side.ndim > 1):
+        got = f"{len(side)}" if isinstance(side, list) else f"a tensor of shape {tuple(side.shape)}"
+        raise ValueError(
+            f"a side of a difference in answers= is a token, or one for each of the {texts} texts, got {got}. Remedy: a list of "
+            "tuples, where several differences are meant."
+        )
+    return side[text]
 
 
 def _pair(answer: Any, tokenizer: Any, known: dict[str, int]) -> list[int]:
@@ -86,7 +115,10 @@ def _token(token: Any, tokenizer: Any, known: dict[str, int]) -> int:
         if token not in known:
             known[token] = _id_of(token, tokenizer)
         return known[token]
-    if isinstance(token, bool) or not hasattr(token, "__index__"):
+    whole = hasattr(token, "__index__") and not isinstance(token, bool)
+    if whole and isinstance(token, Tensor):
+        whole = not (token.ndim or token.is_floating_point() or token.dtype == torch.bool)
+    if not whole:
         raise ValueError(f"an answer is a token id, a word, or a tuple of two of these, got {token!r}.")
     if token < 0:
         raise ValueError(
