@@ -18,16 +18,16 @@ class EarlyStart:
     """What the blocks of a model gave in one pass, given again in place of running them.
 
     That nothing else of those blocks is used later (a cache that they share, say) is for the caller to see: a row of the pass
-    run again must give what it gave. ``usable`` is False where forwards are somebody else's, or blocks give what has no rows.
+    run again must give what it gave. Nothing is left
+    out where forwards are somebody else's, or blocks give what has no rows.
     """
 
     def __init__(self, model: nn.Module, examples: int) -> None:
         modules = modules_within(model)
         self.examples = examples
-        self.usable = may_stop(modules) and not has_other_forwards(modules)
-        blocks = {block.path: block.module for stack in find_stacks(model) for block in stack.blocks}
-        self.blocks = blocks if self.usable else {}
-        self.began: list[tuple[nn.Module, int]] = []  # in the order in which they began
+        usable = may_stop(modules) and not has_other_forwards(modules)
+        stacks = find_stacks(model) if usable else []
+        self.blocks = {block.path: block.module for stack in stacks for block in stack.blocks}
         self.before: dict[tuple[nn.Module, int], list[tuple[nn.Module, int]]] = {}
         self.gave: dict[tuple[nn.Module, int], Any] = {}
 
@@ -54,14 +54,14 @@ class EarlyStart:
                 handle.remove()
 
     def skipped(self, entry: ResolvedSite) -> list[tuple[nn.Module, int]]:
-        """The calls of blocks that were over before the block of a site began; none where that is not known."""
-        if not self.usable:
-            return []
+        """The calls of blocks that were over before the block of a site began; none where that is not known.
+
+        None either for a site that is one of several calls of a module: calls left out would not be counted.
+        """
         own = [m for path, m in self.blocks.items() if f"{entry.module_path}.".startswith(f"{path}.")]
-        calls = [call for module, call in self.before if own and module is own[0]]
-        if not calls or (entry.calls > 1 and entry.call not in calls):
+        if entry.calls > 1 or not own or (own[0], 0) not in self.before:
             return []
-        done = self.before[own[0], entry.call if entry.calls > 1 else calls[0]]
+        done = self.before[own[0], 0]
         return done if all(_has_rows(self.gave[one], self.examples) for one in done) else []
 
     @contextmanager

@@ -148,13 +148,14 @@ class PatchedPasses:
                 if not seen and (skipped or own > examples):
                     extra = torch.arange(1 if self.by_row else examples, device=cell.device)
                     cell, example = torch.cat([cell, extra * 0 - 1]), torch.cat([example, extra])
-                output = self._pass(edit, cell, example, skipped)
-                if len(cell) > own:
-                    if skipped and not self._is_as_before(output, example, own):
-                        skipped = []  # something else of those blocks is used later
-                        output = self._pass(edit, cell, example, skipped)
-                    self._refuse_changed(output, example, own, f"in a pass of {len(cell)} rows")
-                    seen = True
+                output = None
+                if skipped and not seen:
+                    skipped, output = self._begun_late(edit, cell, example, skipped, own)
+                if output is None:
+                    output = self._pass(edit, cell, example, skipped)
+                    if len(cell) > own:
+                        self._refuse_changed(output, example, own, f"in a pass of {len(cell)} rows")
+                seen = seen or len(cell) > own
                 values = self.measure(output, _beside(example, output))
                 found = found or [
                     torch.full(wanted.shape, torch.nan, dtype=torch.float64, device="cpu") for _ in values
@@ -164,6 +165,18 @@ class PatchedPasses:
                     grid[at] = value[:own].double().cpu()
                 tell(own)
         return found
+
+    def _begun_late(
+        self, edit: CellEdit, cell: Tensor, example: Tensor, skipped: list, start: int
+    ) -> tuple[list, Any]:
+        """What may be left out, and what a pass without it gives; nothing and ``None`` where later blocks use more of it."""
+        try:
+            output = self._pass(edit, cell, example, skipped)
+        except (
+            Exception
+        ):  # something that they leave behind is not there: the whole pass says whether that is all
+            return [], None
+        return (skipped, output) if self._is_as_before(output, example, start) else ([], None)
 
     def _pass(self, edit: CellEdit, cell: Tensor, example: Tensor, skipped: list) -> Any:
         edit.cell, edit.example = cell, example
