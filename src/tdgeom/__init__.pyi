@@ -179,6 +179,12 @@ from .concepts.coordinates import Interpolate as Interpolate
 from .concepts.erasure import LEACE as LEACE
 from .concepts.erasure import Erase as Erase
 
+# over training
+from .training.geometry_watch import GeometryWatch as GeometryWatch
+from .training.geometry_callback import GeometryCallback as GeometryCallback
+from .training.lightning_callback import lightning_callback as lightning_callback
+from .training.schedule import log_spaced_steps as log_spaced_steps
+
 # keeping activations and runs
 from .store.activation_store import ActivationStore as ActivationStore
 from .store.runs import Runs as Runs

@@ -65,6 +65,7 @@ class AnalysisSettings(Settings):
         max_rows, sample_size, select, seed: of which rows. novelty_k, neighbors: how many directions and neighbours.
         errors: whether measures get standard errors, or over how many groups of documents.
         convergence: also on nested prefixes of the sample. significance: every measure of two sites beside its null.
+        held: what is made though no measure may read it, for the caller: of "sample", "eigenvectors", "eigenvalues".
 
     Attributes: ``families``, the families among the metrics; ``stages``, the named measures and the stages of one's own.
 
@@ -83,6 +84,7 @@ class AnalysisSettings(Settings):
     errors: bool | int = False
     convergence: bool = False
     significance: bool = False
+    held: Sequence[str] = ()
 
     families: tuple[str, ...] = field(init=False)
     stages: tuple[TensorDictModuleBase, ...] = field(init=False)

@@ -30,7 +30,6 @@ from tdgeom.measures.similarity.linear_cka import LinearCKA
 from tdgeom.measures.similarity.subspace import LayerCosine, SubspaceNovelty
 from tdgeom.measures.spectrum_errors import SpectrumErrors
 from tdgeom.measures.spectrum_metrics import SpectrumMetrics
-from tdgeom.model.capture import Capture
 from tdgeom.rows.select_tokens import SelectTokens
 from tdgeom.stream.covariance import StreamingCovariance
 from tdgeom.stream.cross_moments import StreamingCrossMoments
@@ -57,7 +56,7 @@ HELD = (
 
 @answer_guesses
 def analysis_pipeline(
-    capture: Capture | None,
+    capture: TensorDictModuleBase | None,
     sites: Sequence[str],
     settings: AnalysisSettings | None = None,
     *,
@@ -68,8 +67,8 @@ def analysis_pipeline(
     """The pipeline that ``analyze_model`` runs: only the stages that the metrics asked for need.
 
     Args:
-        capture: the hooking context that reads ``sites`` and ``routers``; None: the batches hold their rows already, as those of
-            ``store.rows(run)`` do.
+        capture: the hooking context that reads ``sites`` and ``routers``, or what writes its keys in its place; None: the batches
+            hold their rows already, as those of ``store.rows(run)`` do.
         sites: sites whose geometry is measured.
         settings: what is asked, ``AnalysisSettings(metrics=..., sample_size=..., ...)``; default all of it. A stage of one's own
             runs at every site, a pair stage at every consecutive pair, a ``ForEachPair`` at its own pairs; what
@@ -125,7 +124,7 @@ def analysis_pipeline(
             (streams if streaming else ends).append(ForEach(errors.around(stage), sites))
     nulls = null_stages(similarities, significance=settings.significance, seed=settings.seed) if pairs else []
     ends += [ForEachPair(stage, sites, pairs=pairs) for stage in nulls]
-    needed = {key_tuple(key)[0] for end in ends for key in end.in_keys}
+    needed = {*settings.held, *(key_tuple(key)[0] for end in ends for key in end.in_keys)}
     documents = (capture is not None if documents is None else documents) and bool(errors.groups or nulls)
     decompose: list[TensorDictModuleBase] = []
     if errors.groups:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from tensordict import TensorDict
-from tensordict.nn import TensorDictSequential
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import nn
 
 from tdgeom.analysis.analysis_settings import AnalysisSettings
@@ -40,7 +40,7 @@ from tdgeom.stream.covariance import StreamingCovariance
 from tdgeom.stream.grouped_covariance import GroupedCovariance
 from tdgeom.stream.row_sample import RowSample
 
-__all__ = ["Passes", "analyzed", "by_stack", "kept_roots", "measured_passes"]
+__all__ = ["Passes", "analyzed", "by_stack", "kept_roots", "measured_passes", "router_sites"]
 
 # what is handed out as neighbour tables
 TABLES = ("neighbors", "sample_carried", "sample_row_id")
@@ -54,14 +54,17 @@ def analyzed(
     *,
     checkpoint: str | Path | None = None,
     leave: tuple[Path, Mapping[str, Any]] | None = None,
+    held: dict[str, TensorDict] | None = None,
+    read_by: Callable[[Capture], TensorDictModuleBase] | None = None,
     **run_options: Any,
 ) -> AnalysisResults | None:
     """One model's analysis, on rank 0: a pass for each stack, and the tables of all; further options go to ``run``.
 
-    ``leave``: a file that gets the state instead of results (None is returned), and what else its metadata will say.
+    ``leave``: a file that gets the state instead of results (None is returned), and what else its metadata will say. ``held``
+    gets, by stack, what ``settings.held`` names. ``read_by`` makes of a Capture what runs in its place.
     """
     asked = Capture(model, settings.sites, layers=settings.layers, calls=settings.calls)
-    routers = _router_sites(model, asked, settings)
+    routers = router_sites(model, asked, settings)
     name = dict(zip(("model_key", "model_label"), model_identity(model, label)))
     depths: dict[str | None, int] = {}
     for entry in available_sites(model):
@@ -69,7 +72,8 @@ def analyzed(
     blocks = {stack: depths[stack] + 1 for stack in _stacks_of_blocks(model)}
 
     def pipeline_of(stack: str | None, own: Sequence[Site]) -> TensorDictSequential:
-        return _stack_pipeline(model, own, [site for site in routers if site.stack == stack], settings)
+        beside = [site for site in routers if site.stack == stack]
+        return _stack_pipeline(model, own, beside, settings, read_by)
 
     told = analysis_metadata(model, label, asked, settings, blocks)
     told["router_sites"] = [str(site) for site in routers]
@@ -83,6 +87,8 @@ def analyzed(
         None if leave is None else AnalysisState(leave[0], settings, {**told, **leave[1]}),
         **run_options,
     )
+    if held is not None:
+        held |= found.held
     if not found.passes:
         return None
     return found.results(settings, with_run(told, [one.result for one in found.passes], settings))
@@ -90,11 +96,12 @@ def analyzed(
 
 @dataclass
 class Passes:
-    """The passes of one analysis, with what was warned of and the neighbour tables taken out."""
+    """The passes of one analysis, with what was warned of, and the neighbour tables and what else is held taken out."""
 
     passes: list[Measured]
     said: list[str]
     neighbors: dict[str, TensorDict]
+    held: dict[str, TensorDict] = field(default_factory=dict)
 
     def add(
         self,
@@ -108,7 +115,9 @@ class Passes:
         """What one pass gave."""
         with_joint_p(result)
         if settings.neighbors:
-            self.neighbors[str(stack)] = _taken_out(result)
+            self.neighbors[str(stack)] = _taken_out(result, TABLES)
+        if settings.held:
+            self.held[str(stack)] = _taken_out(result, _held_roots(settings))
         sample = min(settings.sample_size, int(result["run", "rows"]))
         depth, widths = described.depths.get(stack, 0), _widths(pipeline, sites)
         self.passes.append(
@@ -179,12 +188,19 @@ def _one_or_by_stack(results: Mapping[str, TensorDict]) -> TensorDict | None:
     return TensorDict(dict(results), batch_size=[])
 
 
-def _taken_out(result: TensorDict) -> TensorDict:
-    """The neighbour tables of a result, with the sample's labels and row ids."""
-    return TensorDict({root: result.pop(root) for root in TABLES if root in result.keys()}, batch_size=[])
+def _taken_out(result: TensorDict, roots: Iterable[str]) -> TensorDict:
+    """Some roots of a result: of the neighbour tables with the sample's labels and row ids."""
+    return TensorDict({root: result.pop(root) for root in roots if root in result.keys()}, batch_size=[])
 
 
-def _router_sites(model: nn.Module, asked: Capture, settings: AnalysisSettings) -> list[Site]:
+def _held_roots(settings: AnalysisSettings) -> list[str]:
+    """What a caller asked for, without what the tables read too, and the row ids of a sample."""
+    ids = ["sample_row_id"] if "sample" in settings.held else []
+    return [*(root for root in settings.held if root in HELD), *ids]
+
+
+def router_sites(model: nn.Module, asked: Capture, settings: AnalysisSettings) -> list[Site]:
+    """The routers whose load is measured beside the sites asked for."""
     wanted = settings.output_router_logits
     if wanted is False or "router" not in settings.families:
         return []
@@ -214,7 +230,11 @@ def by_stack(sites: Sequence[Site], dataloader: Iterable[Any]) -> dict[str | Non
 
 
 def _stack_pipeline(
-    model: nn.Module, sites: Sequence[Site], routers: Sequence[Site], settings: AnalysisSettings
+    model: nn.Module,
+    sites: Sequence[Site],
+    routers: Sequence[Site],
+    settings: AnalysisSettings,
+    read_by: Callable[[Capture], TensorDictModuleBase] | None,
 ) -> TensorDictSequential:
     """The pipeline over the sites of one stack."""
     if "decoder" in (sites[0].stack or ""):
@@ -222,14 +242,16 @@ def _stack_pipeline(
         settings = replace(settings, select=select)
     top_k = int(getattr(getattr(model, "config", None), "num_experts_per_tok", None) or 2)
     capture = Capture(model, [*map(str, sites), *map(str, routers)], calls=settings.calls)
-    return analysis_pipeline(capture, sites, settings, routers=routers, router_top_k=top_k)
+    reads = capture if read_by is None else read_by(capture)
+    return analysis_pipeline(reads, sites, settings, routers=routers, router_top_k=top_k)
 
 
 def kept_roots(pipeline: TensorDictSequential, settings: AnalysisSettings) -> list[str]:
     """The roots of a pass that its tables read: all but the bulky ones between."""
     plan = make_plan(pipeline)
     roots = {key_tuple(key)[0] for unit in (*plan.stream, *plan.end) for key in unit.out_keys}
-    return sorted(roots - set(HELD) | (roots & set(TABLES) if settings.neighbors else set()))
+    asked = {*(TABLES if settings.neighbors else ()), *_held_roots(settings)}
+    return sorted(roots - set(HELD) | roots & asked)
 
 
 def _widths(pipeline: TensorDictSequential, sites: Sequence[str]) -> dict[str, int]:

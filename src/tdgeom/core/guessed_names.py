@@ -150,7 +150,8 @@ def is_about(error: TypeError, name: str) -> bool:
 
 
 def answer_guesses(function: Callable[Given, Result]) -> Callable[Given, Result]:
-    """A function without ``**kwargs`` that answers an argument it does not take with the one that is meant.
+    """A function without ``**kwargs`` that answers an argument it does not take with the one that is meant; a class's by its
+    ``__init__``.
 
     >>> answer_guesses(lambda max_rows=1: max_rows)(max_rowz=2)
     Traceback (most recent call last):
@@ -160,7 +161,8 @@ def answer_guesses(function: Callable[Given, Result]) -> Callable[Given, Result]
 
     @functools.wraps(function)
     def called(*args: Given.args, **kwargs: Given.kwargs) -> Result:
-        refuse_unknown(function.__name__, kwargs, known)
+        own = function.__name__ == "__init__"
+        refuse_unknown(type(args[0]).__name__ if own else function.__name__, kwargs, known[own:])
         return function(*args, **kwargs)
 
     return called
