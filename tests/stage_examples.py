@@ -512,6 +512,8 @@ def optional_inputs() -> dict[object, torch.Tensor]:
         "row_id": ids(),
         "chosen": torch.arange(2 * N).reshape(N, 2) % D,
         "sample_row_id": ids(),
+        "document_id": torch.tensor([4, 4, 9]),
+        ("tdgeom", "document"): torch.tensor([4, 9, 9]),
         ("carried", "document_id"): torch.arange(N) // 2,
         ("sample_carried", "document_id"): torch.arange(N) // 2,
         "sample": rows(),

@@ -121,7 +121,8 @@ def test_documents_of_the_batches_are_the_documents():
     once = tg.analyze_model(model, data, **given).metrics["d_pr_se"]
     told = tg.analyze_model(model, copied, **given).metrics["d_pr_se"]
     untold = tg.analyze_model(model, alone, **given).metrics["d_pr_se"]
-    assert np.all((told / once).between(0.5, 2.0)) and (untold < 0.75 * told).all()
+    for found in (told, untold):  # copies are known by their token ids, too
+        assert (found / once).between(0.5, 2.0).all()
 
 
 def test_errors_travel_with_the_results(both, tmp_path):

@@ -440,7 +440,7 @@ def test_a_class_missing_from_a_part_of_the_split(data):
         label[~part & (label == 2)] = 0
         with pytest.raises(ValueError, match=text):
             run_probe(tg.LinearProbe(), data, label)
-    with pytest.raises(ValueError, match="no sequence fell into the held-out part"):
+    with pytest.raises(ValueError, match="no document fell into the held-out part"):
         tg.LinearProbe(holdout=0.01)(data.x[:30], data.label[:30], data.row_id[:30])
 
 

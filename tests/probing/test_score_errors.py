@@ -64,10 +64,9 @@ def test_errors_are_of_the_held_out_documents(twice):
     rows = test if twice else train
     x, label, document = (torch.cat([batch[k] for batch in rows]) for k in ("x", "label", "document_id"))
     (fitted,) = asked.probes.values()
-    sequence = torch.arange(len(x)).repeat_interleave(TOKENS)
-    held = torch.ones_like(sequence, dtype=torch.bool)
+    held = torch.ones(len(x) * TOKENS, dtype=torch.bool)
     if not twice:
-        held = holdout_mask(sequence, 0.25, 0)
+        held = holdout_mask(document.repeat_interleave(TOKENS), 0.25, 0)
     decided = fitted.decision(x.flatten(0, 1)[held]).numpy()
     y, ids = label.flatten()[held].numpy(), document.repeat_interleave(TOKENS)[held]
     group = document_groups(ids << 20, 20).numpy()
@@ -123,5 +122,5 @@ def test_wrong_numbers_of_groups_and_too_few_documents():
         tg.LinearProbe(errors=1)
     one = [{**batch, "document_id": torch.zeros(30, dtype=torch.long)} for batch in labelled_batches()]
     with pytest.warns(tg.FewRowsWarning, match=r"LinearProbe: 1 group\(s\) of documents have rows"):
-        table = probing(tg.LinearProbe(permutations=0), errors=True).run(one)
+        table = probing(tg.LinearProbe(permutations=0), errors=True).run(labelled_batches(), one)
     assert np.isnan(table["accuracy_se"][0])

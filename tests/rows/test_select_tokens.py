@@ -311,11 +311,13 @@ def test_keys():
         "sequence_id",
         "input_ids",
         "special_tokens_mask",
+        "document_id",
+        ("tdgeom", "document"),
     ]
     assert stage.in_keys == [("acts", "x"), ("acts", "layer.1"), "label", ("meta", "score"), "mine", *told]
     assert stage.optional_in_keys == told
     rows = [("tokens", "x"), ("tokens", "layer.1"), ("carried", "label"), ("carried", "score")]
-    assert stage.out_keys == [*rows, "row_id"]
+    assert stage.out_keys == [*rows, ("carried", "document_id"), "row_id"]
     assert tg.SelectTokens(["x"], also=["input_ids"]).in_keys.count("input_ids") == 1
     stage = tg.SelectTokens(["x"], in_keys=["hidden"], out_keys=["rows", "ids"])
     out = stage(TensorDict({"hidden": torch.ones(2, 3, 1)}))

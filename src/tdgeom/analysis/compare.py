@@ -274,11 +274,11 @@ def _stages_behind(captures: Sequence[Capture], settings: ComparisonSettings) ->
     roots = {key_tuple(key)[0] for stage in settings.stages for key in stage.in_keys}
     errors = ErrorStages(int(settings.errors))
     nulls = null_stages(settings.stages, significance=settings.significance, seed=settings.seed)
-    documents = settings.align == "rows" and bool(errors.groups or nulls)
+    documents = bool(errors.groups or nulls)
     behind: list[TensorDictModuleBase] = [
         SelectTokens(sites, documents=documents, **settings.select)
         if settings.align == "rows"
-        else AlignedRows(sites_a, sites_b, align=settings.align)
+        else AlignedRows(sites_a, sites_b, align=settings.align, documents=documents)
     ]
     if "cross_moments" in roots:
         behind.append(StreamingCrossMoments(sites, pairs=pairs, sketch=settings.sketch, seed=settings.seed))

@@ -23,10 +23,11 @@ def hash_ids(row_id: Tensor, seed: int) -> Tensor:
     return _mix(x) & EMPTY
 
 
-def fingerprint(rows: Tensor) -> Tensor:
+def fingerprint(rows: Tensor, kept: Tensor | None = None) -> Tensor:
     """An int64 for each block of rows, (*B, N, D) -> (*B,), that a block which differs anywhere has by chance only.
 
-    Of the bits, and in whole numbers: the same for the same rows, whatever device or number of threads sums them.
+    Of the bits, and in whole numbers: the same for the same rows, whatever device or number of threads sums them. ``kept``
+    (*B, N) leaves out the other rows of each block, as if they were not there.
 
     >>> rows = torch.arange(6.0).reshape(3, 2)
     >>> bool(fingerprint(rows) == fingerprint(rows.clone())), bool(fingerprint(rows) == fingerprint(rows.flip(0)))
@@ -40,7 +41,10 @@ def fingerprint(rows: Tensor) -> Tensor:
         hash_ids(ids[:width], 0).to(torch.int32) | 1
     )  # odd: no bit of a value is lost in the product, which wraps
     codes = (bits * weights).sum(-1, dtype=torch.int64)
-    return _mix(codes ^ hash_ids(ids[:n], 1)).sum(-1)
+    if kept is None:
+        return _mix(codes ^ hash_ids(ids[:n], 1)).sum(-1)
+    places = hash_ids((kept.cumsum(-1) - 1).clamp(min=0), 1)
+    return torch.where(kept, _mix(codes ^ places), 0).sum(-1)
 
 
 _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -82,9 +82,10 @@ class BilinearProbe(Stage):
         labels, holdout, control, permutations, errors, ignore_index, seed, preprocess, metrics: see ``Probe``.
         train_rows: training rows used at most (the first of the sample, which comes in hash order).
 
-    Reads ``("sample", "a")``, ``("sample", "b")``, ``("sample_carried", labels)`` and ``"sample_row_id"`` (``RowSample(sites,
-    also=[labels])``); writes ``("probe", name)``, under ``ForEachPair`` ``("probe", "a->b", name)``: the scores of
-    ``Probe``. ``fit(x, y, label)``, ``predict(x, y)``, ``score(x, y, label)`` take tensors; ``fitted["weight"]``.
+    Reads ``("sample", "a")``, ``("sample", "b")``, ``("sample_carried", labels)``, ``"sample_row_id"`` and, where present,
+    ``("sample_carried", "document_id")`` (``RowSample(sites, also=[labels, "document_id"])``); writes ``("probe", name)``, under
+    ``ForEachPair`` ``("probe", "a->b", name)``: the scores of ``Probe``. ``fit(x, y, label)``, ``predict(x, y)``, ``score(x, y,
+    label)`` take tensors; ``fitted["weight"]``.
 
     White et al. (2021), A non-linear structural probe; Hewitt and Manning (2019) for probes of pairs.
 
@@ -120,9 +121,7 @@ class BilinearProbe(Stage):
         check_settings(self.__name__, holdout, 2, train_rows, self.metrics)
         sides: dict[Key, str | None] = {("sample", "a"): "N D", ("sample", "b"): "N E"}
         self.errors, self.groups = errors, error_groups(errors, self.__name__)
-        reads = labelled_keys(
-            self.__name__, labels, control, rows=sides, root="sample_", documents=bool(self.groups)
-        )
+        reads = labelled_keys(self.__name__, labels, control, rows=sides, root="sample_")
         writes = [("probe", name) for name in score_names(self.metrics, self.groups)]
         super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=writes)
         self.labels, self.control = labels, control
@@ -147,16 +146,16 @@ class BilinearProbe(Stage):
         return numbers_of(label, self.names, self.ignore_index, self.__name__, key)
 
     def compute(self, a: Tensor, b: Tensor, label: Any, row_id: Tensor, *further: Any) -> dict[str, Tensor]:
-        """Split by sequence, fit, score what was held out."""
+        """Split by document, fit, score what was held out."""
         types = further[0] if further and self.control is not None else None
-        document = further[-1] if len(further) > (self.control is not None) and self.groups else None
+        document = further[-1] if len(further) > (self.control is not None) else None
         with torch.inference_mode(False), torch.no_grad():
             label = self._numbered(label, self.in_keys[2]).to(a.device)
             types = Vocabulary().encode(types).to(a.device) if isinstance(types, Words) else types
             label, used = row_labels(
                 label, a, key=self.in_keys[2], owner=self.__name__, ignore_index=self.ignore_index
             )
-            group = row_groups(row_id)
+            group = row_groups(row_id, document)
             held = holdout_mask(group, self.holdout, self.seed)
             rows = (rules.prepared(self, a), rules.prepared(self, b))
             bucket = torch.zeros_like(row_id) if types is None else type_buckets(types, self.seed)
@@ -167,9 +166,7 @@ class BilinearProbe(Stage):
                 return rules.unscored(self, a.device)
             inputs = tuple(x[test] for x in rows)
             right = rules.control_right(self, inputs, bucket[test])
-            document = None if document is None else document.to(a.device)[test]
-            decided = self.decide(self.fitted, inputs)
-            return rules.scored(self, decided, label[test], group[test], right, document)
+            return rules.scored(self, self.decide(self.fitted, inputs), label[test], group[test], right)
 
     def _learn(self, inputs: tuple[Tensor, ...], label: Tensor, bucket: Tensor | None = None) -> None:
         # A tensor made in inference mode cannot be part of a fit.
@@ -223,9 +220,17 @@ class BilinearProbe(Stage):
         """What ``predict`` decides by: (N, K)."""
         return rules.decision(self, x, y)
 
-    def score(self, x: Any, y: Any, label: Any, *, row_id: Tensor | None = None) -> dict[str, float]:
-        """Scores by name on matched rows and their labels; error bars over the groups of ``row_id``."""
-        return rules.score(self, x, y, label, row_id=row_id)
+    def score(
+        self,
+        x: Any,
+        y: Any,
+        label: Any,
+        *,
+        row_id: Tensor | None = None,
+        document_id: Tensor | None = None,
+    ) -> dict[str, float]:
+        """Scores by name on matched rows and their labels; error bars over documents, or the sequences of ``row_id``."""
+        return rules.score(self, x, y, label, row_id=row_id, document_id=document_id)
 
 
 class LowRankBilinearProbe(BilinearProbe):

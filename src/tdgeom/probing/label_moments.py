@@ -203,19 +203,20 @@ class StreamingLabelMoments(NamesClasses):
     Labels that are names are numbered in the order of the names (``classes``). Integer labels (N,) become one-hot targets
     (classes are found as they come, or ``n_classes`` gives their number);
     floating-point labels (N,) or (N, K) are regression targets as they are. float64 throughout, about the means; exact
-    under any batch split, order and merge, to rounding. Rows are kept apart by ``folds`` folds of whole sequences, so
+    under any batch split, order and merge, to rounding. Rows are kept apart by ``folds`` folds of whole documents, so
     that one pass gives every leave-one-fold-out fit. Memory 8·folds·D·(D+K) bytes.
 
     Args:
         labels: the carried value to read, ``SelectTokens(..., also=[labels])``.
-        folds: folds of sequences, ``hash(row_id >> 20, seed)``; 1 keeps all rows together.
+        folds: folds of documents (where none is told, of sequences, ``row_id >> 20``), by a hash; 1 keeps all rows together.
         n_classes: number of classes, when it is known; labels outside 0..n_classes-1 are then refused.
         ignore_index: integer labels of this value mark rows without a label, which are left out.
         seed: of the folds.
 
-    Reads ``"tokens"`` (N, D), ``("carried", labels)`` and ``"row_id"`` (the latter two shared under ``ForEach``);
-    writes ``("label_moments", "count" | "mean" | "scatter" | "target_mean" | "cross_scatter" | "target_scatter")`` of
-    shapes (G,), (G, D), (G, D, D), (G, K), (G, D, K), (G, K, K); scatter is the sum of products, not divided by n.
+    Reads ``"tokens"`` (N, D), ``("carried", labels)``, ``"row_id"`` and, where present, ``("carried", "document_id")`` (all but
+    the first shared under ``ForEach``); writes ``("label_moments", "count" | "mean" | "scatter" | "target_mean" |
+    "cross_scatter" | "target_scatter")`` of shapes (G,), (G, D), (G, D, D), (G, K), (G, D, K), (G, K, K); scatter is the sum of
+    products, not divided by n.
 
     Raises:
         ValueError: labels that do not fit the rows, negative classes, a label kind or width that changes.
@@ -228,7 +229,7 @@ class StreamingLabelMoments(NamesClasses):
     """
 
     writes = [("label_moments", name) for name in LEAVES]
-    optional = frozenset({"row_id"})
+    optional = frozenset({"row_id", "document_id"})
     target_mean: Tensor
 
     def __init__(
@@ -251,14 +252,18 @@ class StreamingLabelMoments(NamesClasses):
             self.add_state(name, torch.int64 if name == "count" else torch.float64)
         self.add_class_names()
 
-    def start(self, tokens: Tensor, label: Any, row_id: Tensor | None) -> LabelMoments:
+    def start(
+        self, tokens: Tensor, label: Any, row_id: Tensor | None, document: Tensor | None = None
+    ) -> LabelMoments:
         """Zeros of the rows' width; classes are added when they come."""
         label = self.numbered(label, self.in_keys[1])
         regression = label.is_floating_point()
         targets = (1 if label.ndim == 1 else label.shape[-1]) if regression else self.n_classes or 1
         return zero_moments(self.folds, tokens.shape[-1], targets, tokens.device)
 
-    def accumulate(self, tokens: Tensor, label: Any, row_id: Tensor | None) -> None:
+    def accumulate(
+        self, tokens: Tensor, label: Any, row_id: Tensor | None, document: Tensor | None = None
+    ) -> None:
         """Add a block of rows."""
         key, ignore = self.in_keys[1], self.ignore_index
         label = self.numbered(label, key).to(tokens.device)
@@ -276,10 +281,10 @@ class StreamingLabelMoments(NamesClasses):
         if self.folds > 1:
             if row_id is None:
                 raise ValueError(
-                    f"{owner}(folds={self.folds}) needs 'row_id' to keep sequences together: name it third in in_keys, or take "
+                    f"{owner}(folds={self.folds}) needs 'row_id' to keep documents together: name it third in in_keys, or take "
                     f"folds=1."
                 )
-            fold = fold_index(row_groups(row_id), self.folds, self.seed)
+            fold = fold_index(row_groups(row_id, document), self.folds, self.seed)
         targets = row_targets(label, held)
         self.set_state(with_rows(self.moments, tokens, targets, torch.where(used, fold, -1)))
 

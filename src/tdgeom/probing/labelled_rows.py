@@ -25,7 +25,6 @@ def labelled_keys(
     *,
     rows: Mapping[Key, str | None] | None = None,
     root: str = "",
-    documents: bool = False,
 ) -> dict[Key, str | None]:
     """What a stage reads: rows, the carried ``labels``, row ids, types of a control task, documents; ``root`` of a sample."""
     if not isinstance(labels, str) or not isinstance(control, str | None):
@@ -38,7 +37,7 @@ def labelled_keys(
     reads: dict[Key, str | None] = {**(rows or {"tokens": "N D"})}
     reads |= {(f"{root}carried", labels): None, f"{root}row_id": "N"}
     reads |= {} if control is None else {(f"{root}carried", control): "N"}
-    return {**reads, (f"{root}carried", "document_id"): "N"} if documents else reads
+    return {**reads, (f"{root}carried", "document_id"): "N"}
 
 
 def plain_rows(owner: str, **given: Any) -> list[Any]:

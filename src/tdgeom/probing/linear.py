@@ -70,7 +70,7 @@ def logistic_probe(
 
 
 class LinearProbe(Probe):
-    """A linear probe trained on every row of a stream in one pass and in closed form, scored on held-out sequences.
+    """A linear probe trained on every row of a stream in one pass and in closed form, scored on held-out documents.
 
     Formula:
         W = C(S + αI)⁻¹; S the scatter of the centred rows, C that of targets and rows: ridge
@@ -88,7 +88,7 @@ class LinearProbe(Probe):
             data. logistic: the penalty (default 1). lda: the shrinkage in [0, 1] (default 0).
         selection: how ridge chooses α: "folds" (from moments), or "loo", leave-one-out in closed form, which needs rows
             and so a sample of ``train_rows``.
-        folds: folds of whole sequences for "folds".
+        folds: folds of whole documents for "folds".
         balanced: give every class the same weight (lda: equal priors; logistic: weights). Ridge has no such closed form.
 
     For the other arguments, what it reads and its scores see ``Probe``. Also writes ``("probe_fit", "weight" | "bias" |
@@ -180,8 +180,8 @@ class LinearProbe(Probe):
         used = ~errors.isnan().any(1)
         if not bool(used.any()):
             raise ValueError(
-                f"LinearProbe chooses alpha over {self.folds} folds of whole sequences, but all training rows are in one. Give "
-                f"more sequences, one alpha=, or selection='loo'."
+                f"LinearProbe chooses alpha over {self.folds} folds of whole documents, but all training rows are in one. Give "
+                f"more documents, one alpha=, or selection='loo'."
             )
         # As scikit-learn's GridSearchCV: the mean over folds of the folds' mean errors.
         mean = errors[used].mean(0)

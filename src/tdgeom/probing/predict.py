@@ -62,8 +62,8 @@ class ProbeScore(GrowingRows):
     Args:
         labels, permutations, ignore_index, seed: see ``Probe``.
 
-    Reads ``"decision"`` (N, K), ``("carried", labels)`` and ``"row_id"``; writes ``("probe_score", name)`` for every score
-    of ``Probe`` (those of the control task and the training are NaN).
+    Reads ``"decision"`` (N, K), ``("carried", labels)``, ``"row_id"`` and, where present, ``("carried", "document_id")``; writes
+    ``("probe_score", name)`` for every score of ``Probe`` (those of the control task and the training are NaN).
 
         >>> import torch, tdgeom as tg
         >>> out = tg.ProbeScore(permutations=0)(torch.eye(2), torch.tensor([0, 1]), torch.arange(2) << 20)
@@ -72,7 +72,7 @@ class ProbeScore(GrowingRows):
     """
 
     writes = [("probe_score", name) for name in SCORES]
-    optional = frozenset({"row_id"})
+    optional = frozenset({"row_id", "document_id"})
     publishing = frozenset({"permutations"})
 
     def __init__(
@@ -90,14 +90,21 @@ class ProbeScore(GrowingRows):
         self.permutations, self.ignore_index, self.seed = permutations, ignore_index, seed
         self.declare(decision=torch.float64, label=None, group=torch.int64)
 
-    def kept(self, decision: Tensor, label: Tensor, row_id: Tensor | None = None) -> dict[str, Tensor]:
+    def kept(
+        self,
+        decision: Tensor,
+        label: Tensor,
+        row_id: Tensor | None = None,
+        document: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Decisions, labels and groups of the rows with a label."""
         label, used = row_labels(
             label, decision, key=self.in_keys[1], owner="ProbeScore", ignore_index=self.ignore_index
         )
         if row_id is None:  # rows without an id: each is its own group, numbered as it comes
             row_id = (self.held + used.cumsum(0)) << POSITION_BITS
-        return {"decision": decision[used].double(), "label": label[used], "group": row_groups(row_id[used])}
+        group = row_groups(row_id, document)[used]
+        return {"decision": decision[used].double(), "label": label[used], "group": group}
 
     def result(self) -> dict[str, Tensor]:
         """The scores so far."""
@@ -111,22 +118,19 @@ class HeldOutRows(GrowingRows):
     """A finished probe, of one site or of a pair, and its scores over every row of a stream.
 
     Reads the rows of ``sites``, ``("carried", labels)``, ``"row_id"``, the types of the control task, if the probe has one, and
-    for errors ``("carried", "document_id")``, if rows carry it; writes ``("probe", name, score)``.
+    ``("carried", "document_id")``, if rows carry it; writes ``("probe", name, score)``.
     """
 
     def __init__(self, probe: AnyProbe, sites: Sequence[str], name: str) -> None:
         tokens: dict[Key, str | None] = {("tokens", site): None for site in sites}
         super().__init__(
-            reads=labelled_keys(
-                type(probe).__name__, probe.labels, probe.control, rows=tokens, documents=bool(probe.groups)
-            ),
+            reads=labelled_keys(type(probe).__name__, probe.labels, probe.control, rows=tokens),
             writes=[("probe", name, score) for score in score_names(probe.metrics, probe.groups)],
         )
         self.width = len(tokens)
         self.probe = (probe,)  # in a tuple: its state is not part of this one
         controlled = {} if probe.fitted["control"] is None else {"right": torch.bool}
-        documents = {"document": torch.int64} if probe.groups else {}
-        self.declare(decision=torch.float64, label=None, group=torch.int64, **controlled, **documents)
+        self.declare(decision=torch.float64, label=None, group=torch.int64, **controlled)
 
     optional = frozenset({"document_id"})
     takes_words = frozenset({"carried"})
@@ -140,18 +144,16 @@ class HeldOutRows(GrowingRows):
         label = numbers_of(label, probe.names, probe.ignore_index, owner, key).to(rows[0].device)
         label, used = row_labels(label, rows[0], key=key, owner=owner, ignore_index=probe.ignore_index)
         ready = tuple(rules.prepared(probe, x) for x in rows)
-        found = {"decision": probe.decide(probe.fitted, ready), "label": label, "group": row_groups(row_id)}
+        group = row_groups(row_id, document)
+        found = {"decision": probe.decide(probe.fitted, ready), "label": label, "group": group}
         if types and isinstance(types[0], Words):
             types = [Vocabulary().encode(types[0]).to(rows[0].device)]
         if types:
             right = rules.control_right(probe, ready, type_buckets(types[0], probe.seed))
             found |= {} if right is None else {"right": right}
-        if probe.groups:
-            found["document"] = found["group"] if document is None else document.to(rows[0].device).long()
         return {name: value[used] for name, value in found.items()}
 
     def result(self) -> dict[str, Tensor]:
         """The scores so far."""
         (probe,), held = self.probe, self.rows()
-        right, document = held.get("right"), held.get("document")
-        return rules.scored(probe, held["decision"], held["label"], held["group"], right, document)
+        return rules.scored(probe, held["decision"], held["label"], held["group"], held.get("right"))

@@ -41,8 +41,9 @@ __all__ = ["Probe"]
 class Probe(NamesClasses):
     """A probe as a streaming stage: rows with labels in, held-out scores out. Base of every probe of one site.
 
-    Whole sequences are held out by a hash of their index (``row_id >> 20``), so that every site, batch split and process
-    has the same split. Training rows go into the probe's state (moments, or a uniform sample of ``train_rows``), held-out
+    Whole documents are held out by a hash of their number, so that every site, batch split and process has the same split: of
+    the rows' ``("carried", "document_id")``, which ``SelectTokens`` writes; where there is none, of the sequence
+    (``row_id >> 20``). Training rows go into the probe's state (moments, or a uniform sample of ``train_rows``), held-out
     rows into a uniform sample of ``test_rows``; ``publish`` fits and scores.
 
     A probe of one's own defines ``solve`` and ``decide``:
@@ -61,23 +62,23 @@ class Probe(NamesClasses):
     Args:
         labels: the carried value to predict, ``SelectTokens(..., also=[labels])``: numbers, or names of classes (text, booleans;
             None: a row without one), which are numbered in the order of the names: ``classes``.
-        holdout: share of the sequences that is held out; 0 trains on everything and leaves the scores NaN. A document that was
-            cut into several sequences may lie on both sides: number documents as sequences (``sequence_id``) where that matters.
+        holdout: share of the documents that is held out; 0 trains on everything and leaves the scores NaN.
         test_rows: held-out rows kept for scoring. train_rows: training rows kept by probes that need the rows.
         control: a carried value, such as "input_ids", whose values are the types of the control task of Hewitt and Liang
             (2019); it is read after "row_id".
         permutations: permutations of the held-out labels behind ``null_mean`` and ``p_value``.
-        errors: standard errors of every score, ``("probe", f"{name}_se")``, over 20 groups of documents or this many: those of
-            the rows' ``("carried", "document_id")`` (``SelectTokens(documents=True)``), else the sequences. See ``score_errors``.
+        errors: standard errors of every score, ``("probe", f"{name}_se")``, over 20 groups of documents or this many. No score
+            depends on it. See ``score_errors``.
         ignore_index: integer labels of this value mark rows without a label.
         seed: of the split, the samples, the control task, the permutations and the fit.
         preprocess: function of rows (N, D) -> (N, D'), applied before everything else, row by row.
         metrics: further scores, name -> function of (predictions, labels) on the held-out rows.
 
     Reads ``"tokens"`` (N, D), ``("carried", labels)`` (N,) integers for classes 0..K-1 or floats (N,), (N, K) for
-    regression, and ``"row_id"``; writes ``("probe", name)`` for each score: accuracy, balanced_accuracy, auroc, r2,
-    standard_error (over sequences, of accuracy or R²), majority_baseline, control_accuracy, selectivity (accuracy minus
-    control_accuracy), null_mean, p_value, train_rows, test_rows; NaN for what the task does not have.
+    regression, ``"row_id"`` and last, where present, ``("carried", "document_id")``; writes ``("probe", name)`` for each score:
+    accuracy, balanced_accuracy, auroc, r2, standard_error (over documents, of accuracy or R²), majority_baseline,
+    control_accuracy, selectivity (accuracy minus control_accuracy), null_mean, p_value, train_rows, test_rows; NaN for what the
+    task does not have.
 
     Raises:
         ValueError: labels that do not fit the rows, a class missing from a part of the split, a constant target, a state of
@@ -112,7 +113,7 @@ class Probe(NamesClasses):
         self.metrics = named_functions(f"{self.__name__}: metrics", metrics)
         check_settings(self.__name__, holdout, test_rows, train_rows, self.metrics)
         self.errors, self.groups = errors, error_groups(errors, self.__name__)
-        reads = labelled_keys(self.__name__, labels, control, documents=bool(self.groups))
+        reads = labelled_keys(self.__name__, labels, control)
         if control is not None and isinstance(in_keys, list) and len(in_keys) == 3:
             in_keys = [*in_keys, ("carried", control)]
         super().__init__(
@@ -128,7 +129,7 @@ class Probe(NamesClasses):
         self.preprocess = preprocess
         self.add_state("count", torch.int64)
         for part in self.parts:
-            for name in ("x", "label", "ids", "bucket", *(["document"] if self.groups else []), "hashes"):
+            for name in ("x", "label", "ids", "bucket", "document", "hashes"):
                 self.add_state(part + name, None if name in ("x", "label") else torch.int64)
         for name in () if self.keeps_rows else LEAVES:
             self.add_state("moment_" + name, torch.int64 if name == "count" else torch.float64)
@@ -211,7 +212,7 @@ class Probe(NamesClasses):
     ) -> dict[str, Tensor]:
         """One block of rows as the state holds them; ``further``: the types of the control task, documents."""
         types = further[0] if further and self.control is not None else None
-        document = further[-1] if len(further) > (self.control is not None) and self.groups else None
+        document = further[-1] if len(further) > (self.control is not None) else None
         x, key = rules.prepared(self, tokens), self.in_keys[1]
         label = self.numbered(label, key).to(tokens.device)
         if isinstance(types, Words):
@@ -220,10 +221,15 @@ class Probe(NamesClasses):
         if row_id is None:  # rows without an id: each is its own group, numbered as it comes
             row_id = torch.arange(seen, seen + len(used), device=x.device) << POSITION_BITS
         bucket = torch.zeros_like(row_id) if types is None else type_buckets(types, self.seed)
-        rows = {"x": x, "label": label, "ids": row_id.long(), "bucket": bucket, "used": used}
-        if self.groups:
-            rows["document"] = (row_groups(row_id) if document is None else document.to(x.device)).long()
-        return rows
+        group = row_groups(row_id.long(), document)
+        return {
+            "x": x,
+            "label": label,
+            "ids": row_id.long(),
+            "bucket": bucket,
+            "document": group,
+            "used": used,
+        }
 
     def accumulate(self, tokens: Tensor, label: Any, row_id: Tensor | None = None, *further: Any) -> None:
         """Add a block of rows: to the held-out sample, or to the training state."""
@@ -232,7 +238,7 @@ class Probe(NamesClasses):
         for key, name in zip(self.in_keys, ("x", "label")):
             same_kind(self.__name__, key, self.state()["test_" + name], rows[name])
         hashes = hash_ids(rows["ids"], self.seed + 1)
-        held_out = holdout_mask(row_groups(rows["ids"]), self.holdout, self.seed)
+        held_out = holdout_mask(rows["document"], self.holdout, self.seed)
         for part, chosen in (("test_", used & held_out), ("train_", used & ~held_out)):
             if not bool(chosen.any()):
                 continue
@@ -249,7 +255,7 @@ class Probe(NamesClasses):
         targets = row_targets(rows["label"], state["target_mean"].shape[1] - self._bucket_columns)
         if self._bucket_columns:
             targets = torch.cat((one_hot(rows["bucket"], BUCKETS), targets), 1)
-        fold = fold_index(row_groups(rows["ids"]), self.folds_used, self.seed)
+        fold = fold_index(rows["document"], self.folds_used, self.seed)
         self._set_moments(with_rows(state, rows["x"], targets, fold))
 
     def _set_moments(self, moments: Mapping[str, Tensor]) -> None:
@@ -297,13 +303,12 @@ class Probe(NamesClasses):
             inputs = (rows["x"],)
             right = rules.control_right(self, inputs, rows["bucket"])
             decided = self.decide(fitted, inputs)
-            group, document = row_groups(rows["ids"]), rows.get("document")
-            found = rules.scored(self, decided, rows["label"], group, right, document)
+            found = rules.scored(self, decided, rows["label"], rows["document"], right)
         elif self.holdout:
             raise ValueError(
-                f"{self.__name__}: no sequence fell into the held-out part (holdout={self.holdout}, {int(self.count)} rows "
-                f"seen). Give more sequences or a larger holdout; a sequence is never split. holdout=0 trains on everything "
-                f"and scores nothing."
+                f"{self.__name__}: no document fell into the held-out part (holdout={self.holdout}, {int(self.count)} rows "
+                f"seen). Give more documents or a larger holdout; a document (the batch's 'document_id', else a sequence) is "
+                f"never split. holdout=0 trains on everything and scores nothing."
             )
         else:
             found = rules.unscored(self, self.home)
@@ -311,13 +316,21 @@ class Probe(NamesClasses):
 
     # ------------------------------------------------------------------------------------ fit, predict, score
 
-    def fit(self, x: Any, y: Any, row_id: Tensor | None = None, types: Tensor | None = None) -> Probe:
+    def fit(
+        self,
+        x: Any,
+        y: Any,
+        row_id: Tensor | None = None,
+        types: Tensor | None = None,
+        document_id: Tensor | None = None,
+    ) -> Probe:
         """Train on all of these rows (nothing is held out); returns itself.
 
         Args:
             x: (N, D) rows. y: (N,) integers for classes, floats for regression. Tensors, NumPy arrays or lists.
             row_id: what keeps sequences together in the folds that choose the regularisation.
             types: for the control task.
+            document_id: (N,) whole numbers: what keeps documents together there.
         """
         x, y = plain_rows(self.__name__, x=x, label=y)
         self.reset()
@@ -325,7 +338,8 @@ class Probe(NamesClasses):
         self.holdout, self.train_rows = 0.0, max(self.train_rows, len(x))
         try:
             with torch.inference_mode(False), torch.no_grad(), steady(x.device):
-                given = (x.detach(), y.detach(), row_id, *([] if self.control is None else [types]))
+                controlled = [] if self.control is None else [types]
+                given = (x.detach(), y.detach(), row_id, *controlled, document_id)
                 self.set_state(self.start(*given))
                 self.accumulate(*given)
                 self.solve_state()
@@ -393,9 +407,11 @@ class Probe(NamesClasses):
         """What ``predict`` decides by: (N, K) for rows (N, D)."""
         return rules.decision(self, x)
 
-    def score(self, x: Any, y: Any, *, row_id: Tensor | None = None) -> dict[str, float]:
-        """Scores by name on rows and their labels; error bars over the groups of ``row_id``."""
-        return rules.score(self, x, y, row_id=row_id)
+    def score(
+        self, x: Any, y: Any, *, row_id: Tensor | None = None, document_id: Tensor | None = None
+    ) -> dict[str, float]:
+        """Scores by name on rows and their labels; error bars over documents, or the sequences of ``row_id``."""
+        return rules.score(self, x, y, row_id=row_id, document_id=document_id)
 
     def direction(self, label: int | str | None = None, *, unit: bool = True) -> Tensor:
         """The concept activation vectors of a fitted linear probe, float64: what Steer and ProjectOut take.

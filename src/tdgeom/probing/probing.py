@@ -102,11 +102,15 @@ def _with_errors(probe: Any, errors: bool | int) -> Any:
 
 
 class Phase:
-    """What a ``with`` block of ``Probing`` hands over: set ``labels`` before each model call."""
+    """What a ``with`` block of ``Probing`` hands over: set ``labels`` before each model call.
+
+    ``document_id`` (B,) may be set as well: which document each of the call's sequences is of; else it is a sequence.
+    """
 
     def __init__(self, pass_: Pushed, label_key: Key | None) -> None:
         self.pass_, self.label_key = pass_, label_key
         self.labels: Any = None
+        self.document_id: Tensor | None = None
 
     def feed(self, td: TensorDictBase) -> None:
         """One model call: its rows and labels to every probe."""
@@ -118,6 +122,9 @@ class Phase:
                 )
             put(td, self.label_key, label_tensor(self.labels, "phase.labels is"))
             self.labels = None
+        if self.document_id is not None:
+            td.set("document_id", self.document_id)
+            self.document_id = None
         self.pass_.feed(td)
 
 
@@ -125,7 +132,7 @@ class Probing:
     """A probe at every site of a model: fitted on some calls, scored on others.
 
     **Over loaders**: ``Probing(model, sites, probe, labels="label").run(loader)`` streams the loader once; the probe's own
-    ``holdout`` decides which sequences train and which are scored. ``run(train_loader, test_loader)`` fits on all of the
+    ``holdout`` decides which documents train and which are scored. ``run(train_loader, test_loader)`` fits on all of the
     first and scores on all of the second.
 
     **Around the user's own calls**::
@@ -138,7 +145,8 @@ class Probing:
         probing.table()
 
     With labels that no function of the call's inputs gives, ``with probing.fit() as phase:`` and set ``phase.labels = y``
-    before each call. Rows of a call are given to the probes and dropped at once.
+    before each call (and ``phase.document_id``, where a document is several sequences). Rows of a call are given to the probes
+    and dropped at once.
 
     Args:
         model: any ``nn.Module``; it stays as it is.
@@ -153,7 +161,7 @@ class Probing:
         capture: further settings of ``Capture``, such as ``dict(layers=[0, 5])``; over loaders also gradients, ``dict(
             direction="backward", target=...)``.
         errors: columns ``<score>_se``: standard errors over 20 groups of the held-out documents, or this many. A document is a
-            ``document_id`` of the batches, else a sequence. See ``Probe``.
+            ``document_id`` of the batches, else a sequence, and is never on both sides of a split. See ``Probe``.
 
     Attributes: ``sites``; ``probes``, the fitted probe of each site (or ``"a->b"``); ``settings``, what can change a number
     (seed, split, probe); ``result``, a TensorDict with ``("probe", site, score)`` and, for linear probes,
@@ -223,7 +231,7 @@ class Probing:
         """Fit and score over loaders and return the table; in a process group on rank 0, None elsewhere.
 
         Args:
-            dataloader: labelled batches; without ``test`` the probe holds out its own share of sequences.
+            dataloader: labelled batches; without ``test`` the probe holds out its own share of documents.
             test: labelled batches that are scored; then everything in ``dataloader`` trains.
             max_rows: stop after this many rows of each.
             tokenizer, text_column, batch_size, max_length: of texts and datasets, as for ``tdgeom.run``.
@@ -347,8 +355,7 @@ class Probing:
 
     def _selector(self) -> SelectTokens:
         types = [] if self.probe.control is None else [self.probe.control]
-        documents = bool(self.probe.groups)
-        return SelectTokens(self.sites, also=[self.label_key, *types], documents=documents, **self.select)
+        return SelectTokens(self.sites, also=[self.label_key, *types], **self.select)
 
     def _fit_units(self, holdout: float) -> list[TensorDictModuleBase]:
         probe = deepcopy(self.probe)
@@ -357,7 +364,7 @@ class Probing:
             return [self._selector(), ForEach(probe, self.sites)]
         size = int(probe.train_rows / (1 - holdout)) + 1  # the sample holds both parts of the split
         also = [probe.labels] if probe.control is None else [probe.labels, probe.control]
-        also += ["document_id"] if probe.groups else []
+        also += ["document_id"]
         sample = RowSample(self.sites, size=size, seed=probe.seed, also=also)
         return [self._selector(), sample, ForEachPair(probe, self.sites, pairs=self.pairs)]
 

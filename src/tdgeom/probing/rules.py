@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.surroundings import steady
 from tdgeom.probing.class_labels import numbers_of
 from tdgeom.probing.control_task import control_map
@@ -76,7 +77,7 @@ def check_settings(
     """Settings that all probes take."""
     if not 0 <= holdout < 1:
         raise ValueError(
-            f"{owner}: holdout is a share of the sequences, at least 0 and below 1, got {holdout}."
+            f"{owner}: holdout is a share of the documents, at least 0 and below 1, got {holdout}."
         )
     if test_rows < 2 or train_rows < 2:
         raise ValueError(
@@ -193,13 +194,17 @@ def control_right(probe: AnyProbe, inputs: tuple[Tensor, ...], bucket: Tensor) -
     return probe.decide(control, inputs).argmax(-1) == random
 
 
-def score(probe: AnyProbe, *inputs: Any, row_id: Tensor | None = None) -> dict[str, float]:
+def score(
+    probe: AnyProbe, *inputs: Any, row_id: Tensor | None = None, document_id: Tensor | None = None
+) -> dict[str, float]:
     """Scores by name of a fitted probe on plain rows and their labels, the last of ``inputs``."""
     name = type(probe).__name__
     *rows, label = plain_rows(name, **dict(zip("xy", inputs[:-1])), label=inputs[-1])
     label = numbers_of(label, probe.names, probe.ignore_index, name, "y").to(rows[0].device)
     label, used = row_labels(label, rows[0], key="y", owner=name, ignore_index=probe.ignore_index)
-    group = torch.arange(len(used), device=used.device) if row_id is None else row_groups(row_id)
+    if row_id is None:  # each row by itself
+        row_id = torch.arange(len(used), device=used.device) << POSITION_BITS
+    group = row_groups(row_id.to(used.device), document_id)
     with torch.no_grad(), steady(label.device):
         decided = decision(probe, *(x[used] for x in rows))
         found = scored(probe, decided, label[used], group[used])
@@ -212,11 +217,10 @@ def scored(
     label: Tensor,
     group: Tensor,
     right: Tensor | None = None,
-    document: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Scores and the metrics of one's own of decisions on held-out rows; with ``control_right`` those of the control task.
 
-    With ``probe.groups`` their errors too, over groups of documents: ``document``, else ``group``.
+    ``group`` are the rows' documents. With ``probe.groups`` the errors of all scores too, over groups of documents.
     """
     fitted, task, name = probe.fitted, probe.fitted["task"], type(probe).__name__
     if label.is_floating_point() != task.regression:
@@ -253,8 +257,7 @@ def scored(
     if not probe.groups:
         return found
     values = {key: found[key] for key in (*SCORES_WITH_ERRORS, *probe.metrics)}
-    document = group if document is None else document
-    return found | score_errors(scores, values, document, groups=probe.groups, owner=name)
+    return found | score_errors(scores, values, group, groups=probe.groups, owner=name)
 
 
 def unscored(probe: AnyProbe, device: torch.device) -> dict[str, Tensor]:

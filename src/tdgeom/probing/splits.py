@@ -13,13 +13,22 @@ __all__ = ["fold_index", "holdout_mask", "row_groups"]
 _RESOLUTION = 1 << 53
 
 
-def row_groups(row_id: Tensor) -> Tensor:
-    """The group of each row, which splits keep together: its sequence, ``row_id >> 20``. int64 (N,) -> int64 (N,).
+def row_groups(row_id: Tensor, document_id: Tensor | None = None) -> Tensor:
+    """The group of each row, which splits keep together: its document; where none is told its sequence, ``row_id >> 20``.
+
+    int64 (N,) and (N,) -> int64 (N,).
 
     >>> row_groups(torch.tensor([5, (1 << 20) + 5])).tolist()
     [0, 1]
     """
-    return row_id >> POSITION_BITS
+    if document_id is None:
+        return row_id >> POSITION_BITS
+    if document_id.shape != row_id.shape or document_id.is_floating_point() or document_id.is_complex():
+        raise ValueError(
+            f"row_groups expects document_id, one whole number a row, {tuple(row_id.shape)}, got {document_id.dtype} of shape "
+            f"{tuple(document_id.shape)}. Number documents first: torch.unique(names, return_inverse=True)."
+        )
+    return document_id.to(row_id.device).long()
 
 
 def holdout_mask(group: Tensor, share: float, seed: int = 0) -> Tensor:

@@ -20,6 +20,7 @@ from tdgeom.model.positions import Positions, check_positions, is_position, posi
 from tdgeom.model.sites import HEAD_KINDS, choice_beside, is_pattern, is_router, token_side
 from tdgeom.numerics.centring import upcast
 from tdgeom.numerics.on_host import on_host, remember
+from tdgeom.rows.same_documents import SAME_DOCUMENT, SameDocuments, contents_of_ids, whole_numbers
 
 __all__ = ["SelectTokens", "selection_mask"]
 
@@ -82,6 +83,7 @@ class _Batch(NamedTuple):
     input_ids: Tensor | None
     special: Tensor | None
     documents: Tensor | None = None
+    same: Tensor | None = None
 
 
 class SelectTokens(Stage):
@@ -103,7 +105,9 @@ class SelectTokens(Stage):
         skip_special: leave out special tokens, from ``special_tokens_mask`` in the batch or from ``special_ids``.
         special_ids: token ids that count as special (needs ``input_ids`` in the batch); implies ``skip_special``.
         documents: write ``("carried", "document_id")`` (N,) for every row, that of the batch (B,) or the sequence: which rows
-            belong together, for error bars and splits.
+            belong together, for error bars and splits. A document that begins with the content of an earlier one (the same
+            token ids, 4 or more) is a copy and has its number: it is no further draw. None (default): unless ``also`` names
+            it, or a list of ``out_keys`` leaves it out.
         also: keys of the batch carried to rows as ``("carried", name)``: (B, T, ...) values by position, (B, ...) values
             repeated for the sequence's rows. A nested key is carried under its last part. Words are carried too (text, None,
             lists of numbers: a value a sequence; lists of text: a word for each of its tokens).
@@ -145,7 +149,7 @@ class SelectTokens(Stage):
         also: Sequence[Key] = (),
         pad_id: int | None = None,
         mask_key: Key = "attention_mask",
-        documents: bool = False,
+        documents: bool | None = None,
         channels: str | None = None,
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
@@ -175,8 +179,10 @@ class SelectTokens(Stage):
         side = sides.pop() if len(sides) == 1 else ""  # a decoder's tokens are its own
         tokens = [side + "input_ids", side + "special_tokens_mask"]
         told = [mask_key, _TORCH_PADDING, "tgt", "sequence_id", *tokens]
-        self._documents = documents and "document_id" not in carried
-        told += ["document_id"] * self._documents
+        if documents is None and isinstance(out_keys, list):
+            documents = len(out_keys) > len(names) + len(carried) + 1 + len(routers)
+        self._documents = documents is not False and "document_id" not in carried
+        told += ["document_id", SAME_DOCUMENT] * self._documents
         free = [key for key in told if key not in given]
         if in_keys is not None:  # renaming the activations leaves the mask where it is
             listed = in_keys if isinstance(in_keys, list) else [in_keys]
@@ -209,6 +215,7 @@ class SelectTokens(Stage):
         self.pad_id = pad_id
         self.models_pad_id: int | None = None  # run says it anew every time
         self.documents = documents
+        self._same = SameDocuments()  # of batches that nobody has numbered before
         self.mask_key = self.in_keys[self._places[1]]
         self.sequences: Tensor
         self.register_buffer("sequences", torch.zeros((), dtype=torch.int64, device="cpu"))
@@ -246,7 +253,7 @@ class SelectTokens(Stage):
         fitted = [self._fit(value, key, keep, guessed) for key, value in zip(self.in_keys, acts)]
         named = list(zip(self.in_keys[self._sites :], carried))
         if self._documents:
-            named.append(("document_id", sequence if batch.documents is None else _whole(batch.documents)))
+            named.append(("document_id", self._document(sequence, attended, batch)))
         if self.pool == "mean":
             used = _Chosen(keep.any(-1))
             rows = [used.of(_pooled(value, keep.to(value.device))) for value in fitted]
@@ -269,6 +276,7 @@ class SelectTokens(Stage):
     def reset(self) -> None:
         """Start counting sequences at 0 again (for batches without ``sequence_id``)."""
         self.sequences.zero_()
+        self._same = SameDocuments()
 
     def _tokens_of_map(self, value: Tensor, place: int, batch: _Batch) -> Tensor:
         """A feature map as (B, H·W, C), or (B, C) where an image's positions are averaged; other activations as they are."""
@@ -440,6 +448,18 @@ class SelectTokens(Stage):
         self.sequences += count
         return numbers.cpu()
 
+    def _document(self, sequence: Tensor, attended: Tensor, batch: _Batch) -> Tensor:
+        """(B,), which document each sequence is of."""
+        if batch.same is not None:
+            return batch.same
+        names = sequence if batch.documents is None else whole_numbers(batch.documents)
+        if names.shape != sequence.shape:
+            return names  # refused, or one a token, where it is laid out
+        ids = batch.input_ids
+        known = ids is not None and ids.shape == attended.shape and not ids.is_floating_point()
+        contents = contents_of_ids(ids, attended) if known and ids is not None else None
+        return self._same.of(names.tolist(), contents)
+
     def _fit(self, value: Tensor, key: Key, keep: Tensor, guessed: bool) -> Tensor:
         if value.ndim == 4 and is_pattern(key_tuple(key)[-1]):
             raise ValueError(
@@ -549,15 +569,6 @@ def _not_padding(batch: _Batch, shape: Sequence[int]) -> Tensor | None:
             f"{tuple(shape)} first. Build the encoder with batch_first=True: (T, B, D) would take sequences for positions."
         )
     return ~padding if padding.dtype == torch.bool else padding == 0
-
-
-def _whole(documents: Tensor) -> Tensor:
-    if documents.is_floating_point() or documents.is_complex() or documents.dtype == torch.bool:
-        raise ValueError(
-            f"SelectTokens expects whole numbers as 'document_id', got {documents.dtype} of shape {tuple(documents.shape)}: "
-            f"numbers cut off would make one document of several. Number documents first: pandas.factorize(names)[0]."
-        )
-    return documents.long()
 
 
 def _small_on_host(value: Any) -> Any:

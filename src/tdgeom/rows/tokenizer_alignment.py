@@ -16,6 +16,7 @@ from tdgeom.core.keys import Key
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.stage import Stage
 from tdgeom.numerics.centring import upcast
+from tdgeom.rows.same_documents import SAME_DOCUMENT
 from tdgeom.rows.text import padded
 
 __all__ = ["AlignedRows", "PairedTexts", "cut_alike", "matched_ends"]
@@ -191,6 +192,8 @@ class AlignedRows(Stage):
         sites_a, sites_b: the sites of either model.
         align: "characters" takes the tokens at the positions in ``("aligned", "a" | "b")`` (B, M), -1 for none;
             "document" the mean over the positions where ``("aligned", "a" | "b")`` (B, T) is True.
+        documents: write ``("carried", "document_id")`` (N,) too: the sequence, and of a copy the first that is the same, where
+            ``run`` has found it to be one.
 
     Reads ``("acts", site)`` (B, T, D), ``("aligned", side)`` and ``"sequence_id"`` (B,); writes ``("tokens", site)`` (N, D)
     and ``"row_id"``: sequence << 20 | number of the match.
@@ -210,30 +213,43 @@ class AlignedRows(Stage):
         sites_b: Sequence[str],
         *,
         align: str = "characters",
+        documents: bool = False,
         in_keys: Key | list[Key] | None = None,
         out_keys: Key | list[Key] | None = None,
     ) -> None:
         names = [*map(str, sites_a), *map(str, sites_b)]
+        carried: list[Key] = [("carried", "document_id")] if documents else []
+        same = [SAME_DOCUMENT] if documents else []
+        acts: list[Key] = [("acts", name) for name in names]
         super().__init__(
-            reads=[*(("acts", name) for name in names), ("aligned", "a"), ("aligned", "b"), "sequence_id"],
-            writes=[*(("tokens", name) for name in names), "row_id"],
+            reads=[*acts, ("aligned", "a"), ("aligned", "b"), "sequence_id", *same],
+            optional=same,
+            writes=[*(("tokens", name) for name in names), *carried, "row_id"],
             in_keys=in_keys,
             out_keys=out_keys,
         )
-        self.align, self._sides = align, ["a"] * len(sites_a) + ["b"] * len(sites_b)
+        self.align, self.documents = align, documents
+        self._sides = ["a"] * len(sites_a) + ["b"] * len(sites_b)
 
     def compute(self, *inputs: Tensor) -> list[Tensor]:
         """The rows of every site, and their ids."""
-        *acts, place_a, place_b, sequence = inputs
+        acts = inputs[: len(self._sides)]
+        place_a, place_b, sequence, *same = inputs[len(self._sides) :]
         places = {"a": place_a.to(acts[0].device), "b": place_b.to(acts[0].device)}
         sequence = sequence.to(acts[0].device).long()
         if self.align == "document":
             used = places["a"].any(-1) & places["b"].any(-1)
             rows = [_means(value, places[side])[used] for value, side in zip(acts, self._sides)]
-            return [*rows, (sequence << POSITION_BITS)[used]]
+            return [*rows, *self._documents(same, sequence, used), (sequence << POSITION_BITS)[used]]
         sample, number = (places["a"] >= 0).nonzero(as_tuple=True)
         rows = [value[sample, places[side][sample, number]] for value, side in zip(acts, self._sides)]
-        return [*rows, (sequence[sample] << POSITION_BITS) | number]
+        ids = (sequence[sample] << POSITION_BITS) | number
+        return [*rows, *self._documents(same, sequence, sample), ids]
+
+    def _documents(self, same: Sequence[Tensor | None], sequence: Tensor, chosen: Tensor) -> list[Tensor]:
+        """Each row's document, where that is asked for."""
+        told = next((one for one in same if one is not None), None)
+        return [(sequence if told is None else told.to(sequence.device))[chosen]] if self.documents else []
 
 
 def _means(value: Tensor, where: Tensor) -> Tensor:

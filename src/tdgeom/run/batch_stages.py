@@ -17,8 +17,10 @@ from tdgeom.core.renamed import describe
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.split_loaders import SplitLoader
 from tdgeom.core.words import words_of
+from tdgeom.model.calls.model_inputs import CARRIED
 from tdgeom.numerics.on_host import on_host, remember
 from tdgeom.rows.batches import as_batch, batch_length
+from tdgeom.rows.same_documents import SAME_DOCUMENT, SameDocuments, sequence_contents, whole_numbers
 from tdgeom.run.finish import call, give
 from tdgeom.run.plan import Plan
 
@@ -60,6 +62,10 @@ class BatchStages:
         self.places: SplitLoader | None = None  # the sampler that says where in the whole they stand
         self._in_keys, self._named = in_keys if in_keys is not None else _unwritten(plan), in_keys is not None
         self._begun = False
+        grouped = any(key_tuple(key)[-1] == "document_id" for key in plan.stream_keys)
+        read = any(SAME_DOCUMENT in unit.in_keys for unit in plan.batch)
+        self.same = SameDocuments() if grouped and read else None
+        self._passed = 0  # sequences of batches that an earlier, interrupted run has had
 
     def td(self, batch: Any) -> TensorDict:
         """Whatever the loader yields, as a TensorDict on the right device."""
@@ -75,6 +81,38 @@ class BatchStages:
         Parts of split data are numbered past one another: by their place in the whole where a sampler says it, else each
         sequence by its index and then the rank.
         """
+        numbers = self._number(td)
+        if self.same is not None and td.get(SAME_DOCUMENT, None) is None:
+            td.set(SAME_DOCUMENT, self._documents(td, td.get("sequence_id")))
+        return numbers
+
+    def seen_before(self, td: TensorDict) -> None:
+        """Note the documents of a batch that an interrupted run has had."""
+        length = batch_length(td)
+        if self.same is not None:
+            given = td.get("sequence_id", None)
+            self._documents(td, torch.arange(self._passed, self._passed + length) if given is None else given)
+            self._passed += length if given is None else 0
+
+    def _documents(self, td: TensorDict, sequence: Tensor) -> Tensor:
+        """Which document each of a batch's sequences is of."""
+        assert self.same is not None  # some stage groups rows by documents
+        given = td.get("document_id", None)
+        if not isinstance(given, Tensor) or given.shape != sequence.shape:
+            given = sequence
+        mask_key = self.selects[0].mask_key if self.selects else "attention_mask"
+        contents = sequence_contents(td, len(sequence), self._content_keys(), mask_key)
+        return self.same.of(on_host(whole_numbers(given)).tolist(), contents)
+
+    def _content_keys(self) -> list[Key]:
+        """What a batch's sequences are made of: what models are called with, else what the stages of a batch read."""
+        units = [
+            unit for unit in self.plan.batch if getattr(unit, "model", None) is not None
+        ] or self.plan.batch
+        free = {key for unit in units for key in optional_in_keys(unit) if key_tuple(key)[-1] in CARRIED}
+        return list(dict.fromkeys(key for unit in units for key in unit.in_keys if key not in free))
+
+    def _number(self, td: TensorDict) -> Tensor:
         length = batch_length(td)
         if self.places is not None:
             if not self.places.fits(self.sequences, self.batches, length):

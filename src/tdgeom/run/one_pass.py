@@ -459,6 +459,8 @@ class OnePass:
                 self.first_batch = found
                 if any([stage.begin() for stage in self.checkpoint.stages]):
                     self._write_place(0)  # before they have rows: what they begin is known to whoever goes on
+        if index < self.skipped:
+            self.batch_stages.seen_before(td)
         return index < self.skipped
 
     def _refuse_shorter(self, given: int, least: int | None = None) -> None:
