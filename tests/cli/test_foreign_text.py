@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 import tdgeom as tg
 from tdgeom.core.visible_text import visible
+from tdgeom.core.warnings import tell
 
 BAD = "m\x1b]0;title\x07\x1b[2J\u202egnp\u2066\x9b31m\x85\u2028x\u200b<b>"
 ESCAPED = r"m\x1b]0;title\x07\x1b[2J\u202egnp\u2066\x9b31m\x85\u2028x\u200b"
@@ -77,6 +81,79 @@ def test_a_comparison_and_the_runs_of_a_store(command, tmp_path) -> None:
         assert raw(repr(one)) == []
         html = one._repr_html_() if hasattr(one, "_repr_html_") else ""
         assert raw(html) == [] and "<b>" not in html
+
+
+def test_frames_from_a_file_print_safely_and_keep_their_values(tmp_path) -> None:
+    made = foreign()
+    loaded = tg.AnalysisResults.load(made.save(tmp_path / "bundle"))
+    table = loaded.metrics
+    pd.testing.assert_frame_equal(pd.DataFrame(table.to_dict()), made.metrics)
+    assert table["site"][0] == BAD and BAD in table
+    parts = (
+        table,
+        table["site"],
+        table.iloc[0],
+        table.head(1),
+        table.T,
+        table.set_index("site"),
+        table.sort_values("layer"),
+    )
+    for one in (*parts, loaded.novelty, table.merge(loaded.novelty, how="cross")):
+        assert raw(repr(one) + str(one) + one.to_string()) == []
+        assert ESCAPED[:20] in repr(one) or "..." in repr(one)
+        html = one._repr_html_() if isinstance(one, pd.DataFrame) else ""
+        assert raw(html) == [] and "<b>" not in html
+    plain = tg.AnalysisResults.load(
+        tg.AnalysisResults(pd.DataFrame({"site": ["a"]}), pd.DataFrame()).save(tmp_path / "plain")
+    )
+    assert type(plain.metrics) is pd.DataFrame
+
+
+def test_reports_and_views_and_what_a_store_gives(tmp_path) -> None:
+    page = foreign().report(tmp_path / "report.html").read_text()
+    view = str(tg.attention_view(torch.eye(2), [BAD, "a"], title=BAD))
+    assert r"\u202e" in page and r"\u202e" in view and "<b>" not in view
+    assert raw(page) == raw(view) == []
+    store = tg.ActivationStore(tmp_path / "store")
+    kept = store.save_analysis(foreign(), tag=BAD)
+    for one in (store.load_analysis(kept), store.query().to_frame()):
+        assert raw(repr(one)) == [] and r"\u202e" in repr(one) + store.query().to_frame().to_string()
+    store.catalogue.set_state(kept, "failed", BAD)
+    with pytest.raises(RuntimeError, match=r"\\u202e") as error:
+        store.load_analysis(kept)
+    assert raw(str(error.value)) == []
+    with pytest.warns(UserWarning) as told:
+        tell(f"of {BAD}", UserWarning)
+    assert raw(str(told[0].message)) == []
+
+
+@pytest.mark.parametrize("what", ["artifact_schema_version", "files"])
+def test_what_a_bundle_says_in_errors(what, tmp_path) -> None:
+    folder = foreign().save(tmp_path / "bundle")
+    told = json.loads((folder / "metadata.json").read_text())
+    told[what] = BAD if what != "files" else {BAD: "0"}
+    (folder / "metadata.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"\\u202e") as error:
+        tg.AnalysisResults.load(folder)
+    assert raw(str(error.value)) == []
+
+
+@pytest.mark.parametrize("kind", ["state", "checkpoint"])
+def test_a_state_of_other_sites(kind, tmp_path) -> None:
+    def batches():
+        yield {"tokens": {BAD: torch.eye(4)}}
+        if kind == "checkpoint":
+            raise EOFError
+
+    stages = lambda site: tg.ForEach(tg.StreamingCovariance(), [site])
+    with contextlib.suppress(EOFError):
+        tg.run(stages(BAD), batches(), **{kind: tmp_path / "file"}, every=1)
+    with pytest.raises(ValueError, match=r"\\u202e") as error:
+        if kind == "state":
+            tg.merge_states([tmp_path / "file"], stages("x"))
+        else:
+            tg.run(stages("x"), batches(), checkpoint=tmp_path / "file")
+    assert raw(str(error.value)) == []
 
 
 def test_errors_that_quote_a_file(command, tmp_path) -> None:

@@ -212,6 +212,13 @@ def test_a_table_of_very_many_columns_is_refused_at_once(tmp_path, ending) -> No
     assert time.perf_counter() - begin < 2
 
 
+def test_lines_wider_than_the_head_are_refused(tmp_path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text(f"a,b\n{','.join('1' * 200_000)}\n")
+    with pytest.raises(ValueError, match="its lines have more cells than it has columns"):
+        read_table(path)
+
+
 @pytest.mark.parametrize("ending", ["csv", "json"])
 def test_columns_keep_their_kind(tmp_path, ending) -> None:
     table = pd.DataFrame(

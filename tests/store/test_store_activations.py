@@ -560,7 +560,7 @@ def test_rows_of_before_carried_values_had_a_root_of_their_own(store):
     keep = tg.StoreActivations(store, ["x"], also=["label", "document_id"])
     given = {"label": torch.arange(9), "document_id": torch.arange(9) // 4}
     tg.run(keep, [{**rows(9), "carried": given}])
-    with store.catalogue.writing() as connection:
+    with store.catalogue.changing([keep.run_id]) as connection:
         connection.execute("""UPDATE runs SET layout=replace(layout, '"carried",', '"tokens",')""")
     every, one = store.rows(keep.run_id, also=["label"])[:], store.rows(keep.run_id, sites=["x"])[:]
     assert torch.equal(every["carried", "label"], given["label"])

@@ -114,7 +114,8 @@ def test_row_ids_that_are_no_ids_are_refused(store):
     keep = tg.StoreActivations(store, ["x"])
     tg.run(keep, [{"tokens": {"x": torch.ones(2, 2)}}])
     layout = store.catalogue.layout(keep.run_id).to_json().replace('"int64"', '"float64"')
-    sql(store, "UPDATE runs SET layout=?", layout)
+    with store.catalogue.changing([keep.run_id]) as connection:
+        connection.execute("UPDATE runs SET layout=?", (layout,))
     with pytest.raises(StoreError, match="holds no rows"):
         store.rows(keep.run_id)
     with pytest.raises(StoreError, match=r"is torch.int64 of shape \(2,\), the catalogue says torch.float64"):
@@ -149,8 +150,8 @@ def test_a_file_that_is_no_catalogue_is_refused(tmp_path):
 
 
 def test_a_catalogue_of_a_later_format_is_refused(store):
-    sql(store, "PRAGMA user_version=2")
-    with pytest.raises(StoreError, match="has format 2; this version reads 1"):
+    sql(store, "PRAGMA user_version=3")
+    with pytest.raises(StoreError, match="has format 3; this version reads 2"):
         store.catalogue.records()
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 from tensordict import TensorDictBase, is_tensor_collection
 
 from tdgeom.core.guessed_names import answer_guesses
+from tdgeom.files.atomic import explained_writing
 from tdgeom.model.sites import HEAD_KINDS
 from tdgeom.report import write_report as written
 from tdgeom.report.reported_run import ReportedRun, label_of
@@ -57,7 +58,8 @@ def write_report(results: Any, path: str | Path = "report.html", *, title: str |
     named = by_model(results)
     runs = [reported(results)] if named is None else [reported(one, name) for name, one in named.items()]
     path = Path(path)
-    return written(runs, path / "report.html" if path.is_dir() else path, title)
+    with explained_writing(path):
+        return written(runs, path / "report.html" if path.is_dir() else path, title)
 
 
 def reported(results: Any, name: str | None = None) -> ReportedRun:

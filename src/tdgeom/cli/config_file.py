@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from tdgeom.files.atomic import file_sha256
+from tdgeom.files.errors import StoreError
 
 __all__ = ["defaults_of", "hashes_of", "option_names", "read_config", "recorded"]
 
@@ -80,12 +82,12 @@ def option_names(command: Any) -> dict[str, str]:
 
 
 def _parsed(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise typer.BadParameter(f"--config: {path} does not exist")
-    if path.stat().st_size > LARGEST:
-        raise typer.BadParameter(f"--config: {path} is larger than 1 MiB: is it a file of options?")
-    text = path.read_text(encoding="utf-8")
     try:
+        if not path.is_file():
+            raise typer.BadParameter(f"--config: {path} does not exist")
+        if path.stat().st_size > LARGEST:
+            raise typer.BadParameter(f"--config: {path} is larger than 1 MiB: is it a file of options?")
+        text = path.read_text(encoding="utf-8")
         if path.suffix in (".yaml", ".yml", ".json"):  # JSON is YAML
             import yaml
 
@@ -96,6 +98,8 @@ def _parsed(path: Path) -> dict[str, Any]:
             raise typer.BadParameter(f"--config takes a .yaml, .yml, .json or .toml file, got {path}")
     except typer.BadParameter:
         raise
+    except OSError as error:
+        raise typer.BadParameter(f"--config: {path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise typer.BadParameter(f"--config: {path} cannot be read: {error}") from error
     except Exception as error:  # YAML's errors are its own
@@ -129,6 +133,7 @@ def hashes_of(options: Mapping[str, Any]) -> dict[str, str]:
     texts = [value for value in options.values() if isinstance(value, str)]
     found = {}
     for path in (part for text in texts for part in (text, text.rpartition(":")[0])):
-        if path and Path(path).is_file():
-            found[path] = file_sha256(Path(path))
+        with suppress(OSError, StoreError):  # a file that cannot be read is refused by who reads it
+            if path and Path(path).is_file():
+                found[path] = file_sha256(Path(path))
     return found

@@ -104,9 +104,9 @@ def overlap(
 
 def read_labels(path: Path, wanted: int) -> tuple[list[int], list[str]]:
     """The classes of the documents as numbers, and the classes' names in order."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: expected a text file with a label a line.")
-    names = path.read_text(encoding="utf-8").splitlines()
+    from tdgeom.rows.text import lines_of, readable_file
+
+    names = [line.rstrip("\n") for line in lines_of(readable_file(path, "a text file with a label a line"))]
     if len(names) != wanted:
         raise ValueError(
             f"{path} holds {len(names)} labels, but there are {wanted} documents: give a label a line, one for each document "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,7 +77,9 @@ class MeasuringOptions(InputOptions):
             return None
         except (OSError, ValueError) as error:
             try:
-                refuge = results.save(Path(tempfile.mkdtemp(prefix="tdgeom-")) / out.name, save_mode)
+                refuge = results.save(
+                    Path(tempfile.gettempdir(), f"tdgeom-{secrets.token_hex(6)}", out.name), save_mode
+                )
             except (OSError, ValueError):
                 raise error from None
             return f"could not save in {out}: {error}. The analysis is in {refuge} instead; move it to where it should be."

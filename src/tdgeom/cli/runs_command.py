@@ -11,6 +11,7 @@ import typer
 import tdgeom as tg
 from tdgeom.cli.options import Json, console, print_json
 from tdgeom.core.visible_text import visible
+from tdgeom.files.atomic import explained
 
 if TYPE_CHECKING:
     from tdgeom.store.activation_store import ActivationStore
@@ -152,7 +153,9 @@ def import_(
 def _open(path: Path | None, make: bool = False) -> ActivationStore:
     if path is None:
         raise typer.BadParameter("name the store: --store DIR, or the environment variable TDGEOM_STORE")
-    if not make and not (path / "catalogue.sqlite").exists():
+    with explained(f"opening the store {path}"):
+        is_there = (path / "catalogue.sqlite").exists()
+    if not make and not is_there:
         raise typer.BadParameter(f"{path} holds no store: there is no catalogue.sqlite")
     return tg.ActivationStore(path)
 

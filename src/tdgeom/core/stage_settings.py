@@ -19,6 +19,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdgeom.core.guessed_names import is_about, refuse_unknown
+from tdgeom.core.visible_text import visible
 
 __all__ = ["Configured", "differences", "made_again", "plain_setting"]
 
@@ -407,7 +408,7 @@ def differences(found: Any, wanted: Any, where: str = "") -> list[str]:
         ]
     if found == wanted:
         return []
-    return [f"{where.lstrip('.')} is {str(found)[:120]} there and {str(wanted)[:120]} here"]
+    return [visible(f"{where.lstrip('.')} is {str(found)[:120]} there and {str(wanted)[:120]} here")]
 
 
 # ------------------------------------------------------------------------------------------------ what was given

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import tensordict
 import torch
 
+from tdgeom.core.visible_text import visible
+
 __all__ = [
     "FewRowsWarning",
     "Gathered",
@@ -75,7 +77,7 @@ def tell(message: str, category: type[Warning] = UndefinedMeasureWarning) -> Non
 
 
 def _say(text: str, category: type[Warning]) -> None:
-    line = users_line()
+    line, text = users_line(), visible(text)
     registry = line.space.setdefault("__warningregistry__", {})
     warnings.warn_explicit(text, category, line.file, line.number, line.space.get("__name__"), registry)
 

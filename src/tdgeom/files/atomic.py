@@ -18,6 +18,7 @@ from tdgeom.files.errors import StoreError
 __all__ = [
     "NO_LINK",
     "explained",
+    "explained_writing",
     "file_sha256",
     "is_taken",
     "open_regular",
@@ -37,6 +38,7 @@ _FULL = (
     "not complete: free space, then continue it with StoreActivations(..., resume=run_id) or remove it."
 )
 _REFUSED = "the folder cannot be written. Give a folder of your own, or mount it writable."
+_CLOSED = "it is closed to this user. Ask for the right to it (ls -l), or give a copy of your own."
 _GONE = "the folder is gone (removed, moved, or its disk unmounted). Bring it back, then resume the run."
 _LINK = "it is a symbolic link, which a store never holds: the folder was tampered with."
 _REMEDIES = {
@@ -60,8 +62,28 @@ def explained(doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, "the disk refused.")
+        is_read = doing.startswith(("reading", "opening"))
+        closed = is_read and error.errno in (errno.EACCES, errno.EPERM)
+        remedy = _CLOSED if closed else _REMEDIES.get(error.errno or 0, "the disk refused.")
         raise StoreError(f"{doing}: {error.strerror or error}; {remedy}") from error
+
+
+@contextmanager
+def explained_writing(what: str | Path) -> Iterator[None]:
+    """Errors of the operating system inside say in words what could not be written and what helps; they stay ``OSError``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # words already
+            raise
+        at = "" if error.filename is None or ".draft" in str(error.filename) else f" (at {error.filename})"
+        full = "no space is left (or a quota or the file size limit is reached): free some, or take another disk."
+        remedy = _REMEDIES.get(error.errno, "")
+        help_ = (
+            full if remedy is _FULL else "Give another folder." if remedy in ("", _LINK, _GONE) else remedy
+        )
+        kind: type[OSError] = next(one for one in type(error).__mro__ if one.__module__ == "builtins")
+        raise kind(f"{what} could not be written: {error.strerror or error}{at}; {help_}") from error
 
 
 def open_regular(path: Path) -> io.FileIO:
@@ -135,7 +157,7 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 def is_taken(folder: Path) -> bool:
     """Whether something is there, and no empty folder."""
-    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    return folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir())))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tdgeom.files.atomic import file_sha256, is_taken, whole_folder
+from tdgeom.files.atomic import explained_writing, file_sha256, is_taken, whole_folder
 from tdgeom.files.bundle_reading import METADATA, SCHEMA_VERSION, TABLE_ENDINGS, Bundle, read_bundle
 from tdgeom.files.json_text import plain
 from tdgeom.files.table_files import column_kinds, write_table
@@ -72,6 +72,18 @@ def write_bundle(
         FileExistsError: the folder is there. OSError: the disk refused; nothing is left behind.
     """
     folder = folder.absolute()
+    with explained_writing(folder):
+        return _written(folder, tables, arrays, metadata, mode, overwrite)
+
+
+def _written(
+    folder: Path,
+    tables: Mapping[str, pd.DataFrame],
+    arrays: Mapping[str, Mapping[str, Any]],
+    metadata: Mapping[str, Any],
+    mode: str,
+    overwrite: bool,
+) -> Path:
     earlier = None if overwrite else _same_in_the_other_format(folder, tables, arrays, metadata, mode)
     if earlier is None:
         check_target(folder, mode, overwrite)

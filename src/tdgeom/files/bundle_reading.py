@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tdgeom.files.atomic import file_sha256
+from tdgeom.core.visible_text import visible
+from tdgeom.files.atomic import explained, file_sha256
 from tdgeom.files.errors import StoreError
 from tdgeom.files.json_text import read_json_file
 from tdgeom.files.table_files import read_table
@@ -46,6 +47,10 @@ class Bundle:
     metadata: Mapping[str, Any]
     folder: Path
 
+    def __repr__(self) -> str:
+        arrays = {name: list(found) for name, found in self.arrays.items() if found}
+        return visible(f"Bundle(tables {list(self.tables)}, arrays {arrays} in {str(self.folder)!r})")
+
 
 def read_bundle(folder: Path) -> Bundle:
     """Tables, arrays and metadata of a bundle whose files are all as they were written.
@@ -54,13 +59,15 @@ def read_bundle(folder: Path) -> Bundle:
         FileNotFoundError: no bundle there. ValueError: a file is missing or changed, or the schema is newer.
     """
     path = folder / METADATA
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no bundle: there is no {METADATA}. Give the folder that --out named."
-        )
-    if path.is_symlink():
-        raise ValueError(f"{path} is a symbolic link, which a bundle never holds: it was tampered with.")
     try:
+        with explained(f"reading {path}"):
+            is_there = path.is_file()
+        if not is_there:
+            raise FileNotFoundError(
+                f"{folder} holds no bundle: there is no {METADATA}. Give the folder that --out named."
+            )
+        if path.is_symlink():
+            raise ValueError(f"{path} is a symbolic link, which a bundle never holds: it was tampered with.")
         metadata = read_json_file(path, _LARGEST_JSON)
         _refuse_other(metadata, path)
         tables: dict[str, pd.DataFrame] = {}
@@ -79,6 +86,10 @@ def read_bundle(folder: Path) -> Bundle:
                 tables[stem] = read_table(file, columns.get(stem))
     except StoreError as error:
         raise ValueError(f"the bundle cannot be read: {error}") from error
+    except FileNotFoundError:
+        raise
+    except ValueError as error:  # which may quote what the files hold
+        raise ValueError(visible(error)) from error
     return Bundle(tables, arrays, metadata, folder.resolve())
 
 

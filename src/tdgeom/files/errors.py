@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from tdgeom.core.visible_text import visible
+
 __all__ = ["StoreBusyError", "StoreError", "StoreLookupError"]
 
 
 class StoreError(RuntimeError):
-    """The store refuses: a damaged file, a full disk, a folder that is gone. The message says what to do."""
+    """The store refuses: a damaged file, a full disk, a folder that is gone. The message says what to do.
+
+    What it quotes of a file is shown as text.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(visible(message))
 
 
 class StoreBusyError(StoreError):

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from tdgeom.files.json_text import plain
+from tdgeom.files.shown_tables import shown_safely
 
 __all__ = ["column_kinds", "read_table", "write_table"]
 
@@ -61,7 +62,7 @@ def read_table(path: Path, kinds: Any = None) -> pd.DataFrame:
     """
     kinds = kinds if isinstance(kinds, Mapping) else {}
     try:
-        return _from_json(path, kinds) if path.suffix == ".json" else _from_csv(path, kinds)
+        return shown_safely(_from_json(path, kinds) if path.suffix == ".json" else _from_csv(path, kinds))
     except (TypeError, ValueError, AttributeError, RecursionError, MemoryError, OSError, csv.Error) as error:
         raise ValueError(f"{path} is no table ({error}): the bundle is damaged.") from error
 
@@ -90,6 +91,8 @@ def _from_csv(path: Path, kinds: Mapping[Any, Any]) -> pd.DataFrame:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
+    if not isinstance(table.index, pd.RangeIndex):  # pandas' reading of lines that are wider than the head
+        raise ValueError("its lines have more cells than it has columns")
     columns = {column: _typed(table[column].tolist(), kinds.get(column)) for column in table.columns}
     return pd.DataFrame(columns, columns=table.columns)
 

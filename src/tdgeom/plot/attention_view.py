@@ -8,6 +8,7 @@ from html import escape
 from torch import Tensor
 
 from tdgeom.core.guessed_names import answer_guesses
+from tdgeom.core.visible_text import visible
 
 __all__ = ["AttentionView", "attention_view"]
 
@@ -77,13 +78,15 @@ def attention_view(
 
 
 def _table(values: Tensor, rows: list[str], columns: list[str], caption: str) -> str:
-    head = "".join(f'<th class="c">{escape(name)}</th>' for name in columns)
+    head = "".join(f'<th class="c">{escape(visible(name))}</th>' for name in columns)
     body = []
     for row, weights in zip(rows, values.tolist()):
         cells = "".join(
             f'<td style="background:rgba(0,60,140,{min(max(w, 0.0), 1.0):.3f})" '
-            f'title="{escape(row, quote=True)} &rarr; {escape(name, quote=True)}: {w:.3f}"></td>'
+            f'title="{escape(visible(row), quote=True)} &rarr; {escape(visible(name), quote=True)}: {w:.3f}"></td>'
             for name, w in zip(columns, weights)
         )
-        body.append(f"<tr><th>{escape(row)}</th>{cells}</tr>")
-    return f"<table><caption>{escape(caption)}</caption><tr><th></th>{head}</tr>{''.join(body)}</table>"
+        body.append(f"<tr><th>{escape(visible(row))}</th>{cells}</tr>")
+    return (
+        f"<table><caption>{escape(visible(caption))}</caption><tr><th></th>{head}</tr>{''.join(body)}</table>"
+    )

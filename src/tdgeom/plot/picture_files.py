@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from tdgeom.files.atomic import explained_writing
 from tdgeom.model.sites import STACK_KINDS
 from tdgeom.plot.ablations import ablation
 from tdgeom.plot.depth import intrinsic_dimension, overlap
@@ -46,7 +47,8 @@ def write_pictures(pictures: Mapping[str, Picture], folder: str | Path, title: s
     from matplotlib.figure import Figure
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with explained_writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, (size, draw) in pictures.items():
         figure = Figure(figsize=size, layout="constrained")
@@ -55,7 +57,8 @@ def write_pictures(pictures: Mapping[str, Picture], folder: str | Path, title: s
         if title:
             figure.suptitle(title, fontsize="medium", parse_math=False)
         written.append(folder / f"{name}.png")
-        figure.savefig(written[-1], dpi=150)
+        with explained_writing(written[-1]):
+            figure.savefig(written[-1], dpi=150)
     return written
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
+from tdgeom.core.visible_text import visible
 from tdgeom.files.json_text import plain
 
 __all__ = ["Html", "element", "json_block", "joined"]
@@ -32,7 +33,7 @@ def element(name: str, *parts: Any, **attributes: Any) -> Html:
         if value is True:
             words.append(f" {key}")
         elif value is not None and value is not False:
-            words.append(f' {key}="{escape(str(value), quote=True)}"')
+            words.append(f' {key}="{escape(visible(value), quote=True)}"')
     opened = f"<{name}{''.join(words)}>"
     return Html(opened if name in VOID else f"{opened}{joined(parts)}</{name}>")
 
@@ -41,7 +42,7 @@ def joined(parts: Iterable[Any], between: str = "") -> Html:
     """Parts one after the other, each escaped unless it is markup; None is left out."""
     return Html(
         between.join(
-            part if isinstance(part, Html) else escape(str(part), quote=False)
+            part if isinstance(part, Html) else escape(visible(part), quote=False)
             for part in parts
             if part is not None
         )
@@ -55,6 +56,17 @@ def json_block(key: str, value: Any) -> Html:
     '<script type="application/json" id="d">{"a":"\\\\u003c/script>"}</script>'
     """
     text = json.dumps(plain(value), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    if not text.isprintable():
+        text = json.dumps(_shown(plain(value)), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     for sign in "<\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return Html(f'<script type="application/json" id="{escape(key, quote=True)}">{text}</script>')
+
+
+def _shown(value: Any) -> Any:
+    """Plain data whose texts, keys too, are visible."""
+    if isinstance(value, dict):
+        return {visible(key): _shown(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_shown(part) for part in value]
+    return visible(value) if isinstance(value, str) else value

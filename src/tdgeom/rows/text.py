@@ -12,7 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Documents", "Records", "TextBatches", "read_dataset", "read_fasta", "read_jsonl", "read_text"]
+__all__ = [
+    "Documents",
+    "Records",
+    "TextBatches",
+    "lines_of",
+    "read_dataset",
+    "read_fasta",
+    "read_jsonl",
+    "read_text",
+    "readable_file",
+]
 
 
 class Documents:
@@ -50,11 +60,11 @@ def read_text(path: str | Path) -> Documents:
         >>> list(read_text(path))
         ['The first\\ndocument.', 'The second.']
     """
-    path = _file(path)
+    path = readable_file(path)
 
     def opened() -> Iterator[str]:
         lines: list[str] = []
-        for line in _lines(path):
+        for line in lines_of(path):
             if line.strip():
                 lines.append(line.rstrip("\n"))
             elif lines:
@@ -80,12 +90,12 @@ def read_jsonl(spec: str) -> Documents:
         ['one', 'two']
     """
     name, _, field = str(spec).rpartition(":")
-    if not name or Path(spec).exists():
+    if not name or _is_there(Path(spec)):
         name, field = str(spec), "text"
-    path = _file(name)
+    path = readable_file(name)
 
     def opened() -> Iterator[str]:
-        for number, line in enumerate(_lines(path), 1):
+        for number, line in enumerate(lines_of(path), 1):
             if not line.strip():
                 continue
             try:
@@ -114,12 +124,12 @@ def read_fasta(path: str | Path) -> Records:
         >>> list(read_fasta(path)), [columns["header"] for _, columns in read_fasta(path).rows()]
         (['MKVLA', 'GG'], ['one a protein', 'two'])
     """
-    path = _file(path)
+    path = readable_file(path)
 
     def opened() -> Iterator[tuple[str, dict[str, Any]]]:
         header: str | None = None
         parts: list[str] = []
-        for number, line in enumerate(_lines(path), 1):
+        for number, line in enumerate(lines_of(path), 1):
             line = line.strip()
             if line.startswith(";") or not line:
                 continue
@@ -192,15 +202,17 @@ def read_dataset(spec: str) -> Documents:
     return Documents(opened, str(spec))
 
 
-def _file(path: str | Path) -> Path:
+def readable_file(path: str | Path, expected: str = "a text file") -> Path:
+    """The file of that name; a ``FileNotFoundError`` where there is none, a ``ValueError`` where it is closed to this user."""
     path = Path(path).expanduser()
-    if path.is_dir() or not path.exists():  # a pipe will do
+    if not _is_there(path) or path.is_dir():  # a pipe will do
         what = "is a directory" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{path} {what}: expected a text file.")
+        raise FileNotFoundError(f"{path} {what}: expected {expected}.")
     return path
 
 
-def _lines(path: Path) -> Iterator[str]:
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file; a ``ValueError`` where it is none or cannot be read."""
     try:
         with open(path, encoding="utf-8-sig") as handle:
             yield from handle
@@ -209,6 +221,21 @@ def _lines(path: Path) -> Iterator[str]:
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it, for instance "
             f"iconv -f LATIN1 -t UTF-8 {path.name}."
         ) from None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"{path} cannot be read: {error.strerror or error}. Give a file that this user may read (ls -l {path})."
+    )
 
 
 def _field(row: object, field: str, where: str, form: str) -> str:

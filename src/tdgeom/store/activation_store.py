@@ -16,6 +16,7 @@ from tdgeom.files.shard_writing import write_shard
 from tdgeom.store.capture_tree import Captured, pack
 from tdgeom.store.catalogue import BUNDLE, Catalogue
 from tdgeom.store.integrity import Damage, find_damage
+from tdgeom.store.journals import Journal
 from tdgeom.store.query import condition, names
 from tdgeom.store.run_access import RunAccess
 from tdgeom.store.run_description import RunDescription, describe_run
@@ -49,6 +50,9 @@ class ActivationStore(RunAccess):
 
     Args:
         path: the folder; made if it is not there.
+        journal: how the catalogue survives a crash: "wal" (readers and writers do not wait for one another, on one machine) or
+            "rollback" (for network file systems). Kept in the file. Default: a catalogue that is there stays as it is; a new
+            one has a log, except on a file system that is known to be one of a network.
 
     Attributes: ``path``, ``catalogue``.
 
@@ -63,13 +67,15 @@ class ActivationStore(RunAccess):
         (torch.Size([2, 3]), 'gpt2', ['first'])
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, journal: Journal | None = None) -> None:
         self.path = Path(path).absolute()
         super().__init__(Catalogue(self.path))
-        if not self.catalogue.path.exists():
+        with explained(f"opening the store {self.path}"):
+            is_there = self.catalogue.path.exists()
+        if not is_there:
             with explained(f"making the store {self.path}"):
                 self.path.mkdir(parents=True, exist_ok=True)
-        self.catalogue.create_unless_whole()
+        self.catalogue.create_unless_whole(journal)
 
     @classmethod
     def from_env(cls) -> ActivationStore:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +23,7 @@ from tdgeom.store.run_records import (
     first_gap,
     relative_errors,
 )
+from tdgeom.store.seals import broken_seals, drop_seals, refuse_broken, seal_run, seal_shard
 from tdgeom.store.shard_layout import ShardLayout
 from tdgeom.store.sqlite_file import SqliteFile
 from tdgeom.store.write_lock import is_locked
@@ -33,7 +36,6 @@ _RECORD = """SELECT r.id, r.kind, r.state, r.reason, r.created, r.updated, r.mod
     r.details, (SELECT json_group_array(tag) FROM (SELECT tag FROM tags t WHERE t.run = r.id ORDER BY t.rowid)),
     (SELECT count(*) FROM shards s WHERE s.run = r.id), (SELECT total(rows) FROM shards s WHERE s.run = r.id),
     (SELECT total(bytes) FROM shards s WHERE s.run = r.id) FROM runs r"""
-_ENTER_SHARD = "INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?)"
 _ENDED_EARLY = "its writer ended before the run did: resume it or remove it"
 
 
@@ -71,15 +73,16 @@ class Catalogue(SqliteFile):
         state = "writing" if shards is None else "complete"
         values = (run, kind, state, None, *times, *names, canonical_json(about.details), layout.to_json())
         marks = ",".join("?" * len(values))
-        with self.writing() as connection:
+        with self.changing([run]) as connection:
             if connection.execute(f"INSERT OR IGNORE INTO runs VALUES ({marks})", values).rowcount:
                 connection.executemany("INSERT INTO tags VALUES (?, ?)", [(run, tag) for tag in about.tags])
-                connection.executemany(_ENTER_SHARD, [_shard_values(run, shard) for shard in shards or ()])
+                for shard in shards or ():
+                    _enter_shard(connection, run, shard)
 
     def add_shard(self, run: str, shard: ShardRecord) -> None:
         """Enter a finished shard: from here on its rows belong to the run."""
-        with self.writing() as connection:
-            connection.execute(_ENTER_SHARD, _shard_values(run, shard))
+        with self.changing([run]) as connection:
+            _enter_shard(connection, run, shard)
             update = "UPDATE runs SET updated=? WHERE id=? AND state='writing'"
             if not connection.execute(update, (time.time(), run)).rowcount:
                 raise StoreError(
@@ -92,7 +95,7 @@ class Catalogue(SqliteFile):
         Raises:
             StoreError: it failed or was removed elsewhere.
         """
-        with self.writing() as connection:
+        with self.changing([run]) as connection:
             update = (
                 "UPDATE runs SET state='complete', updated=? WHERE id=? AND state IN ('writing', 'complete')"
             )
@@ -101,7 +104,7 @@ class Catalogue(SqliteFile):
 
     def set_state(self, run: str, state: str, reason: str | None = None) -> None:
         """Move a run to another state."""
-        with self.writing() as connection:
+        with self.changing([run], damaged=state == "removing") as connection:
             update = "UPDATE runs SET state=?, reason=?, updated=? WHERE id=?"
             if not connection.execute(update, (state, reason, time.time(), run)).rowcount:
                 raise StoreLookupError(f"run {run} is no longer in the store.")
@@ -111,6 +114,37 @@ class Catalogue(SqliteFile):
         with self.writing() as connection:
             for table, column in (("shards", "run"), ("tags", "run"), ("runs", "id")):
                 connection.execute(f"DELETE FROM {table} WHERE {column} = ?", (run,))
+            drop_seals(connection, run)
+
+    @contextmanager
+    def changing(self, runs: Sequence[str], damaged: bool = False) -> Iterator[sqlite3.Connection]:
+        """``writing`` what is said of these runs: sealed again behind it, refused where a seal is broken unless ``damaged``."""
+        with self.writing() as connection:
+            for run in () if damaged else runs:
+                refuse_broken(connection, run)
+            yield connection
+            for run in runs:
+                seal_run(connection, run)
+
+    def refuse_changed(self, run: str) -> None:
+        """Raise a ``StoreError`` where a bit of what is said of a run or of its shards has changed by itself."""
+        with self.reading() as connection:
+            refuse_broken(connection, run, shards=True)
+
+    def broken_seals(self) -> list[tuple[str, str]]:
+        """(run, what is wrong) of every entry that is not as it was written."""
+        with self.reading() as connection:
+            return list(broken_seals(connection))
+
+    def ids(self) -> list[str]:
+        """The ids of all runs, oldest first, whatever else their entries say."""
+        with self.reading() as connection:
+            connection.text_factory = lambda raw: raw.decode(errors="replace")
+            return [
+                run
+                for (run,) in connection.execute("SELECT id FROM runs ORDER BY created, rowid")
+                if valid_id(run)
+            ]
 
     def records(self, condition: str = "1", values: Sequence[Any] = ()) -> list[RunRecord]:
         """The runs (``r``) that meet a condition in SQL, its values bound, oldest first."""
@@ -223,6 +257,7 @@ class Catalogue(SqliteFile):
         return StoreError(f"{self.path}: the entry of run {str(run)[:40]!r} is damaged or was tampered with.")
 
 
-def _shard_values(run: str, shard: ShardRecord) -> tuple[Any, ...]:
-    rounding = canonical_json(shard.rounding)
-    return (run, shard.rank, shard.number, shard.rows, shard.bytes, shard.sha256, rounding)
+def _enter_shard(connection: sqlite3.Connection, run: str, shard: ShardRecord) -> None:
+    told = (shard.rank, shard.number, shard.rows, shard.bytes, shard.sha256, canonical_json(shard.rounding))
+    connection.execute("INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?)", (run, *told))
+    seal_shard(connection, run, shard.rank, shard.number)

@@ -33,10 +33,12 @@ def find_damage(catalogue: Catalogue, run: str | None = None) -> list[Damage]:
     Raises:
         StoreLookupError: no such run. StoreError: the catalogue cannot be read at all.
     """
+    broken = [Damage(problem, of) for of, problem in catalogue.broken_seals()]
     if run is not None:
-        return _damage_of_run(catalogue, catalogue.record(run).id)
-    found = [Damage(problem) for problem in catalogue.damage()]
-    runs = [record.id for record in catalogue.records()]
+        known = catalogue.record(run).id
+        return [*(one for one in broken if one.run == known), *_damage_of_run(catalogue, known)]
+    found = [*(Damage(problem) for problem in catalogue.damage()), *broken]
+    runs = catalogue.ids()
     for known in runs:
         found += _damage_of_run(catalogue, known)
     for path in sorted(catalogue.folder.iterdir()):

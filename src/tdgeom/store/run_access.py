@@ -111,6 +111,7 @@ class RunAccess:
     def _readable(self, run: str, partial: bool = False) -> RunRecord:
         """What the catalogue has of a run that is complete, or with ``partial`` of any."""
         record = self.catalogue.record(run)
+        self.catalogue.refuse_changed(run)
         if record.state != "complete" and not partial:
             why = f" ({record.reason})" if record.reason else ""
             raise StoreError(

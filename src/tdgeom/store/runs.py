@@ -11,6 +11,7 @@ import pandas as pd
 
 from tdgeom.core.visible_text import visible
 from tdgeom.files.errors import StoreBusyError, StoreLookupError
+from tdgeom.files.shown_tables import shown_safely
 from tdgeom.store.row_source import RowSource
 from tdgeom.store.run_access import RunAccess
 from tdgeom.store.run_description import describe_run
@@ -137,7 +138,7 @@ class Runs:
         """Give tags to these runs and take others away."""
         new = describe_run(tag=add).tags
         old = describe_run(tag=remove).tags
-        with self._catalogue.writing() as connection:
+        with self._catalogue.changing(self.ids) as connection:
             for run in self.ids:
                 connection.executemany(
                     "DELETE FROM tags WHERE run = ? AND tag = ?", [(run, tag) for tag in old]
@@ -157,7 +158,7 @@ class Runs:
 
     def _moved(self, runs: Sequence[str], experiment: str) -> Runs:
         name = describe_run(experiment=experiment).experiment
-        with self._catalogue.writing() as connection:
+        with self._catalogue.changing(runs) as connection:
             connection.executemany(
                 "UPDATE runs SET experiment = ? WHERE id = ?", [(name, run) for run in runs]
             )
@@ -175,7 +176,7 @@ class Runs:
     def to_frame(self) -> pd.DataFrame:
         """One row a run: what the catalogue says of it."""
         table = pd.DataFrame([{name: one[name] for name in COLUMNS} for one in self])
-        return table if len(self) else pd.DataFrame(columns=list(COLUMNS))
+        return shown_safely(table) if len(self) else pd.DataFrame(columns=list(COLUMNS))
 
     def __repr__(self) -> str:
         if not len(self):

@@ -10,10 +10,14 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from tdgeom.files.errors import StoreError
+from tdgeom.store.journals import Journal, begin_journal, keep_journal
+from tdgeom.store.seals import TABLE as SEALS
+from tdgeom.store.seals import seal_everything
 
 __all__ = ["SqliteFile"]
 
-FORMAT = 1
+FORMAT = 2
+_UNSEALED = 1  # the format without the table of seals, which the first writing adds
 _APPLICATION = 0x7464676D  # "tdgm"
 _TABLES = {
     "runs": """CREATE TABLE runs (
@@ -24,6 +28,7 @@ _TABLES = {
     "shards": """CREATE TABLE shards (
         run TEXT NOT NULL, rank INTEGER NOT NULL, number INTEGER NOT NULL, rows INTEGER NOT NULL,
         bytes INTEGER NOT NULL, sha256 TEXT NOT NULL, rounding TEXT NOT NULL, PRIMARY KEY (run, rank, number))""",
+    "seals": SEALS,
     "runs_created": "CREATE INDEX runs_created ON runs (created)",
     "runs_experiment": "CREATE INDEX runs_experiment ON runs (experiment)",
 }
@@ -38,8 +43,11 @@ class SqliteFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def create_unless_whole(self) -> None:
+    def create_unless_whole(self, journal: Journal | None = None) -> None:
         """Make the file and its tables, also where a process was killed while it made them.
+
+        Args:
+            journal: how writing is made safe, also for a file that is there; None: as it is, of a new one as its disk needs it.
 
         Raises:
             StoreError: it is something else than a catalogue.
@@ -47,9 +55,10 @@ class SqliteFile:
         if self.path.exists():
             with self._explained("opening"), self._connected_to_read() as connection:
                 if not _is_blank(connection):
+                    keep_journal(connection, self.path, journal)
                     return
         with self._explained("creating"), closing(self._connect("mode=rwc")) as connection:
-            _use_write_ahead_log(connection)
+            begin_journal(connection, self.path, journal)
             connection.execute("BEGIN IMMEDIATE")
             if _is_blank(connection):
                 for statement in _TABLES.values():
@@ -76,6 +85,9 @@ class SqliteFile:
             self._check(connection)
             connection.execute("BEGIN IMMEDIATE")
             try:
+                if connection.execute("PRAGMA user_version").fetchone()[0] == _UNSEALED:
+                    seal_everything(connection)
+                    connection.execute(f"PRAGMA user_version={FORMAT}")
                 yield connection
                 connection.execute("COMMIT")
             except BaseException:
@@ -128,8 +140,10 @@ class SqliteFile:
             return
         # SQLite's readers write too (shared memory beside the file), which a read-only folder or a full disk forbids.
         before = self._changed()
-        log = self.path.with_name(self.path.name + "-wal")
-        has_log = log.exists() and log.stat().st_size > 0
+        has_log = any(
+            log.exists() and log.stat().st_size > 0
+            for log in (self.path.with_name(self.path.name + end) for end in ("-wal", "-journal"))
+        )
         with closing(self._connect("mode=ro" if has_log else "mode=ro&immutable=1")) as connection:
             yield connection
         if (
@@ -154,12 +168,13 @@ class SqliteFile:
         if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION:
             raise StoreError(f"{self.path} is a SQLite file, but no catalogue of tdgeom.")
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version != FORMAT:
+        if version not in (_UNSEALED, FORMAT):
             raise StoreError(
                 f"{self.path} has format {version}; this version reads {FORMAT}. Use a matching tdgeom."
             )
         found = dict(connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
-        odd = [str(name)[:80] for name in {**found, **_TABLES} if found.get(name) != _TABLES.get(name)]
+        own = {name: sql for name, sql in _TABLES.items() if name != "seals" or version != _UNSEALED}
+        odd = [str(name)[:80] for name in {**found, **own} if found.get(name) != own.get(name)]
         if odd:
             raise StoreError(
                 f"{self.path} has other tables than a catalogue of tdgeom: {odd[:12]}. It is refused."
@@ -176,6 +191,8 @@ class SqliteFile:
                 f"{doing} the catalogue {self.path}: {error}. The file is damaged or was not written by tdgeom; the shards "
                 f"beside it are safetensors files and can be read without it."
             ) from error
+        except OSError as error:
+            raise StoreError(f"{doing} the catalogue {self.path}: {error.strerror or error}.") from error
         except (UnicodeDecodeError, OverflowError) as error:
             raise StoreError(f"{doing} the catalogue {self.path}: {error}; the file is damaged.") from error
 
@@ -183,17 +200,6 @@ class SqliteFile:
 def _is_blank(connection: sqlite3.Connection) -> bool:
     counts = ("PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
     return not any(connection.execute(count).fetchone()[0] for count in counts)
-
-
-def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
-    for attempt in range(50):  # changing the mode is the one step that SQLite's own patience does not cover
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or attempt == 49:
-                raise
-            time.sleep(0.05)
 
 
 def _remedy(said: str) -> str:

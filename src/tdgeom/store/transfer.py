@@ -84,7 +84,8 @@ def import_runs(catalogue: Catalogue, folder: Path) -> list[str]:
         StoreError: no exported folder, or one that was changed; nothing of such a run is taken. Or the store has an unfinished
             run of that id.
     """
-    found = sorted(path for path in folder.iterdir() if valid_id(path.name)) if folder.is_dir() else []
+    with explained(f"reading {folder}"):
+        found = sorted(path for path in folder.iterdir() if valid_id(path.name)) if folder.is_dir() else []
     if not found:
         raise StoreError(f"{folder} holds no exported runs: give the folder that export made.")
     checked = [_read(path) for path in found]  # all of them, before anything is taken
