@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -53,7 +53,7 @@ class _ShownTable(pd.DataFrame):
     __str__ = __repr__
 
     def _repr_html_(self) -> Any:
-        return _visible(super()._repr_html_())
+        return _visible(cast(Any, super())._repr_html_())
 
 
 def shown_safely(table: pd.DataFrame) -> pd.DataFrame:
