@@ -184,6 +184,9 @@ from .training.geometry_watch import GeometryWatch as GeometryWatch
 from .training.geometry_callback import GeometryCallback as GeometryCallback
 from .training.lightning_callback import lightning_callback as lightning_callback
 from .training.schedule import log_spaced_steps as log_spaced_steps
+from .training.alarms import Alarm as Alarm
+from .training.alarms import AlarmRule as AlarmRule
+from .training.alarms import ChangeAlarms as ChangeAlarms
 
 # keeping activations and runs
 from .store.activation_store import ActivationStore as ActivationStore
