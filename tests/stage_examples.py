@@ -31,6 +31,7 @@ NOT_STAGES = {
             "Steer",
             "ActivationAddition",
             "Patch",
+            "PathPatch",
             "Ablate",
             "ProjectOut",
             "ProjectOnto",

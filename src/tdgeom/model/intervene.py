@@ -88,6 +88,7 @@ class Intervene(HookingContext):
     _listed: list[list[EditLike]]  # the edits of each place
     _editing: tuple[Editing, list[OwnHook]] | None
     _asking: list[tuple[Edit, Site]]  # edits that may want other runs
+    _preparing: list[tuple[Edit, list[str]]]  # edits that run the model themselves, with their sites
     _captures: dict[tuple[str, ...], Capture]
 
     def __init__(
@@ -168,7 +169,12 @@ class Intervene(HookingContext):
             for edit in edits
             if isinstance(edit, Edit) and type(edit).wanted_runs is not Edit.wanted_runs
         ]
-        self._set_plain(_editing=None, _captures={}, _asking=asking)
+        preparing: dict[Edit, list[str]] = {}
+        for entry, edits in self.plan:
+            for edit in edits:
+                if isinstance(edit, Edit) and type(edit).prepare is not Edit.prepare:
+                    preparing.setdefault(edit, []).append(str(entry.site))
+        self._set_plain(_editing=None, _captures={}, _asking=asking, _preparing=list(preparing.items()))
 
     def _further_inputs(self) -> tuple[Sequence[Key], Sequence[Key]]:
         return [wanted for *_, wanted in self._wanted() if isinstance(wanted, str | tuple)], [_SPECIAL]
@@ -194,6 +200,8 @@ class Intervene(HookingContext):
 
     def _run_others(self, tensordict: TensorDictBase | None) -> None:
         """Run the model on the inputs that edits ask for, once each, and hand the activations over."""
+        for edit, places in self._preparing:
+            edit.prepare(self.model, places, tensordict)
         if not self._asking:
             return
         groups: dict[Any, tuple[TensorDictBase, list]] = {}
@@ -225,6 +233,8 @@ class Intervene(HookingContext):
                 edit.receive(name, site, acts)
 
     def _forget_others(self) -> None:
+        for edit, _ in self._preparing:
+            edit.forget()
         if not self._asking:
             return
         for edit, name, site, _ in self._wanted():

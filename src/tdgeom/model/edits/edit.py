@@ -197,6 +197,12 @@ class Edit(Stage):
     def receive(self, name: str, site: str, acts: TensorDictBase | None) -> None:
         """Take the activations of a run (a TensorDict of Capture), or forget them (``None``)."""
 
+    def prepare(self, model: nn.Module, sites: Sequence[str], inputs: TensorDictBase | None) -> None:
+        """Run what the edit needs to know of its ``sites`` before a context begins; ``inputs`` is the batch of module form."""
+
+    def forget(self) -> None:
+        """The context is over: let go of what was run for it."""
+
 
 @lru_cache(1024)
 def _calls_compute(kind: Any) -> bool:
