@@ -184,6 +184,8 @@ from .concepts.erasure import Erase as Erase
 from .training.geometry_watch import GeometryWatch as GeometryWatch
 from .training.geometry_callback import GeometryCallback as GeometryCallback
 from .training.lightning_callback import lightning_callback as lightning_callback
+from .training.sweep import sweep as sweep
+from .training.sweep_results import Sweep as Sweep
 from .training.schedule import log_spaced_steps as log_spaced_steps
 from .training.alarms import Alarm as Alarm
 from .training.alarms import AlarmRule as AlarmRule

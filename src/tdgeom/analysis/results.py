@@ -23,7 +23,10 @@ from tdgeom.plot.picture_files import write_plots
 __all__ = ["AnalysisResults"]
 
 # results whose class builds on the one here, found when a bundle names them
-FURTHER = {"Comparison": "tdgeom.analysis.comparison:Comparison"}
+FURTHER = {
+    "Comparison": "tdgeom.analysis.comparison:Comparison",
+    "Sweep": "tdgeom.training.sweep_results:Sweep",
+}
 
 
 @dataclass
@@ -116,7 +119,7 @@ class AnalysisResults:
     def load(cls, path: str | Path | Bundle) -> AnalysisResults:
         """Results from a bundle: its folder, after checking the hash of every file, or what ``store.load_analysis`` gave.
 
-        A comparison's bundle comes back as ``Comparison``.
+        A comparison's bundle comes back as ``Comparison``, a sweep's as ``Sweep``.
 
         Raises:
             FileNotFoundError: no bundle there. ValueError: a file is missing, added to or changed, or the schema is newer.

@@ -24,6 +24,7 @@ from tdgeom.cli.report_command import report
 from tdgeom.cli.rerun_command import rerun
 from tdgeom.cli.runs_command import app as runs
 from tdgeom.cli.store_command import store
+from tdgeom.cli.sweep_command import sweep
 from tdgeom.core.visible_text import visible
 
 __all__ = ["app", "main"]
@@ -162,6 +163,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
     merge: "merge part-*.state --out run",
     sites: "sites gpt2",
     compare: "compare gpt2 ./my-gpt2 --text book.txt --plots --out run",
+    sweep: "sweep trained --text book.txt --out over-training",
     dimension: "dimension gpt2 --text book.txt --untrained --plots --out run",
     overlap: "overlap gpt2 --text book.txt --labels chapters.txt",
     store: "store gpt2 --text book.txt --sites residual_output --dtype bfloat16 --store activations",

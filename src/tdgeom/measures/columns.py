@@ -7,6 +7,7 @@ from collections.abc import Container, Iterable
 from typing import NamedTuple
 
 __all__ = [
+    "BETWEEN_STEPS",
     "ESTIMATORS", "THEMES", "Column", "accompanies", "column_of", "error_column", "fixed_ends", "is_detail", "is_error",
     "of_chance",
 ]  # fmt: skip
@@ -175,8 +176,12 @@ BESIDE: dict[str, tuple[str, tuple[float | None, float | None] | str, str, str |
         "How often chance gives as much to any of the pairs; below 0.05 is rare.",
         "",
     ),
+    "_to_first": ("{}, to the first", "own", "", None),
+    "_to_last": ("{}, to the last", "own", "", None),
+    "_to_previous": ("{}, to the one before", "own", "", None),
     "_calibrated": ("{}, calibrated", (None, None), "0 by chance, 1 for what cannot be more alike.", ""),
 }
+BETWEEN_STEPS = ("_to_first", "_to_last", "_to_previous")
 DETAILS = ("_bias", "_low", "_high", "_null_sd", "_null_rows")
 UNDRAWN = (*ERRORS, *DETAILS, "_null_mean", "_z", "_p_adjusted")
 CHANCE = ("_null_mean", "_null_sd", "_null_rows", "_z", "_p", "_p_adjusted", "_calibrated")

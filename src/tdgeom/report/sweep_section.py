@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from tdgeom.measures.columns import accompanies, column_of, error_column, is_detail
+from tdgeom.measures.columns import BETWEEN_STEPS, accompanies, column_of, error_column, is_detail
 from tdgeom.plot.pair_grids import short_names
 from tdgeom.report.contents import Chart, Section, Table
 from tdgeom.report.layer_lines import in_order, layer_chart
@@ -93,6 +93,7 @@ def sweep_section(runs: Sequence[ReportedRun]) -> Section | None:
         if not (name.startswith("_") or name in (*IDENTITY, *MARKS, *DRAWN, "step"))
         and not (is_detail(name, numbers) or accompanies(name, numbers))
     ]
+    others.sort(key=lambda name: not name.endswith(BETWEEN_STEPS))  # how far steps lie apart comes first
     drawn = [*[name for name in DRAWN if name in numbers], *others][:MOST]
     for name in drawn:
         points = pd.DataFrame(
