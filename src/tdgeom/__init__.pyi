@@ -187,6 +187,7 @@ from .training.lightning_callback import lightning_callback as lightning_callbac
 from .training.sweep import sweep as sweep
 from .training.sweep_results import Sweep as Sweep
 from .training.schedule import log_spaced_steps as log_spaced_steps
+from .training.stage_metric import as_metric as as_metric
 from .training.alarms import Alarm as Alarm
 from .training.alarms import AlarmRule as AlarmRule
 from .training.alarms import ChangeAlarms as ChangeAlarms
