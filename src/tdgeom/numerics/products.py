@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from itertools import pairwise
 from typing import Literal, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from tdgeom.core.devices import has_float64
 from tdgeom.core.stage import device_of
 from tdgeom.core.surroundings import steady
+from tdgeom.numerics.symmetric_strips import edges
 
 __all__ = [
     "Factors",
@@ -33,8 +35,6 @@ __all__ = [
 _Result = TypeVar("_Result")
 Precision = Literal["auto", "float64", "float32"]
 
-_NARROWEST = 96  # columns: to halve fewer costs more than it saves
-_PARTS = 32  # of the columns: 33/64 of the square are multiplied
 _CELLS = 2**17  # of a float32 product that are added at a time, in the cache
 # CUDA capabilities whose float64 units are half of float32's
 _FULL_RATE = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
@@ -81,33 +81,16 @@ def product_error(dtype: torch.dtype) -> float:
     return _ROUNDINGS * torch.finfo(dtype).eps / 2
 
 
-def _least(width: int) -> int:
-    """Columns of a product that are multiplied as a square: to halve fewer costs more than it saves."""
-    return max(_NARROWEST, width // _PARTS)
-
-
-def _half(width: int) -> int:
-    return (width // 2 + 7) // 8 * 8
-
-
 @in_own_precision
 def gram(y: Tensor) -> Tensor:
-    """yᵀy in float64: (*B, N, D) of any real dtype -> (*B, D, D).
-
-    The columns are halved: what one half has with the other is one product, mirrored, and each half is treated alike until few
-    columns are left. Little more than half the products of the square, in large pieces, and a symmetric result.
-    """
-    return _gram(y.double(), _least(y.shape[-1]))
-
-
-def _gram(y: Tensor, least: int) -> Tensor:
-    width = y.shape[-1]
-    if width <= least:
-        return _from_upper(y.mT @ y)
-    left, right = y[..., : _half(width)], y[..., _half(width) :]
-    beside = left.mT @ right
-    above = torch.cat((_gram(left, least), beside), -1)
-    return torch.cat((above, torch.cat((beside.mT, _gram(right, least)), -1)), -2)
+    """yᵀy in float64: (*B, N, D) of any real dtype -> (*B, D, D), symmetric, little more than half of it multiplied."""
+    y, ends = y.double(), edges(y.shape[-1])
+    strips = [y[..., a:b].mT @ y[..., a:] for a, b in pairwise(ends)]
+    rows = []
+    for (a, b), strip in zip(pairwise(ends), strips):
+        before = [above[..., a - start : b - start].mT for start, above in zip(ends[: len(rows)], strips)]
+        rows.append(torch.cat((*before, _from_upper(strip[..., : b - a]), strip[..., b - a :]), -1))
+    return torch.cat(rows, -2)
 
 
 @dataclass(frozen=True)
@@ -144,17 +127,15 @@ def add_gram(total: Tensor, y: Factors) -> None:
 
 def add_upper(total: Tensor, y: Factors) -> None:
     """The upper triangle of ``total`` (D, D) += yᵀy in place; what lies below it is left as it may be."""
-    for a, b, c in _pieces(total.shape[0]):
-        add_product(total[a:b, b:c] if b < c else total[a:b, a:b], y[a:b], y[b:c] if b < c else y[a:b])
+    for a, b in pairwise(edges(total.shape[0])):
+        add_product(total[a:b, a:], y[a:b], y[a:])
 
 
 def mirror(total: Tensor) -> Tensor:
     """``total`` (D, D), in place, with its lower triangle from the upper."""
-    for a, b, c in _pieces(total.shape[0]):
-        if b < c:
-            total[b:c, a:b] = total[a:b, b:c].mT
-        else:
-            total[a:b, a:b] = _from_upper(total[a:b, a:b])
+    for a, b in pairwise(edges(total.shape[0])):
+        total[a:b, a:b] = _from_upper(total[a:b, a:b])
+        total[b:, a:b] = total[a:b, b:].mT
     return total
 
 
@@ -165,26 +146,10 @@ def _from_upper(square: Tensor) -> Tensor:
 def upper_times(total: Tensor, vector: Tensor) -> Tensor:
     """The symmetric matrix whose upper triangle is that of ``total`` (D, D), times a vector (D,)."""
     turned = torch.zeros_like(vector)
-    for a, b, c in _pieces(total.shape[0]):
-        if b < c:
-            turned[a:b] += total[a:b, b:c] @ vector[b:c]
-            turned[b:c] += total[a:b, b:c].mT @ vector[a:b]
-        else:
-            turned[a:b] += _from_upper(total[a:b, a:b]) @ vector[a:b]
+    for a, b in pairwise(edges(total.shape[0])):
+        turned[a:b] += _from_upper(total[a:b, a:b]) @ vector[a:b] + total[a:b, b:] @ vector[b:]
+        turned[b:] += total[a:b, b:].mT @ vector[a:b]
     return turned
-
-
-def _pieces(width: int) -> Iterator[tuple[int, int, int]]:
-    """(a, b, c): the columns a..b-1 with b..c-1, which lie above the diagonal; or, where c = b, with themselves."""
-    least, left = _least(width), [(0, width)]
-    while left:
-        a, c = left.pop()
-        if c - a <= least:
-            yield a, c, c
-            continue
-        b = a + _half(c - a)
-        yield a, b, c
-        left += [(b, c), (a, b)]
 
 
 def add_product(total: Tensor, x: Factors, y: Factors) -> None:

@@ -8,12 +8,17 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-__all__ = ["add_outer", "packed", "packed_length", "square_of", "strips", "times"]
+__all__ = ["add_outer", "edges", "packed", "packed_length", "square_of", "strips", "times"]
 
 _NARROWEST, _MOST = 64, 8  # 8 strips hold 9/16 of the square; more would make the products thin
 
 
-def _edges(width: int) -> list[int]:
+def edges(width: int) -> list[int]:
+    """Where the strips of a symmetric matrix begin and end: rows from one edge to the next, of the columns from the first on.
+
+    >>> edges(256), edges(100)
+    ([0, 64, 128, 192, 256], [0, 100])
+    """
     count = max(1, min(_MOST, width // _NARROWEST))
     return [round(width * i / count) for i in range(count + 1)]
 
@@ -24,13 +29,13 @@ def packed_length(width: int) -> int:
     >>> packed_length(4), packed_length(128), packed_length(768) / 768**2
     (16, 12288, 0.5625)
     """
-    return sum((b - a) * (width - a) for a, b in pairwise(_edges(width)))
+    return sum((b - a) * (width - a) for a, b in pairwise(edges(width)))
 
 
 def strips(flat: Tensor, width: int) -> Iterator[tuple[int, int, Tensor]]:
     """(a, b, rows a to b of the columns from a on), a view of ``flat`` (*B, packed_length) each."""
     start = 0
-    for a, b in pairwise(_edges(width)):
+    for a, b in pairwise(edges(width)):
         size = (b - a) * (width - a)
         yield a, b, flat[..., start : start + size].unflatten(-1, (b - a, width - a))
         start += size
@@ -43,7 +48,7 @@ def packed(matrix: Tensor) -> Tensor:
     >>> torch.equal(square_of(packed(matrix + matrix.T), 3), matrix + matrix.T)
     True
     """
-    return torch.cat([matrix[..., a:b, a:].flatten(-2) for a, b in pairwise(_edges(matrix.shape[-1]))], -1)
+    return torch.cat([matrix[..., a:b, a:].flatten(-2) for a, b in pairwise(edges(matrix.shape[-1]))], -1)
 
 
 def square_of(flat: Tensor, width: int) -> Tensor:
