@@ -521,11 +521,16 @@ def optional_inputs() -> dict[object, torch.Tensor]:
         **dict(zip(("sample_group", "sample_group_rows"), sample_groups())),
         ("eigenvalues", "a"): torch.linspace(2, 1, D, dtype=torch.float64),
         ("eigenvalues", "b"): torch.linspace(3, 1, D, dtype=torch.float64),
+        "eigenvalues": torch.linspace(3, 0.1, 30, dtype=torch.float64) ** 2,
         ("moments", "count"): torch.tensor(N),
+        ("moments", "mean"): torch.zeros(30, dtype=torch.float64),
         ("moments", "effective_sample_size"): torch.tensor(float(N), dtype=torch.float64),
         ("moments", "relative_error"): torch.tensor(1e-15, dtype=torch.float64),
         ("moments", "covariance"): torch.diag(torch.linspace(3, 0.1, 30, dtype=torch.float64) ** 2),
-        **dict(zip(product.out_keys, product(sample=rows()))),
+        **(known := dict(zip(product.out_keys, product(sample=rows())))),
+        **{
+            (leaf, side): known[leaf] for side in "ab" for leaf in ("sample_covariance", "sample_fingerprint")
+        },
     }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +17,7 @@ from tdgeom import functional as F
 from tdgeom.measures.sample_metrics import PRODUCTS
 from tdgeom.numerics.hashing import fingerprint
 
+sample_metrics_file = importlib.import_module("tdgeom.measures.sample_metrics")
 READERS = pytest.mark.parametrize("stage", [tg.SampleMetrics, tg.NormalizationAblation])
 
 
@@ -152,3 +156,72 @@ def test_fingerprints_under_vmap_and_compile():
     assert torch.equal(torch.vmap(fingerprint)(x), fingerprint(x))
     assert torch.equal(torch.compile(fingerprint, fullgraph=True, backend="aot_eager")(x), fingerprint(x))
     assert fingerprint(x.requires_grad_()).requires_grad is False
+
+
+def moments_of(x, **settings):
+    return tg.StreamingCovariance(**settings)(TensorDict(tokens=x)).select("moments")
+
+
+def products_beside(sample, moments, monkeypatch):
+    """What ``SampleSpectrum`` writes beside these moments, and how many products of rows it took."""
+    whole = tg.EigenSpectrum(k=2)(moments.clone())
+    taken, own = [], sample_metrics_file.covariance_of
+    monkeypatch.setattr(sample_metrics_file, "covariance_of", lambda rows: taken.append(rows) or own(rows))
+    found = tg.SampleSpectrum()(whole.update(TensorDict(sample=sample)))
+    monkeypatch.undo()
+    return found, len(taken)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_a_sample_of_all_rows_has_their_covariance_and_takes_no_product_of_its_own(offset, monkeypatch):
+    x = rows(200, 12) + offset
+    x[:, 3] = 0.1  # a constant feature has no variance, also where the stream's mean is rounded
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(2))
+    found, taken = products_beside(x[order], moments_of(x), monkeypatch)
+    exact = torch.from_numpy(np.cov(x.double().numpy().T))
+    assert taken == 1  # of the unit rows
+    torch.testing.assert_close(found["sample_covariance"], exact, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        found["sample_eigenvalues"], torch.linalg.eigvalsh(exact).flip(-1).clamp(min=0), rtol=1e-9, atol=1e-8
+    )
+    assert found["sample_covariance"][3].abs().max() == 0
+    alone = tg.NormalizationAblation()(TensorDict(sample=x[order]))
+    assert_same(tg.NormalizationAblation()(found), alone, tg.NormalizationAblation, rtol=1e-7, atol=1e-9)
+
+
+OTHERS = {
+    **{name: change for name, change in CHANGES.items() if name not in ("float64", "one of a batch")},
+    "as many other rows": lambda x: rows(len(x), x.shape[-1], seed=5),
+    "scaled": lambda x: 1.0001 * x,
+    "moved": lambda x: x + 1e-3,
+}
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_moments_of_other_rows_are_not_the_samples(change, monkeypatch):
+    x = rows()
+    found, taken = products_beside(x, moments_of(OTHERS[change](x)), monkeypatch)
+    assert taken == 2
+    for key, value in zip(tg.SampleSpectrum().out_keys, tg.SampleSpectrum()(sample=x)):
+        assert torch.equal(found[key], value)
+
+
+@pytest.mark.parametrize("settings", [{"halflife": 20.0}, {"precision": "float32"}])
+def test_moments_that_forget_or_are_rounded_are_not_the_samples(settings, monkeypatch):
+    assert products_beside(rows(), moments_of(rows(), **settings), monkeypatch)[1] == 2
+
+
+def test_cka_takes_a_covariance_of_its_rows_and_of_no_others():
+    sites = ["a", "b"]
+    td = TensorDict(sample={"a": rows(), "b": rows(seed=1) + 0.3 * rows() + 7})
+    cka = tg.ForEachPair(tg.LinearCKA(estimator="both"), sites)
+    alone = cka(td.clone())
+    shared = tg.ForEach(tg.SampleSpectrum(), sites)(td.clone())
+    for key, value in cka(shared.clone()).select(*cka.out_keys).items(True, True):
+        torch.testing.assert_close(value, alone[key], rtol=1e-12, atol=1e-12)
+    shared["sample_covariance", "a"] *= 2
+    biased = ("between", "a->b", "linear_cka")
+    torch.testing.assert_close(cka(shared.clone())[biased], alone[biased] / 2, rtol=1e-12, atol=0)
+    shared["sample", "a"] = shared["sample", "a"].flip(0)
+    shared["sample", "b"] = shared["sample", "b"].flip(0)
+    assert torch.isclose(cka(shared)[biased], alone[biased], rtol=1e-12, atol=0)

@@ -157,7 +157,7 @@ def _of_a_sample(settings: AnalysisSettings) -> TensorDictSequential:
     """What is asked of a site that a sample alone tells, of its own covariance where the analysis reads that of all rows."""
     stages: list[TensorDictModuleBase] = []
     if {"spectrum", "sample"} & set(settings.families):
-        stages.append(SampleSpectrum())
+        stages.append(SampleSpectrum(in_keys=["sample"]))
     if "spectrum" in settings.families:
         stages.append(SpectrumMetrics(in_keys=["sample_eigenvalues"]))
     if "sample" in settings.families:

@@ -13,7 +13,7 @@ from tdgeom.core.pair_stage import PairStage
 from tdgeom.measures.significance.calibrated import Calibrated, joint_p_values, less_is_alike
 from tdgeom.measures.significance.cka_null import CKANull
 from tdgeom.measures.similarity.linear_cka import LinearCKA
-from tdgeom.measures.similarity.pair_sources import MATCHED_ROWS
+from tdgeom.measures.similarity.pair_sources import of_matched_rows
 
 __all__ = ["null_stages", "with_joint_p"]
 
@@ -47,14 +47,14 @@ def _without_rest(stage: PairStage) -> PairStage:
 
 def _of_rows(stage: PairStage) -> PairStage | None:
     """The same measure of matched rows; None where there is none."""
-    if set(stage.in_roles) == set(MATCHED_ROWS):
+    if of_matched_rows(stage):
         return stage
     made = {name: value for name, value in stage.settings().items() if name not in ("source", "in_keys")}
     try:
         other = type(stage).from_settings(made)
     except (TypeError, ValueError):
         return None
-    same = set(other.in_roles) == set(MATCHED_ROWS) and other.out_keys == stage.out_keys
+    same = of_matched_rows(other) and other.out_keys == stage.out_keys
     return other if same else None
 
 

@@ -39,6 +39,8 @@ PRODUCTS: dict[Key, str] = {
     "sample_eigenvalues": "E", "sample_covariance": "E E", "sample_unit_covariance": "E E", "sample_fingerprint": "",
 }  # fmt: skip
 """What ``SampleSpectrum`` writes, and its shapes; E may be another sample's D."""
+_MOMENTS: dict[str, str] = {"count": "", "mean": "F", "covariance": "F F", "relative_error": ""}
+_ROUNDING = 1e-10  # of a variance: more than float64 sums of the same rows differ by
 
 
 def working(rows: Tensor) -> Tensor:
@@ -217,8 +219,10 @@ class SampleSpectrum(SampleStage):
 
     Reads ``"sample"`` (*B, N, D); writes, unbiased, centred and in float64, ``"sample_eigenvalues"`` (*B, D) descending,
     ``"sample_covariance"`` (*B, D, D), and ``"sample_unit_covariance"`` (*B, D, D) of the rows at unit L2 norm; and
-    ``"sample_fingerprint"`` (*B,), by which ``SampleMetrics`` and ``NormalizationAblation`` know that these are of the sample
-    they read. Of another sample they use none of it, and compute their own.
+    ``"sample_fingerprint"`` (*B,), by which ``SampleMetrics``, ``NormalizationAblation`` and ``LinearCKA`` know that these are
+    of the sample they read. Of another sample they use none of it, and compute their own. Where the moments and eigenvalues of
+    the stream are there, in float64, and the sample is all rows of it (as many, and of the same means and variances), the
+    first two are those.
 
         >>> import torch, tdgeom as tg
         >>> values, covariance, *_ = tg.SampleSpectrum()(sample=torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
@@ -226,15 +230,50 @@ class SampleSpectrum(SampleStage):
         ([2.0, 0.0], [[2.0, 0.0], [0.0, 0.0]])
     """
 
-    reads = {"sample": "N D"}
+    reads = {
+        "sample": "N D",
+        "eigenvalues": "F",
+        **{("moments", name): shape for name, shape in _MOMENTS.items()},
+    }
+    optional = frozenset({"eigenvalues", *_MOMENTS})
     writes = list(PRODUCTS)
     one_thread_a_site = True
 
-    def compute(self, sample: Tensor) -> tuple[Tensor, ...]:
+    def compute(
+        self, sample: Tensor, eigenvalues: Tensor | None = None, *moments: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """See ``sample_eigenvalues``."""
-        covariance = covariance_of(self.checked(sample))
-        values = covariance_eigenvalues(covariance, rank=sample.shape[-2] - 1)
-        return values, covariance, covariance_of(unit_rows(working(sample).double())[0]), fingerprint(sample)
+        covariance = _of_all_rows(self.checked(sample), *moments)
+        if covariance is None:
+            covariance, eigenvalues = covariance_of(sample), None
+        if eigenvalues is None or eigenvalues.shape != covariance.shape[:-1]:
+            eigenvalues = covariance_eigenvalues(covariance, rank=sample.shape[-2] - 1)
+        unit = covariance_of(unit_rows(working(sample).double())[0])
+        return eigenvalues.double(), covariance, unit, fingerprint(sample)
+
+
+def _of_all_rows(
+    sample: Tensor,
+    count: Tensor | None = None,
+    mean: Tensor | None = None,
+    covariance: Tensor | None = None,
+    relative_error: Tensor | None = None,
+) -> Tensor | None:
+    """The stream's covariance (*B, D, D), where the sample is all of its rows: as many, and alike in every mean and variance."""
+    if count is None or mean is None or covariance is None or relative_error is None:
+        return None
+    n, like = sample.shape[-2], (*sample.shape[:-2], sample.shape[-1])
+    if mean.shape != like or not holds((count == n).all() & (relative_error <= _ROUNDING).all()):
+        return None
+    rows = working(sample).double()
+    variance = covariance.double().diagonal(dim1=-2, dim2=-1)
+    own = rows.mean(-2)
+    spread = (rows - own.unsqueeze(-2)).square().sum(-2) / (n - 1)
+    apart = torch.maximum((own - mean).square(), (spread - variance).abs()) > _ROUNDING * variance
+    varies = sample.detach().amin(-2) != sample.detach().amax(-2)
+    if not holds(~(apart & varies).any()):
+        return None
+    return torch.where(varies.unsqueeze(-1) & varies.unsqueeze(-2), covariance.double(), 0.0)
 
 
 class SampleMetrics(SampleStage):

@@ -91,7 +91,9 @@ def row_parts(rows: Tensor) -> tuple[Tensor, ...]:
     if rows.device.type != "cpu" or torch.compiler.is_compiling():
         return (rows,)
     most = max(_FEWEST, _CACHED // (8 * max(1, rows.shape[1])))
-    return rows.tensor_split(max(1, round(rows.shape[0] / most)))  # alike: a last one of few rows costs what all of them do
+    return rows.tensor_split(
+        max(1, round(rows.shape[0] / most))
+    )  # alike: a last one of few rows costs what all of them do
 
 
 def _largest(rows: Tensor, centre: Tensor, shift: Tensor) -> Tensor:

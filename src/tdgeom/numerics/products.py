@@ -86,7 +86,7 @@ def gram(y: Tensor) -> Tensor:
     """yᵀy in float64: (*B, N, D) of any real dtype -> (*B, D, D), symmetric, little more than half of it multiplied."""
     y, ends = y.double(), edges(y.shape[-1])
     strips = [y[..., a:b].mT @ y[..., a:] for a, b in pairwise(ends)]
-    rows = []
+    rows: list[Tensor] = []
     for (a, b), strip in zip(pairwise(ends), strips):
         before = [above[..., a - start : b - start].mT for start, above in zip(ends[: len(rows)], strips)]
         rows.append(torch.cat((*before, _from_upper(strip[..., : b - a]), strip[..., b - a :]), -1))

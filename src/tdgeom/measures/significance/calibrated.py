@@ -13,7 +13,7 @@ from tdgeom.core.pair_stage import PairStage
 from tdgeom.core.warnings import tell_few_rows
 from tdgeom.measures.significance.document_null import FEWEST
 from tdgeom.measures.significance.documents import document_shuffles, rows_alike, sequence_of
-from tdgeom.measures.similarity.pair_sources import MATCHED_ROWS
+from tdgeom.measures.similarity.pair_sources import MATCHED_ROWS, of_matched_rows
 from tdgeom.numerics.centring import check_matched, warn_undefined
 
 __all__ = [
@@ -212,7 +212,7 @@ class Calibrated(PairStage):
         in_keys: Keys = None,
         out_keys: Keys = None,
     ) -> None:
-        if not isinstance(stage, PairStage) or set(stage.in_roles) != set(MATCHED_ROWS):
+        if not isinstance(stage, PairStage) or not of_matched_rows(stage):
             reads = f" reading {stage.in_keys}" if isinstance(stage, PairStage) else ""
             raise TypeError(
                 f"Calibrated takes a pair stage on matched rows, ('sample', 'a') and ('sample', 'b'), such as tg.LinearCKA() or "
@@ -234,7 +234,9 @@ class Calibrated(PairStage):
             *(["_draws"] if keep_draws else []),
         ]
         writes: list[Key] = [(*key[:-1], key[-1] + ending) for key in measured for ending in endings]
-        reads_all: dict[Key, str | None] = dict(zip(stage.in_roles, stage.shapes))
+        reads_all: dict[Key, str | None] = {
+            role: shape for role, shape in zip(stage.in_roles, stage.shapes) if role in MATCHED_ROWS
+        }
         ids: dict[Key, str | None] = {"sample_row_id": "N", ("sample_carried", "document_id"): "N"}
         super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads_all | ids, writes=writes)
         self.stage = stage

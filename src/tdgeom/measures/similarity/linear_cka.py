@@ -12,8 +12,9 @@ from tdgeom.measures.similarity.enough_rows import tell_few_for_bias
 from tdgeom.measures.similarity.hsic import alignment, hsic1
 from tdgeom.measures.similarity.pair_sources import MomentPairStage, Source, refuse_sketch
 from tdgeom.measures.similarity.projected_cka import block_squares, group_traces, ratio_over_groups
-from tdgeom.numerics.centring import centre, check_matched, finite_rows, warn_undefined
+from tdgeom.numerics.centring import centre, check_matched, finite_rows, holds, warn_undefined
 from tdgeom.numerics.forgetting import refuse_weighted
+from tdgeom.numerics.hashing import fingerprint
 from tdgeom.numerics.products import gram, in_own_precision
 
 __all__ = ["RV", "LinearCKA", "linear_cka", "linear_cka_debiased", "rv_coefficient"]
@@ -35,9 +36,10 @@ class _Side(NamedTuple):
     off: Tensor  # sum over i != j of K_ij²
 
 
-def _prepare(x: Tensor, measure: str) -> _Side:
+def _prepare(x: Tensor, measure: str, covariance: Tensor | None = None) -> _Side:
+    """A side; of the covariance of these very rows only its square sum is taken."""
     # A massive row's fourth power would round all others away in float32.
-    rows = centre(finite_rows(x, measure).double()).rows
+    rows, scale = centre(finite_rows(x, measure).double())
     norm2 = torch.linalg.vector_norm(rows, dim=-1).square()
     if rows.shape[-2] < rows.shape[-1]:
         # The diagonal is the largest part of K when N < D: left out here, never subtracted later.
@@ -46,7 +48,11 @@ def _prepare(x: Tensor, measure: str) -> _Side:
         return _Side(rows, off, norm2, off.sum(-1), _square_sum(off))
     # -norm2 but for what rounding left of the rows' mean
     sums = (rows @ rows.sum(-2).unsqueeze(-1)).squeeze(-1) - norm2
-    return _Side(rows, None, norm2, sums, _square_sum(gram(rows)) - norm2.square().sum(-1))
+    if covariance is None:
+        square = _square_sum(gram(rows))
+    else:
+        square = _square_sum(covariance.double() * ((rows.shape[-2] - 1) / scale.square())[..., None, None])
+    return _Side(rows, None, norm2, sums, square - norm2.square().sum(-1))
 
 
 def _square_sum(matrix: Tensor) -> Tensor:
@@ -157,7 +163,8 @@ class LinearCKA(MomentPairStage):
     Args:
         estimator: ``"biased"`` writes ``linear_cka``, and warns where rows are fewer than four for each feature; ``"debiased"``
             writes ``linear_cka_debiased``, ``"both"`` both.
-        source: ``"sample"`` reads matched rows, (N, D) and (N, E). ``"moments"`` reads the leaves of
+        source: ``"sample"`` reads matched rows, (N, D) and (N, E), and where present what ``SampleSpectrum`` wrote of these
+            very rows. ``"moments"`` reads the leaves of
             ``StreamingCrossMoments``, so that the value is exact over all rows of the run; per side
             ``count``, ``covariance``, ``norm4``, then the pair's ``cross_covariance`` and
             ``norm2_product``. ``"sketch"`` reads the same leaves of ``StreamingCrossMoments(..., sketch=)``
@@ -171,6 +178,7 @@ class LinearCKA(MomentPairStage):
     """
 
     sources = ("sample", "moments", "sketch")
+    sample_leaves = {"sample_covariance": "C C", "sample_fingerprint": ""}
     optional = frozenset({"relative_error", "effective_sample_size"})
 
     def __init__(
@@ -192,10 +200,10 @@ class LinearCKA(MomentPairStage):
         self.pair_leaves = {"cross_covariance": "D E", "norm2_product": table}
         super().__init__(source=source, in_keys=in_keys, out_keys=out_keys)
 
-    def prepare(self, *inputs: Tensor) -> Any:
+    def prepare(self, *inputs: Any) -> Any:
         """Centre, scale and the site's own product: once per site."""
         if self.source == "sample":
-            return _prepare(inputs[0], "LinearCKA")
+            return _prepare(inputs[0], "LinearCKA", _of_these_rows(*inputs))
         n, covariance, norm4 = (value.to(torch.float64) for value in inputs)
         if self.source == "moments":
             refuse_sketch("LinearCKA", n, None, covariance, norm4)
@@ -242,6 +250,15 @@ class LinearCKA(MomentPairStage):
         for name, (value, *_) in zip(self.estimates, found):
             warn_undefined(value, name, _REASON if name == "linear_cka" else _REASON_DEBIASED)
         return [value for values in found for value in values]
+
+
+def _of_these_rows(
+    sample: Tensor, covariance: Tensor | None = None, of: Tensor | None = None
+) -> Tensor | None:
+    """The covariance, where its fingerprint is the sample's."""
+    if covariance is None or of is None or of.shape != sample.shape[:-2]:
+        return None
+    return covariance if holds((of == fingerprint(sample)).all()) else None
 
 
 def _moved(a: _Moments, b: _Moments, cross: Tensor, norm2_product: Tensor) -> Tensor:

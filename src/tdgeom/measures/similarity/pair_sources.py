@@ -13,12 +13,18 @@ from tdgeom.core.pair_stage import PairStage
 from tdgeom.core.warnings import UnresolvedMeasureWarning, tell
 from tdgeom.numerics.centring import occurs
 
-__all__ = ["MATCHED_ROWS", "MomentPairStage", "Source", "refuse_sketch"]
+__all__ = ["MATCHED_ROWS", "MomentPairStage", "Source", "of_matched_rows", "refuse_sketch"]
 
 FINE = 1e-10  # of a relative error, above which products were float32
 Source = Literal["sample", "moments", "sketch"]
 
 MATCHED_ROWS: dict[Key, str] = {("sample", "a"): "N D", ("sample", "b"): "N E"}
+
+
+def of_matched_rows(stage: PairStage) -> bool:
+    """Whether matched rows are all that a stage needs."""
+    needed = {role for role, key in zip(stage.in_roles, stage.in_keys) if key not in stage.optional_in_keys}
+    return needed == set(MATCHED_ROWS)
 
 
 def refuse_sketch(
@@ -47,6 +53,7 @@ class MomentPairStage(PairStage):
 
     Class attributes:
         sources: those that ``source=`` may name. measures: the names of what is written under "between".
+        sample_leaves: what is known of a site's sample may be read too: roots of keys, and the shape on side a, of C features.
         side_leaves, pair_leaves: what is read with any source but "sample", and its shape on side a. ``norm4`` tells moments
             from a sketch of them, where it is there.
     """
@@ -55,6 +62,7 @@ class MomentPairStage(PairStage):
 
     sources: Sequence[Source] = ("sample", "moments")
     measures: Sequence[str] = ()
+    sample_leaves: Mapping[str, str] = {}
     side_leaves: Mapping[str, str] = {"count": "", "mean": "D_mean", "covariance": "D D"}
     pair_leaves: Mapping[str, str] = {"cross_covariance": "D E"}
 
@@ -62,7 +70,12 @@ class MomentPairStage(PairStage):
         if source not in self.sources:
             raise ValueError(f"{type(self).__name__}: source is one of {list(self.sources)}, got {source!r}.")
         self.source = source
-        reads = dict(MATCHED_ROWS)
+        known = {
+            (leaf, side): shape.replace("C", letter)
+            for side, letter in (("a", "C"), ("b", "G"))
+            for leaf, shape in self.sample_leaves.items()
+        }
+        reads: dict[Key, str] = dict(MATCHED_ROWS) | known
         if source != "sample":
             reads = {
                 ("cross_moments", side, leaf): shape.replace("D", letter)
@@ -77,7 +90,8 @@ class MomentPairStage(PairStage):
                 reads[("cross_moments", "relative_error")] = ""
                 reads[("cross_moments", "effective_sample_size")] = ""
         writes: list[Key] = [("between", name) for name in self.measures]
-        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=writes)
+        free = [key for key in reads if key in known or key[-1] in self.optional]
+        super().__init__(in_keys=in_keys, out_keys=out_keys, reads=reads, writes=writes, optional=free)
 
     def tell_unresolved(self, names: str, moved: Tensor, relative_error: Tensor | None) -> None:
         """One warning where float32 products, off by ``relative_error``, may have moved a measure by 1e-4.

@@ -85,7 +85,7 @@ def linear_cka_without(
         return None
     for side in (a, b):
         if "plain" not in side.held:
-            side.held["plain"] = stage.prepare(side.inputs[0])
+            side.held["plain"] = stage.prepare(*side.inputs)
     whole = stage.compare(a.held["plain"], b.held["plain"])
     x, y = _prepared(a, group, groups), _prepared(b, group, groups)
     if x.rows.dtype != y.rows.dtype:
