@@ -20,9 +20,8 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 import models
 import tdgeom as tg
 from tdgeom.core.streaming_stage import StreamingStage
-from tdgeom.files.shard_writing import write_shard
 from tdgeom.files.shards import Shard
-from tdgeom.run import checkpoint
+from tdgeom.run.sealed_records import write_record
 
 
 def loader(batches: int = 12) -> list[dict[str, torch.Tensor]]:
@@ -341,8 +340,7 @@ def test_rows_that_do_not_fit_are_refused_even_under_a_fitting_hash(tmp_path) ->
         ({name: value for name, value in held.items() if name != "rows/row_id"}, record), (held, longer),
     ]  # fmt: skip
     for tensors, told in changes:
-        text = json.dumps({**told, "sha256": checkpoint._sha256(tensors, told)}).encode()
-        write_shard(path, {**tensors, "record": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
+        write_record(path, tensors, told)
         with pytest.raises(
             ValueError,
             match=r"should hold \d rows of \['row_id', 'tokens'\], it holds .*Remove it to start anew",
@@ -357,8 +355,6 @@ def test_what_cannot_be_resumed_says_so(tmp_path) -> None:
         tg.run(few(), loader(), checkpoint=tmp_path / "no" / "state")
     with pytest.raises(ValueError, match=r"is a folder: name a file .* such as .*state"):
         tg.run(few(), loader(), checkpoint=tmp_path)
-    with pytest.raises(ValueError, match="for one process"):
-        tg.run(few(), loader(), checkpoint=tmp_path / "state", sharded=True)
 
 
 PROGRAM = """
@@ -406,3 +402,51 @@ def test_killed_at_random_moments(tmp_path) -> None:
     result = json.loads(last.communicate(timeout=120)[0].splitlines()[-1])
     assert kept > 0 and last.returncode == 0 and not path.exists()
     assert result[0] == pytest.approx(expected[0], rel=1e-12) and result[1:] == expected[1:]
+
+
+@pytest.mark.parametrize("shard", [(1, 3), (3, 3)])
+def test_a_job_of_its_own_goes_on_with_its_part(tmp_path, shard) -> None:
+    expected = tg.run(few(), loader(), shard=shard)
+    for count in (1, 5, 8, 11):
+        options = {"shard": shard, "checkpoint": tmp_path / f"{count}.state", "every": 1}
+        with pytest.raises(Interrupted):
+            tg.run(few(), until(loader(), count), **options)
+        same(tg.run(few(), loader(), **options), expected)
+    with pytest.raises(Interrupted):
+        tg.run(few(), until(loader(), 8), **options)
+    with pytest.raises(ValueError, match=r"another run: settings.shard\[0\] is \d there and 1 here"):
+        tg.run(few(), loader(), **{**options, "shard": (2, 3)})
+
+
+def test_states_of_jobs_that_were_interrupted_add_up(tmp_path) -> None:
+    expected = tg.run(few(), loader())
+    files = []
+    for part in (1, 2):
+        files.append(tmp_path / f"part-{part}")
+        options = {
+            "shard": (part, 2),
+            "state": files[-1],
+            "checkpoint": tmp_path / f"{part}.state",
+            "every": 2,
+        }
+        with pytest.raises(Interrupted):
+            tg.run(few(), until(loader(), 9), **options)
+        tg.run(few(), loader(), **options)
+    merged = tg.merge_states(files, few())
+    for key in expected.keys(True, True):
+        if isinstance(expected[key], torch.Tensor) and key[0] != "run":
+            torch.testing.assert_close(merged[key], expected[key], rtol=1e-9, atol=1e-12)
+    with pytest.raises(Interrupted):
+        tg.run(few(), until(loader(), 9), state=tmp_path / "again", checkpoint=tmp_path / "a.state", every=2)
+    tg.run(few(), loader(), state=tmp_path / "again", checkpoint=tmp_path / "a.state", every=2)
+    tg.run(few(), loader()[:3], state=tmp_path / "first batches")
+    with pytest.raises(ValueError, match="sequences in common"):  # those before the interruption count too
+        tg.merge_states([tmp_path / "again", tmp_path / "first batches"], few())
+
+
+def test_another_order_behind_the_first_batch_is_refused(tmp_path) -> None:
+    path, data = tmp_path / "state", loader()
+    half_done(path)
+    with pytest.raises(ValueError, match="has seen 4 batches, but the loader now gives others among them"):
+        tg.run(few(), [data[0], data[2], data[1], *data[3:]], checkpoint=path, every=2)
+    same(tg.run(few(), data, checkpoint=path, every=2), tg.run(few(), data))

@@ -18,6 +18,7 @@ from itertools import count
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ class RankFailed(RuntimeError):
         self.rank = rank
 
 
-_NUMBER = count()
+_NUMBERS: WeakKeyDictionary[Any, Iterator[int]] = WeakKeyDictionary()  # of the works of each process group
 _current: _Watch | None = None
 
 
@@ -152,7 +153,10 @@ def _store() -> Any:
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return None
     store: Any = dist.distributed_c10d._get_default_store()
-    return None if store is None else dist.PrefixStore(f"tdgeom/{next(_NUMBER)}", store.clone())
+    if store is None:
+        return None
+    number = next(_NUMBERS.setdefault(dist.distributed_c10d._get_default_group(), count()))
+    return dist.PrefixStore(f"tdgeom/{number}", store.clone())
 
 
 class _Watch:

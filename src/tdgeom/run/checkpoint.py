@@ -1,17 +1,18 @@
-"""Checkpoints of a run: streaming state and the place in the loader, in one file that is written whole or not at all.
+"""Checkpoints of a run: streaming state and the place in the loader, in files that are written whole or not at all.
 
-The file is in the safetensors format: tensors and one JSON record, read by a parser that checks everything and runs
-nothing. A run started again with the same call goes on where the file stands.
+One process keeps one file. Of several ranks each writes its state into a file of its own, under a new number; then rank 0 writes
+the file that was named, which holds its own state and names those of the others: only what that file names counts. However
+many ranks go on, each takes up some of the states, and the sum is the same.
 """
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +20,48 @@ import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Key, key_tuple
+from tdgeom.core.process_groups import from_first_rank, gather_texts, rank_and_world
 from tdgeom.core.renamed import stage_of
 from tdgeom.core.stage_settings import differences
 from tdgeom.core.streaming_stage import StreamingStage, tensor_text, text_tensor
 from tdgeom.core.words import Words
 from tdgeom.files.errors import StoreError
-from tdgeom.files.json_text import canonical_json, plain, read_json
-from tdgeom.files.shard_writing import bytes_of, write_shard
+from tdgeom.files.json_text import plain
 from tdgeom.files.shards import Shard
 from tdgeom.run.batch_stages import selections
 from tdgeom.run.identity import pipeline_identity
 from tdgeom.run.plan import Plan
+from tdgeom.run.sealed_records import read_record, write_record
 
-__all__ = ["STOPPED", "Checkpoint", "checkpoints_kept", "read_record", "sealed"]
+__all__ = ["STOPPED", "Checkpoint", "Kept", "checkpoints_kept"]
 
-FORMAT = 1
-RECORD = "record"
+FORMAT = 2
 STOPPED = ("end of data", "max_rows")  # why a stream ended
-_LARGEST_RECORD = 16 * 2**20
 _WAITING: ContextVar[list[Path] | None] = ContextVar("checkpoints of ended runs", default=None)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a checkpoint holds for one rank.
+
+    ``whole``: what holds for all ranks; ``first``: the place of the rank 0 of then; ``places``: those of the states that this
+    rank takes up, one of each rank of then where there are as many; ``rows``: the rows of each that no stage has had; ``beside``:
+    by name, further tensors of each; ``shared``: further tensors that all ranks get.
+    """
+
+    whole: Mapping[str, Any]
+    first: Mapping[str, Any]
+    places: Sequence[Mapping[str, Any]]
+    rows: Sequence[dict[Key, Any]]
+    beside: Sequence[Mapping[str, Tensor]]
+    shared: Mapping[str, Tensor]
 
 
 class Checkpoint:
     """Where a run keeps its state, and what the state must fit.
 
     Args:
-        path: the file; its folder must exist.
+        path: the file; its folder must exist, and be one that all ranks see. Those of further ranks lie beside it.
         every: batches between two writes.
         plan: the run's stages.
         settings: the run's own settings that change a number.
@@ -70,15 +87,28 @@ class Checkpoint:
             raise ValueError(
                 f"run: checkpoint={str(path)!r} is a folder: name a file to keep the state in, such as {self.path / 'state'}."
             )
+        self.rank, self.world = rank_and_world()
+        self.plan, self.settings = plan, settings
         self.stages = [stage_of(unit) for unit in plan.stream]
         self.selects = selections(plan)
         self.row_keys = {"/".join(key_tuple(key)): key for key in (*plan.stream_keys, "row_id")}
         self.optional = {"/".join(key_tuple(key)) for key in plan.optional_stream_keys}
-        self.fits = {"format": FORMAT, "settings": plain(dict(settings)), "stages": pipeline_identity(plan)}
+        self.fits: dict[str, Any] = {}  # known where it is read
+        self._number = 0  # of the last write
+        self._others: list[Path] = []  # the files of other ranks that the file names
 
-    def save(self, rows: Mapping[Key, Tensor | Words], place: Mapping[str, Any]) -> None:
-        """Write the state of all stages, the rows not yet handed to them, and the place in the loader."""
-        tensors: dict[str, Tensor] = {}
+    # ------------------------------------------------------------------------------------------------ writing
+
+    def save(
+        self,
+        rows: Mapping[Key, Tensor | Words],
+        place: Mapping[str, Any],
+        whole: Mapping[str, Any],
+        beside: Mapping[str, Tensor],
+        shared: Mapping[str, Tensor],
+    ) -> None:
+        """Write the state of all stages, the rows not yet handed to them, and the place in the loader. Collective."""
+        tensors: dict[str, Tensor] = {f"beside/{name}": value for name, value in beside.items()}
         for key, value in rows.items():
             name = "/".join(key_tuple(key))
             if isinstance(value, Words):
@@ -90,67 +120,135 @@ class Checkpoint:
             tensors |= {f"stage/{number}/{name}": value for name, value in stage.state().items()}
         for number, select in enumerate(self.selects):
             tensors[f"select/{number}"] = select.sequences
-        record = {**self.fits, "place": plain(dict(place))}
-        tensors[RECORD] = sealed(tensors, record)
+        self._number += 1
+        record = {"format": FORMAT, "number": self._number, "rank": self.rank, "place": plain(dict(place))}
+        told = ["", ""]
+        if self.rank:
+            path = self.path.with_name(f"{self.path.name}.{self._number}.rank-{self.rank}")
+            told = [path.name, self._write(path, tensors, record)]
+        others = [json.loads(text) for text in gather_texts(json.dumps(told))][1:] if self.world > 1 else []
+        if self.rank == 0:
+            self._refuse_unseen(others)
+            tensors |= {f"shared/{name}": value for name, value in shared.items()}
+            self._write(
+                self.path, tensors, {**record, **self.fits, "whole": plain(dict(whole)), "others": others}
+            )
+            for path in self._others:
+                path.unlink(missing_ok=True)
+        self._others = [self.path.with_name(name) for name, _ in others]
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:
         try:
-            write_shard(self.path, tensors)
+            return write_record(path, tensors, record)
         except StoreError as error:
             raise OSError(f"run could not write its checkpoint: {error}") from error
 
-    def load(self, device: torch.device | None) -> tuple[dict[Key, Any], dict[str, Any]] | None:
-        """Put the stages where the file says; (rows not yet handed on, the place). None where there is no file.
+    def _refuse_unseen(self, others: Sequence[Sequence[str]]) -> None:
+        unseen = [name for name, _ in others if not self.path.with_name(name).is_file()]
+        if unseen:
+            raise ValueError(
+                f"run: checkpoint={str(self.path)!r}: the other ranks have written {unseen[:4]} into their folder of that name, "
+                f"and rank 0 does not see them in its own. Take a folder on a file system that all ranks share."
+            )
+
+    # ------------------------------------------------------------------------------------------------ reading
+
+    def load(self, device: torch.device | None) -> Kept | None:
+        """Put the stages where the files say; the rest of what they hold. None where there is no file. Collective.
 
         Raises:
             ValueError: a damaged file, or one of another pipeline, other settings or another format: what differs is shown.
         """
-        self._remove_drafts()
-        if not self.path.exists():
+        # on all ranks, before one of them reads: collective where they hold parts of one model
+        self.fits = {
+            "format": FORMAT,
+            "settings": plain(dict(self.settings)),
+            "stages": pipeline_identity(self.plan),
+        }
+        record, held = self._read(self.path) if self.rank == 0 and self.path.exists() else ({}, {})
+        told = None
+        if record:
+            shared = {
+                name.partition("/")[2]: held.pop(name) for name in list(held) if name.startswith("shared/")
+            }
+            told = [record["number"], record["whole"], record["place"], record["others"], shared]
+        if self.rank == 0:
+            self._remove_left_over([name for name, _ in record.get("others", ())])
+        told = from_first_rank(told)
+        if told is None:
             return None
+        self._number, whole, first, others, shared = told
+        self._others = [self.path.with_name(name) for name, _ in others]
+        every = [(self.path, record.get("sha256")), *((self.path.with_name(n), seal) for n, seal in others)]
+        places: list[Mapping[str, Any]] = []
+        rows, beside = [], []
+        for path, seal in every[self.rank :: self.world]:
+            if path != self.path:
+                record, held = self._read(path, seal)
+            rows.append(self._taken_up(path, record["place"], held, device))
+            beside.append(
+                {name.partition("/")[2]: value for name, value in held.items() if name.startswith("beside/")}
+            )
+            places.append(record["place"])
+            del held
+        for stage in self.stages:
+            stage.go_on()
+        return Kept(whole, first, places, rows, beside, shared)
+
+    def _read(self, path: Path, seal: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The record and the tensors of the file that was named, or (``seal``) of another rank's that it names."""
         try:
-            record, held = read_record(Shard(self.path), self._refuse_other)
+            record, held = read_record(Shard(path), self._refuse_other if seal is None else None)
+            if seal is not None and (record["sha256"] != seal or not _is_place(record.get("place"))):
+                raise StoreError(f"it is not the one that {self.path.name} names.")
         except StoreError as error:
             raise ValueError(
-                f"the checkpoint {self.path} cannot be read: {error} Remove it to start anew."
+                f"the checkpoint {path} cannot be read: {error} Remove {'it' if seal is None else self.path} to start anew."
             ) from error
+        return record, held
+
+    def _taken_up(
+        self, path: Path, place: Mapping[str, Any], held: dict[str, Tensor], device: torch.device | None
+    ) -> dict[Key, Any]:
+        """The state of one rank of then, added to what the stages hold; its rows, which no stage has had."""
         for number, stage in enumerate(self.stages):
-            self._put(stage, {n: held.pop(f"stage/{number}/{n}", None) for n in stage.state()}, device)
-            stage.go_on()
+            state = {name: held.pop(f"stage/{number}/{name}", None) for name in stage.state()}
+            self._add(path, stage, state, device)
         for number, select in enumerate(self.selects):
             select.sequences.copy_(held.pop(f"select/{number}", torch.zeros((), dtype=torch.int64)))
         rows: dict[str, Any] = {}
         for name, value in held.items():
             kind, _, key = name.partition("/")
-            rows[key] = (
-                Words(json.loads(tensor_text(value) or "[]")) if kind == "words" else value.to(device=device)
-            )
-        self._refuse_other_rows(rows, sum(count for _, count in record["place"]["origin"]))
-        return {self.row_keys[name]: value for name, value in rows.items()}, record["place"]
+            if kind != "beside":
+                rows[key] = (
+                    Words(json.loads(tensor_text(value) or "[]"))
+                    if kind == "words"
+                    else value.to(device=device)
+                )
+        self._refuse_other_rows(path, rows, sum(count for _, count in place["origin"]))
+        return {self.row_keys[name]: value for name, value in rows.items()}
 
-    def remove(self) -> None:
-        """The run has ended: nothing is left to resume; inside ``checkpoints_kept`` that is so when the block ends."""
-        waiting = _WAITING.get()
-        if waiting is None:
-            self.path.unlink(missing_ok=True)
-        else:
-            waiting.append(self.path)
-
-    def _remove_drafts(self) -> None:
-        """Delete what a process left that was killed while it wrote."""
-        for path in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.draft"):
-            path.unlink(missing_ok=True)
-
-    def _put(
-        self, stage: StreamingStage, state: Mapping[str, Tensor | None], device: torch.device | None
+    def _add(
+        self,
+        path: Path,
+        stage: StreamingStage,
+        state: Mapping[str, Tensor | None],
+        device: torch.device | None,
     ) -> None:
+        given: dict[str, Tensor] = {}
         for name, value in state.items():
             if value is None:
                 raise ValueError(
-                    f"the checkpoint {self.path} holds no fitting {name!r} for {type(stage).__name__}: it was changed. Remove it "
+                    f"the checkpoint {path} holds no fitting {name!r} for {type(stage).__name__}: it was changed. Remove it "
                     f"to start anew."
                 )
-            stage.set_state({name: value.to(device=device)})
+            given[name] = value.to(device=device)
+        if stage.is_empty:
+            stage.set_state(given)
+        else:
+            stage.merge_(stage.with_state(given))
 
-    def _refuse_other_rows(self, rows: Mapping[str, Any], count: int) -> None:
+    def _refuse_other_rows(self, path: Path, rows: Mapping[str, Any], count: int) -> None:
         """Held rows are those of every key (optional ones may be absent), as many as the place says; none where it says none."""
         wanted = set(self.row_keys) if count else set()
         if not wanted - self.optional <= set(rows) <= wanted or any(
@@ -158,7 +256,7 @@ class Checkpoint:
         ):
             found = {name: tuple(value.shape) for name, value in rows.items()}
             raise ValueError(
-                f"the checkpoint {self.path} should hold {count} rows of {sorted(wanted)}, it holds {found}: it was changed. "
+                f"the checkpoint {path} should hold {count} rows of {sorted(wanted)}, it holds {found}: it was changed. "
                 f"Remove it to start anew."
             )
 
@@ -176,31 +274,29 @@ class Checkpoint:
                 f"the checkpoint {self.path} belongs to another run: {'; '.join(differing[:4])}"
                 f"{' ...' if len(differing) > 4 else ''}. Call run as before, or remove the file to start anew."
             )
+        if not _is_whole(record):
+            raise ValueError(f"{self.path} is no checkpoint of tdgeom: it has no record of a run.")
 
+    # ------------------------------------------------------------------------------------------------ removing
 
-def sealed(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Tensor:
-    """A record with the SHA-256 of itself and the tensors beside it, as bytes."""
-    text = json.dumps({**record, "sha256": _sha256(tensors, record)}, allow_nan=False).encode()
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    def remove(self) -> None:
+        """The run has ended: nothing is left to resume; inside ``checkpoints_kept`` that is so when the block ends."""
+        if self.rank:  # rank 0 alone has the results
+            return
+        waiting = _WAITING.get()
+        paths = [self.path, *self._others]  # the one that names the others first
+        if waiting is None:
+            _unlink(paths)
+        else:
+            waiting += paths
 
-
-def read_record(
-    file: Shard, check: Callable[[Any], None] | None = None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A file's record and its other tensors, as they were written; ``check`` sees the record before anything else is read.
-
-    Raises:
-        StoreError: a damaged or changed file.
-    """
-    record = read_json(
-        bytes(file.whole(RECORD).view(torch.uint8).numpy()), f"the record of {file.path}", _LARGEST_RECORD
-    )
-    if check is not None:
-        check(record)
-    held = {name: file.whole(name) for name in file.tensors if name != RECORD}
-    if not isinstance(record, dict) or record.pop("sha256", None) != _sha256(held, record):
-        raise StoreError("its SHA-256 is not the one that was written: it was damaged or changed.")
-    return record, held
+    def _remove_left_over(self, named: Sequence[str]) -> None:
+        """Delete what processes left that were killed while they wrote, or before what they wrote was named."""
+        own = re.escape(self.path.name)
+        left_over = re.compile(rf"{own}\.\d+\.rank-\d+|\.{own}(\.\d+\.rank-\d+)?\.\d+\.draft")
+        for path in self.path.parent.iterdir():
+            if left_over.fullmatch(path.name) and path.name not in named:
+                path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -215,6 +311,10 @@ def checkpoints_kept() -> Iterator[None]:
         yield
     finally:
         _WAITING.reset(token)
+    _unlink(paths)
+
+
+def _unlink(paths: Sequence[Path]) -> None:
     for path in paths:
         path.unlink(missing_ok=True)
 
@@ -228,21 +328,36 @@ def _is_place(place: Any) -> bool:
         return False
     if not all(isinstance(one, list) and len(one) == 2 for one in origin):
         return False
-    naturals = [place.get(name) for name in ("batches", "claimed", "sequences")]
-    naturals += [*counts.values(), *(number for pair in origin for number in pair)]
+    numbers = [place.get(name) for name in ("batches", "numbered", "sequences")]
+    numbers += [*counts.values(), *(number for pair in origin for number in pair)]
     return (
-        all(type(one) is int and 0 <= one < 2**62 for one in naturals)
+        all(map(_is_natural, numbers))
         and all(isinstance(one, float | int) for one in seconds.values())
-        and isinstance(place.get("first_batch"), str)
-        and place.get("stopped", "") in (None, "", *STOPPED)
+        and all(isinstance(place.get(name), str) for name in ("first_batch", "data"))
     )
 
 
-def _sha256(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:
-    """SHA-256 over the record and every tensor: a flipped bit would else become a wrong number."""
-    digest = hashlib.sha256(canonical_json(record).encode())
-    for name in sorted(tensors):
-        value = tensors[name]
-        digest.update(canonical_json([name, list(value.shape), str(value.dtype)]).encode())
-        digest.update(bytes_of(value))
-    return digest.hexdigest()
+def _is_whole(record: Mapping[str, Any]) -> bool:
+    """Whether a record says of all ranks what ``run`` writes of them."""
+    whole, others = record.get("whole"), record.get("others")
+    if not (isinstance(whole, dict) and isinstance(others, list)):
+        return False
+    named = [
+        isinstance(one, list) and len(one) == 2 and all(isinstance(n, str) for n in one) for one in others
+    ]
+    inside = all(named) and not any("/" in name or "\\" in name for name, _ in others)
+    last = whole.get("last")
+    return (
+        inside
+        and all(
+            _is_natural(n) for n in (record.get("number"), *map(whole.get, ("claimed", "rounds", "ranks")))
+        )
+        and all(isinstance(whole.get(name), bool) for name in ("split", "ascending"))
+        and isinstance(last, list)
+        and all(one is None or type(one) is int for one in last)
+        and whole.get("stopped", "") in (None, *STOPPED)
+    )
+
+
+def _is_natural(number: Any) -> bool:
+    return type(number) is int and 0 <= number < 2**62

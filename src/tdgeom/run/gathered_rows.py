@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,11 +55,6 @@ class GatheredRows:
     def held(self) -> tuple[dict[Key, Any], list[tuple[int, int]]]:
         """The rows not yet handed on, and how many came from which batch."""
         return {key: block[: self._held] for key, block in self._block.items()}, list(self._origin)
-
-    def restore(self, rows: Mapping[Key, Any], origin: Sequence[tuple[int, int]]) -> None:
-        """Hold these rows, as ``held`` gave them."""
-        self._origin = [(batch, count) for batch, count in origin]
-        self._copy(rows, sum(count for _, count in self._origin))
 
     def _copy(self, rows: Mapping[Key, Any], count: int) -> None:
         if self._held and rows.keys() != self._block.keys():

@@ -37,6 +37,7 @@ from tdgeom.run.gathered_rows import BLOCK_ROWS, GatheredRows
 from tdgeom.run.identity import pipeline_identity, tensors_sha256
 from tdgeom.run.own_rows import OwnRows, Units, first_of_each
 from tdgeom.run.plan import Plan
+from tdgeom.run.resuming import Resuming
 from tdgeom.run.shares import Shares
 from tdgeom.run.state_file import SequencesMet
 
@@ -95,11 +96,9 @@ class OnePass:
         )
         self.seconds = dict.fromkeys(("load", "batch", "stream", "finish"), 0.0)
         self.stopped = "end of data"
-        self.checkpoint: Checkpoint | None = None
-        self.skipped = 0  # batches of the loader that an earlier run has seen
-        self.first_batch: str | None = None
+        self.kept: Resuming | None = None  # where a checkpoint is kept
         self.data = hashlib.sha256()  # of every batch read, in order
-        self.ended = False  # an earlier run has read the whole stream
+        self.data_then: str | None = None  # the same of an earlier run that has read the whole stream
         for unit in (*plan.stream, *batch_stages.selects):
             unit.reset()
 
@@ -116,17 +115,16 @@ class OnePass:
 
     def read(self, dataloader: Iterable[Any], bar: tqdm) -> None:
         """Batches to blocks to updates, until the data or the budget ends."""
-        bar.update(self.shares.claimed)
         compare_runs(self._identity)
-        batches, given = self._divided(dataloader), 0
-        if (
-            self.ended
-        ):  # what comes after the stream is left to do; the data must be those of then all the same
-            for index, batch in islice(batches, 1):
-                given = index + 1
-                self._seen_before(self.batch_stages.td(batch), index)
-            self._refuse_shorter(given, least=1)
-            return
+        kept, given = self.kept, 0
+        if kept is not None:
+            kept.load()
+        batches, first = self._divided(dataloader)
+        if kept is not None:
+            given = kept.begin(first, batches)
+            if kept.ended:  # what comes after the stream is left to do
+                return
+        bar.update(self.shares.claimed)
         while not self.shares.spent:
             check_ranks()
             own, hashes = self._load(batches)
@@ -135,7 +133,6 @@ class OnePass:
             units = self._units(td)
             new, over = self.shares.announce(len(hashes), units.ids if self.readers.leads else [])
             if over:
-                self._refuse_shorter(given)
                 break
             self._number_together(td)
             rows = None if td is None or not self.readers.leads else self._rows_of(td, units, new)
@@ -148,8 +145,8 @@ class OnePass:
                     or self.shares.reached[self.readers.leaders[number % self.readers.count]]
                 ):
                     self.data.update(found)
-            if td is not None and not self.shares.spent:
-                self._keep_place(given)
+            if kept is not None and not self.shares.spent:
+                kept.keep(given)
         if self.shares.spent:
             self.stopped = "max_rows"
         self.flush()
@@ -160,24 +157,33 @@ class OnePass:
             split=self.division.split,
             readers=self.readers,
         )
-        if self.first_batch is not None:
-            self._write_place(given, self.stopped)
+        if kept is not None:
+            kept.end(given)
 
-    def _divided(self, dataloader: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        """The loader's batches, numbered, once all ranks have found out how the data lie with them."""
+    def _divided(self, dataloader: Iterable[Any]) -> tuple[Iterator[tuple[int, Any]], TensorDict | None]:
+        """(the loader's batches, numbered; the first), once all ranks have found out how the data lie with them.
+
+        The first is None where there is none, and where nobody compares it.
+        """
         source = dataloader if isinstance(dataloader, DataSource) else None
         found = find_split(dataloader) if self.world > 1 else None
         apart = self.world > 1 and (found is not None or bool(self.sharded))
         if source is not None:  # documents are numbered where they are read
             source.part = (self.readers.place, self.readers.count) if apart else (0, 1)
-        if self.shard is not None:
-            return self._own_shard(dataloader, source, self.shard)
-        batches = iterate(dataloader)
-        if self.world == 1 and not self.sharded:
-            return enumerate(batches)
+        numbered = (
+            enumerate(iterate(dataloader))
+            if self.shard is None
+            else self._own_shard(dataloader, source, self.shard)
+        )
+        alone = self.shard is not None or (self.world == 1 and not self.sharded)
+        if alone and self.kept is None:
+            return numbered, None
         with self.timed("load"):
-            first = list(islice(batches, 1))
-        td = self.batch_stages.td(first[0]) if first else None
+            first = list(islice(numbered, 1))
+        td = self.batch_stages.td(first[0][1]) if first else None
+        batches = chain(first, numbered)
+        if alone:
+            return batches, td
         ids = None if td is None else self.batch_stages.ids(td)[0]
         made = source is not None and source.makes_documents
         fits = found is not None and (td is None or found.fits(0, 0, batch_length(td)))
@@ -215,7 +221,7 @@ class OnePass:
             placed=divided.placed,
             always=self.readers.in_step,
         )
-        return enumerate(chain(first, batches))
+        return batches, td
 
     def _own_shard(
         self, dataloader: Iterable[Any], source: DataSource | None, shard: tuple[int, int]
@@ -229,12 +235,17 @@ class OnePass:
                 source.part = shard
             yield from enumerate(iterate(dataloader))
             return
+        seen = (
+            0 if self.kept is None else self.kept.skipped
+        )  # batches of this part, which are counted already
         for index, batch in enumerate(iterate(dataloader)):
             if index == 0:
                 self.first_hash = tensors_sha256(self.batch_stages.td(batch))
             if index % parts == part:
                 yield index, batch
-            else:  # counted, for the sequences of all jobs are numbered in one order
+            elif (
+                not seen or index > part + (seen - 1) * parts
+            ):  # the sequences of all jobs are numbered in one order
                 self.batch_stages.pass_over(batch)
 
     def _load(self, batches: Iterator[tuple[int, Any]]) -> tuple[tuple[int, TensorDict] | None, list[bytes]]:
@@ -246,10 +257,7 @@ class OnePass:
                 if index < 0:
                     break
                 td = self.batch_stages.td(batch)
-            if self._seen_before(td, index):
-                hashes.append(b"")
-                continue
-            hashes.append(self._hash(td))
+            hashes.append(self.hash(td))
             if not self.division.split:
                 self.batch_stages.number(td)
             self.spare = td.copy()
@@ -284,8 +292,10 @@ class OnePass:
         )
 
     def data_sha256(self) -> str:
-        """Of all batches read here in their order; empty where others were read elsewhere or in an earlier, interrupted run."""
-        return "" if self.skipped or self.division.split else self.data.hexdigest()
+        """Of all batches read in their order; empty where others were read elsewhere."""
+        if self.division.split:
+            return ""
+        return self.data.hexdigest() if self.data_then is None else self.data_then
 
     def flush(self) -> None:
         """The rows that fill no block to the streaming stages."""
@@ -296,12 +306,12 @@ class OnePass:
 
     def take(self, td: TensorDict, index: int) -> None:
         """One batch that nobody shares out: counted, run, and its rows handed on."""
-        self.data.update(self._hash(td))
+        self.data.update(self.hash(td))
         self.batch_stages.number(td)
         units = self._units(td)
         self._hand_on(self._rows_of(td, units, np.ones(0, dtype=bool)), units, index)
 
-    def _hash(self, td: TensorDict) -> bytes:
+    def hash(self, td: TensorDict) -> bytes:
         """Of a batch; the host reads all that it wants to know of it, and of the blocks before it, at once."""
         given = [value for value in td.values(True, True) if isinstance(value, Tensor)]
         read_together([*given, *self.finite.flags])
@@ -362,13 +372,17 @@ class OnePass:
                 self.counts[name] += count
             own = own.cut(main, allowed)
             taken = len(own.unit)
-            for ids, blocks in self.blocks.items():
-                for block, origin in blocks.add(own.rows[ids], own.rows[ids][ids].shape[0], index):
-                    self._update(ids, block, origin)
+            for ids in self.blocks:
+                self.gather(ids, own.rows[ids], own.rows[ids][ids].shape[0], index)
         if bar is not None and not bar.disable:
             bar.update(taken if self.max_rows is None else self.shares.claimed - before)
             elapsed = max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix_str(f"{self.counts['tokens'] / elapsed:,.0f} tokens/s")
+
+    def gather(self, ids: Key, rows: Mapping[Key, Any], count: int, batch: int) -> None:
+        """Rows of a batch to those that wait, and blocks that are full to the streaming stages."""
+        for block, origin in self.blocks[ids].add(rows, count, batch):
+            self._update(ids, block, origin)
 
     def _identity(self) -> dict[str, Any]:
         """What all ranks must have in common before and after the batches."""
@@ -397,75 +411,11 @@ class OnePass:
                 for unit in self.units_of[ids]:
                     unit.update(td)
 
-    # ------------------------------------------------------------------------------------------------ resuming
-
-    def resume(self, checkpoint: Checkpoint) -> None:
+    def keep_in(self, checkpoint: Checkpoint) -> None:
         """Keep this checkpoint from now on, and go on from what it holds."""
         if len(self.blocks) > 1:
             raise ValueError(
                 f"run: checkpoint= keeps the rows of one selection, got those of {list(self.blocks)}. Run one pipeline for "
                 f"each."
             )
-        if self.world > 1 or self.sharded:
-            raise ValueError(
-                f"run: checkpoint= is for one process, got {self.world} ranks{' and sharded=True' if self.sharded else ''}. Run "
-                f"each shard by itself, or leave the checkpoint out."
-            )
-        self.checkpoint = checkpoint
-        found = checkpoint.load(self.batch_stages.device)
-        if found is None:
-            return
-        rows, place = found
-        self.blocks[self.batch_stages.main].restore(rows, place["origin"])
-        self.counts.update(place["counts"])
-        self.seconds.update(place["seconds"])
-        self.shares.claimed, self.batch_stages.sequences = int(place["claimed"]), int(place["sequences"])
-        self.skipped, self.first_batch = int(place["batches"]), place["first_batch"]
-        if place.get("stopped"):
-            self.ended, self.stopped = True, place["stopped"]
-
-    def _keep_place(self, batches: int) -> None:
-        if self.checkpoint is not None and batches % self.checkpoint.every == 0:
-            self._write_place(batches)
-
-    def _write_place(self, batches: int, stopped: str | None = None) -> None:
-        """Write the checkpoint; ``stopped`` says that the stream has ended, and why."""
-        if self.checkpoint is None:
-            return
-        self.finite.settle()
-        rows, origin = self.blocks[self.batch_stages.main].held()
-        place = {
-            "batches": batches,
-            "first_batch": self.first_batch,
-            "origin": origin,
-            "counts": self.counts,
-            "seconds": self.seconds,
-            "claimed": self.shares.claimed,
-            "sequences": self.batch_stages.sequences,
-            "stopped": stopped,
-        }
-        self.checkpoint.save(rows, place)
-
-    def _seen_before(self, td: TensorDict, index: int) -> bool:
-        """Whether an earlier run has had this batch; the first must be the one that it started with."""
-        if self.checkpoint is not None and index == 0:
-            found = tensors_sha256(td)
-            if self.first_batch is not None and found != self.first_batch:
-                raise ValueError(
-                    f"run resumes from {self.checkpoint.path}, but the loader's first batch is not the one of then: its order or "
-                    f"its data changed (shuffle=True?). Give the same loader, or remove the file to start anew."
-                )
-            if self.first_batch is None:
-                self.first_batch = found
-                if any([stage.begin() for stage in self.checkpoint.stages]):
-                    self._write_place(0)  # before they have rows: what they begin is known to whoever goes on
-        if index < self.skipped:
-            self.batch_stages.seen_before(td)
-        return index < self.skipped
-
-    def _refuse_shorter(self, given: int, least: int | None = None) -> None:
-        if self.checkpoint is not None and given < (self.skipped if least is None else least):
-            raise ValueError(
-                f"run resumes from {self.checkpoint.path}, which has seen {self.skipped} batches, but the loader ended after "
-                f"{given}: it is not the one of then. Give the same loader, or remove the file to start anew."
-            )
+        self.kept = Resuming(self, checkpoint)

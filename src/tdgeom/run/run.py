@@ -86,10 +86,12 @@ def run(
         batch_size, max_length: of texts: sequences a batch (8) and the longest sequence (256, or what the model takes).
         sharded: in a process group, True says that the loader holds this rank's part of the data, False that all ranks have one
             loader, which run shares out. Default: found out, see Ranks below.
-        checkpoint: a file that keeps the state of the run. Where it exists the run goes on from it: batches already seen are
-            read from the loader, which must give the same ones in the same order, and skipped. Other stages, settings,
-            weights or another first batch are refused with the difference. Removed when the run ends. For one process.
-        every: batches between two writes of the checkpoint.
+        checkpoint: a file that keeps the state of the run, also while the end stages run. Where it exists the run goes on from
+            it: batches already seen are read from the loader, which must give the same ones in the same order, and skipped.
+            Other stages, settings, weights or batches are refused with the difference. Removed when the run ends. Ranks keep
+            theirs in files beside it, in a folder that all see; as many, more or fewer of them go on with one loader, as many
+            with the same parts of one that is split.
+        every: batches between two writes of the checkpoint, of a split loader in each part.
         shard: "3/16" (or (3, 16)): this job reads the third of sixteen parts, every sixteenth batch of a loader that all jobs
             have alike, or with ``sharded=True`` all of a loader that holds this part only. Sequences are numbered apart.
             ``max_rows`` counts the rows of this job.
@@ -145,10 +147,6 @@ def run(
             f"run: shard={shard!r} is for jobs that share nothing, and this is a group of {rank_and_world()[1]} ranks, among "
             f"which the data are shared out without it."
         )
-    if part is not None and checkpoint is not None:
-        raise ValueError(
-            "run: checkpoint= with shard= is not offered: a job's part can be run again by itself."
-        )
     loader = as_loader(
         dataloader,
         owner="run",
@@ -171,15 +169,17 @@ def run(
             "block_rows": block_rows,
             "nonfinite": nonfinite,
             "in_keys": in_keys and ["/".join(key_tuple(key)) for key in in_keys],
+            "checkpoint": None if checkpoint is None else [Path(checkpoint).name, every],
         },
         shared=sharing_of(models_of(plan)),
     )
     read = None if inputs is None else tensors_sha256(inputs)
     settings = {"max_rows": max_rows, "block_rows": block_rows, "nonfinite": nonfinite, "inputs": read}
-    if checkpoint is not None:
-        one_pass.resume(Checkpoint(checkpoint, every, plan, settings))
     if leave is not None:
         one_pass.met = SequencesMet()
+    if checkpoint is not None:
+        alone = {"shard": part, "state": leave is not None}
+        one_pass.keep_in(Checkpoint(checkpoint, every, plan, {**settings, **alone}))
     try:
         with tqdm(
             total=max_rows,
@@ -196,8 +196,8 @@ def run(
             with suppress(Exception):  # the first error is the one to report
                 stage_of(unit).release()
         raise
-    if one_pass.checkpoint is not None:
-        one_pass.checkpoint.remove()
+    if one_pass.kept is not None:
+        one_pass.kept.checkpoint.remove()
     return None if found is None else _result(found, one_pass, pipeline, keep)
 
 
@@ -217,6 +217,9 @@ def _left(one_pass: OnePass, leave: StateTo, settings: Mapping[str, Any]) -> Ten
     for unit in one_pass.plan.stream:
         unit.sync_()
     one_pass.counts = sum_over_ranks(one_pass.counts)
+    met = SequencesMet()
+    for hashes in gather_numbers([] if one_pass.met is None else one_pass.met.smallest.tolist()):
+        met.join(hashes)
     if one_pass.rank != 0:
         return None
     record = {
@@ -224,7 +227,7 @@ def _left(one_pass: OnePass, leave: StateTo, settings: Mapping[str, Any]) -> Ten
         "shard": one_pass.shard,
         "first_batch": one_pass.first_hash,
         "data_sha256": one_pass.data_sha256(),
-        "sequences": [] if one_pass.met is None else one_pass.met.smallest.tolist(),
+        "sequences": met.smallest.tolist(),
         "counts": one_pass.counts,
         "seconds": one_pass.seconds,
         "stopped": one_pass.stopped,

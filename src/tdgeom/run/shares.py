@@ -23,7 +23,8 @@ class Shares:
         always: ranks meet in every round, also where nothing is to be said: they run the model together.
 
     Attributes: ``claimed``, rows of all ranks so far, where a limit counts them; ``reached``, by rank, whether the limit left
-    room for the batch of the last round.
+    room for the batch of the last round; ``last``, the last id of each rank; ``ascending``, whether every rank's ids have been
+    so far.
     """
 
     def __init__(
@@ -42,13 +43,19 @@ class Shares:
         self.seen = SeenIds() if once else None
         self.claimed = self.repeated = 0
         self.reached = [True] * self.world
-        self._last: list[int | None] = [None] * self.world  # the last id of each rank
-        self._ascending = True  # whether every rank's ids have been so far
+        self.last: list[int | None] = [None] * self.world
+        self.ascending = True
 
     @property
     def spent(self) -> bool:
         """Whether the limit is reached."""
         return self.max_rows is not None and self.claimed >= self.max_rows
+
+    def restore(self, claimed: int, ascending: bool, last: Sequence[int | None]) -> None:
+        """Go on where an earlier run stood."""
+        self.claimed, self.ascending = claimed, ascending
+        if len(last) == self.world:
+            self.last = list(last)
 
     def announce(self, came: int, ids: Sequence[int]) -> tuple[np.ndarray, bool]:
         """(which of this rank's ids are new, whether all ranks are out of batches).
@@ -81,7 +88,7 @@ class Shares:
         every = gather_numbers([*counts, *order])
         all_counts = [one[: len(one) // 2] for one in every]
         orders = [one[len(one) // 2 :] for one in every]
-        if self.world == 1 or not (self.placed or self._ascending):
+        if self.world == 1 or not (self.placed or self.ascending):
             orders = [[rank] * len(one) for rank, one in enumerate(orders)]
         left = self.max_rows - self.claimed
         before = rows_before(all_counts, orders)
@@ -105,9 +112,9 @@ class Shares:
 
     def _ascend(self, rank: int, ids: np.ndarray) -> None:
         if len(ids):
-            before = self._last[rank]
-            self._ascending &= bool((np.diff(ids) >= 0).all()) and (before is None or before <= ids[0])
-            self._last[rank] = int(ids[-1])
+            before = self.last[rank]
+            self.ascending &= bool((np.diff(ids) >= 0).all()) and (before is None or before <= ids[0])
+            self.last[rank] = int(ids[-1])
 
 
 def differing_lengths(counts: Sequence[int]) -> str:
@@ -142,6 +149,10 @@ class SeenIds:
 
     def __init__(self) -> None:
         self._sorted: list[np.ndarray] = []  # each at least twice as long as the next
+
+    def ids(self) -> np.ndarray:
+        """All of them."""
+        return np.concatenate([np.zeros(0, dtype=np.int64), *self._sorted])
 
     def add(self, ids: np.ndarray) -> np.ndarray:
         """Take ids in; which of them were new, of several alike the first."""

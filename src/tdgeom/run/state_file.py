@@ -19,17 +19,15 @@ from tdgeom.core.renamed import describe, stage_of
 from tdgeom.core.stage_settings import differences
 from tdgeom.files.errors import StoreError
 from tdgeom.files.json_text import plain
-from tdgeom.files.shard_writing import write_shard
 from tdgeom.files.shards import Shard
 from tdgeom.numerics.hashing import hash_ids
-from tdgeom.run.checkpoint import read_record, sealed
 from tdgeom.run.identity import pipeline_identity
 from tdgeom.run.plan import Plan
+from tdgeom.run.sealed_records import read_record, write_record
 
 __all__ = ["Part", "SequencesMet", "StateTo", "added_up", "parse_shard", "read_parts", "write_part"]
 
 FORMAT = 1
-RECORD = "record"
 _MET = 2048  # sequences by whose hashes overlapping parts are found out
 _SEED = 23
 
@@ -66,8 +64,11 @@ class SequencesMet:
 
     def add(self, sequences: Tensor) -> None:
         """The sequences of a block's rows."""
-        fresh = hash_ids(torch.unique(sequences.long()), _SEED).numpy()
-        self.smallest = np.union1d(self.smallest, fresh)[:_MET]
+        self.join(hash_ids(torch.unique(sequences.long()), _SEED).numpy())
+
+    def join(self, hashes: Sequence[int] | np.ndarray) -> None:
+        """The sequences of another run, by their hashes."""
+        self.smallest = np.union1d(self.smallest, np.asarray(hashes, dtype=np.int64))[:_MET]
 
 
 def parse_shard(shard: str | Sequence[int] | None, owner: str) -> tuple[int, int] | None:
@@ -107,9 +108,8 @@ def write_part(to: StateTo, plan: Plan, record: Mapping[str, Any]) -> None:
         "beside": plain(dict(to.beside)),
         **plain(dict(record)),
     }
-    tensors[RECORD] = sealed(tensors, whole)
     try:
-        write_shard(to.path, tensors)
+        write_record(to.path, tensors, whole)
     except StoreError as error:
         raise OSError(f"run could not write its state: {error}") from error
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tdgeom.core.keys import Key, key_tuple, site_key
-from tdgeom.core.process_groups import broadcast_number, gather_states, rank_and_world
+from tdgeom.core.process_groups import broadcast_number, gather_numbers, gather_states, rank_and_world
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.core.words import Vocabulary, Words
 from tdgeom.core.wrong_objects import site_list
@@ -176,7 +176,11 @@ class StoreActivations(StreamingStage):
         return True
 
     def go_on(self) -> None:
-        """The run is this process' to write and to end."""
+        """The run is this process' to write and to end; a rank that was not there then writes the others' run."""
+        if rank_and_world()[1] > 1:
+            every = gather_numbers(self.runs.tolist())
+            if self.is_empty and any(every):
+                self.set_state({"runs": torch.tensor(sorted({run for one in every for run in one}))})
         self._goes_on = not self.is_empty
 
     def release(self) -> None:
