@@ -146,7 +146,7 @@ def projected(sites):
     return TensorDictSequential(tg.ForEach(tg.ConceptBasis(n=2), sites), tg.ForEach(tg.Project(), sites))
 
 
-def resumed(change: Callable, tmp_path: Path):
+def resumed(change: Callable, tmp_path: Path, **options):
     """A run that ended early, and another call on its checkpoint."""
     data, state = batches(6), tmp_path / "state"
 
@@ -157,7 +157,7 @@ def resumed(change: Callable, tmp_path: Path):
     with pytest.raises(ConnectionError):
         run(covariance, data=broken(), checkpoint=state, every=2)
     stages, again = change(data)
-    run(*stages, data=again, checkpoint=state, every=2)
+    run(*stages, data=again, checkpoint=state, every=2, **options)
 
 
 def float32_moments():
@@ -341,6 +341,12 @@ PROVOKED: dict[str, Callable] = {
     "run resumes from …, but the loader's first batch is not the one of then": lambda tmp_path: resumed(
         lambda data: ([covariance], data[::-1]), tmp_path
     ),
+    "run resumes from …, but the loader now gives others among them": lambda tmp_path: resumed(
+        lambda data: ([covariance], [data[0], *data[:0:-1]]), tmp_path
+    ),
+    "run resumes from …, which was reading …, and now there is …": lambda tmp_path: resumed(
+        lambda data: ([covariance], data), tmp_path, sharded=True
+    ),
     "… a launcher started … processes (WORLD_SIZE), … but there is no process group": without_a_group,
     "… few rows, …: … calls for …": lambda: tg.CCA()(sample_a=rows(6, 8), sample_b=rows(6, 8, seed=1)),
     "… is undefined, NaN: …": lambda: tg.LinearCKA()(sample_a=torch.ones(5, 3), sample_b=rows(5, 3)),
@@ -371,6 +377,7 @@ OF_RANKS = [
     "run(sharded=True): all … ranks begin with the same batch",
     "… rank … has come to …, another rank to …",
     "… is gone: …",
+    "run: checkpoint=…: the other ranks have written …, and rank 0 does not see them",
     "… is a part of the activation, another on every rank: …",
 ]
 
