@@ -65,7 +65,6 @@ class BatchStages:
         grouped = any(key_tuple(key)[-1] == "document_id" for key in plan.stream_keys)
         read = any(SAME_DOCUMENT in unit.in_keys for unit in plan.batch)
         self.same = SameDocuments() if grouped and read else None
-        self._passed = 0  # sequences of batches that an earlier, interrupted run has had
 
     def td(self, batch: Any) -> TensorDict:
         """Whatever the loader yields, as a TensorDict on the right device."""
@@ -85,14 +84,6 @@ class BatchStages:
         if self.same is not None and td.get(SAME_DOCUMENT, None) is None:
             td.set(SAME_DOCUMENT, self._documents(td, td.get("sequence_id")))
         return numbers
-
-    def seen_before(self, td: TensorDict) -> None:
-        """Note the documents of a batch that an interrupted run has had."""
-        length = batch_length(td)
-        if self.same is not None:
-            given = td.get("sequence_id", None)
-            self._documents(td, torch.arange(self._passed, self._passed + length) if given is None else given)
-            self._passed += length if given is None else 0
 
     def _documents(self, td: TensorDict, sequence: Tensor) -> Tensor:
         """Which document each of a batch's sequences is of."""

@@ -328,8 +328,7 @@ def _is_place(place: Any) -> bool:
         return False
     if not all(isinstance(one, list) and len(one) == 2 for one in origin):
         return False
-    numbers = [place.get(name) for name in ("batches", "numbered", "sequences")]
-    numbers += [*counts.values(), *(number for pair in origin for number in pair)]
+    numbers = [place.get("batches"), *counts.values(), *(number for pair in origin for number in pair)]
     return (
         all(map(_is_natural, numbers))
         and all(isinstance(one, float | int) for one in seconds.values())

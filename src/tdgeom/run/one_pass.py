@@ -235,17 +235,12 @@ class OnePass:
                 source.part = shard
             yield from enumerate(iterate(dataloader))
             return
-        seen = (
-            0 if self.kept is None else self.kept.skipped
-        )  # batches of this part, which are counted already
         for index, batch in enumerate(iterate(dataloader)):
             if index == 0:
                 self.first_hash = tensors_sha256(self.batch_stages.td(batch))
             if index % parts == part:
                 yield index, batch
-            elif (
-                not seen or index > part + (seen - 1) * parts
-            ):  # the sequences of all jobs are numbered in one order
+            else:  # counted, for the sequences of all jobs are numbered in one order
                 self.batch_stages.pass_over(batch)
 
     def _load(self, batches: Iterator[tuple[int, Any]]) -> tuple[tuple[int, TensorDict] | None, list[bytes]]:

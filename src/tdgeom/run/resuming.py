@@ -128,8 +128,6 @@ class Resuming:
             "origin": origin,
             "counts": one_pass.counts,
             "seconds": one_pass.seconds,
-            "sequences": one_pass.batch_stages.sequences,
-            "numbered": one_pass.batch_stages.batches,
         }
         shares = one_pass.shares
         whole = {
@@ -164,8 +162,6 @@ class Resuming:
                 one_pass.met.join(beside["met"].numpy())
         own = kept.places[0] if kept.places else kept.first
         one_pass.seconds.update(own["seconds"] if kept.places else {})
-        one_pass.batch_stages.sequences = int(own["sequences"])
-        one_pass.batch_stages.batches = int(own["numbered"])
         one_pass.shares.restore(whole["claimed"], whole["ascending"], whole["last"])
         if one_pass.shares.seen is not None and "seen" in kept.shared:
             one_pass.shares.seen.add(kept.shared["seen"].numpy())
@@ -208,6 +204,7 @@ class Resuming:
                     self._refuse_shorter(given)
                 td = one_pass.batch_stages.td(batch)
             one_pass.data.update(one_pass.hash(td))
+            one_pass.batch_stages.number(td)
             one_pass.spare = td.copy()
         if one_pass.data.hexdigest() != data:
             raise ValueError(
