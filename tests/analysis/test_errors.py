@@ -75,7 +75,10 @@ def test_every_measure_has_its_error_beside_it(both):
                 continue
             assert columns[columns.index(name) + 1] == f"{name}_se"
             known = table[name].notna()
-            assert (table.loc[known, f"{name}_se"] >= 0).all(), name
+            # a share of all directions, the novelty of the whole space: no document moves them, and no error is 0
+            by_definition = np.isclose(table[name], 1, atol=1e-12) | (table[name].abs() < 1e-12)
+            assert ((table[f"{name}_se"] > 0) | by_definition)[known].all(), name
+            known = known & ~by_definition
             assert (table.loc[known, f"{name}_se"] < 0.5 * (1 + table.loc[known, name].abs())).all(), name
     assert errors.metadata["settings"]["errors"] == {
         "method": "delete-a-group jackknife", "groups": 20, "by": "document",
@@ -225,7 +228,8 @@ def test_intervals_are_about_the_value_less_its_bias(both, tmp_path):
     row = table[(table["metric"] == "d_pr") & (table["site"] == "residual_input.1")].iloc[0]
     known = errors.metrics.set_index("site").loc["residual_input.1"]
     assert row["value"] == pytest.approx(known["d_pr"]) and row["se"] == pytest.approx(known["d_pr_se"])
-    reach = student.ppf(0.975, 19) * known["d_pr_se"] / (row["value"] - row["bias"])
+    error = np.hypot(known["d_pr_se"], row["bias"] / 3)  # a bias has an error too
+    reach = student.ppf(0.975, 19) * error / (row["value"] - row["bias"])
     assert row["bias"] != 0
     assert row["low"] == pytest.approx((row["value"] - row["bias"]) * np.exp(-reach))
     assert row["high"] == pytest.approx((row["value"] - row["bias"]) * np.exp(reach))
@@ -240,7 +244,9 @@ def test_intervals_are_about_the_value_less_its_bias(both, tmp_path):
     errors.save(tmp_path / "run")
     pd.testing.assert_frame_equal(tg.intervals(tmp_path / "run"), table)
     narrow = tg.intervals(errors, level=0.5)
-    assert (narrow["high"] - narrow["low"] <= table["high"] - table["low"] + 1e-12).all()
+    given = table["reason"] == ""
+    assert given.mean() > 0.8 and table["low"].notna().equals(given)
+    assert (narrow["high"] - narrow["low"] <= table["high"] - table["low"] + 1e-12)[given].all()
 
 
 def test_intervals_of_a_comparison_and_of_several_scales():

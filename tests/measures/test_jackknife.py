@@ -160,6 +160,8 @@ def test_the_stage_puts_the_value_back_and_errors_beside_it():
         float(high),
     )
     assert "numerical_rank_se" not in out["spectrum"].keys()
+    values = 3 + torch.arange(6, dtype=torch.float64) / 50  # a bias that can be taken off
+    found = F.group_jackknife(values, rows)
     td["spectrum", "d_pr"] = values
     td["spectrum", "numerical_rank"] = torch.arange(6)
     corrected = tg.Jackknife(keys, full=True, corrected=True, scale="linear")(td)

@@ -171,8 +171,8 @@ def _compared(
         missing += [f"{where} {name} {_ONLY_ONE}" for name in sorted(names[0] ^ names[1])]
         for name in (key for key in own if key in names[0] & names[1]):
             values = [float(row[name]) for row in (own, other)]
-            errors = [float(row[f"{name}_se"]) for row in (own, other)]
             held = [parts.get((where, name)) for parts in by_group]
+            errors = [_error(row[f"{name}_se"], one) for row, one in zip((own, other), held)]
             if name in ("k90", "k95", "k99"):
                 if held[0] is None or held[1] is None:  # the error is of the value between whole numbers
                     missing.append(f"{where} {name} needs the arrays of a bundle")
@@ -192,6 +192,12 @@ def _compared(
                  **_tested(name, values, errors, groups, parts if pair else None), "paired": pair}
             )  # fmt: skip
     return rows, missing
+
+
+def _error(error: Any, parts: np.ndarray | None) -> float:
+    """An error; where groups differ by rounding alone, that."""
+    unresolved = np.isnan(float(error)) and parts is not None and bool(np.isfinite(parts[1:]).all())
+    return float(np.sqrt((parts[1:] ** 2).sum())) if unresolved and parts is not None else float(error)
 
 
 def groups_of(one: AnalysisResults, parts: np.ndarray | None) -> int:

@@ -15,10 +15,13 @@ from tdgeom.analysis.beyond_errors import group_parts, groups_of
 from tdgeom.analysis.result_tables import ERROR_BIAS
 from tdgeom.analysis.results import AnalysisResults
 from tdgeom.core.guessed_names import answer_guesses
-from tdgeom.measures.jackknife import error_interval, scale_of
+from tdgeom.measures.jackknife import error_interval, scale_of, too_biased
 from tdgeom.run.to_frame import leaves
 
 __all__ = ["intervals"]
+
+_FEW = "few rows: the bias is more than a fifth of the value"
+_UNKNOWN = "no error: the groups of documents do not tell one, or differ by rounding alone"
 
 
 @answer_guesses
@@ -29,7 +32,8 @@ def intervals(results: AnalysisResults | str | Path, *, level: float = 0.95) -> 
     value less its jackknife bias: the finite number of documents makes spectra look steeper than they are, and this is most of
     what is wrong with a plain effective rank. The interval is then of the population's value. Where no bias is known (what
     nearest neighbours say; a CKA over all rows, whose error is the sample's; rows wider than their groups are held) it is about
-    the value itself and of its expectation at this many rows.
+    the value itself and of its expectation at this many rows. A bias has an error too: a third of it counts as one. Where it is
+    more than a fifth of the value the rows are too few to correct for, and there is no interval.
 
     Args:
         results: of ``analyze_model(..., errors=True)`` or ``compare(..., errors=True)``, or the folder of saved ones. A folder
@@ -38,8 +42,8 @@ def intervals(results: AnalysisResults | str | Path, *, level: float = 0.95) -> 
 
     Returns:
         Columns ``table`` ("metrics" or "pairs"), ``site``, ``metric``, ``step`` (of estimates at several scales), ``value``,
-        ``se``, ``bias`` (NaN: not known), ``low``, ``high``, ``scale``; of an untrained baseline, its rows with ``weights``.
-        k90, k95 and k99 between whole numbers.
+        ``se``, ``bias`` (NaN: not known), ``low``, ``high``, ``scale``, ``reason`` (of ends that are NaN); of an untrained
+        baseline, its rows with ``weights``. k90, k95 and k99 between whole numbers.
 
     Raises:
         ValueError: no standard errors in the results; a level that is none.
@@ -77,18 +81,18 @@ def _rows(one: AnalysisResults, level: float) -> Iterator[dict[str, Any]]:
                 value = np.atleast_1d(row[name] if held is None else held[0]).astype(float)
                 error = np.atleast_1d(row[f"{name}_se"]).astype(float)
                 bias = np.broadcast_to(biases.get((where, name), np.nan) if trained else np.nan, value.shape)
+                known = torch.from_numpy(value), torch.from_numpy(error), torch.from_numpy(bias.copy())
+                degrees = groups_of(one, None if held is None else held[1:]) - 1
                 low, high = error_interval(
-                    torch.from_numpy(value - np.nan_to_num(bias)),
-                    torch.from_numpy(error),
-                    groups_of(one, None if held is None else held[1:]) - 1,
-                    scale=scale_of(name),
-                    level=level,
+                    *known[:2], degrees, scale=scale_of(name), level=level, bias=known[2]
                 )
+                lost = too_biased(*known).tolist()
                 found = zip(value, error, bias, low.tolist(), high.tolist())
                 for step, numbers in enumerate(found):
+                    reason = _FEW if lost[step] else _UNKNOWN if np.isnan(error[step]) else ""
                     yield {"table": table, "site": where, **weights, "metric": name, "step": step,
                            **dict(zip(("value", "se", "bias", "low", "high"), map(float, numbers))),
-                           "scale": scale_of(name)}  # fmt: skip
+                           "scale": scale_of(name), "reason": reason}  # fmt: skip
 
 
 def _biases(result: TensorDictBase | None) -> dict[tuple[str, str], np.ndarray]:

@@ -98,8 +98,13 @@ def error_interval(
     *,
     scale: Scale = "linear",
     level: float = 0.95,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The interval of a value with an error, from Student's t on a scale where the value is closer to normal.
+
+    With ``bias`` it lies about the value less its bias, whose own error counts as a third of it: the variance is
+    se² + (bias/3)². A bias above a fifth of the value, and above its error, is no small correction (the rows are few for what is
+    measured) and the jackknife takes off too little: NaN.
 
     Args:
         estimate, standard_error: (...). degrees: of freedom of the error, groups - 1.
@@ -107,6 +112,7 @@ def error_interval(
             "logit" for shares between 0 and 1; "linear". The error is carried over by the scale's slope at the estimate; an
             estimate that lies outside of the scale is taken as linear.
         level: of the interval.
+        bias: (...) what the estimate is too large by, see ``group_jackknife``; NaN where it is not known: none is taken off.
 
     Returns:
         Its two ends, (...) each.
@@ -120,6 +126,10 @@ def error_interval(
     if not 0 < level < 1:
         raise ValueError(f"error_interval: level lies between 0 and 1, got {level!r}.")
     x, error = estimate.double(), standard_error.double()
+    if bias is not None:
+        off = bias.double().nan_to_num()
+        error = torch.where(too_biased(x, error, off), torch.nan, torch.hypot(error, off / 3))
+        x = x - off
     degrees = torch.as_tensor(degrees, dtype=torch.float64, device="cpu")
     quantile = torch.as_tensor(student.ppf((1 + level) / 2, degrees.clamp(min=1).numpy()), device="cpu")
     quantile = torch.where(degrees >= 1, quantile, torch.nan).to(x.device)
@@ -136,6 +146,25 @@ def error_interval(
     ends = (back(forth(safe) + sign * quantile * error * slope) for sign in (-1, 1))
     low, high = (torch.where(inside, end, other) for end, other in zip(ends, plain))
     return low, high
+
+
+def too_biased(estimate: Tensor, standard_error: Tensor, bias: Tensor) -> Tensor:
+    """Where a bias is more than a correction: above a fifth of the value, and above its error."""
+    return (bias.abs() > estimate.abs() / 5) & (bias.abs() > standard_error)
+
+
+def resolved_error(standard_error: Tensor, values: Tensor, scale: Scale) -> Tensor:
+    """The error of values (*B, G+1), NaN where it is no more than their rounding: they say nothing about a spread.
+
+    Rounding is 8 units in the last place of the value, or of 1 for what lies between -1 and 1; at least 1e-12 of it.
+
+    >>> float(resolved_error(torch.tensor(1e-17), torch.tensor([3e-16, 2e-16]).double(), "logit"))
+    nan
+    """
+    eps = torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
+    size = values[..., 0].double().abs()
+    size = size.clamp(min=1) if scale in ("fisher", "logit") else size
+    return torch.where(standard_error > size * max(8 * eps, 1e-12), standard_error, torch.nan)
 
 
 SCALES: dict[str, Scale] = {
@@ -232,7 +261,8 @@ class Jackknife(Stage):
         rows: the key of the groups' sizes: ``("replicates", "rows")`` of ``Replicates``, ``"sample_group_rows"`` of
             ``SampleGroups``.
 
-    One warning below 5 groups with rows, whose errors are hardly more than a guess; NaN below 2.
+    One warning below 5 groups with rows, whose errors are hardly more than a guess; NaN below 2, and where the replicates differ
+    by rounding alone: no error is 0.
 
         >>> import torch, tdgeom as tg
         >>> from tensordict import TensorDict
@@ -302,19 +332,20 @@ class Jackknife(Stage):
             plain.append(value[0].clone())
             if not estimate:
                 continue
+            name = str(key_tuple(key)[-1])
             found = group_jackknife(value.movedim(0, -1), rows)
             countable = not value.is_floating_point()
             nothing = torch.full_like(found.standard_error, torch.nan)
-            beside.append(nothing if countable else found.standard_error)
+            error = resolved_error(found.standard_error, value.movedim(0, -1), scale_of(name))
+            beside.append(nothing if countable else error)
             if self.parts:
                 shares.append(value_and_parts(value.movedim(0, -1), rows).movedim(-1, 0))
                 biases.append(nothing if countable else found.bias)
             if self.full:
-                name = str(key_tuple(key)[-1])
                 scale: Any = scale_of(name) if self.scale == "auto" else self.scale
-                centre = found.estimate - (found.bias if self.corrected else 0)
+                off = found.bias if self.corrected else None
                 ends = error_interval(
-                    centre, found.standard_error, found.degrees, scale=scale, level=self.level
+                    found.estimate, error, found.degrees, scale=scale, level=self.level, bias=off
                 )
                 beside += [nothing] * 3 if countable else [found.bias, *ends]
         warn_few_groups("Jackknife", rows)
@@ -333,5 +364,8 @@ def warn_few_groups(stage: str, rows: Tensor) -> None:
 
 
 def with_errors(values: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """``{name}_se`` of replicate values (G+1,) by name."""
-    return {f"{name}_se": group_jackknife(value, rows).standard_error for name, value in values.items()}
+    """``{name}_se`` of replicate values (G+1,) by name; NaN where they differ by rounding alone."""
+    return {
+        f"{name}_se": resolved_error(group_jackknife(value, rows).standard_error, value, scale_of(name))
+        for name, value in values.items()
+    }

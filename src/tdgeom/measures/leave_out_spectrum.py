@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tdgeom.core.keys import Keys
 from tdgeom.core.stage import Stage
+from tdgeom.core.warnings import UnresolvedMeasureWarning, tell
 from tdgeom.measures.eigen_spectrum import covariance_eigenvalues, eigen_spectrum
 from tdgeom.measures.jackknife import warn_few_groups
 from tdgeom.numerics.symmetric_strips import square_of, strips
@@ -58,6 +59,8 @@ class LeaveOutSpectrum(Stage):
 
     Hampel (1974) and Critchley (1985), influence in principal components analysis; Stewart and Sun (1990), Matrix perturbation
     theory.
+
+    Rows that differ by their rounding alone have no replicates: NaN, with one warning.
 
         >>> import torch, tdgeom as tg
         >>> from tensordict import TensorDict
@@ -126,6 +129,15 @@ class LeaveOutSpectrum(Stage):
         turned = leading.expand(len(weights) + 1, -1, -1).clone()
         basis = vectors.float()
         unknown = values.new_full((2, d), torch.nan)
+        if (roundings := mere_rounding(covariance, mean, sample)) is not None:
+            tell(
+                f"LeaveOutSpectrum: rows differ from their mean by {float(roundings):.2g} roundings of their type on average: "
+                f"what eigenvalues say is of rounding, and has no error (NaN). Rows that are alike have no spectrum to speak of.",
+                UnresolvedMeasureWarning,
+            )
+            replicates = torch.cat((replicates[:1], torch.full_like(replicates[1:], torch.nan)))
+            turned = torch.cat((turned[:1], torch.full_like(turned[1:], torch.nan)))
+            return [values, leading.clone(), replicates, turned, weights.clone(), basis, unknown]
         if not torch.isfinite(values).all():
             return [values, leading.clone(), replicates, turned, weights.clone(), basis, unknown]
         exact = d <= _EXACT if self.exact is None else self.exact
@@ -162,6 +174,20 @@ class LeaveOutSpectrum(Stage):
             )
         halves = _halves(rows, means - mean, spread, scatter) if held else unknown
         return [values, leading.clone(), replicates, turned, weights.clone(), basis, halves]
+
+
+def mere_rounding(covariance: Tensor, mean: Tensor, sample: Tensor | None) -> Tensor | None:
+    """The rows' spread about their mean in roundings of their type, where it is no more than 8 (in half precision 2) of them.
+
+    Rows that one model computes of one text in batches of several shapes differ by so much. None: they differ by more, or no
+    sample tells the type.
+    """
+    if sample is None or not sample.is_floating_point():
+        return None
+    unit = torch.finfo(sample.dtype).eps / 2
+    spread = (covariance.diagonal().clamp(min=0).sum() / mean.double().square().sum()).sqrt() / unit
+    most = 8.0 if sample.element_size() >= 4 else 2.0
+    return spread if bool((spread > 0) & (spread <= most)) else None
 
 
 def _used(rows: Tensor) -> list[int]:
