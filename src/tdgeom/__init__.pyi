@@ -53,6 +53,7 @@ from .model.edits.edit import Scale as Scale
 from .model.edits.attention_edits import BlockAttention as BlockAttention
 from .model.patching.activation_patching import activation_patching as activation_patching
 from .model.patching.path_patch import PathPatch as PathPatch
+from .model.patching.path_patching import path_patching as path_patching
 
 # captures kept small
 from .model.capture_spec import CaptureSpec as CaptureSpec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -34,8 +35,8 @@ THROUGH = ("residual", "mlp")
 class Held(Edit):
     """What a site held in an earlier pass, in every row that is not ``free``; ``example`` says whose row each is."""
 
-    def __init__(self, values: Tensor) -> None:
-        super().__init__()
+    def __init__(self, values: Tensor, **settings: Any) -> None:
+        super().__init__(**settings)
         self.values = values
         self.example: Tensor | None = None
         self.free: Tensor | None = None
@@ -131,10 +132,9 @@ class FrozenParts:
                 self.checked = True
         return td
 
-    def changed(self, td: TensorDictBase, site: Site, example: Tensor | None = None) -> Tensor:
-        """(n,), whether a site holds anything else at attended places of a pass than it did in the first."""
+    def changed(self, td: TensorDictBase, site: Site) -> Tensor:
+        """(B,), whether a site holds anything else at attended places of a pass of the same rows than it did in the first."""
         before, after = self.clean["acts", site], td["acts", site]
-        before = before if example is None else before[example.to(before.device)]
         different = before != after
         if after.ndim > 2 and not is_pattern(site):
             mask = attended_tokens(td.get(token_side(site) + "attention_mask", None), after)

@@ -216,7 +216,7 @@ def write_grid(
     mean = values.nanmean(-1)
     # examples without the position count neither here nor in what the effect is measured against
     known = ~values.isnan()
-    weight = known / known.sum(-1, keepdim=True).clamp(min=1)
+    weight = known.double() / known.sum(-1, keepdim=True).clamp(min=1)
     start, end = ((weight * v.detach().double().cpu()).sum(-1) for v in (base, goal))
     reach = torch.where(end == start, torch.nan, end - start)
     if bool((reach.isnan() & known.any(-1)).any()):

@@ -184,11 +184,11 @@ class PatchedPasses:
         self.blocks_skipped += len(skipped)
         late = self.early.begin_behind(skipped, example) if skipped else nullcontext()
         with torch.no_grad(), eval_mode(self.modules), late:
-            output = runs.capture.call_model(self._rows_of(example))
+            output = runs.capture.call_model(self.rows_of(example))
         places = None if self.places is None else self.places[example.to(self.places.device)]
         return runs.final_of(output, places)
 
-    def _rows_of(self, example: Tensor) -> TensorDict:
+    def rows_of(self, example: Tensor) -> TensorDict:
         """The batch with a row for each example that is asked for."""
         found: dict[Any, Any] = {}
         for key, value in self.batch.items():
