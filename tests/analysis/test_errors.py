@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 from scipy.stats import t as student
 from tensordict import TensorDict
 
 import models
 import tdgeom as tg
+from tdgeom.cli.print_results import print_results
 from tdgeom.measures.columns import of_chance
 from tdgeom.measures.jackknife import NO_ERROR
 from tdgeom.measures.registry import MEASURES, SITE_MEASURES
@@ -274,3 +277,49 @@ def test_intervals_of_a_comparison_and_of_several_scales():
     assert list(first["step"]) == list(range(len(several.metrics["gride_estimate"][0])))
     with pytest.raises(ValueError, match="no standard errors.*errors=True"):
         tg.intervals(tg.analyze_model(models.gpt2(), batches(2), metrics="spectrum", progress=False))
+
+
+def test_intervals_stand_where_errors_are_shown(both, tmp_path):
+    """In the tables, the bars of the report and of a plot, and the terminal: the same numbers everywhere."""
+    plain, errors = both
+    tidy = tg.intervals(errors).set_index(["site", "metric"])
+    whole = errors.with_intervals()
+    assert type(whole) is type(errors) and "d_pr_low" not in errors.metrics
+    columns = list(whole.metrics)
+    assert columns[columns.index("d_pr_se") + 1 :][:2] == ["d_pr_low", "d_pr_high"]
+    for _, row in whole.metrics.iterrows():
+        for end in ("low", "high"):
+            wanted = [
+                tidy.loc[(row["site"], name), end]
+                for name in ("d_pr", "effective_rank", "levina_bickel_estimate")
+            ]
+            found = [row[f"{name}_{end}"] for name in ("d_pr", "effective_rank", "levina_bickel_estimate")]
+            np.testing.assert_array_equal(found, wanted)
+    pair = whole.pairs.iloc[0]
+    assert pair["linear_cka_low"] == tidy.loc[(f"{pair['a']}->{pair['b']}", "linear_cka"), "low"]
+    pd.testing.assert_frame_equal(plain.with_intervals().metrics, plain.metrics)
+
+    page = errors.report(tmp_path / "report.html").read_text()
+    low = whole.metrics["d_pr_low"][1]
+    assert "Bars are 95 % intervals" in page and "95 % interval, from" in page and f"{low:.4g}"[:5] in page
+    assert "95 % interval" not in plain.report(tmp_path / "plain.html").read_text()
+
+    file = io.StringIO()
+    print_results(errors, Console(file=file, width=100), "d_pr", True)
+    assert (
+        f"{low:.3f} to {whole.metrics['d_pr_high'][1]:.3f}"
+        in file.getvalue().split("95 % intervals: sites")[1]
+    )
+    with pytest.raises(ValueError, match="no standard errors"):
+        print_results(plain, Console(file=io.StringIO()), "d_pr", True)
+
+
+def test_a_plot_draws_intervals_that_need_not_hold_the_value(both):
+    pytest.importorskip("matplotlib").use("Agg")
+    _, errors = both
+    whole = errors.with_intervals().metrics
+    ax = errors.plot("d_entropy", yerr="interval")
+    ends = np.concatenate([np.array(lines.get_segments())[:, :, 1] for lines in ax.collections])
+    np.testing.assert_allclose(ends, whole[["d_entropy_low", "d_entropy_high"]])
+    with pytest.raises(KeyError, match=r"no column \['d_pr_low', 'd_pr_high'\]"):
+        tg.plot.profile(errors.metrics, "d_pr", yerr="interval")

@@ -10,19 +10,16 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import t as student
-from tensordict import TensorDictBase
 
-from tdgeom.analysis.result_tables import ERROR_PARTS
+from tdgeom.analysis.group_parts import Parts, group_parts, groups_of
 from tdgeom.analysis.results import AnalysisResults
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.measures.jackknife import scale_of
 from tdgeom.measures.significance.many_tests import adjusted_p_values
-from tdgeom.run.to_frame import leaves
 
-__all__ = ["difference", "group_parts", "groups_of"]
+__all__ = ["difference"]
 
 _ONLY_ONE = "is in one of the two only"
-Parts = dict[tuple[str, str], np.ndarray]
 
 
 @answer_guesses
@@ -119,20 +116,6 @@ def _same_documents(a: AnalysisResults, b: AnalysisResults) -> bool:
     return bool(data[0]) and data[0] == data[1] and counts[0] == counts[1]
 
 
-def group_parts(result: TensorDictBase | None) -> Parts:
-    """By (site or pair, column): the value that an error is of, then what each group of documents adds to it."""
-    held = [] if result is None else [result, *(v for v in result.values() if isinstance(v, TensorDictBase))]
-    found = {}
-    for one in held:
-        for root in ERROR_PARTS:
-            branch = one.get(root, None)
-            for path, value in [] if branch is None else leaves(branch):
-                own, where, *rest = path if root == "error_parts" else (root, *path)
-                if value.ndim == 1:
-                    found[where, "_".join(rest) or own] = value.double().cpu().numpy()
-    return found
-
-
 def _keyed(one: AnalysisResults, table: str) -> Iterator[tuple[str, Any]]:
     frame = one.metrics if table == "metrics" else one.pairs
     if "weights" in frame:
@@ -198,15 +181,6 @@ def _error(error: Any, parts: np.ndarray | None) -> float:
     """An error; where groups differ by rounding alone, that."""
     unresolved = np.isnan(float(error)) and parts is not None and bool(np.isfinite(parts[1:]).all())
     return float(np.sqrt((parts[1:] ** 2).sum())) if unresolved and parts is not None else float(error)
-
-
-def groups_of(one: AnalysisResults, parts: np.ndarray | None) -> int:
-    """How many groups of documents an error is of."""
-    if parts is not None:
-        return int((parts != 0).sum()) or len(parts)
-    record = (one.metadata.get("settings") or {}).get("errors")
-    number = record.get("groups") if isinstance(record, dict) else record
-    return int(number) if isinstance(number, int) and number > 1 else 20
 
 
 def _tested(

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
-from tensordict import TensorDictBase
 
-from tdgeom.analysis.beyond_errors import group_parts, groups_of
-from tdgeom.analysis.result_tables import ERROR_BIAS
+from tdgeom.analysis.interval_rows import interval_rows
 from tdgeom.analysis.results import AnalysisResults
 from tdgeom.core.guessed_names import answer_guesses
-from tdgeom.measures.jackknife import error_interval, scale_of, too_biased
-from tdgeom.run.to_frame import leaves
 
 __all__ = ["intervals"]
-
-_FEW = "few rows: the bias is more than a fifth of the value"
-_UNKNOWN = "no error: the groups of documents do not tell one, or differ by rounding alone"
 
 
 @answer_guesses
@@ -59,50 +48,9 @@ def intervals(results: AnalysisResults | str | Path, *, level: float = 0.95) -> 
         True
     """
     one = results if isinstance(results, AnalysisResults) else AnalysisResults.load(results)
-    rows = list(_rows(one, level))
+    rows = list(interval_rows(one, level))
     if not rows:
         raise ValueError(
             "intervals: the results have no standard errors. Measure with errors=True (--errors on the command line)."
         )
-    return pd.DataFrame(rows)
-
-
-def _rows(one: AnalysisResults, level: float) -> Iterator[dict[str, Any]]:
-    parts, biases = group_parts(one.result), _biases(one.result)
-    for table in ("metrics", "pairs"):
-        frame = one.metrics if table == "metrics" else one.pairs
-        names = [name for name in map(str, frame) if f"{name}_se" in frame]
-        for row in frame.to_dict(orient="records"):
-            where = str(row["site"] if table == "metrics" else f"{row['a']}->{row['b']}")
-            trained = row.get("weights") != "untrained"
-            weights = {"weights": row["weights"]} if "weights" in row else {}
-            for name in names:
-                held = parts.get((where, name)) if trained else None
-                value = np.atleast_1d(row[name] if held is None else held[0]).astype(float)
-                error = np.atleast_1d(row[f"{name}_se"]).astype(float)
-                bias = np.broadcast_to(biases.get((where, name), np.nan) if trained else np.nan, value.shape)
-                known = torch.from_numpy(value), torch.from_numpy(error), torch.from_numpy(bias.copy())
-                degrees = groups_of(one, None if held is None else held[1:]) - 1
-                low, high = error_interval(
-                    *known[:2], degrees, scale=scale_of(name), level=level, bias=known[2]
-                )
-                lost = too_biased(*known).tolist()
-                found = zip(value, error, bias, low.tolist(), high.tolist())
-                for step, numbers in enumerate(found):
-                    reason = _FEW if lost[step] else _UNKNOWN if np.isnan(error[step]) else ""
-                    yield {"table": table, "site": where, **weights, "metric": name, "step": step,
-                           **dict(zip(("value", "se", "bias", "low", "high"), map(float, numbers))),
-                           "scale": scale_of(name), "reason": reason}  # fmt: skip
-
-
-def _biases(result: TensorDictBase | None) -> dict[tuple[str, str], np.ndarray]:
-    """By (site or pair, column): what the value is too large by."""
-    held = [] if result is None else [result, *(v for v in result.values() if isinstance(v, TensorDictBase))]
-    found = {}
-    for one in held:
-        for root in ERROR_BIAS:
-            branch = one.get(root, None)
-            for path, value in [] if branch is None else leaves(branch):
-                own, where, *rest = path if root == "error_bias" else (root, *path)
-                found[where, "_".join(rest) or own] = value.double().cpu().numpy()
-    return found
+    return pd.DataFrame(rows).drop(columns="row")

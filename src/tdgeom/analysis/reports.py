@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from tensordict import TensorDictBase, is_tensor_collection
 
+from tdgeom.analysis.interval_rows import with_intervals
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.files.atomic import explained_writing
 from tdgeom.model.sites import HEAD_KINDS
@@ -71,7 +72,7 @@ def reported(results: Any, name: str | None = None) -> ReportedRun:
             or (folder.name if folder else None)
             or label_of(results.metadata)
         )
-        tables = {**_profiles(results), **results._tables()}
+        tables = {**_profiles(results), **results._tables(), **with_intervals(results)}
         return ReportedRun(str(name or own or "results"), tables, results.eigenvalues, results.metadata)
     if isinstance(results, pd.DataFrame):
         table = _sites_and_measures(results)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from tensordict import TensorDictBase
 
+from tdgeom.analysis.interval_rows import with_intervals
 from tdgeom.analysis.packed_tensors import pack, unpack
 from tdgeom.analysis.reports import write_report
 from tdgeom.core.visible_text import visible
@@ -172,6 +173,21 @@ class AnalysisResults:
             )
         return self.artifact_dir / "plots"
 
+    def with_intervals(self, level: float = 0.95) -> AnalysisResults:
+        """The same with ``<metric>_low`` and ``<metric>_high`` behind every ``<metric>_se`` of the tables: see ``tg.intervals``.
+
+        Of estimates at several scales ``tg.intervals`` alone has them; without errors the tables are as they were.
+
+            >>> import torch, tdgeom as tg
+            >>> model, batches = torch.nn.Sequential(torch.nn.Linear(6, 6)), [{"input": torch.randn(400, 6)}]
+            >>> how = dict(sites="module_output:0", errors=True, metrics="spectrum", progress=False)
+            >>> row = tg.analyze_model(model, batches, **how).with_intervals().metrics.iloc[0]
+            >>> bool(row["d_pr_low"] < row["d_pr"] < row["d_pr_high"])
+            True
+        """
+        tables = with_intervals(self, level)
+        return replace(self, metrics=tables["metrics"], novelty=tables["novelty"])
+
     def plot(self, what: str | None = None, ax: Any = None, **style: Any) -> Any:
         """The main panels in one figure, or one picture in ``ax``.
 
@@ -179,7 +195,8 @@ class AnalysisResults:
             what: None for all; "spectrum", "ablation", "router", "intrinsic_dimension", "scale_profile", "overlap",
                 "convergence", or a measure by its column, of sites (over depth) or of pairs (over depth, or a matrix).
             ax: matplotlib axes for one picture; made if None.
-            style: passed to the function of ``tg.plot`` that draws.
+            style: passed to the function of ``tg.plot`` that draws; ``yerr="interval"`` draws intervals as bars in place of ±
+                one standard error.
 
         Returns:
             The axes (an array of them where ``what`` is None).
@@ -187,7 +204,8 @@ class AnalysisResults:
         Raises:
             KeyError: no such picture or measure here. ModuleNotFoundError: no matplotlib.
         """
-        return overview(self) if what is None else picture(self, what, ax, **style)
+        shown = self.with_intervals() if style.get("yerr") == "interval" else self
+        return overview(self) if what is None else picture(shown, what, ax, **style)
 
     def report(
         self,

@@ -13,6 +13,7 @@ from tdgeom.cli.options import (
     MAX_ROWS,
     Columns,
     Errors,
+    Intervals,
     Json,
     Layers,
     Metrics,
@@ -73,6 +74,7 @@ def analyze(
     ] = None,
     run_name: Annotated[str | None, typer.Option(help="A name to record.")] = None,
     columns: Columns = None,
+    intervals: Intervals = False,
 ) -> Any:
     """Measure a model's representations of a text: tables here, a bundle and a report in DIR."""
     from tdgeom.cli.print_results import print_results
@@ -93,7 +95,7 @@ def analyze(
             max_rows=max_rows or max_tokens or MAX_ROWS,
             metrics=listed(metrics),
             diagnostics=listed(diagnostics) if diagnostics else None,
-            errors=errors,
+            errors=errors or intervals,
             significance=significance,
             convergence=convergence,
             layers=layer_choice(layers),
@@ -113,7 +115,7 @@ def analyze(
             dataset_name=named,
             run_metadata={"batch_size": options.batch_size, "command": "tdgeom analyze"},
         )
-        options.finish(results, partial(print_results, columns=columns), save_mode)
+        options.finish(results, partial(print_results, columns=columns, intervals=intervals), save_mode)
     if state is not None and state.is_file():
         console().print(f"State of this part: {state}", soft_wrap=True, markup=False)
     return results

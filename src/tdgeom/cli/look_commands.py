@@ -12,6 +12,7 @@ import tdgeom as tg
 from tdgeom.cli.inputs import InputOptions
 from tdgeom.cli.options import (
     Columns,
+    Intervals,
     Json,
     Model,
     Remote,
@@ -31,6 +32,7 @@ __all__ = ["show", "sites"]
 def show(
     folder: Annotated[Path, typer.Argument(help="A bundle that --out named.", metavar="DIR")],
     columns: Columns = None,
+    intervals: Intervals = False,
     as_json: Json = False,
 ) -> None:
     """Print the tables of a saved analysis."""
@@ -46,10 +48,10 @@ def show(
         print(visible(f"tdgeom: warning: {' '.join(str(said).split())}"), file=sys.stderr)
     if "align" in results.metadata:
         print_comparison(results, console())
-    elif columns is None and not PROFILES.keys().isdisjoint(results.diagnostics):
+    elif columns is None and not intervals and not PROFILES.keys().isdisjoint(results.diagnostics):
         print_profiles(results, console())
     else:
-        print_results(results, console(), columns)
+        print_results(results, console(), columns, intervals)
 
 
 def sites(

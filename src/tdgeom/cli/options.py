@@ -57,6 +57,12 @@ Columns = Annotated[
         metavar="NAMES",
     ),
 ]
+Intervals = Annotated[
+    bool,
+    typer.Option(
+        "--intervals", help="The 95 % interval of every measure that has an error, in tables of their own."
+    ),
+]
 Pool = Annotated[str, typer.Option(help="mean: a row is the mean over a sequence. none: every token is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
 Remote = Annotated[

@@ -11,6 +11,7 @@ import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
+from tdgeom.analysis.intervals import intervals as interval_table
 from tdgeom.analysis.results import AnalysisResults
 from tdgeom.cli.terminal_tables import (
     bar_of,
@@ -52,11 +53,13 @@ NOTES = {
 }
 
 
-def print_results(results: AnalysisResults, console: Console, columns: str | None = None) -> None:
+def print_results(
+    results: AnalysisResults, console: Console, columns: str | None = None, intervals: bool = False
+) -> None:
     """The tables of an analysis, as wide as the console, each with a line on how to read it.
 
     ``columns``: names, comma-separated, or "all", which are broken into tables of as many as fit. Default: those that fit,
-    and the names of the others.
+    and the names of the others. ``intervals``: behind them tables of intervals, of the columns that have errors.
     """
     chosen = _chosen(results, columns or "all")
     unit, first = str(results.metadata.get("row_unit", "rows")), columns is None
@@ -71,6 +74,38 @@ def print_results(results: AnalysisResults, console: Console, columns: str | Non
             _print_ablation(console, name, table, unit)
     if router:
         _print(console, "Routers", results.router, router, unit, first)
+    if intervals:
+        _print_intervals(console, results, metrics, novelty)
+
+
+def _print_intervals(
+    console: Console, results: AnalysisResults, metrics: Sequence[str], pairs: Sequence[str]
+) -> None:
+    """Lower and upper ends, of each column its own table's rows; a note on what they are about."""
+    known = set(interval_table(results)["metric"])  # refused where there are no errors
+    whole, found = results.with_intervals(), False
+    for title, table, columns in (
+        ("95 % intervals: sites", whole.metrics, metrics),
+        ("95 % intervals: from one layer to the next", whole.novelty, pairs),
+    ):
+        own = [name for name in columns if name in known and f"{name}_low" in table]
+        if table.empty or not own:
+            continue
+        table, ends = _by_kind(table)
+        drawn = []
+        for name in own:
+            both = cells_of([*table[f"{name}_low"], *table[f"{name}_high"]], name)
+            low, high = both[: len(table)], both[len(table) :]
+            cells = ["-" if "-" in pair else " to ".join(pair) for pair in zip(low, high)]
+            drawn.append((broken(name), cells))
+        print_in_groups(console, title, _label(table), drawn, ends)
+        found = True
+    if found:
+        note = (
+            "About each value less its bias, over groups of documents; - where the bias is too large to take off or no group "
+            "tells an error."
+        )
+        console.print(Text(note, style="dim"))
 
 
 def headline(results: AnalysisResults) -> Text:

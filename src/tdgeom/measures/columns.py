@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 __all__ = [
     "BETWEEN_STEPS",
-    "ESTIMATORS", "THEMES", "Column", "accompanies", "column_of", "error_column", "fixed_ends", "is_detail", "is_error",
+    "ESTIMATORS", "THEMES", "Column", "accompanies", "column_of", "error_column", "fixed_ends", "interval_columns", "is_detail",
+    "is_error",
     "of_chance",
 ]  # fmt: skip
 
@@ -267,6 +268,16 @@ def _among(stem: str, columns: Container[str]) -> bool:
 def is_error(name: str) -> bool:
     """Whether a column is another's standard error."""
     return name.endswith(ERRORS)
+
+
+def interval_columns(name: str, columns: Container[str]) -> tuple[str, str] | None:
+    """The columns that hold the ends of the interval of ``name``, among these.
+
+    >>> interval_columns("d_pr", ["d_pr", "d_pr_low", "d_pr_high"])
+    ('d_pr_low', 'd_pr_high')
+    """
+    low, high = f"{name}_low", f"{name}_high"
+    return (low, high) if low in columns and high in columns else None
 
 
 def error_column(name: str, columns: Container[str]) -> str | None:

@@ -39,7 +39,8 @@ def profile(
         y: the column drawn.
         x: "layer", "relative_depth", or any column; text (such as "transition") is set out in the order of the table.
         yerr: a column (or values) of standard errors, drawn as bars of ± one; "auto": the column ``<y>_se`` or
-            ``<y>_standard_error`` where there is one; None: no bars.
+            ``<y>_standard_error`` where there is one; "interval": the columns ``<y>_low`` and ``<y>_high``
+            (``results.with_intervals()``), about the value less its bias; None: no bars.
         hue: a column whose values get a line each ("kind", "variant", "model_label", "estimator").
         ax: matplotlib axes; made if None.
         legend: a legend for ``hue``.
@@ -58,8 +59,10 @@ def profile(
     table = as_one_table(frame, lambda one: one if isinstance(one, pd.DataFrame) else one.metrics)
     if isinstance(yerr, str) and yerr == "auto":
         yerr = error_column(y, [str(name) for name in table])
+    ends = (f"{y}_low", f"{y}_high") if isinstance(yerr, str) and yerr == "interval" else ()
+    yerr = None if ends else yerr
     errors = yerr if isinstance(yerr, str) else None
-    missing = [column for column in (x, y, hue, errors) if column is not None and column not in table]
+    missing = [column for column in (x, y, hue, errors, *ends) if column is not None and column not in table]
     if missing:
         raise KeyError(f"profile finds no column {missing}; the table has {list(table.columns)}.")
     if table[y].map(np.ndim).any():
@@ -85,6 +88,10 @@ def profile(
             "linewidth": 1.5,
             "capsize": 2.5,
         }
+        if ends:  # a value may lie outside of its interval
+            low, high = (rows[end].to_numpy(dtype=np.float64)[order] for end in ends)
+            bars = {"color": colour, "linestyle": "none", "linewidth": 1.5, "capsize": 2.5}
+            ax.errorbar(places.to_numpy()[order], (low + high) / 2, yerr=(high - low) / 2, **bars)
         ax.errorbar(
             places.to_numpy()[order],
             rows[y].to_numpy(dtype=np.float64)[order],
@@ -93,9 +100,9 @@ def profile(
         )
     ax.set(xlabel=axis_name(x), ylabel=fill(axis_name(y), 28))
     tidy(ax)
-    if (ends := fixed_ends(column_of(y), table[y].to_numpy(dtype=np.float64))) is not None:
-        margin = 0.03 * (ends[1] - ends[0])
-        ax.set_ylim(ends[0] - margin, ends[1] + margin)
+    if (whole := fixed_ends(column_of(y), table[y].to_numpy(dtype=np.float64))) is not None:
+        margin = 0.03 * (whole[1] - whole[0])
+        ax.set_ylim(whole[0] - margin, whole[1] + margin)
     if words:
         ax.set_xticks(*thinned([str(word) for word in ticks], 8), parse_math=False)
     elif pd.api.types.is_integer_dtype(table[x]):

@@ -11,7 +11,12 @@ import pandas as pd
 from tdgeom.measures.columns import Column
 from tdgeom.report.vega_charts import DASHES, SHAPES, ZOOM, chart, digits, line_colours, series_legend
 
-__all__ = ["line_chart", "whole_ticks"]
+__all__ = ["bars_of", "line_chart", "whole_ticks"]
+
+ENDS = {
+    "interval": ("95 % interval, from", "95 % interval, to"),
+    "error": ("minus one standard error", "plus one standard error"),
+}
 
 
 def line_chart(
@@ -44,7 +49,7 @@ def line_chart(
         places: which colour each line has, by its number; default in order.
     """
     data = rows.assign(x=digits(rows["x"]), y=digits(rows["y"]))
-    errors = "low" in rows and rows["low"].notna().any()
+    errors = bars_of(rows)
     for name in ("low", "high") if errors else ():
         data[name] = digits(rows[name])
     kept = ["x", "y", "series", "site", *(("low", "high") if errors else ())]
@@ -68,8 +73,8 @@ def line_chart(
         {"field": "site", "type": "nominal", "title": "site"},
         *([{"field": "series", "type": "nominal", "title": named or "of"}] if len(series) > 1 else []),
         {"field": "y", "type": "quantitative", "title": column.axis, "format": ".5~g"},
-        *([{"field": "low", "title": "minus one standard error", "format": ".5~g"},
-           {"field": "high", "title": "plus one standard error", "format": ".5~g"}] if errors else []),
+        *({"field": end, "title": ENDS[errors][place], "format": ".5~g"}
+          for place, end in enumerate(("low", "high") if errors else ())),
     ]  # fmt: skip
     dashes = _by_series(series, [DASHES[i % len(DASHES)] for i in at], legend)
     layers: list[dict[str, Any]] = [
@@ -88,6 +93,13 @@ def line_chart(
     filters = [{"filter": "indexof(hidden_series, datum.series) < 0"}]
     records = data[kept].to_dict(orient="records")
     return chart(height, words, layers, data={"values": records}, transform=filters)
+
+
+def bars_of(rows: pd.DataFrame) -> str:
+    """What bars ``low`` and ``high`` are: "interval", "error", or "" for none."""
+    if "low" not in rows or not rows["low"].notna().any():
+        return ""
+    return "interval" if "bars" in rows and (rows["bars"] == "interval").any() else "error"
 
 
 def whole_ticks(values: Any, most: int = 9) -> list[int]:

@@ -7,18 +7,22 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from tdgeom.measures.columns import Column, column_of, error_column, fixed_ends
+from tdgeom.measures.columns import Column, column_of, error_column, fixed_ends, interval_columns
 from tdgeom.report.contents import Chart
-from tdgeom.report.line_charts import line_chart
+from tdgeom.report.line_charts import bars_of, line_chart
+
+BARS = {
+    "interval": "Bars are 95 % intervals, about the value less its bias; none where a bias is too large to take off.",
+    "error": "Bars are ± one standard error.",
+}
 
 __all__ = ["drawn_once", "measure_chart", "measures_chart", "said"]
 
 
 def measure_chart(rows: pd.DataFrame, name: str, x: str, *, log: bool = False) -> Chart | None:
-    """One measure of all series, with bars of ± one standard error where the table has them; below, what runs differ by."""
+    """One measure of all series, with bars of its interval (or ± one standard error) where known; below, what runs differ by."""
     column = column_of(name)
-    error = error_column(name, rows.columns)
-    points = _points(rows, name, error)
+    points = _points(rows, name)
     if not len(points):
         return None
     points, series = drawn_once(points)
@@ -44,7 +48,7 @@ def measures_chart(
     """Several measures of one series in one chart, a line each."""
     parts = []
     for name in names:
-        points = _points(rows, name, error_column(name, rows.columns))
+        points = _points(rows, name)
         parts.append(points.assign(series=column_of(name).label.removeprefix("intrinsic dimension, ")))
     points = pd.concat(parts, ignore_index=True)
     if not len(points):
@@ -61,7 +65,7 @@ def measures_chart(
 
 def _says(says: str, words: str, points: pd.DataFrame, series: Sequence[str]) -> str:
     """How to read a chart; of a single line also what it does, which the eye finds itself among several."""
-    bars = "Bars are ± one standard error." if "low" in points and points["low"].notna().any() else ""
+    bars = BARS.get(bars_of(points), "")
     return " ".join(part for part in (says, words if len(series) == 1 else "", bars) if part)
 
 
@@ -72,7 +76,7 @@ def _places(rows: pd.DataFrame) -> dict[str, int]:
 def _difference(rows: pd.DataFrame, name: str, x: str) -> Chart | None:
     """What each further series has more than the first, where they share half of its places."""
     column, first = column_of(name), str(rows["_series"].iloc[0])
-    points = _points(rows, name, None)
+    points = _points(rows, name, bars=False)
     base = points[points["series"] == first].set_index("x")["y"]
     others = points[points["series"] != first]
     if base.index.has_duplicates:
@@ -151,7 +155,7 @@ def _heading(column: Column) -> str:
     return f"{column.label[0].upper()}{column.label[1:]}{unit}"
 
 
-def _points(rows: pd.DataFrame, name: str, error: str | None) -> pd.DataFrame:
+def _points(rows: pd.DataFrame, name: str, *, bars: bool = True) -> pd.DataFrame:
     """The places, values and bars of one measure, in order of depth."""
     where = "site" if "site" in rows else "pair" if "pair" in rows else None
     sites = (
@@ -165,7 +169,12 @@ def _points(rows: pd.DataFrame, name: str, error: str | None) -> pd.DataFrame:
             "site": sites,
         }
     )
-    if error is not None:
+    ends, error = interval_columns(name, rows.columns), error_column(name, rows.columns)
+    if bars and ends is not None and rows[ends[0]].notna().any():
+        for end, held in zip(("low", "high"), ends):
+            points[end] = pd.to_numeric(rows[held], errors="coerce").to_numpy(float)
+        points["bars"] = "interval"
+    elif bars and error is not None:
         bar = pd.to_numeric(rows[error], errors="coerce").to_numpy(float)
-        points["low"], points["high"] = points["y"] - bar, points["y"] + bar
+        points["low"], points["high"], points["bars"] = points["y"] - bar, points["y"] + bar, "error"
     return points[np.isfinite(points["y"]) & np.isfinite(points["x"])]
