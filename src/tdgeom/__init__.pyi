@@ -31,6 +31,7 @@ from .analysis.saving import NotSavedError as NotSavedError
 from .analysis.saved_results import load_results as load_results
 from .analysis.merge_states import merge_states as merge_states
 from .analysis.saved_results import save_results as save_results
+from .analysis.exports import to_xarray as to_xarray
 
 # around the model
 from .model.capture import Capture as Capture

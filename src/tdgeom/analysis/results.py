@@ -12,9 +12,11 @@ import numpy as np
 import pandas as pd
 from tensordict import TensorDictBase
 
+from tdgeom.analysis.exports import arrow_tables, eigenvalue_table, parquet_files, to_xarray
 from tdgeom.analysis.interval_rows import with_intervals
+from tdgeom.analysis.model_card import model_card
 from tdgeom.analysis.packed_tensors import pack, unpack
-from tdgeom.analysis.reports import write_report
+from tdgeom.analysis.reports import reported, write_report
 from tdgeom.core.visible_text import visible
 from tdgeom.files.bundle import METADATA, Bundle, read_bundle, safe_name, write_bundle
 from tdgeom.files.json_text import plain
@@ -246,6 +248,39 @@ class AnalysisResults:
                 "metadata": self.metadata,
             }
         )
+
+    def to_arrow(self) -> dict[str, Any]:
+        """Every table as a ``pyarrow.Table``, by its name in a bundle, and the ``eigenvalues`` as one; empty ones left out.
+
+        The metadata is JSON under ``b"tdgeom"`` in the schema of each.
+
+        Raises:
+            ModuleNotFoundError: no pyarrow.
+        """
+        return arrow_tables(
+            {**self._tables(), "eigenvalues": eigenvalue_table(self.eigenvalues)}, self.metadata
+        )
+
+    def to_parquet(self, folder: str | Path) -> list[Path]:
+        """The tables of ``to_arrow`` as Parquet files in a folder, and their paths; files of those names are replaced.
+
+        Raises:
+            ModuleNotFoundError: no pyarrow.
+        """
+        return parquet_files(self.to_arrow(), Path(folder))
+
+    def to_xarray(self, *, pairs: bool = False) -> Any:
+        """Layer x step x metric as one ``xarray.DataArray``: see ``tg.to_xarray``."""
+        return to_xarray(self, pairs=pairs)
+
+    def to_model_card(self, pictures: str | Path | None = None) -> str:
+        """A section for the model's card, in Markdown: what was measured, the main figures layer by layer, what stands out.
+
+        Args:
+            pictures: a folder beside the card; the pictures of ``write_plots`` are written there and shown.
+        """
+        shown = [] if pictures is None else self.write_plots(pictures)
+        return model_card(reported(self), shown)
 
 
 def default_folder(run_name: str | None) -> Path:
