@@ -252,6 +252,14 @@ def test_tuples_are_named_by_in_keys() -> None:
     np.testing.assert_array_equal(named.metrics["d_pr"], direct.metrics["d_pr"])
 
 
+@pytest.mark.parametrize("name", ["documents", "sites"])
+def test_what_an_analysis_selects_itself_is_refused(name) -> None:
+    for owner, call in (("analyze_model", lambda **s: tg.analyze_model(models.gpt2(), loader(), **s)),
+                        ("compare", lambda **s: tg.compare(models.gpt2(), models.gpt2(), loader(), **s))):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{owner}: select={{'{name}': ...}} is not offered"):
+            call(select={name: True})
+
+
 @pytest.mark.parametrize("select", [{}, {"pool": "mean"}, {"positions": "last-2"}, {"positions": [0, 2]}])
 def test_the_capture_is_recorded_and_can_be_made_again(select, tmp_path) -> None:
     model = models.gpt2()

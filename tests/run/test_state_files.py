@@ -140,7 +140,12 @@ def test_a_part_without_rows_says_so_and_adds_nothing(tmp_path: Path) -> None:
             lambda files, folder: [*files[:2], _changed(folder)],
             r"do not belong together: settings.max_rows is None there and 50",
         ),
-        (lambda files, folder: [*files[:2], _others(folder)], "began with different batches"),
+        (lambda files, folder: [*files[:2], _others(folder, batches(seed=1))], "began with different batches"),
+        (
+            lambda files, folder: [*files[:2], _others(folder, batches()[:3] + batches()[:2:-1])],
+            "gave other batches, or another order, before the batch 4",
+        ),
+        (lambda files, folder: [*files[:2], _others(folder, batches(6))], "ended after 7 and after 6 batches"),
         (lambda files, folder: [], "got no files"),
     ],
 )
@@ -165,9 +170,18 @@ def _changed(folder: Path) -> Path:
     return folder / "other"
 
 
-def _others(folder: Path) -> Path:
-    tg.run(pipeline(), batches(seed=1), shard=(3, 3), state=folder / "other")
+def _others(folder: Path, given: list[TensorDict]) -> Path:
+    tg.run(pipeline(), given, shard=(3, 3), state=folder / "other")
     return folder / "other"
+
+
+def test_the_last_batches_are_compared_too_and_jobs_that_stop_early_fit(tmp_path: Path) -> None:
+    swapped = batches()
+    swapped[-1], swapped[-2] = swapped[-2], swapped[-1]
+    with pytest.raises(ValueError, match="another order, before the batch 7"):
+        tg.merge_states([*states(tmp_path, 3)[:2], _others(tmp_path, swapped)], pipeline())
+    early = states(_made(tmp_path / "early"), 3, max_rows=30)
+    assert int(tg.merge_states(early, pipeline())["run", "rows"]) == 90
 
 
 def test_missing_parts_can_be_left_out_and_are_named(tmp_path: Path) -> None:

@@ -37,8 +37,9 @@ def merge_states(
 
     The files are those of ``run(..., state=FILE)`` or ``analyze_model(..., state=FILE)``: array jobs, workers of a serving
     engine, machines that never met. No model is needed. That they belong together is checked: stages, settings and weights
-    are the same, no part comes twice or is missing, and no sequences are in two of them (found out by the 2,048 smallest hashes
-    of each file's sequence numbers).
+    are the same, no part comes twice or is missing, no sequences are in two of them (found out by the 2,048 smallest hashes
+    of each file's sequence numbers), and jobs with ``shard=`` met the same batches in the same order. Of jobs with
+    ``sharded=True``, which hold their own parts, it is not checked that these differ in content and make up a whole.
 
     Args:
         files: all parts.

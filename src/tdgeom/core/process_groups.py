@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tdgeom.core.rank_failures import together
+from tdgeom.core.warnings import tell
 
 __all__ = [
     "broadcast_number",
@@ -23,6 +24,7 @@ __all__ = [
     "rank_and_world",
     "refuse_no_group",
     "sum_over_ranks",
+    "tell_not_shared",
 ]
 
 
@@ -124,6 +126,13 @@ def refuse_no_group(owner: str) -> None:
         f"'nccl' on CUDA behind torch.cuda.set_device(int(os.environ['LOCAL_RANK'])). For runs that have nothing to do with one "
         f"another, take WORLD_SIZE out of os.environ."
     )
+
+
+def tell_not_shared(owner: str, remedy: str) -> None:
+    """Warn, in a process group, that a function does all of its work on every rank, each what it is given."""
+    world = rank_and_world()[1]
+    if world > 1:
+        tell(f"{owner} does all of its work on each of the {world} ranks: it is not shared out. {remedy}", UserWarning)
 
 
 _DTYPES = (

@@ -70,9 +70,9 @@ class BatchStages:
         """Whatever the loader yields, as a TensorDict on the right device."""
         return as_batch(batch, self._in_keys, self.device, named=self._named)
 
-    def pass_over(self, batch: Any) -> None:
-        """Number the sequences of a batch that is another's, where it lies."""
-        self.number(as_batch(batch, self._in_keys, None, named=self._named))
+    def where_it_lies(self, batch: Any) -> TensorDict:
+        """Whatever the loader yields, as a TensorDict: a batch that is another's is numbered and moved nowhere."""
+        return as_batch(batch, self._in_keys, None, named=self._named)
 
     def number(self, td: TensorDict) -> Tensor:
         """Give a batch that brings no ``sequence_id`` the next ones in stream order; where in the order its sequences stand.

@@ -34,12 +34,12 @@ from tdgeom.run.batch_stages import BatchStages
 from tdgeom.run.checkpoint import Checkpoint
 from tdgeom.run.finite_rows import FiniteRows
 from tdgeom.run.gathered_rows import BLOCK_ROWS, GatheredRows
-from tdgeom.run.identity import pipeline_identity, tensors_sha256
+from tdgeom.run.identity import batch_digest, pipeline_identity, tensors_sha256
 from tdgeom.run.own_rows import OwnRows, Units, first_of_each
 from tdgeom.run.plan import Plan
 from tdgeom.run.resuming import Resuming
 from tdgeom.run.shares import Shares
-from tdgeom.run.state_file import SequencesMet
+from tdgeom.run.state_file import LoaderOrder, SequencesMet
 
 __all__ = ["OnePass"]
 
@@ -70,7 +70,7 @@ class OnePass:
         self.finite = FiniteRows(drop_nonfinite)
         self.agree, self.shard = agree or {}, shard
         self.met: SequencesMet | None = None  # where a state file will tell of them
-        self.first_hash: str | None = None  # of the loader's first batch, where parts must have the same
+        self.order: LoaderOrder | None = None  # of a loader of which this job has a part
         self.blocks = {ids: GatheredRows(block_rows) for ids in batch_stages.keys}
         self.units_of = {
             ids: [unit for unit in plan.stream if set(unit.in_keys) <= set(keys)]
@@ -235,13 +235,15 @@ class OnePass:
                 source.part = shard
             yield from enumerate(iterate(dataloader))
             return
+        self.order = LoaderOrder()
         for index, batch in enumerate(iterate(dataloader)):
-            if index == 0:
-                self.first_hash = tensors_sha256(self.batch_stages.td(batch))
+            lies = self.batch_stages.where_it_lies(batch)
+            self.order.add(batch_digest(lies))
             if index % parts == part:
                 yield index, batch
             else:  # counted, for the sequences of all jobs are numbered in one order
-                self.batch_stages.pass_over(batch)
+                self.batch_stages.number(lies)
+        self.order.end()
 
     def _load(self, batches: Iterator[tuple[int, Any]]) -> tuple[tuple[int, TensorDict] | None, list[bytes]]:
         """(this rank's batch of the next round and its number, the hashes of the batches that came: of one loader all ranks')."""

@@ -225,7 +225,7 @@ def _left(one_pass: OnePass, leave: StateTo, settings: Mapping[str, Any]) -> Ten
     record = {
         "settings": settings,
         "shard": one_pass.shard,
-        "first_batch": one_pass.first_hash,
+        "order": {} if one_pass.order is None else one_pass.order.known,
         "data_sha256": one_pass.data_sha256(),
         "sequences": met.smallest.tolist(),
         "counts": one_pass.counts,

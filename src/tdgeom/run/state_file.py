@@ -6,6 +6,7 @@ grow with the rows. It is a safetensors file with one JSON record: nothing in it
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +26,10 @@ from tdgeom.run.identity import pipeline_identity
 from tdgeom.run.plan import Plan
 from tdgeom.run.sealed_records import read_record, write_record
 
-__all__ = ["Part", "SequencesMet", "StateTo", "added_up", "parse_shard", "read_parts", "write_part"]
+__all__ = ["LoaderOrder", "Part", "SequencesMet", "StateTo", "added_up", "parse_shard", "read_parts", "write_part"]
 
 FORMAT = 1
+END = "end"
 _MET = 2048  # sequences by whose hashes overlapping parts are found out
 _SEED = 23
 
@@ -69,6 +71,33 @@ class SequencesMet:
     def join(self, hashes: Sequence[int] | np.ndarray) -> None:
         """The sequences of another run, by their hashes."""
         self.smallest = np.union1d(self.smallest, np.asarray(hashes, dtype=np.int64))[:_MET]
+
+
+class LoaderOrder:
+    """Which batches a loader has given, in which order: a hash of all up to the 1st, 2nd, 4th, 8th, ... and, once it has ended, of
+    all of them; jobs that have parts of one loader have the same.
+
+    >>> one = LoaderOrder()
+    >>> one.add("a"), one.add("b"), one.add("c"), one.end()
+    (None, None, None, None)
+    >>> list(one.known)
+    ['1', '2', '3', 'end']
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[str, Any] = {}
+        self._count, self._hash = 0, hashlib.sha256()
+
+    def add(self, digest: str) -> None:
+        """The next batch."""
+        self._count += 1
+        self._hash.update(digest.encode())
+        if self._count & (self._count - 1) == 0:
+            self.known[str(self._count)] = self._hash.hexdigest()
+
+    def end(self) -> None:
+        """There are no more."""
+        self.known |= {str(self._count): self._hash.hexdigest(), END: self._count}
 
 
 def parse_shard(shard: str | Sequence[int] | None, owner: str) -> tuple[int, int] | None:
@@ -228,12 +257,7 @@ def _refuse_overlap(parts: Sequence[Part], partial: bool) -> list[int]:
                 f"merge_states has {len(parts)} of {shards[0][1]} parts; missing: {missing[:12]}. Give all, or partial=True for "
                 f"the numbers of these alone."
             )
-        begun = {part.record.get("first_batch") for part in parts} - {None}
-        if len(begun) > 1:
-            raise ValueError(
-                "merge_states: the parts' loaders began with different batches, so they are not parts of one loader "
-                "(shuffle=True?). Give every job the same loader, or its own part with sharded=True."
-            )
+        _refuse_other_order(parts)
     by_data: dict[str, Part] = {}
     for part in parts:
         data = part.record["data_sha256"]
@@ -252,6 +276,29 @@ def _refuse_overlap(parts: Sequence[Part], partial: bool) -> list[int]:
             f"would count twice. Number the sequences of all jobs apart: shard='K/N', or a 'sequence_id' in the batches."
         )
     return missing
+
+
+def _refuse_other_order(parts: Sequence[Part]) -> None:
+    """Raise where jobs that each took every n-th batch have not met the same batches in the same order."""
+    known = {part.path: dict(part.record.get("order") or {}) for part in parts}
+    for path, order in known.items():
+        for other, its in known.items():
+            apart = [int(count) for count in order if count != END and its.get(count, order[count]) != order[count]]
+            ends = [one[END] for one in (order, its) if END in one]
+            if not apart and len(set(ends)) < 2:
+                continue
+            where = (
+                "began with different batches"
+                if min(apart, default=0) == 1
+                else f"gave other batches, or another order, before the batch {min(apart)}"
+                if apart
+                else f"ended after {ends[0]} and after {ends[1]} batches"
+            )
+            raise ValueError(
+                f"merge_states: the loaders of {path} and {other} {where}, so they are not parts of one loader "
+                f"(shuffle=True?): some sequences would count twice, others never. Give every job the same loader in one order, "
+                f"or its own part with sharded=True."
+            )
 
 
 def _words(shard: Any) -> str:

@@ -11,6 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tdgeom.core.process_groups import tell_not_shared
 from tdgeom.core.split_loaders import find_split
 from tdgeom.core.wrong_objects import site_list
 from tdgeom.model.calls.input_device import where_inputs_go
@@ -93,7 +94,7 @@ class TunedLens(Lens):
         """Train the translators on model inputs with Adam; the loss of every step. The model's parameters stay as they are.
 
         ``batches`` is gone through again and again until ``steps`` are done. Every process trains by itself, on all that it is
-        given: ranks of a process group that have one loader find the same translators.
+        given: ranks of a process group that have one loader find the same translators, and are told so.
 
         Raises:
             ValueError: batches that are used up; a loader that is split by rank.
@@ -104,6 +105,11 @@ class TunedLens(Lens):
                 f"TunedLens.fit trains in one process, on all of the batches, but these are part {found.part} of {found.parts} "
                 f"({found.by}). Give every rank the whole loader."
             )
+        tell_not_shared(
+            "TunedLens.fit",
+            "With one loader all ranks find the same translators. To train once: fit in one process, torch.save its state_dict(), "
+            "and load_state_dict on every rank.",
+        )
         model = self._tail.require(self)
         capture = Capture(model, self.sites, model_outputs="logits")
         optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate, weight_decay=weight_decay)

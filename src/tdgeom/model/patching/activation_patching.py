@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tdgeom.core.guessed_names import answer_guesses
+from tdgeom.core.process_groups import tell_not_shared
 from tdgeom.model.calls.inputs_of_text import inputs_of_text
 from tdgeom.model.lens.answer_tokens import Answers
 from tdgeom.model.patching.paired_runs import PairedRuns, kinds_of
@@ -94,8 +95,14 @@ def activation_patching(
     In an encoder-decoder, decoder sites are counted over ``decoder_input_ids``, and the logits read at its last position.
     ``recovered`` is NaN, with a warning, where the two runs have the same metric; a kind at whose sites both runs hold the same
     is said. Raises ``ValueError`` for unequal numbers of examples, unequal lengths without ``align``, positions that no example
-    has, unknown words and answers that are missing or not used. In a process group every rank computes all of what it is given.
+    has, unknown words and answers that are missing or not used. In a process group every rank computes all of what it is given, and is
+    told so.
     """
+    tell_not_shared(
+        "activation_patching",
+        "Give each rank pairs or layers= of its own, or call it in one process. A model whose parts lie on several ranks needs the "
+        "same call on all of them.",
+    )
     passes, measures = open_runs(
         model, clean, corrupted, sites, metric, answers, layers=layers, direction=direction, align=align, tokenizer=tokenizer,
         per_text=per_text, output=output, logits_at=logits_at, rows=rows,
