@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 import models
 import tdgeom as tg
+from tdgeom.core import rank_failures
 
 N, D = 47, 6
 
@@ -30,7 +32,10 @@ def model(seed=7):
 
 
 def pipeline(net=None):
-    capture = tg.Capture(net or model(), "module_output:2")
+    return pipeline_of(tg.Capture(net or model(), "module_output:2"))
+
+
+def pipeline_of(capture):
     sites = capture.sites
     return TensorDictSequential(
         capture,
@@ -254,6 +259,51 @@ def after(index, change, loader):
         yield change(batch) if number == index else batch
 
 
+def halves(rank, world):
+    """What split_dataset_by_node gives of a map-style data set: parts that lie one behind the other."""
+    from datasets import Dataset
+    from datasets.distributed import split_dataset_by_node
+
+    whole = Dataset.from_list([{**one, "input": one["input"].tolist()} for one in data()]).with_format(
+        "torch"
+    )
+    return DataLoader(split_dataset_by_node(whole, rank, world) if world > 1 else whole, batch_size=3)
+
+
+def prepared(rank, world):
+    """A loader that rank 0 reads for all, and a model, as Accelerate prepares them."""
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
+
+    own = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=world > 1))
+    dataset = [{**one, "sequence_id": number} for number, one in enumerate(data())]
+    net, loader = own.prepare(model(), DataLoader(dataset, batch_size=4))
+    capture = tg.Capture(net, "module_output:**2")
+    return said(tg.run(pipeline_of(capture), loader, progress=False, max_rows=31))
+
+
+def by_one_rank(rank, world):
+    """One rank works by itself while the others go on."""
+    if rank:
+        return None
+    with tg.alone():
+        return rows_of(batches(), max_rows=33)
+
+
+def late(rank, world):
+    """The last rank begins later than the others expect, who say so and wait."""
+    rank_failures._SOON = 0.3
+    if rank and rank == world - 1:
+        time.sleep(3.5)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = rows_of(batches())
+    text = [str(one.message) for one in told if "have not called it" in str(one.message)]
+    if world > 1 and rank == 0:
+        assert len(text) == 1 and f"the ranks [{world - 1}]" in text[0] and "tg.alone()" in text[0], text
+    return found
+
+
 CHECKS = {
     "one loader": lambda r, w: rows_of(batches()),
     "one loader, cut": lambda r, w: rows_of(batches(), max_rows=33),
@@ -270,6 +320,14 @@ CHECKS = {
     "ids, uneven": lambda r, w: rows_of(uneven(r, w), sharded=True),
     "ids, empty": lambda r, w: rows_of(batches(ids=True) if r == w - 1 else [], sharded=True),
     "told": lambda r, w: rows_of(batches()[r::w], sharded=True),
+    "halves": lambda r, w: rows_of(halves(r, w), sharded=True),
+    "halves, cut": lambda r, w: rows_of(halves(r, w), sharded=True, max_rows=20),
+    "halves with ids, cut": lambda r, w: rows_of(
+        batches(size=6, ids=True) if w == 1 else batches(size=6, ids=True)[r * 8 // w : (r + 1) * 8 // w], max_rows=20
+    ),
+    "prepared": prepared,
+    "by one rank": by_one_rank,
+    "late": late,
     "analyze_model": analysis,
     "compare": comparison,
     "Probing": probing,
@@ -299,6 +357,7 @@ REFUSED = {
     "settings": lambda r, w: said(tg.run(tg.RowSample(size=8 + r, in_keys=["input", "row_id"]), batches())),
     "limits": lambda r, w: rows_of(batches(), max_rows=20 + r),
     "TunedLens": lambda r, w: tg.TunedLens(models.gpt2(), ["residual_output.0"]).fit(sampler_loader(r, w)),
+    "halves without a word": lambda r, w: rows_of(halves(r, w)),
     "profile of nothing": lambda r, w: tg.intrinsic_dimension_profile(None) if r else refuse(),
 }  # fmt: skip
 

@@ -204,6 +204,7 @@ from .core.warnings import UndefinedMeasureWarning as UndefinedMeasureWarning
 from .core.warnings import FewRowsWarning as FewRowsWarning
 from .core.warnings import UnresolvedMeasureWarning as UnresolvedMeasureWarning
 from .core.rank_failures import RankFailed as RankFailed
+from .core.one_rank import alone as alone
 from . import functional as functional
 from . import plot as plot
 

@@ -140,12 +140,18 @@ def test_a_part_without_rows_says_so_and_adds_nothing(tmp_path: Path) -> None:
             lambda files, folder: [*files[:2], _changed(folder)],
             r"do not belong together: settings.max_rows is None there and 50",
         ),
-        (lambda files, folder: [*files[:2], _others(folder, batches(seed=1))], "began with different batches"),
+        (
+            lambda files, folder: [*files[:2], _others(folder, batches(seed=1))],
+            "began with different batches",
+        ),
         (
             lambda files, folder: [*files[:2], _others(folder, batches()[:3] + batches()[:2:-1])],
             "gave other batches, or another order, before the batch 4",
         ),
-        (lambda files, folder: [*files[:2], _others(folder, batches(6))], "ended after 7 and after 6 batches"),
+        (
+            lambda files, folder: [*files[:2], _others(folder, batches(6))],
+            "ended after 7 and after 6 batches",
+        ),
         (lambda files, folder: [], "got no files"),
     ],
 )

@@ -175,8 +175,8 @@ def select_settings(owner: str, select: Any) -> dict[str, Any]:
     own = [name for name in ("sites", "documents") if name in (select or {})]
     if own:
         raise ValueError(
-            f"{owner}: select={{{own[0]!r}: ...}} is not offered: {owner} gives SelectTokens its {own[0]} itself (documents where "
-            f"errors=, significance= or labels ask for them). select takes which positions become rows, such as "
+            f"{owner}: select={{{own[0]!r}: ...}} is not offered: {owner} gives SelectTokens its {own[0]} itself (documents "
+            f"where errors=, significance= or labels ask for them). select takes which positions become rows, such as "
             f"{{'positions': 'last'}} or {{'skip_first': 1}}, and also=."
         )
     return dict(select or {})

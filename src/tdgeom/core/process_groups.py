@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tdgeom.core.one_rank import is_alone
 from tdgeom.core.rank_failures import together
 from tdgeom.core.warnings import tell
 
@@ -29,8 +30,8 @@ __all__ = [
 
 
 def rank_and_world() -> tuple[int, int]:
-    """(rank, world size); (0, 1) without a process group."""
-    if dist.is_available() and dist.is_initialized():
+    """(rank, world size); (0, 1) without a process group, and inside ``alone``."""
+    if not is_alone() and dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
@@ -116,7 +117,13 @@ def from_rank(value: Any, rank: int) -> Any:
 def refuse_no_group(owner: str) -> None:
     """An error where a launcher started several processes, and none of them has said that they belong together."""
     world = os.environ.get("WORLD_SIZE", "1")
-    if rank_and_world()[1] > 1 or "RANK" not in os.environ or not world.isdigit() or int(world) < 2:
+    if (
+        is_alone()
+        or rank_and_world()[1] > 1
+        or "RANK" not in os.environ
+        or not world.isdigit()
+        or int(world) < 2
+    ):
         return
     if dist.is_available() and dist.is_initialized():  # a group of this process alone
         return
@@ -124,7 +131,7 @@ def refuse_no_group(owner: str) -> None:
         f"{owner}: a launcher started {world} processes (WORLD_SIZE), this is RANK {os.environ['RANK']}, but there is no process "
         f"group: each would read all of the data. To share the work call torch.distributed.init_process_group('gloo') first, or "
         f"'nccl' on CUDA behind torch.cuda.set_device(int(os.environ['LOCAL_RANK'])). For runs that have nothing to do with one "
-        f"another, take WORLD_SIZE out of os.environ."
+        f"another: with tg.alone(): {owner}(...)."
     )
 
 
@@ -132,7 +139,10 @@ def tell_not_shared(owner: str, remedy: str) -> None:
     """Warn, in a process group, that a function does all of its work on every rank, each what it is given."""
     world = rank_and_world()[1]
     if world > 1:
-        tell(f"{owner} does all of its work on each of the {world} ranks: it is not shared out. {remedy}", UserWarning)
+        tell(
+            f"{owner} does all of its work on each of the {world} ranks: it is not shared out. {remedy}",
+            UserWarning,
+        )
 
 
 _DTYPES = (

@@ -20,8 +20,11 @@ from threading import Event, Lock, Thread
 from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
-import torch
 import torch.distributed as dist
+
+from tdgeom.core.one_rank import is_alone
+from tdgeom.core.torch_internals import default_group, default_store, group_timeout
+from tdgeom.core.warnings import tell
 
 __all__ = ["RankFailed", "check_ranks", "fail_together", "forward_together", "together", "watched"]
 
@@ -32,6 +35,11 @@ _PERIOD = 0.25  # seconds between two looks at the flag
 _BEAT = 4  # looks between two heartbeats
 _LOST = 8  # heartbeats in a row that may be left out by a rank whose process cannot be seen from here
 _FAREWELL = 3.0  # seconds that a rank which leaves waits until the others know why
+_SOON = 10.0  # seconds that ranks may begin later than others, before it is said
+_ALIKE = (
+    "Every rank of the group must make the call, with the same arguments: not behind 'if rank == 0'. What one rank is to do by "
+    "itself goes into tg.alone(): with tg.alone(): tg.run(...)."
+)
 _LONGEST = 4000  # characters of an error that travel
 
 
@@ -150,12 +158,12 @@ def check_ranks() -> None:
 
 def _store() -> Any:
     """A connection of one's own to the store of the process group."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if is_alone() or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return None
-    store: Any = dist.distributed_c10d._get_default_store()
+    store = default_store()
     if store is None:
         return None
-    number = next(_NUMBERS.setdefault(dist.distributed_c10d._get_default_group(), count()))
+    number = next(_NUMBERS.setdefault(default_group(), count()))
     return dist.PrefixStore(f"tdgeom/{number}", store.clone())
 
 
@@ -173,6 +181,7 @@ class _Watch:
         self.failure: RankFailed | None = None
         self.held: Sequence[Any] = ()  # process groups in which others may wait for this rank
         self._meetings, self._began = 0, time.monotonic()
+        self._next_look = _SOON  # seconds after which ranks that are absent are looked for
         self._awaited = self.world  # ranks that will hear of a failure
         self._heard, self._lock, self._stop = False, Lock(), Event()
         self._beats = store.clone()  # a connection serves one call at a time
@@ -265,14 +274,24 @@ class _Watch:
 
     def _refuse_absent(self) -> None:
         """A rank that never begins is waited for as long as the group waits for one."""
-        limit = dist.distributed_c10d._get_default_group()._get_backend(_cpu_or_first()).options._timeout
-        if time.monotonic() - self._began > limit.total_seconds():
-            absent = [rank for rank in range(self.world) if not self.store.check([f"who/{rank}"])]
-            if absent:
-                raise RuntimeError(
-                    f"{self.work}: the ranks {absent} have not begun within the {limit.total_seconds():.0f} s of the process "
-                    f"group's timeout. Every rank of the group must make the call (and give it the same arguments)."
-                )
+        waited = time.monotonic() - self._began
+        if waited < self._next_look:
+            return
+        limit = group_timeout()
+        absent = [rank for rank in range(self.world) if not self.store.check([f"who/{rank}"])]
+        if absent and waited > limit:
+            raise RuntimeError(
+                f"{self.work}: the ranks {absent} have not begun within the {limit:.0f} s of the process group's timeout. "
+                f"{_ALIKE}"
+            )
+        if absent:  # they may be loading a model
+            self._next_look = limit
+            tell(
+                f"{self.work}: this is rank {self.rank}, which has waited {waited:.0f} s for the ranks {absent}: they have not "
+                f"called it. It waits {limit:.0f} s in all, the process group's timeout. {_ALIKE}",
+                UserWarning,
+                at_once=True,
+            )
 
     # ------------------------------------------------------------------------------------------------ the heartbeat's thread
 
@@ -337,12 +356,6 @@ class _Watch:
                 f"{self.work}: rank 0 is gone, or whoever else holds the process group's store: it does not answer "
                 f"({str(error).splitlines()[0][:200]})",
             )
-
-
-def _cpu_or_first() -> torch.device:
-    """A device whose backend the process group has."""
-    kinds = [device.type for device in dist.distributed_c10d._get_default_group()._device_types]
-    return torch.device("cpu" if "cpu" in kinds else kinds[0])
 
 
 def _this_process() -> dict[str, Any]:

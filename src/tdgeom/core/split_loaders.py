@@ -62,7 +62,8 @@ def find_split(loader: Any) -> SplitLoader | None:
     """How a loader is split by rank, where it or what it reads from says so; None of one that does not, or of one part alone.
 
     Known are samplers and batch samplers that have ``num_replicas`` and ``rank`` (``DistributedSampler``), what Accelerate
-    prepares, data sets behind ``datasets.distributed.split_dataset_by_node``, and iterables with an attribute
+    prepares, iterable data sets behind ``datasets.distributed.split_dataset_by_node`` (of a map-style one it takes a slice, which
+    nothing tells from any other: ``sharded=True``), and iterables with an attribute
     ``split_by_rank = True``.
 
         >>> from torch.utils.data import DataLoader

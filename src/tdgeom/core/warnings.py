@@ -65,12 +65,12 @@ def tell_few_rows(stage: str, measures: str, rows: Any, needed: str, remedy: str
     tell(f"{stage}: few rows, {least}: {measures} calls for {needed}. {remedy}.", FewRowsWarning)
 
 
-def tell(message: str, category: type[Warning] = UndefinedMeasureWarning) -> None:
-    """Warn at the user's line, naming the site, if any. A graph being traced tells nothing."""
+def tell(message: str, category: type[Warning] = UndefinedMeasureWarning, *, at_once: bool = False) -> None:
+    """Warn at the user's line (``at_once``: also where warnings are gathered), naming the site. A traced graph tells nothing."""
     if torch.compiler.is_compiling():
         return
     where, gathered = _site.get(), _gathered.get()
-    if gathered is None:
+    if gathered is None or at_once:
         _say(message if where is None else f"{message} [at {where}]", category)
     else:
         gathered.add(message, category, where)

@@ -124,8 +124,8 @@ def divide(own: Beginning, readers: Readers) -> Division:
     )
     raise ValueError(
         f"run: the loaders of the ranks differ: {how}. Where each rank holds a part of the data (a sampler or data set that is "
-        f"split by rank), say so: sharded=True. Else give all ranks one loader, in one order: the same seed, no shuffling by "
-        f"rank; run shares its batches out."
+        f"split by rank; split_dataset_by_node of a map-style data set leaves no trace to find), say so: sharded=True. Else give "
+        f"all ranks one loader, in one order: the same seed, no shuffling by rank; run shares its batches out."
     )
 
 

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
@@ -17,12 +18,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tdgeom.core.keys import Key
+from tdgeom.core.one_rank import is_alone
 from tdgeom.core.process_groups import rank_and_world
 from tdgeom.core.rank_failures import check_ranks, forward_together
 from tdgeom.core.renamed import stage_of
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.split_loaders import find_split
 from tdgeom.core.streaming_stage import refuse_ordered
+from tdgeom.core.warnings import tell
 from tdgeom.core.words import put
 from tdgeom.model.calls.shared_model import SharedModel
 from tdgeom.numerics.on_host import on_host, read_together
@@ -149,6 +152,9 @@ class OnePass:
                 kept.keep(given)
         if self.shares.spent:
             self.stopped = "max_rows"
+            if self.division.split and not self.shares.in_order:
+                words = f"{self.division.words}; max_rows took of every part in turn, not the first rows of the whole"
+                self.division = replace(self.division, words=words)
         self.flush()
         compare_ends(
             given,
@@ -176,6 +182,12 @@ class OnePass:
             else self._own_shard(dataloader, source, self.shard)
         )
         alone = self.shard is not None or (self.world == 1 and not self.sharded)
+        if alone and is_alone() and (part := find_split(dataloader)) is not None:
+            tell(
+                f"run: the loader is part {part.part + 1} of {part.parts} ({part.by}), and this rank alone reads it: the "
+                f"numbers are those of that part. Give the whole loader, or say that this is meant: sharded=True.",
+                UserWarning,
+            )
         if alone and self.kept is None:
             return numbered, None
         with self.timed("load"):
@@ -220,6 +232,7 @@ class OnePass:
             found_by_ids=divided.by_ids,
             placed=divided.placed,
             always=self.readers.in_step,
+            known=divided.placed or ids is not None,
         )
         return batches, td
 

@@ -99,14 +99,16 @@ def run(
             returned. ``merge_states`` adds up such files of jobs that share nothing, and ends the pipeline.
         progress: a progress bar; default only on a terminal.
 
-    Ranks: in a process group (``torchrun``, ``torch.distributed.init_process_group``) all ranks call ``run`` alike. Either all
-    have one loader, of which each takes every n-th batch, or each has a part: behind a ``DistributedSampler``, Accelerate's
-    loaders, ``split_dataset_by_node`` (these are recognised), with disjoint ``sequence_id`` or ``row_id`` in the batches (found
-    by comparison), or with ``sharded=True``. Stages, settings, weights, first batches and, of one loader, all batches are
-    compared; what differs is an error on all ranks. ``max_rows`` counts the rows of all. The numbers do not depend on how
-    many ranks there are, wherever sequences are known in the whole: of one loader, behind ``DistributedSampler``, by
-    ``sequence_id`` or ``row_id`` (8 bytes each are held; what comes twice counts once). Else they are numbered by rank and
-    index, and only the same number of ranks gives the same sample. ``("run", "loader")`` says which it was.
+    Ranks: in a process group (``torchrun``, ``torch.distributed.init_process_group``) all ranks call ``run`` alike; what one
+    rank does by itself goes into ``tg.alone()``. Either all have one loader, of which each takes every n-th batch, or each has a
+    part: behind a ``DistributedSampler``, Accelerate's loaders, ``split_dataset_by_node`` of an iterable (these are recognised),
+    with disjoint ``sequence_id`` or ``row_id`` in the batches (found by comparison), or with ``sharded=True``. Stages, settings,
+    weights, first batches and, of one loader, all batches are compared; what differs is an error on all ranks. ``max_rows``
+    counts the rows of all. The numbers do not depend on how many ranks there are, wherever sequences are known in the whole: of
+    one loader, behind ``DistributedSampler``, by ``sequence_id`` or ``row_id`` (8 bytes each are held; what comes twice counts
+    once), there with ``max_rows`` only where parts are dealt out in turn: of halves, one behind the other, it takes of each, and
+    is said to. Else they are numbered by rank and index, and only the same number of ranks gives the same sample.
+    ``("run", "loader")`` says which it was.
 
     Returns:
         A TensorDict of batch size [] with the results and ``("run", ...)``: rows, tokens, padding and dropped rows,

@@ -20,11 +20,12 @@ class Shares:
         max_rows: rows over all ranks.
         found_by_ids: nobody said that the loader is split, the ids of the first batches did.
         placed: what ``budget`` is told of the order is known to be that of the whole.
+        known: sequences have numbers in the whole data: their ids, or places.
         always: ranks meet in every round, also where nothing is to be said: they run the model together.
 
-    Attributes: ``claimed``, rows of all ranks so far, where a limit counts them; ``reached``, by rank, whether the limit left
-    room for the batch of the last round; ``last``, the last id of each rank; ``ascending``, whether every rank's ids have been
-    so far.
+    Attributes: ``in_order``, whether rounds have come in the order of the whole, so that a limit takes its first rows;
+    ``claimed``, rows of all ranks so far, where a limit counts them; ``reached``, by rank, whether the limit left room for the
+    batch of the last round; ``last``, the last id of each rank; ``ascending``, whether every rank's ids have been so far.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Shares:
         found_by_ids: bool = False,
         placed: bool = False,
         always: bool = False,
+        known: bool = True,
     ) -> None:
         self.rank, self.world = rank_and_world()
         self.placed, self.always = placed, always
@@ -45,6 +47,8 @@ class Shares:
         self.reached = [True] * self.world
         self.last: list[int | None] = [None] * self.world
         self.ascending = True
+        self.in_order = known or not split
+        self._highest: int | None = None  # number of a sequence of earlier rounds
 
     @property
     def spent(self) -> bool:
@@ -54,6 +58,8 @@ class Shares:
     def restore(self, claimed: int, ascending: bool, last: Sequence[int | None]) -> None:
         """Go on where an earlier run stood."""
         self.claimed, self.ascending = claimed, ascending
+        self.in_order &= ascending
+        self._highest = max((one for one in last if one is not None), default=None)
         if len(last) == self.world:
             self.last = list(last)
 
@@ -74,8 +80,14 @@ class Shares:
         if not self.split and len(set(counts)) > 1:
             raise ValueError(differing_lengths(counts))
         new = self._new(announced)
-        for rank, (one, fresh) in enumerate(zip(announced, new)):
-            self._ascend(rank, np.asarray(one, dtype=np.int64)[fresh])
+        came_new = [np.asarray(one, dtype=np.int64)[fresh] for one, fresh in zip(announced, new)]
+        for rank, one in enumerate(came_new):
+            self._ascend(rank, one)
+        if self.split and any(len(one) for one in came_new):
+            found = np.concatenate(came_new)
+            self.in_order &= self._highest is None or self._highest <= int(found.min())
+            highest = int(found.max())
+            self._highest = highest if self._highest is None else max(highest, self._highest)
         return new[self.rank], not any(counts)
 
     def budget(self, counts: Sequence[int], order: Sequence[int]) -> np.ndarray:

@@ -26,7 +26,16 @@ from tdgeom.run.identity import pipeline_identity
 from tdgeom.run.plan import Plan
 from tdgeom.run.sealed_records import read_record, write_record
 
-__all__ = ["LoaderOrder", "Part", "SequencesMet", "StateTo", "added_up", "parse_shard", "read_parts", "write_part"]
+__all__ = [
+    "LoaderOrder",
+    "Part",
+    "SequencesMet",
+    "StateTo",
+    "added_up",
+    "parse_shard",
+    "read_parts",
+    "write_part",
+]
 
 FORMAT = 1
 END = "end"
@@ -74,8 +83,9 @@ class SequencesMet:
 
 
 class LoaderOrder:
-    """Which batches a loader has given, in which order: a hash of all up to the 1st, 2nd, 4th, 8th, ... and, once it has ended, of
-    all of them; jobs that have parts of one loader have the same.
+    """Which batches a loader has given, in which order; jobs that have parts of one loader have the same.
+
+    ``known``: a hash of all up to the 1st, the 2nd, the 4th, the 8th and so on and, once it has ended, of all of them.
 
     >>> one = LoaderOrder()
     >>> one.add("a"), one.add("b"), one.add("c"), one.end()
@@ -283,7 +293,9 @@ def _refuse_other_order(parts: Sequence[Part]) -> None:
     known = {part.path: dict(part.record.get("order") or {}) for part in parts}
     for path, order in known.items():
         for other, its in known.items():
-            apart = [int(count) for count in order if count != END and its.get(count, order[count]) != order[count]]
+            apart = [
+                int(count) for count in order if count != END and its.get(count, order[count]) != order[count]
+            ]
             ends = [one[END] for one in (order, its) if END in one]
             if not apart and len(set(ends)) < 2:
                 continue

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tdgeom.core.one_rank import is_alone
+from tdgeom.core.torch_internals import fsdp_groups, is_context_parallel
 from tdgeom.model.calls.bound_model import modules_within
 from tdgeom.model.structure.distributed_tensors import dtensor_class
 
@@ -87,12 +87,12 @@ def shared_model(model: nn.Module) -> SharedModel:
     waits: list[Any] = []
     managed: dict[int, set[int]] = {}  # parameters of FSDP -> the ranks among which it shards them
     for module in modules:
-        for group in _fsdp_groups(module):
-            ranks = set(group.mesh_info.mesh.mesh.flatten().tolist())
+        for group in fsdp_groups(module):
+            ranks = set(group.mesh.mesh.flatten().tolist())
             replicas |= ranks
-            waits += group.mesh_info.mesh.get_all_groups()
+            waits += group.mesh.get_all_groups()
             by.append("FSDP2")
-            managed |= {id(one.sharded_param): ranks for one in group.fsdp_params}
+            managed |= dict.fromkeys(group.ids, ranks)
         for name in ("FullyShardedDataParallel", "DistributedDataParallel"):
             if any(base.__name__ == name for base in type(module).__mro__):
                 replicas |= set(dist.get_process_group_ranks(cast(Any, module).process_group))
@@ -111,6 +111,12 @@ def shared_model(model: nn.Module) -> SharedModel:
         raise ValueError(
             f"{type(model).__name__} has layers spread over different sets of ranks, {sorted(peers)}: they can be given no "
             f"batch in common. Parallelize all layers over one mesh."
+        )
+    if by and is_alone():
+        raise ValueError(
+            f"{type(model).__name__} is shared by several ranks ({', '.join(dict.fromkeys(by))}), and one of them alone cannot "
+            f"run it: its forward waits for the others. Leave tg.alone() and make the call on all ranks, or give the model "
+            f"itself (of DistributedDataParallel its .module)."
         )
     groups = peers.get(widest, ())
     every = tuple({id(one): one for one in (*waits, *groups)}.values())
@@ -141,18 +147,6 @@ def _parameters(model: nn.Module) -> Iterator[Any]:
         yield from (parameter for parameter in model.parameters() if isinstance(parameter, kind))
 
 
-def _fsdp_groups(module: nn.Module) -> Sequence[Any]:
-    """What FSDP2 knows of the parameters that a module gathers for its forward."""
-    loaded = sys.modules.get("torch.distributed.fsdp")
-    if loaded is None or not isinstance(module, loaded.FSDPModule):
-        return ()
-    state: Any = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:
-        groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
-    return list(groups)
-
-
 def _refuse_other_kinds(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     """Sharing that would give wrong numbers, or wait for ever."""
     name = type(model).__name__
@@ -166,7 +160,7 @@ def _refuse_other_kinds(model: nn.Module, modules: Sequence[nn.Module]) -> None:
             f"the others never come to it. Use FSDP (fully_shard) or tensor parallelism, or spread it over the devices of one "
             f"process (device_map='auto')."
         )
-    if _context_parallel(modules):
+    if is_context_parallel(modules):
         raise ValueError(
             f"{name} runs context-parallel: a rank has some positions of a sequence only. Leave the context (context_parallel) "
             f"around the call, and share the sequences among the ranks instead: tdgeom.run does."
@@ -180,14 +174,3 @@ def _refuse_other_kinds(model: nn.Module, modules: Sequence[nn.Module]) -> None:
 
 def _bases(modules: Sequence[nn.Module]) -> set[str]:
     return {base.__name__ for kind in set(map(type, modules)) for base in kind.__mro__}
-
-
-def _context_parallel(modules: Sequence[nn.Module]) -> bool:
-    attention = nn.functional.scaled_dot_product_attention
-    hooks = [
-        hook.func
-        for module in modules
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        if isinstance(hook, partial)
-    ]
-    return any("_context_parallel" in str(getattr(one, "__module__", "")) for one in (attention, *hooks))

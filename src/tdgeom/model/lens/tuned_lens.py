@@ -107,8 +107,8 @@ class TunedLens(Lens):
             )
         tell_not_shared(
             "TunedLens.fit",
-            "With one loader all ranks find the same translators. To train once: fit in one process, torch.save its state_dict(), "
-            "and load_state_dict on every rank.",
+            "With one loader all ranks find the same translators. To train once: fit in one process, torch.save its "
+            "state_dict(), and load_state_dict on every rank.",
         )
         model = self._tail.require(self)
         capture = Capture(model, self.sites, model_outputs="logits")

@@ -95,13 +95,13 @@ def activation_patching(
     In an encoder-decoder, decoder sites are counted over ``decoder_input_ids``, and the logits read at its last position.
     ``recovered`` is NaN, with a warning, where the two runs have the same metric; a kind at whose sites both runs hold the same
     is said. Raises ``ValueError`` for unequal numbers of examples, unequal lengths without ``align``, positions that no example
-    has, unknown words and answers that are missing or not used. In a process group every rank computes all of what it is given, and is
-    told so.
+    has, unknown words and answers that are missing or not used. In a process group every rank computes (and says that it does)
+    all of what it is given.
     """
     tell_not_shared(
         "activation_patching",
-        "Give each rank pairs or layers= of its own, or call it in one process. A model whose parts lie on several ranks needs the "
-        "same call on all of them.",
+        "Give each rank pairs or layers= of its own, or call it in one process. A model whose parts lie on several ranks needs "
+        "the same call on all of them.",
     )
     passes, measures = open_runs(
         model, clean, corrupted, sites, metric, answers, layers=layers, direction=direction, align=align, tokenizer=tokenizer,
