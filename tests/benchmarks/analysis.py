@@ -30,10 +30,12 @@ import tdgeom as tg
 BATCH, LENGTH = 4, 256
 
 
-def model_and_batches(batches: int) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
-    """GPT-2 small with random weights, and random tokens without padding."""
+def model_and_batches(
+    batches: int, layers: int = 12
+) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
+    """GPT-2 small with random weights, or fewer layers of it, and random tokens without padding."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config()).eval()
+    model = GPT2LMHeadModel(GPT2Config(n_layer=layers)).eval()
     ids = torch.randint(0, 50_257, (batches, BATCH, LENGTH))
     return model, [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids]
 
@@ -90,9 +92,10 @@ def times(
     batches: int,
     contestants: dict[str, Callable[..., None]],
     clock: Callable[[], float] = time.perf_counter,
+    layers: int = 12,
 ) -> None:
     """Print the table of times: wall time, or by another clock."""
-    model, data = model_and_batches(batches)
+    model, data = model_and_batches(batches, layers)
     for function in contestants.values():
         function(model, data[:2])
     rows: dict[str, list[float]] = {name: [] for name in contestants}
@@ -138,25 +141,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--without-peer", action="store_true")
     parser.add_argument("--errors", action="store_true")
     parser.add_argument("--one", choices=tuple(ONE))
     options = parser.parse_args()
     if options.one:
-        ONE[options.one](*model_and_batches(options.batches))
+        ONE[options.one](*model_and_batches(options.batches, options.layers))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
     elif options.memory:
         memory(("plain", "errors") if options.errors else ("bare", "ours"))
     elif options.errors:
         torch.set_num_threads(1)  # processor time, that a busy machine does not stretch
         pair = {"default analysis": plain, "with errors": with_errors}
-        times(options.rounds, options.batches, pair, time.process_time)
+        times(options.rounds, options.batches, pair, time.process_time, options.layers)
     else:
         contestants = {"bare forward pass": bare, "tdgeom": ours}
         if not options.without_peer:
             contestants["representation-geometry 0.1.0"] = theirs
-        times(options.rounds, options.batches, contestants)
+        times(options.rounds, options.batches, contestants, layers=options.layers)
 
 
 if __name__ == "__main__":
