@@ -15,6 +15,7 @@ from tdgeom.core.for_each_pair import ForEachPair, pair_list
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.core.keys import key_tuple
 from tdgeom.core.pair_stage import PairStage
+from tdgeom.core.renamed import is_streaming
 from tdgeom.core.streaming_stage import StreamingStage
 from tdgeom.measures.dimension.estimate import DimensionStage
 from tdgeom.measures.dimension.gride import Gride
@@ -114,14 +115,16 @@ def analysis_pipeline(
     streams: list[TensorDictModuleBase] = []
     for stage in settings.stages:
         if isinstance(stage, ForEachPair):
-            ends.append(stage)
+            ends += errors.of_pairs(stage) if errors.groups else [stage]
         elif isinstance(stage, PairStage):
             whole = [errors.around(stage), *errors.beside(stage)]
             ends += [ForEachPair(one, sites, pairs=pairs) for one in whole]
             similarities.append(stage)
         else:
-            streaming = isinstance(stage, StreamingStage)
-            (streams if streaming else ends).append(ForEach(errors.around(stage), sites))
+            streaming = isinstance(stage, StreamingStage) or (
+                isinstance(stage, ForEach) and all(map(is_streaming, stage.module))
+            )
+            (streams if streaming else ends).append(errors.of_sites(stage, sites))
     nulls = null_stages(similarities, significance=settings.significance, seed=settings.seed) if pairs else []
     ends += [ForEachPair(stage, sites, pairs=pairs) for stage in nulls]
     needed = {*settings.held, *(key_tuple(key)[0] for end in ends for key in end.in_keys)}

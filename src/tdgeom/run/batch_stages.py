@@ -16,6 +16,7 @@ from tdgeom.core.missing_parts import missing_part
 from tdgeom.core.renamed import describe
 from tdgeom.core.row_ids import POSITION_BITS
 from tdgeom.core.split_loaders import SplitLoader
+from tdgeom.core.warnings import FewRowsWarning, tell
 from tdgeom.core.words import words_of
 from tdgeom.model.calls.model_inputs import CARRIED
 from tdgeom.numerics.on_host import on_host, remember
@@ -25,6 +26,8 @@ from tdgeom.run.finish import call, give
 from tdgeom.run.plan import Plan
 
 __all__ = ["BatchStages"]
+
+_SAMPLED = ("sample_carried", "document_id")
 
 
 class BatchStages:
@@ -137,6 +140,7 @@ class BatchStages:
         """Run the per-batch stages on ``td``; (the rows that the streaming stages read, by selection; how many of the main)."""
         if not self._begun:
             self._refuse_results(td)
+            self._say_which_documents(td)
             self._begun = True
         for unit in self.plan.batch:
             give(unit, self.inputs, td)
@@ -172,6 +176,25 @@ class BatchStages:
             if isinstance(value, Tensor) and value.ndim and value.shape[0] == len(chosen):
                 left.set(key, value[torch.from_numpy(chosen).to(value.device)])
         return left
+
+    def _say_which_documents(self, td: TensorDict) -> None:
+        """Stages at the end would take sequences for documents where the sample does not keep what the batches say."""
+        written = {key_tuple(key) for unit in (*self.plan.stream, *self.plan.end) for key in unit.out_keys}
+        for unit in (
+            self.plan.end if self.selects else ()
+        ):  # rows that come selected say whose they are themselves
+            lacking = [
+                key
+                for key in optional_in_keys(unit)
+                if key_tuple(key) == _SAMPLED and _SAMPLED not in written
+            ]
+            if lacking and td.get("document_id", None) is not None:
+                tell(
+                    f"{describe(unit)} takes every sequence for a document: the batches bring 'document_id', and the sample does "
+                    f"not keep it. Remedy: RowSample(..., also=['document_id']).",
+                    FewRowsWarning,
+                )
+                return
 
     def _refuse_results(self, td: TensorDict) -> None:
         """A call of the pipeline would take these from the batch, where a run's end stages see results alone."""

@@ -200,13 +200,17 @@ class Replicates(StreamingStage):
         for place, (key, value) in enumerate(zip(self._inner.out_keys, whole)):
             values = [value, *(found.get(g, whole)[place] for g in range(self.groups))]
             if len({tuple(one.shape) for one in values}) > 1:
-                raise ValueError(
-                    f"Replicates: {key!r} of {type(self._inner).__name__} has another shape without each group "
-                    f"({sorted({tuple(one.shape) for one in values})}), so that the replicates do not stand side by side. "
-                    f"Wrap a stage whose outputs have one shape, whatever the rows."
-                )
+                values = self.beside_each_other(key, values)
             outputs.append(torch.stack(values))
         return [*outputs, self.rows.clone()]
+
+    def beside_each_other(self, key: Key, values: list[Tensor]) -> list[Tensor]:
+        """Replicates that differ in shape, which are refused."""
+        raise ValueError(
+            f"Replicates: {key!r} of {type(self._inner).__name__} has another shape without each group "
+            f"({sorted({tuple(one.shape) for one in values})}), so that the replicates do not stand side by side. "
+            f"Wrap a stage whose outputs have one shape, whatever the rows."
+        )
 
     # ------------------------------------------------------------------------------------------------ the groups' states
 
