@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -397,6 +398,24 @@ def test_alarms_are_warned_of_and_kept():
     with pytest.warns(UserWarning, match="step 3: [0-9]+ metrics"):
         train(watch)
     assert [step for step, _ in watch.messages] == [3]
+
+
+def test_change_alarms_hear_what_the_logs_get():
+    """A layer that collapses in the middle of a training, and the library's own alarms."""
+    model, alarms = Plain(), tg.ChangeAlarms(block=1, reference=10, horizon=10)
+    watch = tg.GeometryWatch([{"x": torch.randn(60, 6)}], every=1, alarms=alarms, **CHEAP)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(22):
+            with watch.step(model), torch.no_grad():
+                model.layers[0].map.weight.add_(1e-4 * torch.randn(6, 6))
+                if step == 19:
+                    model.layers[0].map.bias.fill_(20.0)
+                    model.layers[0].map.weight[1:] = 30.0
+    assert {message.step for _, message in watch.messages} == {20}
+    told = [str(one.message) for one in said if "GeometryWatch: step 20: " in str(one.message)]
+    assert len(told) == len(watch.messages) > 0
+    assert any(text.startswith("GeometryWatch: step 20: rank drop: geometry/") for text in told)
 
 
 def test_the_first_look_fails_loudly_and_later_ones_let_training_go_on():

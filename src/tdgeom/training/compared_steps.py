@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from tdgeom.core.keys import key_tuple
+from tdgeom.core.keys import key_tuple, optional_in_keys
 from tdgeom.core.pair_stage import PairStage
 from tdgeom.core.warnings import at_site
 from tdgeom.files.atomic import write_whole
@@ -71,7 +71,8 @@ def pair_stages(
         else:
             asked = known[name]
             stage = asked.stage() if asked.rows == "sample" else asked.stage(source="sample")
-        roots = {key_tuple(key)[0] for key in getattr(stage, "in_keys", ())}
+        needed = set(getattr(stage, "in_keys", ())) - set(optional_in_keys(stage))
+        roots = {key_tuple(key)[0] for key in needed}
         if not isinstance(stage, PairStage) or roots - set(HELD_ROOTS):
             raise ValueError(
                 f"{owner}: similarity of checkpoints is measured between matched rows or leading directions (pair stages that "

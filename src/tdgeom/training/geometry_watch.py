@@ -154,7 +154,7 @@ class GeometryWatch:
         self.alarms = list(alarms) if isinstance(alarms, Sequence) else [alarms]
         self.save_dir = None if save_dir is None else Path(save_dir)
         self.values: dict[int, list[StepValue]] = {}
-        self.messages: list[tuple[int, str]] = []
+        self.messages: list[tuple[int, Any]] = []
         self.last: Results | None = None
         self.finished = self.put_off = 0
         self._reading: tuple[int, StepReading] | None = None
@@ -288,7 +288,7 @@ class GeometryWatch:
             log({**flat, **({} if share is None else {"geometry/overhead": float(share)})}, step)
         for alarm in self.alarms:
             for message in alarm.update(step, flat) or ():
-                self.messages.append((step, str(message)))
+                self.messages.append((step, message))
                 tell(f"{self.owner}: step {step}: {message}", UserWarning)
         if self.save_dir is not None:
             save_results(results, self.save_dir / f"step-{step:08d}", overwrite=True)
