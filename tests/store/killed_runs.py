@@ -11,7 +11,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -30,24 +31,40 @@ class Total(tg.Stage):
     reads = {"sample": "N D"}
     writes = [("summary", "total")]
 
+    pause = 0.0
+
     def compute(self, sample):
         os.fsync(TRACE)  # an operation that can be the last one, in an end stage
+        time.sleep(self.pause)
         return sample.double().sum()
 
 
 TRACE = os.open(tempfile.mkstemp()[1], os.O_RDWR)
 
 
-def measure(folder: Path, block_rows: int) -> dict[str, object]:
-    """The run, and what it left behind."""
+def batches(pause: float, begun: Path | None) -> Iterator[dict[str, object]]:
+    """The data, a batch every so many seconds; a file that says that somebody reads them."""
+    if begun is not None:
+        begun.touch()
     generator = torch.Generator().manual_seed(0)
-    loader = [{"tokens": {"x": torch.randn(40, 8, generator=generator)}} for _ in range(20)]
+    for _ in range(20):
+        time.sleep(pause)
+        yield {"tokens": {"x": torch.randn(40, 8, generator=generator)}}
+
+
+def measure(
+    folder: Path, block_rows: int, pause: float = 0.0, begun: Path | None = None
+) -> dict[str, object] | None:
+    """The run, and what it left behind; None on ranks that have no results."""
+    loader, Total.pause = batches(pause, begun), 20 * pause
     keep = tg.StoreActivations(folder / "store", ["x"], model="m", shard_bytes=10_000)
     mean = tg.StreamingMean(in_keys=[("tokens", "x")])
     pipeline = TensorDictSequential(tg.RowSample(["x"], size=30), keep, mean, tg.ForEach(Total(), ["x"]))
     result = tg.run(
         pipeline, loader, checkpoint=folder / "state", every=6, block_rows=block_rows, progress=False
     )
+    if result is None:
+        return None
     store = tg.ActivationStore(folder / "store")
     runs = store.query()
     rows = store.rows(runs.ids[0])[:]
