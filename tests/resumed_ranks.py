@@ -153,6 +153,21 @@ def full_disk(self, folder, *args, **named):
     raise OSError(28, "No space left on device", str(folder))
 
 
+def comparison(folder, rank, world, again):
+    """Two models; the loader breaks off."""
+    loader = batches(size=4)
+    found = tg.compare(
+        model(), model(seed=8), loader if again else Until(loader, 7, rank, world),
+        ["linear_cka", "neighborhood_overlap"], sites="module_output:2", progress=False,
+        checkpoint=folder / "state", every=2,
+    )  # fmt: skip
+    return None if found is None else numbers_of(found)
+
+
+def numbers_of(compared):
+    return {k: float(v) for k, v in compared.novelty.select_dtypes("number").iloc[0].items()}
+
+
 def own_parts(rank, world):
     return batches()[rank::world]
 
@@ -197,6 +212,7 @@ CHECKS = {
     "stored": (storing, ANY),
     "in the end": (in_the_end, ANY),
     "analysis": (analysis, [(2, 3), (3, 2)]),
+    "comparison": (comparison, [(2, 3)]),
     "sampler": (broken_off(sampler_loader, at=4), SAME),
     "sampler, cut": (broken_off(sampler_loader, at=4, max_rows=44), SAME),
     "accelerate": (broken_off(accelerated, at=4), SAME),

@@ -51,10 +51,12 @@ def same_tables(found, expected):
     assert found.metadata["rows_observed"] == expected.metadata["rows_observed"]
 
 
+@pytest.mark.parametrize("name", ["analyze", "compare"])
 def test_an_interrupted_command_goes_on_and_ends_with_the_same_tables(
-    command, folder, text, tmp_path, interrupt_after, passes
+    command, folder, text, tmp_path, interrupt_after, passes, name
 ):
-    start = ("analyze", folder, "--text", text, *EVERY_BATCH)
+    models = [folder] if name == "analyze" else [folder, folder]
+    start = (name, *models, "--text", text, *EVERY_BATCH)
     assert command(*start, "--out", tmp_path / "whole")[0] == 0
     once = len(passes)
     state, out = tmp_path / "state", tmp_path / "run"

@@ -56,7 +56,19 @@ def folder(tmp_path_factory):
 def commands(folder, out):
     model, text = str(folder / "a"), ["--text", str(folder / "text.txt"), "--batch-size", "4"]
     return [
-        ["analyze", model, *text, "--out", str(out / "analyze"), "--max-rows", "400"],
+        [
+            "analyze",
+            model,
+            *text,
+            "--out",
+            str(out / "analyze"),
+            "--max-rows",
+            "400",
+            "--checkpoint",
+            str(out / "state"),
+            "--every",
+            "3",
+        ],
         ["compare", model, str(folder / "b"), *text, "--out", str(out / "compare")],
         ["dimension", model, *text, "--out", str(out / "dimension")],
         ["overlap", model, *text, "--out", str(out / "overlap")],
@@ -108,6 +120,7 @@ def test_commands_share_the_work_and_print_once(folder, alone, world):
             pd.read_csv(where / name / f"{table}.csv").select_dtypes("number") for where in (alone, out)
         ]
         pd.testing.assert_frame_equal(*numbers, rtol=1e-6, atol=1e-7)
+    assert not list(out.glob("state*"))  # removed where the tables are saved
     told = json.loads((out / "analyze" / "metadata.json").read_text())
     assert told["rows_observed"] == 400 and told["loader"].startswith("one loader, shared out among")
 

@@ -56,6 +56,10 @@ def undisturbed():
 
     batches, dealt = split_programs.batches, split_programs.sampler_loader
     tables = tg.analyze_model(split_programs.model(), batches(), sites="module_output:2", progress=False)
+    compared = tg.compare(
+        split_programs.model(), split_programs.model(seed=8), batches(), ["linear_cka", "neighborhood_overlap"],
+        sites="module_output:2", progress=False,
+    )  # fmt: skip
     whole = one(batches())
     rows = split_programs.model()(torch.stack([one["input"] for one in split_programs.data()]))
     yield {
@@ -69,6 +73,7 @@ def undisturbed():
         "sampler": one(dealt(0, 1)),
         "sampler, cut": one(dealt(0, 1), max_rows=44),
         "accelerate": whole,
+        "comparison": resumed_ranks.numbers_of(compared),
         "analysis": tables.metrics.select_dtypes("number").iloc[0].to_dict(),
     }
     torch.set_default_dtype(torch.float32)
@@ -97,7 +102,7 @@ def test_runs_go_on_with_as_many_more_or_fewer_ranks(ranks, undisturbed):
                 continue
             assert all("error" in one["first"] for one in told[:before]), where
             assert "state" in told[0]["left"], where
-            if name == "analysis":
+            if name in ("analysis", "comparison"):
                 for metric, value in undisturbed[name].items():
                     assert found[metric] == pytest.approx(value, rel=1e-6, nan_ok=True), (where, metric)
                 continue

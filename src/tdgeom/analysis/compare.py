@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -87,6 +88,8 @@ def compare(
     significance: bool = False,
     sharded: bool | None = None,
     nonfinite: str = "raise",
+    checkpoint: str | Path | None = None,
+    every: int = 100,
 ) -> Comparison | None:
     """Compare every layer of one model with every layer of another, over the same data in one pass.
 
@@ -123,6 +126,7 @@ def compare(
         significance: every measure beside what it is by chance, as ``analyze_model`` takes it; linear CKA is always. The
             p-value ``<measure>_p_adjusted`` is for the best of all pairs of layers.
         sharded: in a process group, whether each rank's loader is a part of the data, as for ``run``. Default: found out.
+        checkpoint, every: as for ``run``: a file that keeps the state, and batches between two writes.
 
     Returns:
         Comparison, on rank 0 of a process group (None elsewhere); ``tg.plot.matrix(comparison.novelty, measure)`` draws it.
@@ -196,6 +200,8 @@ def compare(
             progress=None if progress else False,
             sharded=sharded,
             nonfinite=nonfinite,
+            checkpoint=checkpoint,
+            every=every,
         )
     if result is None:
         return None

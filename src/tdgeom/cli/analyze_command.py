@@ -11,8 +11,10 @@ import typer
 import tdgeom as tg
 from tdgeom.cli.options import (
     MAX_ROWS,
+    Checkpoint,
     Columns,
     Errors,
+    Every,
     Intervals,
     Json,
     Layers,
@@ -53,13 +55,8 @@ def analyze(
         ),
     ] = False,
     save_mode: Annotated[str, typer.Option(help="bundle or csv (tables as CSV), or json.")] = "bundle",
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help="Keep the run's state in this file, and go on from it if it exists.", metavar="FILE"
-        ),
-    ] = None,
-    every: Annotated[int, typer.Option(min=1, help="Batches between two writes of the checkpoint.")] = 100,
+    checkpoint: Checkpoint = None,
+    every: Every = 100,
     nonfinite: Annotated[
         str,
         typer.Option(help="Rows with NaN or Inf: raise an error, or drop and count them.", metavar="WORD"),

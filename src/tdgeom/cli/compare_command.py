@@ -12,7 +12,9 @@ import tdgeom as tg
 from tdgeom.cli.completion import completing, pair_measures
 from tdgeom.cli.options import (
     MAX_ROWS,
+    Checkpoint,
     Errors,
+    Every,
     Layers,
     Significance,
     Sites,
@@ -60,9 +62,12 @@ def compare(
         int | None,
         typer.Option(min=3, help="Random projections a site, for wide models. [exact moments]", metavar="K"),
     ] = None,
+    checkpoint: Checkpoint = None,
+    every: Every = 100,
 ) -> Any:
     """Compare every layer of two models, or of two checkpoints, on one text."""
     from tdgeom.cli.print_comparison import print_comparison
+    from tdgeom.run.checkpoint import checkpoints_kept
 
     try:
         stages = named_stages(listed(metrics), between=True, sketch=sketch is not None)
@@ -80,30 +85,33 @@ def compare(
         }
     else:
         documents, tokenizers, batches = options.pixels(documents, model_a, model_b), [None, None], {}
-    result = tg.compare(
-        nets[0],
-        nets[1],
-        documents,
-        stages,
-        sites=listed(sites),
-        layers=layer_choice(layers),
-        tokenizer_a=tokenizers[0],
-        tokenizer_b=tokenizers[1],
-        align=align,
-        names=names_of(model_a, model_b),
-        select=options.select(),
-        max_rows=max_rows,
-        sketch=sketch,
-        errors=errors,
-        significance=significance,
-        **batches,
-        device=options.device_or_cuda(),
-        seed=options.seed,
-        sharded=options.sharded or None,
-    )
-    if result is not None:
-        result.metadata |= {"dataset": named, "run_metadata": {"command": "tdgeom compare"}}
-    options.finish(result, print_comparison)
+    with checkpoints_kept():  # until the comparison is saved
+        result = tg.compare(
+            nets[0],
+            nets[1],
+            documents,
+            stages,
+            sites=listed(sites),
+            layers=layer_choice(layers),
+            tokenizer_a=tokenizers[0],
+            tokenizer_b=tokenizers[1],
+            align=align,
+            names=names_of(model_a, model_b),
+            select=options.select(),
+            max_rows=max_rows,
+            sketch=sketch,
+            errors=errors,
+            significance=significance,
+            **batches,
+            device=options.device_or_cuda(),
+            seed=options.seed,
+            sharded=options.sharded or None,
+            checkpoint=checkpoint,
+            every=every,
+        )
+        if result is not None:
+            result.metadata |= {"dataset": named, "run_metadata": {"command": "tdgeom compare"}}
+        options.finish(result, print_comparison)
     return result
 
 

@@ -8,6 +8,7 @@ import json
 import typing
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,6 +43,11 @@ Significance = Annotated[
         help="Every measure of two layers beside what it is by chance: z, p, p for the best of all pairs, calibrated.",
     ),
 ]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(help="Keep the run's state in this file, and go on from it if it exists.", metavar="FILE"),
+]
+Every = Annotated[int, typer.Option(min=1, help="Batches between two writes of the checkpoint.")]
 Metrics = Annotated[
     str,
     typer.Option(
