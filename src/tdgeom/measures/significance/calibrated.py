@@ -127,10 +127,10 @@ def against_draws(value: Tensor, draws: Tensor, best: float) -> ShuffledNull:
 def joint_p_values(values: Tensor, draws: Tensor) -> Tensor:
     """p-values of several values under one null of them all: what the largest of them would be by chance.
 
-    Each value and its draws are put on the scale of its own null, (v - mean)/sd; p of value i is the share of shuffles whose
-    *largest* member reaches it: (1 + #{r: max_j z_jr >= z_i})/(1 + R). So the chance that any of the values is called
-    significant where none is, is the level of one. Shuffles must be shared (the same order of documents for all pairs), as
-    ``Calibrated`` shares them.
+    Each value and its draws are put on one scale, (v - mean)/sd over *all* of them, so that the value is measured by nothing
+    that its draws are not; p of value i is the share of shuffles whose *largest* member reaches it:
+    (1 + #{r: max_j z_jr >= z_i})/(1 + R). So the chance that any of the values is called significant where none is, is the level
+    of one. Shuffles must be shared (the same order of documents for all pairs), as ``Calibrated`` shares them.
 
     Args:
         values: (P,), larger is more alike (negate distances). draws: (P, R), shuffled values of each, in the same orders.
@@ -149,8 +149,10 @@ def joint_p_values(values: Tensor, draws: Tensor) -> Tensor:
             f"joint_p_values expects values (P,) and draws (P, R), got {tuple(values.shape)} and {tuple(draws.shape)}."
         )
     values, draws = values.double(), draws.double()
-    mean, deviation = draws.mean(1), draws.std(1)
-    fine = torch.isfinite(values) & (deviation > 0)
+    # by the draws alone the value's scale would err and theirs not: the best of many is then called too often
+    every = torch.cat((values[:, None], draws), 1)
+    mean, deviation = every.mean(1), every.std(1)
+    fine = torch.isfinite(values) & (draws.std(1) > 0)
     z = (values - mean) / deviation
     largest = torch.where(fine[:, None], (draws - mean[:, None]) / deviation[:, None], -torch.inf).amax(0)
     p = (1 + (largest >= z[:, None] - _SAME).sum(1)).double() / (1 + draws.shape[1])
