@@ -436,6 +436,7 @@ EXAMPLES: dict[str, Example] = {
     ),
     "DistanceCorrelation": pair(tg.DistanceCorrelation),
     "SoftMatching": pair(tg.SoftMatching),
+    "SampledCKA": pair(tg.SampledCKA, exempt={"compile": "which rows are left out together follows from the ids"}),
     "CKANull": pair(tg.CKANull),
     "Calibrated": Example(
         lambda **keys: tg.Calibrated(tg.LinearCKA(), repeats=19, **keys), lambda: [rows(0), rows(1)],

@@ -112,6 +112,7 @@ from .measures.similarity.rsa import RSA as RSA
 from .measures.similarity.cknna import CKNNA as CKNNA
 from .measures.similarity.kernel_alignment import DistanceCorrelation as DistanceCorrelation
 from .measures.similarity.matching import SoftMatching as SoftMatching
+from .measures.similarity.sampled_cka import SampledCKA as SampledCKA
 
 # what similarity is by chance
 from .measures.significance.cka_null import CKANull as CKANull

@@ -46,6 +46,7 @@ from tdgeom.measures.similarity.linear_r2 import linear_r2_ab, linear_r2_ba
 from tdgeom.measures.similarity.matching import soft_matching
 from tdgeom.measures.similarity.procrustes import angular_shape, procrustes
 from tdgeom.measures.similarity.rsa import rdm, rsa
+from tdgeom.measures.similarity.sampled_cka import linear_cka_sampled_error
 from tdgeom.measures.similarity.sampled_features import linear_cka_sampled, participation_ratio_sampled
 from tdgeom.measures.similarity.subspace import feature_subspace_novelty, layer_cosine_sim
 from tdgeom.measures.spectrum_errors import components_interpolated
@@ -142,6 +143,7 @@ __all__ = [
     "linear_cka_debiased",
     "linear_cka_null",
     "linear_cka_sampled",
+    "linear_cka_sampled_error",
     "linear_decision",
     "linear_r2_ab",
     "linear_r2_ba",

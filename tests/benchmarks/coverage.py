@@ -3,7 +3,7 @@
     python tests/benchmarks/coverage.py --out tests/benchmarks/coverage.csv   # 300 data sets; the table of docs/errors.md
     python tests/benchmarks/coverage.py --sets 30                             # what the slow tests run
 
-Three kinds of data, all of documents of several tokens, and intervals as ``tg.intervals`` makes them (20 groups of documents,
+Four kinds of data, all of documents of several tokens, and intervals as ``tg.intervals`` makes them (20 groups of documents,
 Student's t with 19 degrees of freedom, on the measure's scale; about the value less its jackknife bias where it has one):
 
 - *spectra*: N = 2,000 rows, 200 documents of 10 tokens, D = 24. x = L(√ρ u + √(1-ρ) v), u of the document and v of the token
@@ -15,6 +15,8 @@ Student's t with 19 degrees of freedom, on the measure's scale; about the value 
   at this N, the mean over other data sets, four times as many.
 - *probe*: 300 documents of 10 tokens, D = 8, one label a document, x = ±0.8 e + √ρ u + √(1-ρ) v, ρ = 0.7. A quarter of the
   documents is held out. The truth is the accuracy that the very probe that was fitted has on the population, in closed form.
+- *features*: 60 documents of 5 tokens, 64 features a side of infinitely many, each a random direction of a space of 200 whose
+  variances fall as 1/√i (of y the first 100 alone); tokens correlate by 0.7. Intervals as ``SampledCKA`` gives them.
 
 The last column takes rows for independent (``by="row"``; of the probe, a binomial share).
 """
@@ -135,6 +137,22 @@ def neighbours(seed: int, by: str | None) -> Iterator[tuple[str, Tensor, Tensor]
     yield "neighborhood_overlap", td["between", "neighborhood_overlap"], rows
 
 
+def features(seed: int) -> tuple[float, Values, Values]:
+    """The alignment of two populations of features, and what 64 of each side say of it by documents and by rows."""
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.arange(1, 201, dtype=torch.float64) ** -0.5
+    cut = torch.where(torch.arange(200) < 100, spectrum, 0.0)
+    truth = float((spectrum * cut).sum() / (spectrum.square().sum() * cut.square().sum()).sqrt())
+    latent = alike(generator, 60, 5, 200, 0.7)
+    x, y = (latent @ (one.sqrt()[:, None] * normal(generator, 200, 64)) for one in (spectrum, cut))
+    made = []
+    for document in (torch.arange(300) // 5, None):
+        found = F.linear_cka_sampled_error(x, y, document, seed=seed)
+        low, high = F.error_interval(found.value, found.standard_error, 19)
+        made.append((float(found.value), float(found.standard_error), float(low), float(high)))
+    return truth, made[0], made[1]
+
+
 def interval(name: str, values: Tensor, rows: Tensor, corrected: bool) -> Values:
     """Value, error, and the interval's ends."""
     found = F.group_jackknife(values, rows)
@@ -185,6 +203,8 @@ def one_set(seed: int) -> dict[tuple[str, str], Values | float]:
             for name, values, rows in neighbours(seed, by):
                 found[name, by] = interval(name, values, rows, corrected=False)
         found["accuracy", "truth"], found["accuracy", "document"], found["accuracy", "row"] = probe(seed)
+        name = "linear_cka_sampled"
+        found[name, "truth"], found[name, "document"], found[name, "row"] = features(seed)
         for other in range(4):
             for name, value, _ in neighbours(10**6 + 4 * seed + other, None):
                 found[name, f"expected_{other}"] = float(value)

@@ -28,7 +28,7 @@ from tdgeom.measures.similarity.pair_sources import MomentPairStage
 from tdgeom.measures.similarity.subspace import SubspaceNovelty
 from tdgeom.stream.replicates import Replicates
 
-__all__ = ["ErrorStages", "as_stage"]
+__all__ = ["ErrorStages", "as_stage", "has_own_error"]
 
 _TWIN = "sample_between"
 
@@ -75,6 +75,11 @@ def _told(stage: TensorDictModuleBase) -> TensorDictModuleBase:
     return stage
 
 
+def has_own_error(stage: Stage) -> bool:
+    """Whether the stage itself writes the error of what it measures."""
+    return any(key_tuple(key)[-1].endswith("_se") for key in stage.out_keys_source)
+
+
 class ErrorStages:
     """The stages that replicates and errors need; with 0 groups none, and every stage stays as it is."""
 
@@ -107,6 +112,8 @@ class ErrorStages:
     def around(self, stage: TensorDictModuleBase) -> TensorDictModuleBase:
         """The stage with its replicates, where it has some: of rows of the sample, of the spectra, a stream of one's own."""
         if not self.groups or isinstance(stage, LeaveOut | LeaveOutPair | LeaveOutMoments):
+            return stage
+        if isinstance(stage, Stage) and has_own_error(stage):
             return stage
         if not isinstance(stage, Stage):
             stage = as_stage(stage)

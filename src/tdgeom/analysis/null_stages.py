@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdgeom.analysis.error_stages import has_own_error
 from tdgeom.core.keys import NOT_WRITTEN, Key, key_tuple
 from tdgeom.core.pair_stage import PairStage
 from tdgeom.measures.significance.calibrated import Calibrated, joint_p_values, less_is_alike
@@ -47,6 +48,8 @@ def _without_rest(stage: PairStage) -> PairStage:
 
 def _of_rows(stage: PairStage) -> PairStage | None:
     """The same measure of matched rows; None where there is none."""
+    if has_own_error(stage):
+        return None
     if of_matched_rows(stage):
         return stage
     made = {name: value for name, value in stage.settings().items() if name not in ("source", "in_keys")}

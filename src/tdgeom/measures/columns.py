@@ -102,6 +102,8 @@ COLUMNS: dict[str, Column] = {
         "feature_subspace_novelty": ("subspace novelty", "", 0, 1,
                                      "0 if the leading subspace stays, 1 if it turns orthogonal."),
         "linear_cka": ("linear CKA", "", 0, 1, "1 if the geometry of the rows stays; biased upwards by few rows."),
+        "linear_cka_sampled": ("linear CKA of the populations", "", 0, 1,
+                               "Of all features of which these are a random sample: 1 if the geometry of the rows stays."),
         "linear_cka_debiased": ("linear CKA, debiased", "", 0, 1, "1 if the geometry of the rows stays, about 0 by chance."),
         "rv": ("RV coefficient", "", 0, 1, "Another name of linear CKA."),
         "layer_cosine_sim": ("mean cosine, same row", "", -1, 1, "1 if each row keeps its direction."),

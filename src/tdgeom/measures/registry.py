@@ -61,6 +61,10 @@ MEASURES = {
     "linear_cka": NamedMeasure(
         "biased linear CKA over all rows", StageAt("similarity.linear_cka:LinearCKA"), "sketch"
     ),
+    "linear_cka_sampled": NamedMeasure(
+        "linear CKA of populations whose features these are a random sample of, with its error",
+        StageAt("similarity.sampled_cka:SampledCKA"),
+    ),
     "neighborhood_overlap": NamedMeasure(
         "mutual 10 nearest neighbours",
         partial(StageAt("neighbors.neighborhood_overlap:NeighborhoodOverlap"), k=10),

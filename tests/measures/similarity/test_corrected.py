@@ -78,6 +78,82 @@ def test_one_feature_alone_tells_nothing_of_its_population() -> None:
         assert F.linear_cka_sampled(alone, alone).isnan()
 
 
+def brute_force_error(x: Tensor, y: Tensor, row: Tensor, of_x: Tensor, of_y: Tensor, groups: int) -> float:
+    """J₁ - J₂/2 by calling the measure anew on whatever is left."""
+
+    def left(r: tuple[int, ...] = (), a: tuple[int, ...] = (), b: tuple[int, ...] = ()) -> float:
+        kept = [~torch.isin(of, torch.tensor(out)) for of, out in ((row, r), (of_x, a), (of_y, b))]
+        return float(F.linear_cka_sampled(x[kept[0]][:, kept[1]], y[kept[0]][:, kept[2]]))
+
+    g, theta = range(groups), left()
+    alone = {kind: np.array([left(**{kind: (i,)}) for i in g]) for kind in "rab"}
+    first = sum((groups - 1) / groups * ((v - v.mean()) ** 2).sum() for v in alone.values())
+    second = 0.0
+    for one, other in ("ra", "rb", "ab"):
+        values = np.array([[left(**{one: (i,), other: (j,)}) for j in g] for i in g])
+        apart = values - values.mean(0) - values.mean(1)[:, None] + values.mean()
+        second += (groups - 1) ** 2 / groups**2 * (apart**2).sum()
+    for kind, v in alone.items():
+        q = [
+            groups * theta - (groups - 1) * (v[i] + v[j]) + (groups - 2) * left(**{kind: (i, j)})
+            for i in g
+            for j in range(i)
+        ]
+        second += np.var(q) * len(q) * ((groups - 3) / (groups * (groups - 1))) ** 2
+    return float(np.sqrt(max(first - second / 2, first / 4)))
+
+
+def test_the_error_of_sampled_features_is_its_definition() -> None:
+    """Five documents and five features a side: each is a group of its own, however it is dealt."""
+    g = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(40, 5, dtype=torch.float64, generator=g) for _ in range(2))
+    x, y = x + 2 * x[:, :1] + 7, y + 2 * x[:, :1]
+    document = torch.arange(40) // 8
+    found = F.linear_cka_sampled_error(x, y, document)
+    each = torch.arange(5)
+    assert float(found.standard_error) == pytest.approx(
+        brute_force_error(x, y, document, each, each, 5), rel=1e-9
+    )
+    both = F.linear_cka_sampled_error(x.expand(2, -1, -1), torch.stack((y, x)), document)
+    assert both.value[0] == pytest.approx(float(found.value)) and both.standard_error[0] == pytest.approx(
+        float(found.standard_error)
+    )
+
+
+def test_intervals_hold_the_cka_of_the_populations_from_sixty_four_features() -> None:
+    truth = float((POWER * CUT).sum() / (POWER.square().sum() * CUT.square().sum()).sqrt())
+    g, held, found = torch.Generator().manual_seed(1), 0, []
+    for seed in range(30):
+        z = latent(300, g)
+        x, y = z @ features(POWER, 64, g), z @ features(CUT, 64, g)
+        value, error = F.linear_cka_sampled_error(x, y, seed=seed)
+        low, high = F.error_interval(value, error, 19)
+        held += int(low <= truth <= high)
+        found.append([float(value), float(error)])
+    values, errors = np.array(found).T
+    assert held >= 26 and 0.8 < np.sqrt((errors**2).mean()) / values.std() < 1.6
+
+
+def test_few_documents_have_no_error_of_sampled_features() -> None:
+    x = torch.randn(40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = x + 2 * x[:, :1]
+    with pytest.warns(tg.FewRowsWarning, match="no standard error of 4 document"):
+        assert F.linear_cka_sampled_error(x, x, torch.arange(40) // 10).standard_error.isnan()
+    with pytest.raises(ValueError, match="document of shape"):
+        F.linear_cka_sampled_error(x, x, torch.arange(3))
+
+
+def test_intervals_of_an_analysis_hold_sampled_features() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 40), torch.nn.Linear(40, 30))
+    batches = [{"input": torch.randn(400, 6)}]
+    results = tg.analyze_model(
+        model, batches, sites="module_output:*", metrics=[tg.SampledCKA()], errors=True, progress=False
+    )
+    row = tg.intervals(results).set_index("metric").loc["linear_cka_sampled"]
+    assert row["low"] < row["value"] < row["high"] and row["se"] > 0
+    assert not [name for name in results.pairs if name.endswith("_se_se")]
+
+
 def test_procrustes_bounds_hold_the_truth_between_them() -> None:
     g = torch.Generator().manual_seed(0)
     spectrum = torch.arange(1, 31).double() ** -1
