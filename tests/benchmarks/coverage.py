@@ -124,7 +124,7 @@ def neighbours(seed: int, by: str | None) -> Iterator[tuple[str, Tensor, Tensor]
     td = TensorDict({"sample": a, "both": {"a": a, "b": b}, "sample_row_id": row_ids(80, 20),
                      "sample_carried": {"label": label}})  # fmt: skip
     overlap = tg.NeighborhoodOverlap(k=10, in_keys=[("both", "a"), ("both", "b")])
-    sites = (tg.TwoNN(), tg.Gride(range_max=16), tg.LabelOverlap(k=10))
+    sites = (tg.TwoNN(), tg.Gride(), tg.LabelOverlap(k=10))
     stages = [*sites, overlap] if by is None else [*map(tg.LeaveOut, sites), tg.LeaveOutPair(overlap)]
     td = tg.SampleGroups(by=by or "row")(td)
     for stage in stages:
