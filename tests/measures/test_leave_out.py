@@ -7,10 +7,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from scipy.stats import t as student
 from tensordict import TensorDict
 
 import tdgeom as tg
 from tdgeom import functional as F
+from tdgeom.measures.dimension.subsets_of_groups import group_subsets
 from tdgeom.measures.jackknife import group_jackknife
 from tdgeom.measures.leave_out_moments import LeaveOutMoments
 from tdgeom.measures.sample_metrics import SAMPLE_METRICS
@@ -262,6 +264,24 @@ def neighbour_values(seed):
     return {key[-2] + "/" + key[-1]: td[key].reshape(21, -1)[:, -1] for key in keys}, td["sample_group_rows"]
 
 
+@pytest.mark.parametrize("stage", [tg.LevinaBickel(k=18), tg.Gride(range_max=32)], ids=["local", "scales"])
+def test_errors_of_what_looks_far_are_of_halves(stage):
+    """Against the stage called on the rows of each half of the groups."""
+    x, _ = documents(400, 3)
+    td = TensorDict(sample=x, sample_group=torch.arange(400) // 20, sample_group_rows=torch.full((20,), 20))
+    value = tg.LeaveOut(stage)(td.copy())["dimension", stage.name, "estimate"].reshape(21, -1)[:, -1]
+    halves = group_subsets(20, 0.5)
+    assert halves.sum(0).tolist() == halves.sum(1).tolist() == [10] * 20
+    kept = [picked[td["sample_group"]] for picked in halves]
+    apart = torch.stack([stage(sample=x[rows])[0].reshape(-1)[-1] for rows in kept])
+    sums = apart.double().var()  # of n/2 rows: the variance of n is n/2/(n - n/2) times it
+    error = group_jackknife(value, td["sample_group_rows"]).standard_error
+    worth = 16.67  # independent halves that twenty are worth, and Student's t of so many
+    assert float(error / sums.sqrt()) == pytest.approx(
+        student.ppf(0.975, worth) / student.ppf(0.975, 19), rel=1e-2
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_errors_of_nearest_neighbours_are_the_spread_over_samples():
@@ -288,7 +308,7 @@ def test_the_first_value_of_neighbour_measures_is_the_measures_own():
 def test_too_few_rows_for_a_scale_are_told():
     x, _, _, ids = neighbours(0, n=120)
     with pytest.warns(
-        tg.FewRowsWarning, match="Gride: no standard error at some scales: a quarter of the 120 rows"
+        tg.FewRowsWarning, match="Gride: no standard error at some scales: half of the 120 rows"
     ):
         td = tg.LeaveOut(tg.Gride(range_max=64))(sample_td(x, ids))
     assert td["dimension", "gride", "estimate"][1:].isnan().all()

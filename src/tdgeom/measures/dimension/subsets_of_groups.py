@@ -18,7 +18,7 @@ from tdgeom.measures.neighbors.nearest_neighbors import distinct_neighbors
 __all__ = ["decimation_without", "dimension_without", "group_subsets", "pair_of_subsets"]
 
 _SHARE, _FAR_SHARE = 0.25, 0.5  # of the groups in each subset; where estimates look far
-_CALLED = {_SHARE: "quarter", _FAR_SHARE: "half"}
+_CALLED = {_SHARE: "a quarter", _FAR_SHARE: "half"}
 _FAR = 16  # neighbours
 _TRIED = 400
 
@@ -65,7 +65,8 @@ def dimension_without(stage: Any, inputs: Sequence[Any], group: Tensor, groups: 
     """A dimension estimator of a sample, of all rows, and replicates that have its error: (groups+1, ...) each.
 
     See ``_from_subsets``. Estimates that look at 16 neighbours and more take subsets of half the groups: those of a quarter look
-    four times as far as all rows do, where estimates are calmer (Gride at n = 8: errors of 0.94 and 0.90 of the spread at n = 16).
+    four times as far as all rows do, where estimates are calmer (Gride's errors at n = 8 and 16: 0.94 and 0.90 of the
+    spread).
     """
     sample = inputs[0]
     if stage.source != "sample" or sample.ndim != 2:
@@ -223,8 +224,8 @@ def _from_subsets(
         outputs.append(without_bias(replicates.movedim(0, -1), m).movedim(-1, 0))
     if unknown and not silent:
         tell(
-            f"{type(stage).__name__}: no standard error at some scales: a {_CALLED[share]} of the {int(n)} rows are too few for the "
-            f"neighbours looked at. Take a larger sample_size, or fewer neighbours.",
+            f"{type(stage).__name__}: no standard error at some scales: {_CALLED[share]} of the {int(n)} rows are too few for "
+            f"the neighbours looked at. Take a larger sample_size, or fewer neighbours.",
             FewRowsWarning,
         )
     return outputs
