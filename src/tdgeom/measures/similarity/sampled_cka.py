@@ -134,8 +134,8 @@ def _tables(groups: _Groups, left_out: tuple[int, ...]) -> tuple[Tensor, Tensor,
     Of a feature with itself only in the first.
     """
     kept = torch.ones_like(groups.of_row, dtype=torch.bool)
-    for g in left_out:
-        kept &= groups.of_row != g
+    for left in left_out:
+        kept &= groups.of_row != left
     n = int(kept.sum())
     sides = []
     for rows, hot in zip(groups.rows, groups.of_feature):
