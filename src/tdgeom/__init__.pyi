@@ -55,6 +55,7 @@ from .model.edits.attention_edits import BlockAttention as BlockAttention
 from .model.patching.activation_patching import activation_patching as activation_patching
 from .model.patching.path_patch import PathPatch as PathPatch
 from .model.patching.path_patching import path_patching as path_patching
+from .model.patching.attribution_patching import attribution_patching as attribution_patching
 
 # captures kept small
 from .model.capture_spec import CaptureSpec as CaptureSpec

@@ -134,7 +134,9 @@ def test_patching_matches_positions_over_padding():
     longer = TensorDict(
         {"activation": torch.zeros(2, 6, 1), "attention_mask": torch.ones(2, 6)}
     ).set_non_tensor("site", "x")
-    with pytest.raises(ValueError, match=r"has \[4, 3\] positions.*up to 6"):
+    with pytest.raises(
+        ValueError, match=r"has \[4, 3\] positions.*none for the positions \[3, 4, 5\] of this run"
+    ):
         tg.Patch(source, align="start")(longer)
     with pytest.raises(
         ValueError, match=r"have \[6, 6\] tokens, those of the other \[4, 3\]: which .*align='start'"

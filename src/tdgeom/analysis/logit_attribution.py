@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tdgeom.core.guessed_names import answer_guesses
 from tdgeom.model.calls.inputs_of_text import inputs_of_text
+from tdgeom.model.calls.site_hooks import edits_open
 from tdgeom.model.lens.answer_tokens import Answers, answer_tokens
 from tdgeom.model.lens.contributions import DETAILS, Contributions, contributions
 from tdgeom.model.positions import Positions
@@ -60,6 +61,10 @@ def logit_attribution(
     position and answer add up to; ``model_logit``, the model's own, another one only behind a soft cap. ``table.attrs`` has
     ``soft_cap`` (or None) and ``largest_difference`` of a sum from its logit.
 
+    Inside an ``Intervene`` it is the edited pass that is taken apart: what edits put into a part, or leave of it, is that part's
+    contribution; an edit of the stream belongs to its layer, or to ``between_blocks``. Where it is a share of no part, it is
+    refused.
+
     Raises ``ValueError`` where the parts do not add up, with where: a head with an activation in it (BERT's masked language
     model), a block that scales its stream; for pooling heads, unknown words, answers of more than one token.
 
@@ -78,8 +83,21 @@ def logit_attribution(
     first = next((v for v in inputs.values() if isinstance(v, Tensor) and v.ndim), None)
     texts = next((len(inputs[k]) for k in ("decoder_input_ids", "input_ids") if k in inputs.keys()), None)
     texts = (0 if first is None else len(first)) if texts is None else texts
+    if not texts or not all(v.numel() for k, v in inputs.items() if str(k).endswith("input_ids")):
+        raise ValueError(
+            "logit_attribution was given no text, or texts without a token: there is no logit to read."
+        )
     ids, weights, names = answer_tokens(answers, texts, tokenizer=tokenizer, per_text=per_text)
-    return _table(contributions(model, inputs, ids, weights, by=by, positions=positions), names, by)
+    try:
+        found = contributions(model, inputs, ids, weights, by=by, positions=positions)
+    except ValueError as error:
+        if not edits_open(model):
+            raise
+        raise ValueError(
+            f"{error} An Intervene is open on the model: what an edit changes behind a part is a share of no part. Remedy: "
+            "leave the with block, or by='layer'."
+        ) from error
+    return _table(found, names, by)
 
 
 def _table(found: Contributions, names: list[list[str]], by: str) -> pd.DataFrame:

@@ -174,10 +174,17 @@ def _patching(result: TensorDictBase) -> pd.DataFrame:
 
 def _cells(result: TensorDictBase) -> Iterator[dict[str, Any]]:
     for kind in result.get("grid").keys():
-        grid, recovered = (result.get((root, kind)).double() for root in ("grid", "recovered"))
+        held = result.get(("grid", kind))
+        metrics = list(held.keys()) if isinstance(held, TensorDictBase) else [None]
         layers, columns = (result.get((root, kind)).tolist() for root in ("layers", "columns"))
-        by = "head or position" if str(kind).rpartition(".")[2] in HEAD_KINDS else "position"
-        for i, layer in enumerate(layers):
-            for j, column in enumerate(columns):
-                values = {"grid": float(grid[i, j]), "recovered": float(recovered[i, j])}
-                yield {"kind": str(kind), "by": by, "layer": layer, "column": column, **values}
+        placed = ("positions", kind) in result.keys(True) or "changed" not in result.keys()
+        heads = str(kind).rpartition(".")[2] in HEAD_KINDS
+        by = ("position" if not heads else "head or position") if placed else "head" if heads else "part"
+        for metric in metrics:
+            part = (kind,) if metric is None else (kind, metric)
+            grid, recovered = (result.get((root, *part)).double() for root in ("grid", "recovered"))
+            named = {"kind": str(kind)} if metric is None else {"kind": str(kind), "metric": str(metric)}
+            for i, layer in enumerate(layers):
+                for j, column in enumerate(columns):
+                    values = {"grid": float(grid[i, j]), "recovered": float(recovered[i, j])}
+                    yield {**named, "by": by, "layer": layer, "column": column, **values}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["named_functions", "refuse_class", "site_list"]
+__all__ = ["named_functions", "refuse_class", "refuse_no_number", "site_list"]
 
 
 def refuse_class(owner: str, given: object) -> None:
@@ -21,6 +22,17 @@ def refuse_class(owner: str, given: object) -> None:
         own = given.__module__.partition(".")[0] == "tdgeom"
         name = f"tg.{given.__name__}" if own else given.__name__
         raise TypeError(f"{owner} takes an object, got the class {given.__name__}. Write {name}(...).")
+
+
+def refuse_no_number(owner: str, name: str, given: object) -> None:
+    """Raise where what is multiplied by is no number and no tensor.
+
+    >>> refuse_no_number("Steer", "coefficient", "3")
+    Traceback (most recent call last):
+    TypeError: Steer(coefficient=) is a number, got the str '3'.
+    """
+    if not isinstance(given, Real | Tensor):
+        raise TypeError(f"{owner}({name}=) is a number, got the {type(given).__name__} {given!r:.80}.")
 
 
 def site_list(owner: str, sites: Any) -> list[Any]:

@@ -30,7 +30,7 @@ def attribution(table: pd.DataFrame, answer: str | None = None, ax: Any = None, 
         The axes.
 
     Raises:
-        KeyError: not such a table. ValueError: no such answer, or several and none named.
+        KeyError: not such a table. ValueError: no rows, no such answer, or several and none named, ``top`` under 1.
 
         >>> parts = pd.DataFrame({"answer": "7", "component": ["embed", "mlp_output.0"], "kind": ["embed", "mlp_output"],
         ...     "layer": [None, 0], "contribution": [1.0, -0.5]})
@@ -40,6 +40,10 @@ def attribution(table: pd.DataFrame, answer: str | None = None, ax: Any = None, 
     needed = ["answer", "component", "kind", "contribution"]
     if missing := [name for name in needed if name not in table]:
         raise KeyError(f"plot.attribution draws what logit_attribution returns: the table has no {missing}.")
+    if not len(table):
+        raise ValueError("plot.attribution was given a table without rows: there is nothing to draw.")
+    if top < 1:
+        raise ValueError(f"top= is how many bars of neurons are drawn, at least 1, got {top}.")
     answers = list(dict.fromkeys(table["answer"]))
     if answer not in answers and not (answer is None and len(answers) == 1):
         raise ValueError(f"plot.attribution draws one answer: answer= is one of {answers}, got {answer!r}.")

@@ -18,7 +18,7 @@ RECOVERED = Column("share of the effect restored", "", 0, 1)
 
 
 def patching_section(runs: Sequence[ReportedRun]) -> Section | None:
-    """The tables ``patching`` of all runs: columns kind, layer, column, label, grid, recovered."""
+    """The tables ``patching`` of all runs: columns kind, metric (of several), layer, column, label, grid, recovered."""
     charts: list[Chart] = []
     tables: list[Table] = []
     for run in runs:
@@ -26,7 +26,9 @@ def patching_section(runs: Sequence[ReportedRun]) -> Section | None:
         if table is None or not len(table):
             continue
         of = f", {run.name}" if len(runs) > 1 else ""
-        charts += [_chart(f"{kind}{of}", part) for kind, part in table.groupby("kind", sort=False)]
+        parts = ["kind", "metric"] if "metric" in table else ["kind"]
+        for names, part in table.groupby(parts, sort=False):
+            charts.append(_chart(f"{', '.join(map(str, names))}{of}", part))
         tables.append(Table(f"Patching{of}", table, f"patching_{len(tables) + 1}"))
     if not charts:
         return None

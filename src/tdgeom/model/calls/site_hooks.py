@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from threading import get_ident
 from typing import Any
 
@@ -338,3 +339,13 @@ def only_reads(hook: Any) -> bool:
     """Whether a hook on a module is one of ours that changes nothing."""
     owner = getattr(getattr(hook, "func", hook), "__self__", None)
     return isinstance(owner, SiteHooks) and not owner.changes
+
+
+def edits_open(model: nn.Module) -> bool:
+    """Whether hooks of ours that may change what the model computes hang on it now."""
+    hooks = chain.from_iterable(
+        chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
+        for module in model.modules()
+    )
+    owners = (getattr(getattr(hook, "func", hook), "__self__", None) for hook in hooks)
+    return any(isinstance(owner, SiteHooks) and owner.changes for owner in owners)

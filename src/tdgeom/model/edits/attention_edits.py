@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdgeom.core.wrong_objects import refuse_no_number
 from tdgeom.model.edits.edit import Edit
 from tdgeom.model.edits.edit_call import EditCall
 from tdgeom.model.positions import Positions, check_positions, position_mask
@@ -51,6 +52,7 @@ class BlockAttention(Edit):
         **settings: Any,
     ) -> None:
         super().__init__(positions=queries, **settings)
+        refuse_no_number("BlockAttention", "factor", factor)
         self.keys, self.factor, self.renormalise = check_positions(keys), factor, renormalise
         self.keep_self = keep_self
 

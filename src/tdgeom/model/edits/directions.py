@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tdgeom.model.edits.edit import Edit
+from tdgeom.numerics.array_arguments import tensor_of
 
 __all__ = ["ProjectOnto", "ProjectOut"]
 
@@ -30,7 +31,8 @@ class ProjectOut(Edit):
 
     def __init__(self, basis: Tensor, *, mean: Tensor | None = None, **settings: Any) -> None:
         super().__init__(**settings)
-        basis = getattr(basis, "components", basis)
+        owner = f"{type(self).__name__}"
+        basis = tensor_of(getattr(basis, "components", basis), owner, "basis")
         columns = basis.detach().double()
         columns = columns.unsqueeze(-1) if columns.ndim == 1 else columns
         if columns.ndim != 2 or columns.shape[1] > columns.shape[0]:
@@ -44,7 +46,9 @@ class ProjectOut(Edit):
             )
         u, s, _ = torch.linalg.svd(columns, full_matrices=False)
         self.register_buffer("basis", u[:, s > s.max() * 1e-10])
-        self.register_buffer("mean", None if mean is None else mean.detach().double())
+        self.register_buffer(
+            "mean", None if mean is None else tensor_of(mean, owner, "mean").detach().double()
+        )
 
     def inside(self, value: Tensor) -> Tensor:
         """The part of ``x - mean`` in the subspace."""

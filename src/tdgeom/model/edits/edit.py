@@ -6,8 +6,10 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, reduce
+from numbers import Real
 from typing import Any, cast
 
+import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
@@ -15,10 +17,12 @@ from torch import Tensor, nn
 from tdgeom.core.devices import doubled
 from tdgeom.core.keys import Key
 from tdgeom.core.stage import Stage
+from tdgeom.core.wrong_objects import refuse_no_number
 from tdgeom.model.edits.edit_call import EditCall
 from tdgeom.model.positions import Positions, attended_tokens, check_positions
 from tdgeom.model.sites import Site
 from tdgeom.model.structure.select_heads import HeadSpec, listed_heads
+from tdgeom.numerics.array_arguments import tensor_of
 
 __all__ = ["Edit", "Scale", "Steer", "refuse_other_shape"]
 
@@ -249,12 +253,13 @@ class Steer(Edit):
     - ``clamp=(low, high)``: the projection where it lies between the two, else the nearer of them (``None``: no end).
 
     Args:
-        vector: (D,), such as ``probe.direction(1)``; at sites with heads also (H, Dh); or with as many axes as the activation,
-            (1, T, D) say. A ``Parameter`` stays one, so that a steering vector can be trained.
+        vector: (D,), a tensor or array such as ``probe.direction(1)``; at sites with heads also (H, Dh); or with as many axes
+            as the activation, (1, T, D) say. A ``Parameter`` stays one, so that a steering vector can be trained.
         coefficient, share, target, clamp: the strength, one of them.
         per_position: ``vector`` is (P, ...), one for each selected position, in their order.
 
-    Raises ``ValueError`` for a vector of another shape than the site's, and for a target in some ``features`` only.
+    Raises ``TypeError`` for what is no number, ``ValueError`` for a vector of another shape than the site's, and for a target in
+    some ``features`` only.
 
     >>> Steer(torch.ones(2), coefficient=3.0, positions="first")(activation=torch.zeros(1, 2, 2))
     tensor([[[3., 3.],
@@ -286,7 +291,10 @@ class Steer(Edit):
         if isinstance(vector, nn.Parameter):
             self.vector = vector
         else:
-            self.register_buffer("vector", vector.detach().clone())
+            self.register_buffer("vector", tensor_of(vector, "Steer", "vector").detach().clone())
+        for name, one in (("coefficient", coefficient), ("share", share), ("target", target)):
+            if one is not None or name == "coefficient":
+                refuse_no_number("Steer", name, one)
         self._set_plain(per_position=per_position, share=share, target=target, clamp=clamp)
         if type(coefficient) is float:
             self._set_plain(coefficient=coefficient)
@@ -301,8 +309,9 @@ class Steer(Edit):
         if own and not bool(self.vector.any()):
             raise ValueError(f"Steer({own[0]}=) needs a vector with a direction, got zeros.")
         if clamp is not None:
-            ends = [end for end in clamp if end is not None]
-            if len(clamp) != 2 or not ends or not all(map(math.isfinite, ends)) or ends != sorted(ends):
+            ends = [end for end in clamp if end is not None] if isinstance(clamp, tuple | list) else []
+            numbers = bool(ends) and all(isinstance(end, Real) and math.isfinite(end) for end in ends)
+            if not numbers or len(clamp) != 2 or ends != sorted(ends):
                 raise ValueError(
                     f"Steer(clamp=) expects (low, high) with low <= high, one of which may be None, got {clamp!r}."
                 )
@@ -356,7 +365,9 @@ class Scale(Edit):
 
     def __init__(self, factor: float | Tensor, **settings: Any) -> None:
         super().__init__(**settings)
-        self.factor = factor
+        if not isinstance(factor, np.ndarray | list):
+            refuse_no_number("Scale", "factor", factor)
+        self.factor = factor if isinstance(factor, Real) else tensor_of(factor, "Scale", "factor")
 
     def edit(self, value: Tensor) -> Tensor:
         """``factor * x``."""

@@ -10,6 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdgeom.core.keys import Key
+from tdgeom.core.wrong_objects import refuse_no_number
 from tdgeom.model.edits.attended_layout import (
     Donor,
     find_acts,
@@ -172,11 +173,17 @@ class Patch(_FromOtherRuns):
         missing = own & ((rank >= count) | (rank < 0))
         if missing.any() and not steps:
             raise ValueError(
-                f"Patch at {call.site!r}: the other run has {count.flatten().tolist()} positions to take from, but positions "
-                f"up to {int(rank[own].max()) + 1} are to be replaced. Remedy: choose positions= that both runs have."
+                f"Patch at {call.site!r}: the other run has {count.flatten().tolist()} positions to take from, and none for the "
+                f"positions {call.rank(value)[missing].unique().tolist()[:12]} of this run{self._matching()}. Remedy: choose "
+                "positions= that have one in both runs."
             )
         usable = (own & ~missing).reshape(*own.shape, *[1] * (value.ndim - 2))
         return torch.where(usable, take_ranks(other, theirs, rank), value)
+
+    def _matching(self) -> str:
+        if self.source_positions is not None:
+            return ", taken in order"
+        return {"end": ", counted from the last token"}.get(str(self.align), "")
 
     def _matched(
         self, own: Tensor, rank: Tensor, mask: Tensor, theirs: Tensor, steps: int, call: EditCall
@@ -264,6 +271,7 @@ class ActivationAddition(_FromOtherRuns):
             raise ValueError(
                 f"ActivationAddition: reduce= expects 'positions', 'last' or 'mean', got {reduce!r}."
             )
+        refuse_no_number("ActivationAddition", "coefficient", coefficient)
         self.positive, self.negative, self.coefficient, self.reduce = positive, negative, coefficient, reduce
 
     def wanted_runs(self) -> dict[str, Inputs | Key]:

@@ -76,7 +76,13 @@ def answer_tokens(
 
 
 def _as_tensor(given: Any) -> Any:
-    return torch.as_tensor(given) if isinstance(given, np.ndarray) else given
+    if not isinstance(given, np.ndarray):
+        return given
+    if given.dtype.kind not in "iu":
+        raise ValueError(
+            f"answers= as an array holds token ids, integers, got {given.dtype} of shape {given.shape}. Remedy: a list."
+        )
+    return torch.as_tensor(given.astype(np.int64))
 
 
 def _of_each_text(answers: Sequence[Any], texts: int) -> list[list[Any]]:

@@ -121,6 +121,8 @@ class _Pass:
         if not len(self.rows):
             raise ValueError(f"logit_attribution: no text has the positions {positions!r}.")
         attended = attended_tokens(mask, first)
+        if empty := (~attended.any(1)).nonzero().flatten().tolist():
+            raise ValueError(f"logit_attribution: the texts {empty[:8]} have no token to read a logit at.")
         self.ranks = (attended.cumsum(1) - 1)[keep]
         self.shape = first.shape[:2]
         self.values = {site: self._at_rows(td["acts", site]) for site in wanted}

@@ -77,7 +77,7 @@ def activation_patching(
         output: what functions in ``metric`` are given: ``"logits"`` at ``logits_at``, another output of the model by name
             (``"last_hidden_state"``), or ``None``, what the model gives.
         logits_at: at which position of each example logits are read.
-        rows: examples x cells in one pass of the model.
+        rows: examples x cells in one pass of the model; as many as there are examples, or fewer, is one cell a pass.
         progress: show a bar.
 
     Returns a TensorDict with, for every kind: ``("grid", kind)`` (layers, columns), the metric's mean over examples;

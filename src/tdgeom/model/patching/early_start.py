@@ -18,8 +18,7 @@ class EarlyStart:
     """What the blocks of a model gave in one pass, given again in place of running them.
 
     That nothing else of those blocks is used later (a cache that they share, say) is for the caller to see: a row of the pass
-    run again must give what it gave. Nothing is left
-    out where forwards are somebody else's, or blocks give what has no rows.
+    run again must give what it gave. Nothing is left out where forwards are somebody else's, or blocks give what has no rows.
     """
 
     def __init__(self, model: nn.Module, examples: int) -> None:

@@ -61,7 +61,7 @@ class PairedRuns:
         self.model, self.output, self.align = model, output, check_align(align)
         self.logits_at = logits_at
         self.batches = {"clean": clean, "corrupted": corrupted}
-        self.base, self.other = direction_runs(direction)
+        self.direction, (self.base, self.other) = direction, direction_runs(direction)
         self.capture = Capture(model, sites, layers=layers, model_outputs=output, clone=True)
         self.read = {name: self.capture(batch.copy()) for name, batch in self.batches.items()}
         counts = [self._count(name) for name in self.batches]

@@ -193,13 +193,13 @@ def two_ends(result: TensorDict, runs: PairedRuns, measures: Sequence[Measured])
 
 
 def fill(values: Sequence[Tensor], there: Tensor, changes: Tensor, base: Sequence[Tensor]) -> list[Tensor]:
-    """Cells (C, B) of each metric: where both runs hold the same, the metric of the run to patch; NaN where there is none."""
+    """Cells (C, B) of each metric: what was run; of the run to patch, where both hold the same; NaN where there is no cell."""
     present, same = there.cpu(), (there & ~changes).cpu()
     filled = []
     for index, own in enumerate(base):
         unpatched = own.detach().double().cpu().expand(present.shape)
         value = values[index] if values else torch.full_like(unpatched, torch.nan)
-        value = torch.where(same, unpatched, value)
+        value = torch.where(same & value.isnan(), unpatched, value)
         filled.append(value.masked_fill(~present, torch.nan))
     return filled
 

@@ -26,7 +26,8 @@ from tdgeom.model.structure.resolved_site import ResolvedSite
 class Cells:
     """The cells of one site: ``masks`` (C, B, T), the positions that each takes, of all axes behind or of one unit each.
 
-    ``units`` (C,) are heads (``axis`` 2, counted as the site holds them) or features (``axis`` -1); ``None`` for all. ``keep``,
+    ``units`` (C,) are heads (``axis`` 2, counted as the site holds them) or features (``axis`` -1), whose masks are the same;
+    ``None`` for all. ``keep``,
     broadcast over what lies behind (B, T), is true at what of a position is patched at all.
     """
 
@@ -44,17 +45,17 @@ class Cells:
 
     def changes(self, paired: Paired) -> Tensor:
         """(C, B), whether the other run holds anything else at a cell."""
-        differs = paired.differs()
-        differs = differs if self.keep is None else differs & self.keep
+        return self.sums(paired.differs().float()) > 0
+
+    def sums(self, values: Tensor) -> Tensor:
+        """The sum over each cell of values that lie as the site's (B, T, ...): (C, B)."""
+        values = values if self.keep is None else values * self.keep
         if self.units is None:
-            flat = differs.flatten(2).any(-1) if differs.ndim > 2 else differs
-            return torch.stack([(own & flat).any(-1) for own in self.masks])
-        axis = self.axis % differs.ndim
-        flat = differs.movedim(axis, 2).flatten(3).any(-1) if differs.ndim > 3 else differs  # (B, T, U)
-        alike = bool((self.masks == self.masks[:1]).all())
-        if alike:
-            return (flat & self.masks[0][..., None]).any(1).T[self.units]
-        return torch.stack([(flat[..., u] & own).any(-1) for u, own in zip(self.units, self.masks)])
+            flat = values.flatten(2).sum(-1) if values.ndim > 2 else values
+            return torch.stack([(flat * own).sum(-1) for own in self.masks])
+        shared = values.movedim(self.axis % values.ndim, 2)
+        flat = shared.flatten(3).sum(-1) if values.ndim > 3 else shared  # (B, T, U)
+        return torch.einsum("btu,bt->bu", flat, self.masks[0].to(flat)).T[self.units]
 
 
 class CellEdit(Edit):
@@ -130,9 +131,8 @@ class PatchedPasses:
     ) -> list[Tensor]:
         """The metrics of those cells (C, B) that are ``wanted``, a tensor (C, B) each, NaN elsewhere."""
         examples = self.runs.examples
-        if self.by_row:
-            pairs = wanted.nonzero()
-            step = self.rows
+        if self.by_row and self.rows > examples:
+            pairs, step = wanted.nonzero(), self.rows
         else:  # whole batches, one cell after the other
             chosen = wanted.any(1).nonzero().flatten()
             everyone = torch.arange(examples, device=chosen.device)
@@ -142,25 +142,25 @@ class PatchedPasses:
         edit, skipped, seen = CellEdit(paired, cells), self.early.skipped(entry), False
         with Intervene(self.runs.model, {str(entry.site): edit}, missing="raise" if len(pairs) else "ignore"):
             for start in range(0, len(pairs), step):
-                part = pairs[start : start + step]
-                cell, example = part[:, 0], part[:, 1]
-                own = len(cell)
-                if not seen and (skipped or own > examples):
-                    extra = torch.arange(1 if self.by_row else examples, device=cell.device)
-                    cell, example = torch.cat([cell, extra * 0 - 1]), torch.cat([example, extra])
-                output = None
+                cell, example = pairs[start : start + step].unbind(1)
+                own, output = len(cell), None
+                extra = torch.arange(1 if self.by_row else examples, device=cell.device)
+                watched = torch.cat([cell, extra * 0 - 1]), torch.cat([example, extra])
                 if skipped and not seen:
-                    skipped, output = self._begun_late(edit, cell, example, skipped, own)
+                    skipped, output = self._begun_late(edit, *watched, skipped, own)
+                if output is None and own > examples and not seen:
+                    output = self._pass(edit, *watched, skipped)
+                    self._refuse_changed(output, watched[1], own, f"in a pass of {own + len(extra)} rows")
+                seen = seen or output is not None
                 if output is None:
                     output = self._pass(edit, cell, example, skipped)
-                    if len(cell) > own:
-                        self._refuse_changed(output, example, own, f"in a pass of {len(cell)} rows")
-                seen = seen or len(cell) > own
+                else:
+                    example = watched[1]
                 values = self.measure(output, _beside(example, output))
                 found = found or [
                     torch.full(wanted.shape, torch.nan, dtype=torch.float64, device="cpu") for _ in values
                 ]
-                at = tuple(index.cpu() for index in (part[:, 0], part[:, 1]))
+                at = cell.cpu(), example[:own].cpu()
                 for grid, value in zip(found, values):
                     grid[at] = value[:own].double().cpu()
                 tell(own)
@@ -172,10 +172,8 @@ class PatchedPasses:
         """What may be left out, and what a pass without it gives; nothing and ``None`` where later blocks use more of it."""
         try:
             output = self._pass(edit, cell, example, skipped)
-        except (
-            Exception
-        ):  # something that they leave behind is not there: the whole pass says whether that is all
-            return [], None
+        except Exception:
+            return [], None  # something that they leave is missing: the whole pass says whether that is all
         return (skipped, output) if self._is_as_before(output, example, start) else ([], None)
 
     def _pass(self, edit: CellEdit, cell: Tensor, example: Tensor, skipped: list) -> Any:
