@@ -206,12 +206,19 @@ def two_ranks(found):
     part, inside = parallel(Blocks(), mesh), ["module_output:blocks.0"]
     found["refused"] = {
         "a part": refused(lambda: inner(part, "module_output:blocks.0.0")),
+        **{
+            f"heads, {kind}": refused(lambda k=kind: tg.Capture(parallel(llama(), mesh), k)) for kind in HEADS
+        },
+        "heads edited": refused(lambda: tg.Intervene(parallel(llama(), mesh), {"z.0": tg.Ablate(heads=[1])})),
         "a part edited": refused(lambda: edit_part(part)),
         "other batches": refused(lambda: measured(part, list(vectors(2))[rank:], inside, sharded=True)),
         "pipeline": refused(staged),
         "context": refused(lambda: in_context(mesh)),
     }
     found["failing"] = refused(lambda: failing(init_device_mesh("cpu", (2,))))
+
+
+HEADS = ("q", "k", "v", "z", "head_output", "attn_pattern", "attn_scores")
 
 
 def edit_part(model):

@@ -86,6 +86,13 @@ def test_parts_that_say_so_are_gathered_and_others_refused(two):
         assert "use_local_output=False" in said["a part edited"]
         assert "must be given the same batches" in said["other batches"]
         assert "pipeline parallel" in said["pipeline"] and "context-parallel" in said["context"]
+        heads = {name: words for name, words in said.items() if name.startswith("heads")}
+        assert len(heads) == 8
+        for name, words in heads.items():
+            assert "lies in parts on several ranks" in words and "Remedy: 'attn_output'" in words, (
+                name,
+                words,
+            )
         assert max(one["seconds"] for one in found["refused"].values()) < 10
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from tdgeom.core.guessed_names import answer_guesses
+from tdgeom.model.calls.local_parts import refuse_heads_apart
 from tdgeom.model.calls.structure_check import SiteRefused, checked, moves_choice, refusal
 from tdgeom.model.sites import Site, choice_beside
 from tdgeom.model.structure.resolve import find_sites, select_sites, site_by_path, sites_meant
@@ -64,6 +65,7 @@ def resolve_sites(
     for site in wrong:
         everywhere = isinstance(given, str) and given.strip() == "all" and not _names(wanted, site)
         if not everywhere or (site.stack, site.kind) not in left:
+            refuse_heads_apart(model, [entry for entry in asked if entry.site in wrong])
             raise refusal(
                 model, {s: r for s, r in wrong.items() if (s.stack, s.kind) == (site.stack, site.kind)}
             )

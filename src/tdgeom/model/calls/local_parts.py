@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from tdgeom.model.calls.shared_model import in_several_ranks, shared_model
 from tdgeom.model.calls.verified import verified
+from tdgeom.model.sites import HEAD_KINDS
 from tdgeom.model.structure.distributed_tensors import dtensor_class
 from tdgeom.model.structure.resolved_site import ResolvedSite
 
-__all__ = ["LocalParts"]
+__all__ = ["LocalParts", "refuse_heads_apart"]
 
 _SAMPLED = 64  # values of a tensor that are compared
 _AGREES = 1e-2  # of the largest: kernels in half precision may differ by that much, parts of a layer by more
@@ -45,6 +48,20 @@ class LocalParts:
                 f"'mlp_output', 'residual_output')."
             )
         known.add(place)
+
+
+def refuse_heads_apart(model: nn.Module, entries: Sequence[ResolvedSite]) -> None:
+    """Raise for sites of heads of which every rank computes its own: tensor-parallel projections that give plain tensors."""
+    parted = shared_model(model).parted if in_several_ranks() else ()
+    for entry in entries if parted else ():
+        module = model.get_submodule(entry.module_path)
+        if entry.site.kind in HEAD_KINDS and any(id(one) in parted for one in module.parameters()):
+            raise ValueError(
+                f"{str(entry.site)!r} lies in parts on several ranks: {entry.module_path!r} is tensor-parallel, so every rank "
+                f"computes its own heads only, and no rank has all of them. Remedy: 'attn_output', which adds them up; or heads "
+                f"of a model that each rank holds whole (a copy, or FSDP2's fully_shard), or on several devices of one process "
+                f"(device_map='auto')."
+            )
 
 
 def _differs(value: Tensor, group: dist.ProcessGroup) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -24,7 +24,7 @@ class SharedModel:
     ``collective``: a forward on one rank waits for one on all others, whatever batch they have (FSDP). ``peers``: the ranks, this
     one among them, that hold parts of one layer (tensor parallel): they must be given the same batches. ``by``: found how.
     ``groups``: process groups that make up the peers, one for every dimension of their mesh; ``waits``: all groups in which a
-    forward waits for other ranks.
+    forward waits for other ranks. ``parted``: the parameters of which peers hold parts, by ``id``.
     """
 
     collective: bool = False
@@ -32,6 +32,7 @@ class SharedModel:
     by: str = ""
     groups: tuple[Any, ...] = ()
     waits: tuple[Any, ...] = ()
+    parted: frozenset[int] = field(default=frozenset(), repr=False)
 
 
 def in_several_ranks() -> bool:
@@ -99,11 +100,13 @@ def shared_model(model: nn.Module) -> SharedModel:
                 waits.append(module.process_group)
                 by.append(name)
     peers: dict[tuple[int, ...], tuple[Any, ...]] = {}
+    parted: set[int] = set()
     for parameter in _parameters(model):
         mesh = parameter.device_mesh
         apart = managed.get(id(parameter), replicas if parameter.device_mesh.ndim > 1 else set())
         found, dims = _peers(mesh, own, apart)
         if len(found) > 1:
+            parted.add(id(parameter))
             peers.setdefault(found, tuple(mesh.get_group(dim) for dim in dims))
             by.append("tensor parallel")
     widest = max(peers, key=len, default=())
@@ -120,7 +123,7 @@ def shared_model(model: nn.Module) -> SharedModel:
         )
     groups = peers.get(widest, ())
     every = tuple({id(one): one for one in (*waits, *groups)}.values())
-    return SharedModel(bool(replicas), widest, ", ".join(dict.fromkeys(by)), groups, every)
+    return SharedModel(bool(replicas), widest, ", ".join(dict.fromkeys(by)), groups, every, frozenset(parted))
 
 
 def _peers(mesh: Any, own: int, apart: set[int]) -> tuple[tuple[int, ...], list[int]]:
