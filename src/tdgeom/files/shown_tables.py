@@ -59,9 +59,8 @@ class _ShownTable(pd.DataFrame):
 def shown_safely(table: pd.DataFrame) -> pd.DataFrame:
     r"""The table itself where all its text has glyphs; else one of the same values that prints escapes of those that have none.
 
-    >>> print(shown_safely(pd.DataFrame({"site": ["a\x1b[2J"]})).iloc[0, :])
-    site    a\x1b[2J
-    Name: 0, dtype: object
+    >>> print(shown_safely(pd.DataFrame({"site": ["a\x1b[2J"]})).to_string(header=False, index=False))
+    a\x1b[2J
     """
     names = [*map(str, table.columns), *map(str, table.columns.names)]
     text = (cell for name in table.columns if table[name].dtype.kind not in "biufcM" for cell in table[name])
