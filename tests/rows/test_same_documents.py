@@ -9,6 +9,7 @@ import pytest
 import torch
 from tdgeom.demo import demo_model
 from tensordict import TensorDict
+from tensordict.nn import TensorDictSequential
 
 import tdgeom as tg
 from tdgeom.rows.same_documents import SameDocuments, contents_of_ids, sequence_contents
@@ -159,3 +160,34 @@ def test_a_run_that_goes_on_knows_what_came_before(tmp_path):
         tg.analyze_model(net, broken(), checkpoint=tmp_path / "state", **settings)
     resumed = tg.analyze_model(net, batches, checkpoint=tmp_path / "state", **settings).metrics[COLUMNS]
     np.testing.assert_allclose(resumed, whole, rtol=1e-9)
+
+
+def significant(repeats, stage, measure, seed, keep=True):
+    """Whether two sides that have nothing to do with each other are called alike at 5 %."""
+    draw = torch.Generator().manual_seed(seed)
+    sides = {
+        name: torch.randn(30, 1, 6, generator=draw) + torch.randn(30, 4, 6, generator=draw) for name in "xy"
+    }
+    data = [{"acts": {name: value[i : i + 10] for name, value in sides.items()}} for i in range(0, 30, 10)]
+    pipeline = TensorDictSequential(
+        tg.SelectTokens(["x", "y"]),
+        tg.RowSample(["x", "y"], also=["document_id"] * keep),
+        tg.ForEachPair(stage, ["x", "y"], pairs=[("x", "y")]),
+    )
+    found = tg.run(pipeline, data * repeats, progress=False)
+    return float(found["between", "x->y", f"{measure}_p"]) <= 0.05
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_copies_do_not_make_chance_significant(repeats):
+    """2 of 40 at the level of 5 %; more than 7 (of 16: more than 4) come once in a thousand such sets."""
+    assert sum(significant(repeats, tg.CKANull(), "linear_cka", seed) for seed in range(40)) <= 7
+    overlap = tg.Calibrated(tg.NeighborhoodOverlap(k=4), repeats=39)
+    assert sum(significant(repeats, overlap, "neighborhood_overlap", seed) for seed in range(16)) <= 4
+
+
+def test_a_sample_that_does_not_keep_documents_is_told_of_copies():
+    with pytest.warns(
+        tg.FewRowsWarning, match=r"some came before.*RowSample\(\.\.\., also=\['document_id'\]\)"
+    ):
+        significant(3, tg.CKANull(), "linear_cka", 0, keep=False)

@@ -67,7 +67,11 @@ class BatchStages:
         self._begun = False
         grouped = any(key_tuple(key)[-1] == "document_id" for key in plan.stream_keys)
         read = any(SAME_DOCUMENT in unit.in_keys for unit in plan.batch)
-        self.same = SameDocuments() if grouped and read else None
+        written = {key_tuple(key) for unit in (*plan.stream, *plan.end) for key in unit.out_keys}
+        sampled = [unit for unit in plan.end if _SAMPLED in map(key_tuple, optional_in_keys(unit))]
+        # rows that come selected say themselves whose they are
+        self._forgetful = next(iter(sampled), None) if self.selects and _SAMPLED not in written else None
+        self.same = SameDocuments() if read and (grouped or self._forgetful is not None) else None
 
     def td(self, batch: Any) -> TensorDict:
         """Whatever the loader yields, as a TensorDict on the right device."""
@@ -96,7 +100,10 @@ class BatchStages:
             given = sequence
         mask_key = self.selects[0].mask_key if self.selects else "attention_mask"
         contents = sequence_contents(td, len(sequence), self._content_keys(), mask_key)
-        return self.same.of(on_host(whole_numbers(given)).tolist(), contents)
+        found = self.same.of(on_host(whole_numbers(given)).tolist(), contents)
+        if self.same.copies:
+            self._say_which_documents("some came before, word for word")
+        return found
 
     def _content_keys(self) -> list[Key]:
         """What a batch's sequences are made of: what models are called with, else what the stages of a batch read."""
@@ -140,7 +147,8 @@ class BatchStages:
         """Run the per-batch stages on ``td``; (the rows that the streaming stages read, by selection; how many of the main)."""
         if not self._begun:
             self._refuse_results(td)
-            self._say_which_documents(td)
+            if td.get("document_id", None) is not None:
+                self._say_which_documents("the batches bring 'document_id'")
             self._begun = True
         for unit in self.plan.batch:
             give(unit, self.inputs, td)
@@ -177,24 +185,15 @@ class BatchStages:
                 left.set(key, value[torch.from_numpy(chosen).to(value.device)])
         return left
 
-    def _say_which_documents(self, td: TensorDict) -> None:
-        """Stages at the end would take sequences for documents where the sample does not keep what the batches say."""
-        written = {key_tuple(key) for unit in (*self.plan.stream, *self.plan.end) for key in unit.out_keys}
-        for unit in (
-            self.plan.end if self.selects else ()
-        ):  # rows that come selected say whose they are themselves
-            lacking = [
-                key
-                for key in optional_in_keys(unit)
-                if key_tuple(key) == _SAMPLED and _SAMPLED not in written
-            ]
-            if lacking and td.get("document_id", None) is not None:
-                tell(
-                    f"{describe(unit)} takes every sequence for a document: the batches bring 'document_id', and the sample does "
-                    f"not keep it. Remedy: RowSample(..., also=['document_id']).",
-                    FewRowsWarning,
-                )
-                return
+    def _say_which_documents(self, told: str) -> None:
+        """Stages at the end would take sequences for documents where the sample does not keep which are whose."""
+        if self._forgetful is not None:
+            tell(
+                f"{describe(self._forgetful)} takes every sequence for a document: {told}, and the sample does not keep it. "
+                f"Remedy: RowSample(..., also=['document_id']).",
+                FewRowsWarning,
+            )
+            self._forgetful = None  # once
 
     def _refuse_results(self, td: TensorDict) -> None:
         """A call of the pipeline would take these from the batch, where a run's end stages see results alone."""

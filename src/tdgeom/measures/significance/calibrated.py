@@ -15,6 +15,7 @@ from tdgeom.measures.significance.document_null import FEWEST
 from tdgeom.measures.significance.documents import document_shuffles, rows_alike, sequence_of
 from tdgeom.measures.similarity.pair_sources import MATCHED_ROWS, of_matched_rows
 from tdgeom.numerics.centring import check_matched, warn_undefined
+from tdgeom.numerics.near_copies import near_copies, rounding_radius
 
 __all__ = [
     "Calibrated",
@@ -163,7 +164,7 @@ class _Prepared(NamedTuple):
     """The rows; those that are judged with the stage's preparation of them, once documents are known."""
 
     rows: Tensor
-    made: dict[str, tuple[Tensor, Any]]
+    made: dict[Any, Any]
 
 
 class Calibrated(PairStage):
@@ -180,6 +181,7 @@ class Calibrated(PairStage):
         by: ``"document"`` shuffles whole sequences among those with as many rows (ids are read from ``"sample_row_id"``; without
             them every row is a document; documents where ``("sample_carried", "document_id")`` tells of them); ``"row"``
             shuffles rows.
+            Of rows that a document has twice on both sides, one is judged.
         alike: judge the same number of rows of each document, as many documents and rows as that leaves: then all of them
             change places, however long they are. Default: all rows; a document of a length of its own stays where it is.
         best: the value of two sides that are the same; None: 0 for Procrustes distances and information imbalances, else 1.
@@ -261,9 +263,12 @@ class Calibrated(PairStage):
             document = sequence_of(row_id)
         document = None if document is None or self.by == "row" else document[:n]
         kept = None
+        if document is not None and (first := self._no_copies(a, b, document)) is not None:
+            kept, document, n = first, document[first.to(document.device)], len(first)
         if self.alike and document is not None:
-            kept = rows_alike(document)
-            document = document[kept]
+            alike = rows_alike(document)
+            kept = alike if kept is None else kept[alike]
+            document = document[alike]
             if (documents := len(document.unique())) < FEWEST:
                 return self._unjudged(a.rows, len(kept), documents)
             n = len(kept)
@@ -280,11 +285,26 @@ class Calibrated(PairStage):
             found += null[: len(null) if self.keep_draws else -1]
         return found
 
+    @staticmethod
+    def _no_copies(a: _Prepared, b: _Prepared, document: Tensor) -> Tensor | None:
+        """Rows without those that say on both sides again what one of the same document has said; None where none does.
+
+        A copy is its own nearest neighbour on either side, and is beside another row where its document has changed places.
+        """
+        for side in (a, b):
+            if "leader" not in side.made:
+                side.made["leader"] = near_copies(side.rows, rounding_radius(side.rows.dtype))
+        one, other = (side.made["leader"].to(document.device) for side in (a, b))
+        own = torch.arange(len(document), device=document.device)
+        again = (one != own) & (one == other) & (document[one] == document)
+        return (~again).nonzero().flatten() if bool(again.any()) else None
+
     def _judged(self, side: _Prepared, kept: Tensor | None) -> tuple[Tensor, Any]:
-        if "judged" not in side.made:  # all pairs share the rows
+        which = None if kept is None else kept.cpu().numpy().tobytes()
+        if which not in side.made:  # all pairs share the rows, but for copies that some sites alone have
             rows = side.rows if kept is None else side.rows[kept.to(side.rows.device)]
-            side.made["judged"] = (rows, self.stage.prepare(rows))
-        return side.made["judged"]
+            side.made[which] = (rows, self.stage.prepare(rows))
+        return side.made[which]
 
     def _unjudged(self, like: Tensor, rows: int, documents: int) -> list[Tensor]:
         names = ", ".join(f"{name}_p" for name in self.stage.out_names)
