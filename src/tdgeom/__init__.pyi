@@ -192,6 +192,8 @@ from .training.sweep import sweep as sweep
 from .training.sweep_results import Sweep as Sweep
 from .training.schedule import log_spaced_steps as log_spaced_steps
 from .training.stage_metric import as_metric as as_metric
+from .training.geometry_card import GeometryCard as GeometryCard
+from .training.geometry_card import geometry_card as geometry_card
 from .training.alarms import Alarm as Alarm
 from .training.alarms import AlarmRule as AlarmRule
 from .training.alarms import ChangeAlarms as ChangeAlarms
