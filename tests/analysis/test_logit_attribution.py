@@ -311,6 +311,50 @@ def test_refusals(tokenizer):
     torch.testing.assert_close(torch.tensor(sums), last_logits(model, batch)[:, 1], rtol=0, atol=1e-5)
 
 
+def test_inside_an_intervene_the_edited_pass_is_taken_apart():
+    """What an edit leaves of a part is that part's; what is a share of no part is refused, with the edit named."""
+    model, batch = models.llama(), models.text_batch()
+    shift = torch.linspace(-2, 2, models.WIDTH)
+    plain = last_logits(model, batch)[:, 7]
+    for site, edit, by in (
+        ("z.1", tg.Ablate(heads=[1]), "head"),
+        ("mlp_output.1", tg.Ablate(), "component"),
+        ("residual_input.1", tg.Steer(shift), "component"),
+        ("residual_output.0", tg.Steer(shift), "layer"),
+    ):
+        with tg.Intervene(model, {site: edit}):
+            expected = last_logits(model, batch)[:, 7]
+            table = tg.logit_attribution(model, batch, 7, by=by)
+        sums = table.groupby("text")["contribution"].sum().to_numpy().copy()
+        torch.testing.assert_close(torch.tensor(sums), expected, rtol=0, atol=1e-5)
+        assert not torch.allclose(expected, plain, atol=1e-4)
+        if by == "head":
+            assert not table[table["component"] == "head.1[1]"]["contribution"].any()
+        if site == "mlp_output.1":
+            assert not table[table["component"] == site]["contribution"].any()
+    with (
+        tg.Intervene(model, {"head_output.1": tg.Ablate(heads=[0])}),
+        pytest.raises(
+            ValueError, match="An Intervene is open on the model: .* leave the with block, or by='layer'"
+        ),
+    ):
+        tg.logit_attribution(model, batch, 7, by="head")
+
+
+def test_texts_without_a_token_are_refused():
+    model, ids = models.gpt2(), torch.ones(2, 3, dtype=torch.long)
+    for batch, match in (
+        ({"input_ids": ids[:, :0]}, "texts without a token"),
+        ({"input_ids": ids[:0]}, "given no text"),
+        (
+            {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])},
+            r"the texts \[1\] have no token",
+        ),
+    ):
+        with pytest.raises(ValueError, match=match):
+            tg.logit_attribution(model, batch, 5)
+
+
 def test_half_precision_and_other_surroundings():
     model, batch = models.llama(), models.text_batch()
     right = tg.logit_attribution(model, batch, 5, by="head")

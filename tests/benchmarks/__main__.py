@@ -66,6 +66,7 @@ PARTS = {
     ),
     "probes": Part(["probes.py --rows 40000 --rounds 3"], ["probes.py --rows 2000 --width 32 --rounds 1"]),
     "hooks": Part(["hooks.py"], [], ours=["tdhook"]),
+    "patching": Part(["patching.py"], ["patching.py --rounds 1 --short"]),
     "covariance": Part(
         ["covariance.py --rounds 60 --widths 768", "covariance.py --rounds 24 --widths 4096"],
         ["covariance.py --rounds 2 --widths 96 --rows 256"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,3 +67,32 @@ def test_positions_out_of_order_are_refused(places) -> None:
     with pytest.raises(ValueError, match="ascending order.*align="):
         tg.Patch(donor, **places)
     tg.Patch(donor, positions=[0, -1], source_positions=[1, -2])
+
+
+def test_vectors_are_tensors_or_arrays_and_strengths_numbers() -> None:
+    array, x = np.linspace(-1, 1, 4, dtype=np.float32), torch.randn(1, 2, 4)
+    for of_array, of_tensor in (
+        (tg.Steer(array, coefficient=np.float32(2)), tg.Steer(torch.tensor(array), coefficient=2.0)),
+        (tg.Scale(array), tg.Scale(torch.tensor(array))),
+        (tg.ProjectOut(array, mean=array), tg.ProjectOut(torch.tensor(array), mean=torch.tensor(array))),
+        (tg.ProjectOnto(array[:, None]), tg.ProjectOnto(torch.tensor(array)[:, None])),
+    ):
+        torch.testing.assert_close(of_array(activation=x), of_tensor(activation=x))
+    for make, match in (
+        (lambda: tg.Steer("north"), "Steer expects numbers as vector: .* got str"),
+        (lambda: tg.ProjectOut(None), "ProjectOut expects numbers as basis: .* got NoneType"),
+        (lambda: tg.Steer(array, coefficient="3"), r"Steer\(coefficient=\) is a number, got the str '3'"),
+        (lambda: tg.Steer(array, coefficient=None), r"Steer\(coefficient=\) is a number, got the NoneType"),
+        (lambda: tg.Steer(array, share="1"), r"Steer\(share=\) is a number"),
+        (lambda: tg.Scale("2"), r"Scale\(factor=\) is a number, got the str '2'"),
+        (lambda: tg.BlockAttention(queries=0, keys=0, factor="0"), r"BlockAttention\(factor=\) is a number"),
+        (
+            lambda: tg.ActivationAddition(x, x, coefficient="1"),
+            r"ActivationAddition\(coefficient=\) is a number",
+        ),
+    ):
+        with pytest.raises(TypeError, match=match):
+            make()
+    for clamp in (3.0, ("a", 1.0), "ab"):
+        with pytest.raises(ValueError, match=r"Steer\(clamp=\) expects \(low, high\)"):
+            tg.Steer(array, clamp=clamp)

@@ -127,6 +127,14 @@ def test_patching_grid(ax):
         plot.patching_grid(result)
     with pytest.raises(ValueError, match="3 columns, got 2"):
         plot.patching_grid(result, "z", columns=["a", "b"])
+    several = {"layers": torch.tensor([4]), "columns": torch.tensor([0, 1])}
+    several["recovered"] = TensorDict({"kl": torch.tensor([[0.0, 0.5]]), "own": torch.tensor([[1.0, 0.25]])})
+    result = TensorDict({(root, "z"): value for root, value in several.items()})
+    drawn = plot.patching_grid(result, ax=Figure().subplots(), metric="own")
+    assert drawn.images[0].get_array().tolist() == [[1.0, 0.25]] and drawn.get_title().endswith(", own")
+    for metric in (None, "other"):
+        with pytest.raises(KeyError, match=r"metric= is one of \['kl', 'own'\]"):
+            plot.patching_grid(result, metric=metric)
 
 
 def test_attribution(ax):
@@ -151,6 +159,10 @@ def test_attribution(ax):
         plot.attribution(table, "y")
     with pytest.raises(KeyError, match="no .'answer', 'component', 'kind', 'contribution'."):
         plot.attribution(pd.DataFrame({"x": [1]}))
+    with pytest.raises(ValueError, match="a table without rows"):
+        plot.attribution(table[:0])
+    with pytest.raises(ValueError, match="top= is how many bars of neurons are drawn, at least 1, got 0"):
+        plot.attribution(neurons, top=0)
 
 
 def test_attention_of_one_head(ax):

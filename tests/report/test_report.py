@@ -276,6 +276,17 @@ def test_grids_of_patching_sweeps_and_profiles_are_drawn(tmp_path):
     cells = {(v["r"], v["c"]): v["v"] for v in values(page.titled("Patching residual_input"))}
     assert len(cells) == 6 and cells[("7", "1")] == -0.5 and cells[("4", "5")] == 0.25
 
+    both = {
+        root: TensorDict({"kl": value, "own": 1 - value})
+        for root, value in kind.items()
+        if root in ("grid", "recovered")
+    }
+    patched = TensorDict({(root, "z"): value for root, value in {**kind, **both}.items()})
+    page = Page(tg.write_report(patched, tmp_path / "several.html"))
+    for metric, expected in (("kl", -0.5), ("own", 1.5)):
+        cells = {(v["r"], v["c"]): v["v"] for v in values(page.titled(f"Patching z, {metric}"))}
+        assert len(cells) == 6 and cells[("7", "1")] == expected
+
     metrics = made_up().tables["metrics"]
     sweep = pd.concat([metrics.assign(step=step, d_pr=metrics["d_pr"] + step) for step in (0, 10, 200)])
     page = Page(tg.write_report(sweep.reset_index(drop=True), tmp_path / "sweep.html"))
