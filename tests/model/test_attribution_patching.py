@@ -117,6 +117,9 @@ def test_the_error_is_that_of_the_cells_that_were_patched():
     torch.testing.assert_close(error["largest"], off.max())
     both = torch.stack([estimate, exact[known]])
     torch.testing.assert_close(error["correlation"], torch.corrcoef(both)[0, 1])
+    with torch.inference_mode():
+        again = tg.attribution_patching(model, *runs, "residual_input", sample_size=6, seed=3, **settings)
+    torch.testing.assert_close(again["grid", "residual_input"], found["grid", "residual_input"])
     other = tg.attribution_patching(model, *runs, "residual_input", sample_size=6, seed=4, **settings)
     assert not torch.equal(known, ~other["exact", "residual_input"].isnan())
 

@@ -31,6 +31,7 @@ FAR = 0.9  # a correlation below which the estimate is said to be one
 
 
 @answer_guesses
+@torch.inference_mode(False)
 def attribution_patching(
     model: nn.Module,
     clean: Mapping[str, Tensor] | TensorDictBase | str | Sequence[str],
