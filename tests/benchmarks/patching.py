@@ -114,10 +114,10 @@ def main() -> None:
         where = "one position" if one else "every position"
         name = f"GPT-2 small, {batch} x 8 tokens, {where}"
         compare(name, small, small.transformer.h, pairs(batch, 8, 50257, one), settings.rounds)
-    for batch, one in ((3, False), (3, True)):
-        where = "one position" if one else "every position"
-        name = f"tiny Llama, {batch} x 8 tokens, {where}"
-        compare(name, tiny, tiny.model.layers, pairs(batch, 8, models.VOCAB, one), 4 * settings.rounds)
+    for length in (8, 12, 24):
+        name = f"tiny Llama, 3 x {length} tokens, every position"
+        pair = pairs(3, length, models.VOCAB, one=False)
+        compare(name, tiny, tiny.model.layers, pair, 4 * settings.rounds)
 
 
 if __name__ == "__main__":
