@@ -19,9 +19,8 @@ def test_intervals_hold_the_truth_and_those_of_independent_rows_do_not():
     assert len(table) == 18
     for name, row in table.items():
         assert row["held_document"] >= 0.8, (name, row)  # 30 sets tell 95 % to 4 %
-        most = (
-            1.8 if name == "linear_cka_sampled" else 1.4
-        )  # never too small: what several draws add counts up to 1.5 times
+        # never too small: what several draws add together counts up to 1.5 times
+        most = 1.8 if name == "linear_cka_sampled" else 1.4
         assert 0.7 < row["error_document"] < most, (name, row)
         # features are sampled too: there the documents are not most of it
         assert row["held_row"] < row["held_document"] or name == "linear_cka_sampled", (name, row)
