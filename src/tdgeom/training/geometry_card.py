@@ -45,7 +45,6 @@ __all__ = ["GeometryCard", "geometry_card"]
 VERSION = 1
 LARGEST = 50_000_000  # bytes
 FEWEST = 64  # landmark rows that two cards must share
-_ENOUGH = 1024  # landmark rows that are worth 16 bits a value; where fewer fit, 8 bits hold twice as many
 
 
 @dataclass(repr=False)
@@ -85,7 +84,7 @@ class GeometryCard:
     def save(self, path: str | Path, *, max_bytes: int = LARGEST) -> Path:
         """Write the file, whole or not at all; landmark rows are kept as they fit into ``max_bytes``, the smallest ids first.
 
-        A value takes 16 bits where 1,024 rows fit at that, else 8 (float8, each feature scaled by its largest value).
+        A value takes 16 bits where all rows fit at that, else 8 (float8, each feature scaled by its largest value).
         """
         path = Path(path)
         held: dict[str, Tensor] = {}
@@ -100,7 +99,7 @@ class GeometryCard:
         )
         width = sum(one.shape[1] for one in self.rows.values())
         room = max_bytes - fixed
-        size = 2 if room // (2 * width + 8) >= min(_ENOUGH, len(self.ids)) else 1
+        size = 2 if room // (2 * width + 8) >= len(self.ids) else 1
         keep = min(len(self.ids), room // (size * width + 8))
         if keep < FEWEST:
             raise ValueError(
