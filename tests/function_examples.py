@@ -122,7 +122,9 @@ CALLS: dict[str, Call] = {
     "cknna": Call(F.cknna, twins),
     "linear_cka_null": Call(F.linear_cka_null, pair),
     "linear_cka_sampled": Call(F.linear_cka_sampled, pair),
-    "linear_cka_sampled_error": Call(F.linear_cka_sampled_error, pair),
+    "linear_cka_sampled_error": Call(
+        F.linear_cka_sampled_error, lambda seed: tuple(rows(seed + side, 12) + 3 * rows(seed, 1) for side in (1, 2))
+    ),
     "participation_ratio_sampled": Call(F.participation_ratio_sampled, one),
     "soft_matching": Call(F.soft_matching, pair),
     "feature_subspace_novelty": Call(F.feature_subspace_novelty, lambda seed: (basis(seed), basis(seed + 50))),
