@@ -41,7 +41,8 @@ def as_cells(table):
 
 
 def test_arrow_and_parquet_come_back_cell_by_cell(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow.parquet as parquet
+
     results = made()
     tables = results.to_arrow()
     assert set(tables) == {"metrics", "novelty", "diagnostics/curves", "eigenvalues"}
@@ -78,7 +79,8 @@ def test_without_the_libraries_it_says_what_to_install(monkeypatch):
 
 
 def test_layer_by_step_by_metric(tmp_path):
-    xarray = pytest.importorskip("xarray")
+    import xarray
+
     results = made(steps=(0, 10, 30))
     array = results.to_xarray()
     assert array.dims == ("layer", "step", "metric") and array.shape == (4, 3, 5)
@@ -94,7 +96,6 @@ def test_layer_by_step_by_metric(tmp_path):
 
 
 def test_several_sites_a_layer_and_pairs():
-    pytest.importorskip("xarray")
     results = made(kinds=("attn_output", "mlp_output"))
     array = tg.to_xarray(results)
     assert array.dims == ("site", "metric") and array["layer"].values.tolist() == [0, 1, 2, 3] * 2
@@ -107,7 +108,6 @@ def test_several_sites_a_layer_and_pairs():
 
 
 def test_tidy_frames_and_untrained_models():
-    pytest.importorskip("xarray")
     wide = made(steps=(0, 10)).metrics
     tidy = wide.melt(["step", "site", "layer"], ["d_pr", "k90"], "metric", "value")
     array = tg.to_xarray(tidy)

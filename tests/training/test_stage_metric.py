@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchmetrics
 from tensordict import TensorDict
 
 import tdgeom as tg
 from metric_ranks import rows, spectrum
-
-torchmetrics = pytest.importorskip("torchmetrics")
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*:tdgeom.UndefinedMeasureWarning", "ignore:.*:tdgeom.FewRowsWarning"

@@ -9,8 +9,8 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import load, save
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
@@ -136,11 +136,11 @@ class _States:
                 f"{number}.{name}": value.detach().cpu().contiguous()
                 for name, value in stage_of(unit).state().items()
             }
-        return torch.frombuffer(bytearray(save(held)), dtype=torch.uint8).to(device)
+        return torch.frombuffer(bytearray(safetensors.torch.save(held)), dtype=torch.uint8).to(device)
 
     def put(self, pieces: Sequence[Tensor]) -> None:
         """The states that these add up to, in this order, in place of the own."""
-        parts = [load(piece.detach().cpu().numpy().tobytes()) for piece in pieces]
+        parts = [safetensors.torch.load(piece.detach().cpu().numpy().tobytes()) for piece in pieces]
         for part in parts:
             told = tensor_text(part.pop(_HEADER, None))
             apart = differences(json.loads(told or "[]"), json.loads(json.dumps(self.about())))
