@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,7 +101,7 @@ def linear_cka_sampled_error(
             FewRowsWarning,
         )
         return SampledValue(value, torch.full_like(value, torch.nan))
-    generator = torch.Generator().manual_seed(seed)
+    generator = np.random.default_rng(seed)
     of_row = _dealt(documents, generator).to(x.device)[document.to(x.device)]
     of_feature = [_dealt(side.shape[-1], generator).to(x.device) for side in (x, y)]
     rows = [centre(finite_rows(side, "linear_cka_sampled_error").double()).rows for side in (x, y)]
@@ -110,12 +111,9 @@ def linear_cka_sampled_error(
     )
 
 
-def _dealt(number: int, generator: torch.Generator) -> Tensor:
+def _dealt(number: int, generator: np.random.Generator) -> Tensor:
     """(number,) a group each, groups of equal size as near as may be."""
-    order = torch.randperm(number, generator=generator, device="cpu")
-    return torch.empty_like(order).scatter_(
-        0, order, torch.arange(number, device="cpu") % min(_GROUPS, number)
-    )
+    return torch.from_numpy(generator.permutation(number) % min(_GROUPS, number))
 
 
 def _grouped(x: Tensor, y: Tensor, of_row: Tensor, of_x: Tensor, of_y: Tensor) -> _Groups:
