@@ -27,12 +27,12 @@ GRADIENTS = {"TorchProbe", "LowRankBilinearProbe"}
 # What an update of a stage has to wait for, beside what run has read with the batch: at most so often a block of rows.
 WAITS = {
     "StoreActivations": 2,  # the rows go to the disk: one copy a tensor
-    "StreamingLabelMoments": 9,  # rows are dealt to folds by their labels
-    "LinearProbe": 28,
-    "MeanDifferenceProbe": 16,
-    "SklearnProbe": 8,
-    "TorchProbe": 8,
-    "ProbeScore": 8,
+    "StreamingLabelMoments": 4,  # rows are dealt to folds by their labels
+    "LinearProbe": 11,
+    "MeanDifferenceProbe": 7,
+    "SklearnProbe": 5,
+    "TorchProbe": 5,
+    "ProbeScore": 5,
 }
 
 

@@ -18,13 +18,12 @@ from stage_examples import EXAMPLES
 from tdgeom.numerics.products import product_dtype
 
 DEVICE = torch.device(os.environ.get("TDGEOM_DEVICE", "cuda"))
-# float64 products where the device has them at speed, float32 ones else
-FINE = product_dtype("auto", DEVICE) == torch.float64
-TOLERANCE: dict[str, Any] = {
-    "rtol": 1e-6 if FINE else 1e-4,
-    "atol": 1e-8 if FINE else 1e-6,
-    "equal_nan": True,
-}
+
+
+def tolerance() -> dict[str, Any]:
+    """Of float64 products where the device has them at speed, of float32 ones else."""
+    fine = product_dtype("auto", DEVICE) == torch.float64
+    return {"rtol": 1e-6 if fine else 1e-4, "atol": 1e-8 if fine else 1e-6, "equal_nan": True}
 
 
 def outputs(value: Any) -> tuple[Any, ...]:
@@ -71,7 +70,7 @@ def test_a_stage_gives_on_the_device_what_it_gives_on_the_cpu(name: str) -> None
         if isinstance(got, torch.Tensor):
             if name != "StoreActivations":  # which tells of a file
                 assert got.device.type == DEVICE.type, f"{key} is on {got.device}"
-            torch.testing.assert_close(got.cpu(), want, **TOLERANCE)
+            torch.testing.assert_close(got.cpu(), want, **tolerance())
 
 
 def test_a_run_gives_on_the_device_what_it_gives_on_the_cpu() -> None:

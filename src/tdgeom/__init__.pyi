@@ -16,6 +16,7 @@ from .core.pipeline import Pipeline as Pipeline
 from .core.pipeline import merge_ as merge_
 from .core.pipeline import reset as reset
 from .core.pipeline import sync_ as sync_
+from .run.checkpoint import checkpoints_kept as checkpoints_kept
 from .run.run import run as run
 from .run.to_frame import to_frame as to_frame
 

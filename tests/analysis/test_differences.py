@@ -138,7 +138,9 @@ def test_cells_of_several_values_are_compared_one_by_one(tmp_path) -> None:
     frame = tg.difference(*runs)
     site = runs[0].metrics["site"].iloc[0]
     cells = [np.asarray(run.metrics["gride_estimate"].iloc[0]) for run in runs]
-    found = frame[(frame["site"] == site) & frame["metric"].str.startswith("gride_estimate")]
+    found = frame[(frame["site"] == site) & frame["metric"].str.startswith("gride_estimate")].sort_values(
+        "metric"
+    )
     assert list(found["metric"]) == [f"gride_estimate[{place}]" for place in range(len(cells[0]))]
     np.testing.assert_allclose(found["difference"], cells[1] - cells[0])
     for name, run in zip("ab", runs):

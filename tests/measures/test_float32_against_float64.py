@@ -135,6 +135,7 @@ TWO: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "information_imbalance": F.information_imbalance,
     "linear_cka_null": F.linear_cka_null,
     "linear_cka_sampled": F.linear_cka_sampled,
+    "linear_cka_sampled_error": F.linear_cka_sampled_error,
     "procrustes_bounds": F.procrustes_bounds,
     "subspace_overlap_corrected": lambda x, y: F.subspace_overlap_corrected(
         x, y[:, : x.shape[1]], k=1, splits=3

@@ -450,3 +450,19 @@ def test_another_order_behind_the_first_batch_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="has seen 4 batches, but the loader now gives others among them"):
         tg.run(few(), [data[0], data[2], data[1], *data[3:]], checkpoint=path, every=2)
     same(tg.run(few(), data, checkpoint=path, every=2), tg.run(few(), data))
+
+
+def test_a_checkpoint_is_kept_until_what_the_run_gave_is_safe(tmp_path) -> None:
+    def measured():
+        batches = [{"tokens": torch.arange(8.0).reshape(4, 2) + i} for i in range(5)]
+        return tg.run(tg.StreamingMean(), batches, checkpoint=tmp_path / "state", every=2, progress=False)
+
+    with pytest.raises(OSError, match="full"), tg.checkpoints_kept():
+        measured()
+        raise OSError("the disk is full")
+    assert (tmp_path / "state").exists()
+    with tg.checkpoints_kept():
+        found = measured()  # goes on where the first had come to
+        assert (tmp_path / "state").exists()
+    assert not (tmp_path / "state").exists()
+    assert torch.equal(found["mean", "mean"], torch.tensor([5.0, 6.0], dtype=torch.float64))

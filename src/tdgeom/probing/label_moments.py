@@ -115,10 +115,10 @@ def with_rows(state: Mapping[str, Tensor], rows: Tensor, targets: Tensor, fold: 
     """The moments with rows (N, D) and targets (N, K) added to their folds (N,); a fold below 0 is left out."""
     state = widen(state, targets.shape[1])
     for index in range(state["count"].shape[0]):
-        chosen = fold == index
-        if bool(chosen.any()):
+        at = (fold == index).nonzero()[:, 0]
+        if len(at):
             whole = state["scatter"].numel() > 0
-            merge_into(state, index, label_moments(rows[chosen], targets[chosen], scatter=whole))
+            merge_into(state, index, label_moments(rows[at], targets[at], scatter=whole))
     return state
 
 

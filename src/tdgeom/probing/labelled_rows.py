@@ -111,7 +111,8 @@ def row_labels(
         return label.double(), torch.ones(n, dtype=torch.bool, device=label.device)
     label = label.long()
     used = label != ignore_index
-    low, high = (int(label[used].min()), int(label[used].max())) if bool(used.any()) else (0, 0)
+    told = label[used]
+    low, high = torch.stack(torch.aminmax(told)).tolist() if len(told) else (0, 0)
     limit = MAX_CLASSES if n_classes is None else n_classes
     if low < 0 or high >= limit:
         raise ValueError(

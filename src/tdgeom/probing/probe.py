@@ -240,12 +240,15 @@ class Probe(NamesClasses):
         hashes = hash_ids(rows["ids"], self.seed + 1)
         held_out = holdout_mask(rows["document"], self.holdout, self.seed)
         for part, chosen in (("test_", used & held_out), ("train_", used & ~held_out)):
-            if not bool(chosen.any()):
+            at = chosen.nonzero()[
+                :, 0
+            ]  # one wait for a device, which an index of true and false is each time
+            if not len(at):
                 continue
             if part in self.parts:
                 reservoir.offer(self.named(part), {**rows, "hashes": torch.where(chosen, hashes, EMPTY)})
             else:
-                self._learn({name: value[chosen] for name, value in rows.items()})
+                self._learn({name: value[at] for name, value in rows.items()})
         self.count = self.count + len(used)
         self._fitted = None
 

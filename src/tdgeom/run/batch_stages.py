@@ -89,7 +89,9 @@ class BatchStages:
         """
         numbers = self._number(td)
         if self.same is not None and td.get(SAME_DOCUMENT, None) is None:
-            td.set(SAME_DOCUMENT, self._documents(td, td.get("sequence_id")))
+            found = self._documents(td, td.get("sequence_id"))
+            td.set(SAME_DOCUMENT, found)
+            remember(td.get(SAME_DOCUMENT), found)
         return numbers
 
     def _documents(self, td: TensorDict, sequence: Tensor) -> Tensor:

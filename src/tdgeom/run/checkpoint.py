@@ -301,7 +301,20 @@ class Checkpoint:
 
 @contextmanager
 def checkpoints_kept() -> Iterator[None]:
-    """Checkpoints of the runs inside stay until the block has ended well: until what they gave is safe."""
+    """Checkpoints of the runs inside stay until the block has ended well: until what they gave is safe.
+
+    ``run(checkpoint=)`` removes its file when it returns, and what it returns is in memory only. An error inside the block leaves
+    the file where it is. Of blocks inside one another the outermost decides; in ranks, rank 0 removes.
+
+        >>> import tempfile, torch, tdgeom as tg
+        >>> from pathlib import Path
+        >>> file = Path(tempfile.mkdtemp()) / "state"
+        >>> with tg.checkpoints_kept():
+        ...     found = tg.run(tg.StreamingMean(), 5 * [{"tokens": torch.ones(4, 2)}], checkpoint=file, every=2)
+        ...     torch.save(found["mean"].to_dict(), file.with_name("saved.pt"))
+        >>> file.exists()
+        False
+    """
     if _WAITING.get() is not None:  # an outer block decides
         yield
         return

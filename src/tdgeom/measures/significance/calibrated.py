@@ -143,7 +143,7 @@ def joint_p_values(values: Tensor, draws: Tensor) -> Tensor:
 
         >>> draws = torch.randn(3, 999, generator=torch.Generator().manual_seed(0))
         >>> [round(p, 2) for p in joint_p_values(torch.tensor([0.0, 1.7, 5.0]), draws).tolist()]
-        [0.89, 0.14, 0.0]
+        [0.88, 0.14, 0.0]
     """
     if values.ndim != 1 or draws.ndim != 2 or len(values) != len(draws):
         raise ValueError(

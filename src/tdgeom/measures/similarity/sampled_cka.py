@@ -81,7 +81,7 @@ def linear_cka_sampled_error(
         >>> x, y = z @ torch.randn(10, 64, generator=g), z @ torch.randn(10, 64, generator=g)  # one population, other features
         >>> found = linear_cka_sampled_error(x, y)
         >>> bool((found.value - 1).abs() < 2.1 * found.standard_error), round(float(found.standard_error), 2)
-        (True, 0.01)
+        (True, 0.05)
     """
     check_matched(x, y, "linear_cka_sampled_error")
     n = x.shape[-2]

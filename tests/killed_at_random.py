@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from killed_runs import in_child, measure
 
+from killed_runs import in_child, measure
 from tdgeom.files.atomic import write_whole
 from tdgeom.run.checkpoint import checkpoints_kept
 
