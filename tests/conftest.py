@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import import_module
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -18,6 +19,8 @@ from hypothesis import settings
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
+# Before doctests are collected: they are to meet the module that run uses, not a copy of it.
+import_module("tdgeom.run.checkpoint")
 collect_ignore = [] if torch.cuda.is_available() else ["test_cuda.py"]
 
 settings.register_profile("ci", deadline=None, derandomize=True, database=None)
