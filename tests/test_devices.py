@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_stages_and_runs_on_a_simulated_device() -> None:
     """No tensor of the host beside one of the device, no float64 where there is none, one wait of the host a batch."""
     here = Path(__file__).parent

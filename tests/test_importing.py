@@ -139,6 +139,7 @@ ORDERS = [
 ]
 
 
+@pytest.mark.slow
 def test_names_come_in_every_order_and_are_the_same():
     assert failures(ORDERS) == []
 

@@ -17,6 +17,7 @@ from tdgeom.files.shown_tables import shown_safely
 
 __all__ = ["column_kinds", "read_table", "write_table"]
 
+_WIDER = "its lines have more cells than it has columns"
 MOST_COLUMNS = 20_000  # a column a measure: a thousandth of that is usual, and pandas takes a while over many
 
 
@@ -86,13 +87,21 @@ def _refuse_wide(columns: int) -> None:
 
 def _from_csv(path: Path, kinds: Mapping[Any, Any]) -> pd.DataFrame:
     with open(path, newline="", encoding="utf-8") as handle:
-        _refuse_wide(len(next(csv.reader(handle), [])))
+        lines = csv.reader(handle)
+        width = len(next(lines, []))
+        _refuse_wide(width)
+        try:
+            first = len(next(lines, []))
+        except csv.Error:  # a cell longer than this reader takes: pandas says what there is to say
+            first = 0
+    if first > width:  # pandas would take the first of them for an index, however long that takes
+        raise ValueError(_WIDER)
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
     if not isinstance(table.index, pd.RangeIndex):  # pandas' reading of lines that are wider than the head
-        raise ValueError("its lines have more cells than it has columns")
+        raise ValueError(_WIDER)
     columns = {column: _typed(table[column].tolist(), kinds.get(column)) for column in table.columns}
     return pd.DataFrame(columns, columns=table.columns)
 
