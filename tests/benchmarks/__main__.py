@@ -72,6 +72,8 @@ PARTS = {
         ["covariance.py --rounds 2 --widths 96 --rows 256"],
     ),
     "scaling": Part(["-m tests.benchmarks.scaling"], ["scaling.py covariance 2 64 4096"]),
+    "alarms": Part(["alarms.py"], ["alarms.py 2"]),
+    "cards": Part(["cards.py"], ["cards.py 1500"]),
     "accelerator": Part(["accelerator.py"], ["accelerator.py --device cpu --small"]),
 }
 

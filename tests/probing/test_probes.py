@@ -171,6 +171,69 @@ def test_permutation_null_is_uniform_without_a_relation_and_keeps_groups_whole()
     assert small <= 12  # 5 expected; rows permuted on their own would give near 40
 
 
+def share_called(sets, make):
+    """Of sets of (decision, label, group) without a relation, how many have p <= 0.05."""
+    small = 0
+    for seed in range(sets):
+        generator = torch.Generator().manual_seed(seed)
+        scores = F.probe_scores(*make(generator), permutations=99, seed=seed)
+        small += float(scores["p_value"]) <= 0.05
+    return small / sets
+
+
+@pytest.mark.parametrize("task", ["classes", "numbers"])
+def test_documents_of_other_lengths_are_no_relation(task):
+    """Of a label whose documents are longer, and answers that know nothing: one answer for all, or one a document."""
+
+    def made(generator, constant):
+        label = torch.arange(40) % 2
+        group = torch.repeat_interleave(torch.arange(40), torch.where(label == 1, 12, 5))
+        noise = torch.randn(40, generator=generator).double() * (not constant) + 0.3
+        answer, label = noise[group], label[group]
+        if task == "numbers":
+            return answer[:, None], label.double()[:, None], group
+        return torch.stack((-answer, answer), 1), label, group
+
+    assert share_called(4, lambda generator: made(generator, True)) == 0
+    assert share_called(100, lambda generator: made(generator, False)) <= 0.12
+
+
+@pytest.mark.parametrize("flipped", [1, 40])
+def test_a_document_of_several_labels_is_still_one_document(flipped):
+    def made(generator):
+        group = torch.arange(400) // 10
+        label = torch.randint(2, (40,), generator=generator)[group]
+        label[torch.randperm(400, generator=generator)[:flipped]] ^= 1
+        answer = torch.randn(40, generator=generator)[group] + 0.3 * torch.randn(400, generator=generator)
+        return torch.stack((-answer, answer), 1).double(), label, group
+
+    assert share_called(100, made) <= 0.12
+    generator = torch.Generator().manual_seed(0)
+    _, label, group = made(generator)
+    seen = torch.where(torch.rand(400, generator=generator) < 0.2, 1 - label, label)
+    scores = F.probe_scores(torch.eye(2).double()[seen], label, group, permutations=199)
+    assert float(scores["p_value"]) == 1 / 200
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_where_documents_are_alike_in_length_p_is_that_of_shuffled_documents(numbers):
+    generator = torch.Generator().manual_seed(2)
+    group = torch.arange(120) // 4
+    label = torch.randint(3, (30,), generator=generator)[group]
+    decision = torch.randn(120, 3, generator=generator).double() + 0.5 * torch.eye(3)[label]
+    if numbers:
+        label, decision = label.double()[:, None], 0.3 * decision.argmax(1, keepdim=True).double() + 0.7
+
+    def score(y):
+        if numbers:
+            return 1 - (y - decision).square().sum() / (y - y.mean()).square().sum()
+        return (decision.argmax(1) == y).double().mean()
+
+    null, p = F.permutation_null(score, label, group, repeats=199, seed=3)
+    found = F.probe_scores(decision, label, group, permutations=199, seed=3)
+    torch.testing.assert_close(torch.stack((found["null_mean"], found["p_value"])), torch.stack((null, p)))
+
+
 def test_control_task_exposes_a_memory(make_data):
     data = make_data(n=3000, d=64)
     codes = torch.randn(40, 64, generator=torch.Generator().manual_seed(5)).double()

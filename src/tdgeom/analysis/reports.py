@@ -178,7 +178,8 @@ def _cells(result: TensorDictBase) -> Iterator[dict[str, Any]]:
         metrics = list(held.keys()) if isinstance(held, TensorDictBase) else [None]
         layers, columns = (result.get((root, kind)).tolist() for root in ("layers", "columns"))
         placed = ("positions", kind) in result.keys(True) or "changed" not in result.keys()
-        heads = str(kind).rpartition(".")[2] in HEAD_KINDS
+        sender = str(kind).partition("->")[0]  # of a path, who sends
+        heads = sender.rpartition(".")[2] in HEAD_KINDS
         by = ("position" if not heads else "head or position") if placed else "head" if heads else "part"
         for metric in metrics:
             part = (kind,) if metric is None else (kind, metric)

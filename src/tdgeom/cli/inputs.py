@@ -135,13 +135,15 @@ class InputOptions:
         from transformers import AutoTokenizer
 
         from tdgeom.model.loading import first_reason
+        from tdgeom.rows.data_sources import knows_words
 
         try:
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # no backend, no such repository, files that do not fit
             raise ValueError(
                 f"could not load the tokenizer of {name!r}: {first_reason(name, error)} Name another one with --tokenizer."
             ) from error
+        return knows_words(tokenizer, name, "Name another one with --tokenizer.")
 
     def processor_of(self, name: str) -> Any:
         """The image processor of that name."""

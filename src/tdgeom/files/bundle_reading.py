@@ -63,9 +63,11 @@ def read_bundle(folder: Path) -> Bundle:
         with explained(f"reading {path}"):
             is_there = path.is_file()
         if not is_there:
-            raise FileNotFoundError(
-                f"{folder} holds no bundle: there is no {METADATA}. Give the folder that --out named."
-            )
+            inner = sorted(found.parent for found in folder.glob(f"*/{METADATA}"))
+            remedy = "Give the folder that --out named."
+            if inner:
+                remedy = f"There is one in {', '.join(map(str, inner[:3]))}{' ...' if len(inner) > 3 else ''}: give that."
+            raise FileNotFoundError(f"{folder} holds no bundle: there is no {METADATA}. {remedy}")
         if path.is_symlink():
             raise ValueError(f"{path} is a symbolic link, which a bundle never holds: it was tampered with.")
         metadata = read_json_file(path, _LARGEST_JSON)

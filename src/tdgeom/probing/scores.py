@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from tdgeom.probing.labelled_rows import as_numpy
 
@@ -52,8 +53,8 @@ def permutation_null(
     """The mean of a statistic over permuted labels, and the p-value of the real one: two ().
 
     Labels are permuted against the predictions of the fitted probe on rows it never saw, which is an exact test that
-    the predictions know nothing of the labels. Where all rows of each group have one label, whole groups change places.
-    p = (1 + permutations at least as good)/(1 + repeats).
+    the predictions know nothing of the labels. Where all rows of each group have one label, whole groups change places; where
+    they have several, rows do, as if they were independent. p = (1 + permutations at least as good)/(1 + repeats).
 
     >>> label = torch.arange(20) % 2
     >>> mean, p = permutation_null(lambda y: (y == label).double().mean(), label, torch.arange(20))
@@ -61,9 +62,7 @@ def permutation_null(
     (True, True)
     """
     generator = torch.Generator().manual_seed(seed)
-    groups, index = torch.unique(group, return_inverse=True)
-    first = torch.zeros_like(groups).scatter_(0, index, torch.arange(len(index), device=index.device))
-    by_group = bool((label[first[index]] == label).all())
+    groups, index, first, by_group = _groups_of(label, group)
     real, values = statistic(label), []
     for _ in range(repeats):
         count = len(groups) if by_group else len(label)
@@ -71,6 +70,37 @@ def permutation_null(
         values.append(statistic(label[first[order][index] if by_group else order]))
     null = torch.stack(values).double()
     return null.mean(), (1 + (null >= real - 1e-12).sum()).double() / (1 + repeats)
+
+
+def _groups_of(label: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """The groups, which each row is of, a row of each, and whether all rows of each have one label."""
+    groups, index = torch.unique(group, return_inverse=True)
+    first = torch.zeros_like(groups).scatter_(0, index, torch.arange(len(index), device=index.device))
+    return groups, index, first, bool((label[first[index]] == label).all())
+
+
+def _in_common(
+    answer: Tensor, targets: Callable[[Tensor], Tensor], label: Tensor, group: Tensor, repeats: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """What answers and targets (N, K) have in common by chance, Σ (answer - mean)·(target - mean): its mean, and p of the real.
+
+    About the means, so that an answer that is the same for all rows has nothing in common with any labels, however many rows the
+    documents of each label have. Labels of whole documents change places (``permutation_null``). Where a document holds several,
+    what each document adds keeps its size and changes its sign.
+    """
+    apart = answer - answer.mean(0)
+    groups, index, _, whole = _groups_of(label, group)
+    if whole:
+        return permutation_null(
+            lambda y: (apart * targets(y)).sum(), label, group, repeats=repeats, seed=seed
+        )
+    target = targets(label)
+    each = (apart * (target - target.mean(0))).sum(-1)
+    added = each.new_zeros(len(groups)).index_add(0, index, each)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(0, 2, (repeats, len(groups)), generator=generator, device="cpu")
+    null = (2 * drawn - 1).to(added.device, added.dtype) @ added
+    return null.mean(), (1 + (null >= added.sum() - 1e-12).sum()).double() / (1 + repeats)
 
 
 def probe_scores(
@@ -88,8 +118,9 @@ def probe_scores(
     (of the two decisions' difference; for more classes the mean over one-against-rest, of each
     decision minus the row's mean decision); ``majority_baseline``, the
     accuracy of always naming the most frequent class of ``train_counts`` (default: of these labels). Regression: ``r2``
-    (mean over targets). ``standard_error`` of the accuracy (or R²) over groups; ``null_mean`` and ``p_value`` from
-    ``permutation_null``. What a task does not have is NaN.
+    (mean over targets). ``standard_error`` of the accuracy (or R²) over groups; ``null_mean``, the accuracy (or R²) of these
+    answers if they knew nothing of the labels, and the ``p_value`` of what they share beyond that: labels of whole groups
+    change places, and where a group holds several labels, what each group adds its sign. What a task does not have is NaN.
 
     >>> scores = probe_scores(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), torch.tensor([0, 1]))
     >>> float(scores["accuracy"]), float(scores["auroc"]), float(scores["majority_baseline"])
@@ -112,7 +143,9 @@ def probe_scores(
         # Each row's share in R² = 1 - A/B, to first order.
         influence = -((residual - lost * spread) / total).mean(-1) * label.shape[0]
         found["standard_error"] = clustered_error(influence, group)
-        statistic = lambda y: 1 - ((y - decision).square().sum(0) / total).mean()
+        # R² = chance + what they have in common: the rest does not change where labels change places
+        answer, targets = 2 * decision / (total * len(total)), lambda y: y
+        found["null_mean"] = found["r2"] - (answer - answer.mean(0)).mul(label).sum()
     else:
         guess = decision.argmax(-1)
         right = (guess == label).double()
@@ -136,10 +169,13 @@ def probe_scores(
             # What all decisions of a row share (arbitrary in LDA and softmax) ranks no row above another.
             apart = as_numpy(decision - decision.mean(1, keepdim=True))
             found["auroc"] = roc_auc_score(hot, apart, average="macro")
-        statistic = lambda y: (guess == y).double().mean()
+        hot_guess = one_hot(guess, decision.shape[1]).double() / len(label)
+        answer, targets = hot_guess, lambda y: one_hot(y, decision.shape[1]).double()
+        found["null_mean"] = found["accuracy"] - (answer - answer.mean(0)).mul(targets(label)).sum()
+    chance = found.pop("null_mean")
     if permutations:
-        null = permutation_null(statistic, label, group, repeats=permutations, seed=seed)
-        found["null_mean"], found["p_value"] = null
+        more, found["p_value"] = _in_common(answer, targets, label, group, permutations, seed)
+        found["null_mean"] = chance + more
     found["test_rows"] = float(label.shape[0])
     return complete(found, label.device)
 

@@ -51,7 +51,7 @@ def _chart(name: str, part: pd.DataFrame) -> Chart:
     rows = [str(layer) for layer in grid.index]
     values = grid.to_numpy(dtype=float)
     column = RECOVERED if value == "recovered" else Column("the metric")
-    best = part.iloc[int(np.nanargmax(part[value].to_numpy(float)))]
+    best = part.iloc[int(np.nanargmax(np.abs(part[value].to_numpy(float))))]
     words = f"Largest {best[value]:.3g}, layer {best['layer']}, {by} {columns[best['column']]}."
     low, high = float(pd.Series(values.ravel()).min()), float(pd.Series(values.ravel()).max())
     domain = [min(0.0, low), max(1.0, high)] if value == "recovered" else None

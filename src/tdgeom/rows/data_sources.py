@@ -76,7 +76,16 @@ def named_tokenizer(name: str) -> Any:
     """The tokenizer of a Hugging Face id or directory."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name)
+    return knows_words(AutoTokenizer.from_pretrained(name), name, "Give tokenizer= of another name.")
+
+
+def knows_words(tokenizer: Any, name: str, remedy: str) -> Any:
+    """The tokenizer, unless it is the empty one that transformers makes of a folder without a vocabulary."""
+    if not tokenizer("a word", add_special_tokens=False)["input_ids"]:
+        raise ValueError(
+            f"{name!r} holds no tokenizer: the one made of it has no words, and texts no tokens. {remedy}"
+        )
+    return tokenizer
 
 
 def sequence_length(models: Sequence[nn.Module], tokenizer: Any) -> int:
