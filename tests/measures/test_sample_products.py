@@ -225,3 +225,14 @@ def test_cka_takes_a_covariance_of_its_rows_and_of_no_others():
     shared["sample", "a"] = shared["sample", "a"].flip(0)
     shared["sample", "b"] = shared["sample", "b"].flip(0)
     assert torch.isclose(cka(shared)[biased], alone[biased], rtol=1e-12, atol=0)
+
+
+def test_each_feature_in_an_order_of_its_own_is_another_sample(monkeypatch):
+    """The same means and variances, and another covariance: the usual null of shuffled features."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 2, generator=generator) @ torch.randn(2, 8, generator=generator)
+    shuffled = torch.stack([x[torch.randperm(300, generator=generator), j] for j in range(8)], 1)
+    found, taken = products_beside(shuffled, moments_of(x), monkeypatch)
+    assert taken == 2
+    exact = torch.from_numpy(np.cov(shuffled.double().numpy().T))
+    torch.testing.assert_close(found["sample_covariance"], exact, rtol=1e-9, atol=1e-12)

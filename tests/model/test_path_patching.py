@@ -141,3 +141,25 @@ def test_what_is_asked_wrongly_is_said():
     ):
         with pytest.raises(ValueError, match=said):
             ask(**settings)
+
+
+def test_receivers_together_are_the_same_in_any_order():
+    """All heads of a site and one of them are all heads."""
+    model = models.gpt2()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight *= 6 if weight.ndim == 2 else 1
+    clean = {"input_ids": torch.randint(1, models.VOCAB, (2, 6), generator=torch.Generator().manual_seed(0))}
+    corrupted = {"input_ids": clean["input_ids"].clone()}
+    corrupted["input_ids"][:, 2] = torch.tensor([5, 6])
+
+    def grid(receivers):
+        found = tg.path_patching(
+            model, clean, corrupted, receivers=receivers, together=True, answers=(10, 12), progress=False
+        )["grid"]
+        return next(iter(found.values()))
+
+    whole = grid({"k": None})
+    assert whole.abs().nansum() > 0
+    for receivers in ({"k": None, "k.1": [0]}, {"k.1": [0], "k": None}):
+        torch.testing.assert_close(grid(receivers), whole, equal_nan=True)

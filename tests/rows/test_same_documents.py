@@ -191,3 +191,20 @@ def test_a_sample_that_does_not_keep_documents_is_told_of_copies():
         tg.FewRowsWarning, match=r"some came before.*RowSample\(\.\.\., also=\['document_id'\]\)"
     ):
         significant(3, tg.CKANull(), "linear_cka", 0, keep=False)
+
+
+def test_pictures_under_one_prompt_are_documents_of_their_own():
+    """So are targets of one source; the same pictures under the same prompt are the same again."""
+    ids = torch.tensor([[1, 5, 6, 7, 8, 2]]).expand(4, 6)
+    pixels = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for name, value in (("pixel_values", pixels), ("decoder_input_ids", torch.arange(24).reshape(4, 6))):
+        keys = ["input_ids", "attention_mask", name]
+        td = TensorDict(
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids), name: value}, batch_size=[]
+        )
+        found = sequence_contents(td, 4, keys, "attention_mask")
+        assert len(set(found)) == 4
+        again = td.clone().set(name, value[[2, 2, 0, 1]])
+        assert sequence_contents(again, 4, keys, "attention_mask") == [found[i] for i in (2, 2, 0, 1)]
+        bare = td.select("input_ids", "attention_mask")
+        assert len(set(sequence_contents(bare, 4, keys, "attention_mask"))) == 1

@@ -466,3 +466,20 @@ def test_a_checkpoint_is_kept_until_what_the_run_gave_is_safe(tmp_path) -> None:
         assert (tmp_path / "state").exists()
     assert not (tmp_path / "state").exists()
     assert torch.equal(found["mean", "mean"], torch.tensor([5.0, 6.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("change", ["more", "fewer", "others"])
+def test_a_kept_checkpoint_of_a_run_that_ended_is_of_that_data_alone(tmp_path, change) -> None:
+    batches = [{"tokens": torch.arange(8.0).reshape(4, 2) + i} for i in range(5)]
+
+    def measured(data):
+        return tg.run(tg.StreamingMean(), data, checkpoint=tmp_path / "state", every=1, progress=False)
+
+    with pytest.raises(OSError, match="full"), tg.checkpoints_kept():
+        first = measured(batches)
+        raise OSError("the disk is full")
+    other = {"more": [*batches, batches[0]], "fewer": batches[:3], "others": [*batches[:3], *batches[:2]]}
+    with pytest.raises(ValueError, match=r"resumes from .*the one of then|resumes from .*gives others"):
+        measured(other[change])
+    again = measured(batches)
+    assert torch.equal(again["mean", "mean"], first["mean", "mean"]) and int(again["run", "rows"]) == 20

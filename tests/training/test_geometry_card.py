@@ -176,3 +176,19 @@ def test_files_that_are_too_small_or_no_cards_are_refused(cards, tmp_path):
                 [{"input_ids": batch["input_ids"] * 0 + 3 + batch["input_ids"] % 2} for batch in batches(9)],
             )
         )
+
+
+def test_directions_in_which_rows_do_not_vary_are_no_novelty():
+    """Embeddings of few tokens: the rank is theirs, and the same corpus in other batches has the same directions."""
+    model = models.gpt2()
+    with torch.no_grad():
+        model.transformer.wpe.weight.zero_()
+        model.transformer.wte.weight[9:] = model.transformer.wte.weight[8]
+    ids = torch.randint(1, models.VOCAB, (90, 12), generator=torch.Generator().manual_seed(0))
+    cards = [
+        tg.geometry_card(model, [{"input_ids": part} for part in data.split(size)], sites="embed")
+        for data, size in ((ids, 10), (ids.flip(0), 7))
+    ]
+    found = cards[0].compare(cards[1])
+    assert cards[0].directions(str(found["a"][0])).shape[1] == 8 - 1
+    assert float(found["feature_subspace_novelty"][0]) < 1e-6

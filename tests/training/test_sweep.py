@@ -201,7 +201,7 @@ def test_a_folder_goes_on_only_with_what_it_was_begun_with(tmp_path):
     made, place = drifted((0, 1)), tmp_path / "sweep"
     first = tg.sweep(made, batches(), save_dir=place, **ASKED)
     assert not list((place / "held").iterdir())  # rows that nothing needs any more are gone
-    again = tg.sweep({0: None, 1: None}, batches(), save_dir=place, **ASKED)  # nothing is opened again
+    again = tg.sweep(made, batches(), save_dir=place, **ASKED)
     pd.testing.assert_frame_equal(again.metrics, first.metrics)
     assert isinstance(tg.load_results(place / "results"), tg.Sweep)
     for change, said in (
@@ -214,8 +214,11 @@ def test_a_folder_goes_on_only_with_what_it_was_begun_with(tmp_path):
             tg.sweep(made, batches(), save_dir=place, **{**ASKED, **change})
     with pytest.raises(ValueError, match=r"checkpoints.*there and .*here"):
         tg.sweep(drifted((0, 2)), batches(), save_dir=place, **ASKED)
-    with pytest.raises(ValueError, match="data is"):
-        tg.sweep(made, batches()[1:], save_dir=place, **ASKED)
+    with pytest.raises(ValueError, match=r"checkpoints\[0\]\[2\]"):  # other weights under the same steps
+        tg.sweep(dict(enumerate(drifted((1, 2)).values())), batches(), save_dir=place, **ASKED)
+    for other in (batches()[1:], [*batches()[:-1], batches()[0]], batches()[:-1]):
+        with pytest.raises(ValueError, match="data"):
+            tg.sweep(made, other, save_dir=place, **ASKED)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(FileExistsError, match="something else than a sweep"):
@@ -313,3 +316,46 @@ def test_ten_checkpoints_killed_twice_give_the_table_of_an_undisturbed_sweep(tmp
         pd.testing.assert_frame_equal(getattr(killed, table), getattr(whole, table), check_exact=True)
     assert all(np.array_equal(value, whole.eigenvalues[name]) for name, value in killed.eigenvalues.items())
     assert not list((tmp_path / "killed" / "held").iterdir())
+
+
+def test_subspaces_of_few_rows_are_compared_along_what_they_vary_in():
+    """19 rows of 20 tokens in 64 features: directions beyond the rank are any, and do not count."""
+    from tdgeom import functional as F
+
+    def turned(seed, size):
+        model = models.gpt2()
+        with torch.no_grad():
+            for number, weight in enumerate(model.parameters()):
+                weight += size * torch.randn(
+                    weight.shape, generator=torch.Generator().manual_seed(seed + number)
+                )
+        return model
+
+    made = {0: turned(0, 0.0), 1: turned(1, 1e-3)}
+    few = [{"input_ids": torch.randint(1, models.VOCAB, (12, 8), generator=torch.Generator().manual_seed(3))}]
+    found = tg.sweep(
+        made, few, select={"positions": "last"}, metrics="spectrum", novelty_k=16, progress=False
+    )
+
+    def basis(model):
+        with tg.Capture(model, "residual_output.0") as calls:
+            model(**few[0])
+        rows = calls[0]["acts", "residual_output.0"][:, -1].double()
+        return torch.linalg.svd(rows - rows.mean(0), full_matrices=False)[2][:11].T
+
+    want = float(F.feature_subspace_novelty(basis(made[0]), basis(made[1])))
+    metrics = found.metrics
+    at = (metrics["step"] == 1) & (metrics["site"] == "residual_output.0")
+    if not at.any():
+        at = (metrics["step"] == 1) & (metrics["site"] == "residual_input.1")
+    assert float(metrics.loc[at, "feature_subspace_novelty_to_first"].iloc[0]) == pytest.approx(
+        want, abs=1e-6
+    )
+
+
+def test_a_rank_alone_is_alone_on_every_device(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with tg.alone():
+        found = tg.sweep(drifted((0, 1)), batches(), device=["cpu", "cpu"], **ASKED)
+    assert set(found.metrics["step"]) == {0, 1}

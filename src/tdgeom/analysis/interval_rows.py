@@ -30,6 +30,8 @@ def with_intervals(one: Any, level: float = 0.95) -> dict[str, pd.DataFrame]:
         frame, (stem, _, end) = tables[table], name.rpartition("_")
         if any(len(values) > 1 for values in by_row.values()):
             continue  # an estimate at several scales is drawn by itself
+        if name in frame:  # of an earlier call
+            del frame[name]
         place = [*map(str, frame)].index(f"{stem}_se") + (1 if end == "low" else 2)
         frame.insert(place, name, [by_row[number][0] for number in range(len(frame))])
     return tables

@@ -117,7 +117,10 @@ class Passes:
         if settings.neighbors:
             self.neighbors[str(stack)] = _taken_out(result, TABLES)
         if settings.held:
-            self.held[str(stack)] = _taken_out(result, _held_roots(settings))
+            held = _taken_out(result, _held_roots(settings))
+            for root in set(settings.held) - set(HELD) & set(result.keys()):  # which the tables read too
+                held.set(root, result.get(root).clone())
+            self.held[str(stack)] = held
         sample = min(settings.sample_size, int(result["run", "rows"]))
         depth, widths = described.depths.get(stack, 0), _widths(pipeline, sites)
         self.passes.append(

@@ -221,8 +221,8 @@ class SampleSpectrum(SampleStage):
     ``"sample_covariance"`` (*B, D, D), and ``"sample_unit_covariance"`` (*B, D, D) of the rows at unit L2 norm; and
     ``"sample_fingerprint"`` (*B,), by which ``SampleMetrics``, ``NormalizationAblation`` and ``LinearCKA`` know that these are
     of the sample they read. Of another sample they use none of it, and compute their own. Where the moments and eigenvalues of
-    the stream are there, in float64, and the sample is all rows of it (as many, and of the same means and variances), the
-    first two are those.
+    the stream are there, in float64, and the sample is all rows of it (as many, of the same means and variances of features
+    and of sums of them), the first two are those.
 
         >>> import torch, tdgeom as tg
         >>> values, covariance, *_ = tg.SampleSpectrum()(sample=torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
@@ -259,7 +259,9 @@ def _of_all_rows(
     covariance: Tensor | None = None,
     relative_error: Tensor | None = None,
 ) -> Tensor | None:
-    """The stream's covariance (*B, D, D), where the sample is all of its rows: as many, and alike in every mean and variance."""
+    """The stream's covariance (*B, D, D), where the sample is all of its rows: as many, alike in every mean and variance, also
+    along directions across features (each feature in an order of its own has the means and variances, and another covariance).
+    """
     if count is None or mean is None or covariance is None or relative_error is None:
         return None
     n, like = sample.shape[-2], (*sample.shape[:-2], sample.shape[-1])
@@ -271,7 +273,18 @@ def _of_all_rows(
     spread = (rows - own.unsqueeze(-2)).square().sum(-2) / (n - 1)
     apart = torch.maximum((own - mean).square(), (spread - variance).abs()) > _ROUNDING * variance
     varies = sample.detach().amin(-2) != sample.detach().amax(-2)
-    if not holds(~(apart & varies).any()):
+    # Signs by the binary digits of a feature's number, and all alike.
+    places = torch.arange(sample.shape[-1], device=sample.device)
+    digits = (
+        places.unsqueeze(-1) >> torch.arange(int(sample.shape[-1]).bit_length() + 1, device=sample.device)
+    ) & 1
+    across = (1 - 2 * digits.double()) / torch.where(
+        varies & (variance > 0), variance, torch.inf
+    ).sqrt().unsqueeze(-1)
+    along = ((rows - own.unsqueeze(-2)) @ across).square().sum(-2) / (n - 1)
+    told = ((covariance.double() @ across) * across).sum(-2)
+    turned = (along - told).abs() > 1e-8 * sample.shape[-1]
+    if not holds(~((apart & varies).any() | turned.any())):
         return None
     return torch.where(varies.unsqueeze(-1) & varies.unsqueeze(-2), covariance.double(), 0.0)
 

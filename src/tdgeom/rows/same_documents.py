@@ -72,11 +72,28 @@ def contents_of_ids(ids: Tensor, attended: Tensor | None = None) -> list[int]:
 def sequence_contents(td: TensorDictBase, count: int, keys: Iterable[Key], mask_key: Key) -> list[int] | None:
     """A number for what each of ``count`` sequences holds, padding left out; None where nothing tells.
 
-    Of ``input_ids`` where a batch has them (see ``contents_of_ids``), else of the tensors under ``keys`` together.
+    Of ``input_ids`` where a batch has them (see ``contents_of_ids``), and of what else a model is called with that no text tells:
+    images, sounds, the other side of an encoder-decoder. Without ids of the tensors under ``keys`` together.
     """
     ids = td.get("input_ids", None)
     if isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) == count and not ids.is_floating_point():
-        return contents_of_ids(on_host(ids), _mask(td, mask_key, ids.shape))
+        own = contents_of_ids(on_host(ids), _mask(td, mask_key, ids.shape))
+        beside = _of_tensors(td, count, [key for key in keys if _says_more(td.get(key, None), key)], mask_key)
+        return (
+            own
+            if beside is None
+            else [one and (31 * one + other) % 2**62 + 1 for one, other in zip(own, beside)]
+        )
+    return _of_tensors(td, count, keys, mask_key)
+
+
+def _says_more(value: object, key: Key) -> bool:
+    name = str(key_tuple(key)[-1])
+    floats = isinstance(value, Tensor) and value.is_floating_point() and "mask" not in name
+    return floats or name == "decoder_input_ids"
+
+
+def _of_tensors(td: TensorDictBase, count: int, keys: Iterable[Key], mask_key: Key) -> list[int] | None:
     total: Tensor | None = None
     for key in keys:
         value = td.get(key, None)

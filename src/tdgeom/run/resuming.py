@@ -98,6 +98,13 @@ class Resuming:
         if alike:
             self._refuse_other_first(own["first_batch"])
         if self.ended:
+            if alike and not self.one_pass.division.split:
+                self._skip(batches, own["data"])
+                if self.one_pass.stopped == "end of data" and next(batches, (-1, None))[0] >= 0:
+                    raise ValueError(
+                        f"run resumes from {self.checkpoint.path}, which came to the end after {self.skipped} batches, but the "
+                        f"loader has more now: it is not the one of then. Give the same loader, or remove the file to start anew."
+                    )
             self.one_pass.data_then = own["data"]
             return 0
         self._skip(batches, own["data"])

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from contextvars import copy_context
 from threading import Lock
 from typing import Any
 
@@ -69,6 +70,6 @@ def on_devices(
         serve(devices[0])
         return
     with ThreadPoolExecutor(len(devices)) as pool:
-        running = [pool.submit(serve, device) for device in devices]
+        running = [pool.submit(copy_context().run, serve, device) for device in devices]
     for one in running:
         one.result()

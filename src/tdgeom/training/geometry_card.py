@@ -45,6 +45,7 @@ __all__ = ["GeometryCard", "geometry_card"]
 VERSION = 1
 LARGEST = 50_000_000  # bytes
 FEWEST = 64  # landmark rows that two cards must share
+_RESOLVED = 2.0**-42  # of the largest eigenvalue: the square of eight roundings of a float32 number
 
 
 @dataclass(repr=False)
@@ -149,6 +150,11 @@ class GeometryCard:
         }
         return cls(ids, rows, read["mean"], read["vectors"], read["values"], dict(record["about"]))
 
+    def directions(self, site: str) -> Tensor:
+        """(D, k) float64, the leading eigenvectors along which rows vary beyond rounding."""
+        values = self.values[site].double()
+        return self.vectors[site].double()[:, values > values.max() * _RESOLVED]
+
     def compare(self, other: GeometryCard) -> pd.DataFrame:
         """Every site of this card beside every site of the other: a row a pair.
 
@@ -174,8 +180,7 @@ class GeometryCard:
         for stage in (LinearCKA(estimator="debiased"), Procrustes()):
             td = ForEachPair(stage, sites, pairs=pairs)(td)
         bases = [
-            {site: torch.linalg.qr(card.vectors[site].double())[0] for site in card.sites}
-            for card in (self, other)
+            {site: torch.linalg.qr(card.directions(site))[0] for site in card.sites} for card in (self, other)
         ]
         found = []
         for a in self.sites:
@@ -184,7 +189,7 @@ class GeometryCard:
                 u, v = bases[0][a], bases[1][b]
                 k = min(u.shape[1], v.shape[1])
                 same = u.shape[0] == v.shape[0]
-                novelty = float(feature_subspace_novelty(u[:, :k], v[:, :k])) if same else float("nan")
+                novelty = float(feature_subspace_novelty(u[:, :k], v[:, :k])) if same and k else float("nan")
                 values = {name: float(between[name]) for name in ("linear_cka_debiased", "procrustes")}
                 found.append(
                     {"a": a, "b": b, **values, "feature_subspace_novelty": novelty, "rows": len(own)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from tdgeom.training.sweep_results import Sweep
 __all__ = ["sweep"]
 
 REFERENCES = ("first", "last", "previous")
+_LOOKED_AT = 64  # batches of the data that a sweep which goes on must find again
 SIMILARITY = ("linear_cka_debiased", "feature_subspace_novelty")
 
 
@@ -150,14 +152,15 @@ def sweep(
         "max_rows": max_rows,
         "similarity": [stage_record(stage) for stage in stages],
         "references": asked,
-        "checkpoints": [[one.step, one.name] for one in found],
+        "checkpoints": [[one.step, one.name, _what_it_is(one)] for one in found],
+        "model_kwargs": {str(name): str(value) for name, value in (model_kwargs or {}).items()},
         "nonfinite": nonfinite,
         "in_keys": in_keys,
         **{
             **texts,
             "tokenizer": tokenizer if isinstance(tokenizer, str | None) else type(tokenizer).__name__,
         },
-        "data": _first_batch(dataloader),
+        "data": _first_batches(dataloader),
     }
     devices = list(device) if isinstance(device, Sequence) and not isinstance(device, str) else [device]
     with _work_in(save_dir) as place:
@@ -201,11 +204,26 @@ def _work_in(save_dir: str | Path | None) -> Iterator[Path]:
         yield Path(place)
 
 
-def _first_batch(dataloader: Any) -> str:
-    """The hash of what the data begin with, or what kind of thing it is."""
-    first = next(iter(dataloader), None)
-    if first is None:
+def _what_it_is(one: TrainedTo) -> Any:
+    """Of a module its weights' hash, of a folder its files' sizes and times; nothing of what only a call would tell."""
+    if one.given:
+        return weights_identity(one.open())
+    folder = Path(one.name)
+    if not folder.is_dir():
+        return None
+    states = sorted((path.name, path.stat()) for path in folder.iterdir() if path.is_file())
+    return [[name, state.st_size, state.st_mtime_ns] for name, state in states]
+
+
+def _first_batches(dataloader: Any) -> list[str]:
+    """Hashes of what the data begin with, ``_LOOKED_AT`` batches at most."""
+    found = [_hash(batch) for batch in islice(iter(dataloader), _LOOKED_AT)]
+    if not found:
         raise ValueError("sweep: the dataloader is empty.")
+    return found
+
+
+def _hash(first: Any) -> str:
     if isinstance(first, str):
         return tensors_sha256(as_batch({"text": [first]}, None, None))
     try:

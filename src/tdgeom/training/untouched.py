@@ -48,8 +48,9 @@ def untouched(model: nn.Module, dataloader: Any = None) -> Iterator[None]:
     """After the block everything that training depends on is what it was before.
 
     Put back are the states of Python's, NumPy's and torch's generators on the host and on every device in use, those of the
-    loader's own generators, and the model's buffers. Compiled calls run eagerly inside, and autocast keeps no copies of weights
-    (one made without gradients would serve the next training step). Training flags are the business of what runs the model:
+    loader's own generators, the place that a loader with persistent workers has come to, and the model's buffers. Compiled calls
+    run eagerly inside, and autocast keeps no copies of weights (one made without gradients would serve the next training step).
+    Training flags are the business of what runs the model:
     ``Capture`` restores each.
 
     Raises:
@@ -75,12 +76,18 @@ def untouched(model: nn.Module, dataloader: Any = None) -> Iterator[None]:
     ]
     weights = _written(model)
     caching = torch.is_autocast_cache_enabled()
+    # A loader with persistent workers has one iterator, which another pass over it would begin anew.
+    under_way = getattr(dataloader, "_iterator", None)
     try:
+        if under_way is not None:
+            dataloader._iterator = None
         torch.set_autocast_cache_enabled(False)
         for module, _ in compiled:
             module._compiled_call_impl = None
         yield
     finally:
+        if under_way is not None:
+            dataloader._iterator = under_way
         for module, call in compiled:
             module._compiled_call_impl = call
         torch.set_autocast_cache_enabled(caching)

@@ -167,7 +167,8 @@ def _receivers(model: nn.Module, receivers: Receivers, together: bool) -> list[_
     places: dict[str, list[int] | None] = {}
     for receiver in listed:
         for site, heads in receiver.places.items():
-            places[site] = None if heads is None else [*(places.get(site) or []), *heads]
+            held = places.get(site, [])
+            places[site] = None if heads is None or held is None else [*held, *heads]
     return [_Receiver("+".join(names), places)]
 
 
