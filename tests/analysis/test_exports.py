@@ -9,7 +9,9 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+import models
 import tdgeom as tg
 
 
@@ -157,3 +159,19 @@ def test_pictures_are_shown_from_their_folder(tmp_path):
     pytest.importorskip("matplotlib").use("Agg")
     shown = re.findall(r"!\[.*?\]\((pictures/.*?)\)", made().to_model_card(tmp_path / "pictures"))
     assert shown and all((tmp_path / path).is_file() for path in shown)
+
+
+def test_a_comparison_has_numbers_of_pairs_and_says_so() -> None:
+    ids = torch.randint(1, models.VOCAB, (12, 8), generator=torch.Generator().manual_seed(0))
+    found = tg.compare(models.gpt2(), models.gpt2(), [{"input_ids": ids}], progress=False)
+    with pytest.raises(ValueError, match="no numbers of single sites here. Remedy: pairs=True"):
+        found.to_xarray()
+    assert "metric" in found.to_xarray(pairs=True).dims
+
+
+def test_sites_of_a_long_table_keep_their_order() -> None:
+    sites = ["embed", *(f"residual_output.{i}" for i in range(12))]
+    table = pd.DataFrame(
+        {"site": sites, "layer": [0, *range(12)], "metric": "d_pr", "value": np.arange(13.0)}
+    )
+    assert list(tg.to_xarray(table)["site"].values) == sites

@@ -108,6 +108,11 @@ def to_xarray(results: Any, *, pairs: bool = False) -> Any:
     numbers = [
         str(name) for name in table.select_dtypes(["number", "bool"]) if name not in (*IDENTITY, "step")
     ]
+    if not numbers:
+        raise ValueError(
+            f"to_xarray: there are no numbers of {'pairs of sites' if pairs else 'single sites'} here. Remedy: pairs={not pairs}, "
+            f"or results that hold some."
+        )
     index = [place, *along]
     if table.duplicated(index).any():
         twice = table.loc[table.duplicated(index), index].iloc[0].to_dict()
@@ -148,8 +153,12 @@ def _wide(results: Any, pairs: bool) -> pd.DataFrame:
         )
     if set(table.columns) >= _TIDY:
         rows = [name for name in ("step", "site", "layer") if name in table]
+        places = {site: place for place, site in enumerate(table["site"].unique())}  # pivot puts 10 before 2
         table = (
             table.pivot(index=rows, columns="metric", values="value").reset_index().rename_axis(columns=None)
+        )
+        table = table.sort_values(
+            "site", key=lambda sites: sites.map(places), kind="stable", ignore_index=True
         )
     return table
 
