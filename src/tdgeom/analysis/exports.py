@@ -110,8 +110,8 @@ def to_xarray(results: Any, *, pairs: bool = False) -> Any:
     ]
     if not numbers:
         raise ValueError(
-            f"to_xarray: there are no numbers of {'pairs of sites' if pairs else 'single sites'} here. Remedy: pairs={not pairs}, "
-            f"or results that hold some."
+            f"to_xarray: there are no numbers of {'pairs of sites' if pairs else 'single sites'} here. Remedy: "
+            f"pairs={not pairs}, or results that hold some."
         )
     index = [place, *along]
     if table.duplicated(index).any():
