@@ -274,7 +274,7 @@ def test_ten_checkpoints_killed_twice_give_the_table_of_an_undisturbed_sweep(tmp
                 generator = torch.Generator().manual_seed(0)
                 for _ in range(4):
                     Data.read += 1
-                    if how == "batch" and Data.read == 1 + 4 * 3 + 2:
+                    if how == "batch" and Data.read == 4 + 4 * 3 + 2:  # all are looked at first
                         os.kill(os.getpid(), signal.SIGKILL)
                     yield {"input_ids": torch.randint(3, VOCAB, (4, 12), generator=generator)}
 
