@@ -92,7 +92,7 @@ def to_xarray(results: Any, *, pairs: bool = False) -> Any:
         ModuleNotFoundError: xarray is not installed. ValueError: a table without sites, or with a site twice.
 
         >>> table = pd.DataFrame({"site": ["embed", "final_norm"], "layer": [0, 1], "d_pr": [3.0, 2.0]})
-        >>> to_xarray(table).dims  # doctest: +SKIP
+        >>> to_xarray(table).dims
         ('layer', 'metric')
     """
     xarray = _library("xarray", "labelled arrays")
